@@ -6,8 +6,9 @@ request:
 
 - An upload is a PUT request to a path that contains `UPLOADS`. If the uploads of all visitors,
   together with this one, would exceed `MAX_HELD_BYTES`, it is answered with status 503, and its
-  body is not read. Its size is its Content-Length, or else the largest size that Streamlit accepts,
-  but at least `LEAST_BYTES`.
+  body is not read.
+- The size of an upload is its Content-Length. Without one, the largest size that Streamlit accepts
+  is assumed. A size below `LEAST_BYTES` counts as `LEAST_BYTES`.
 - Other uploads and all other requests are passed on.
 - Every response gets the security headers `HEADERS`.
 

@@ -6,15 +6,16 @@ Main entry: `main()`, a click group that runs without a subcommand too. What is 
 
 - `--shards SET` (may be repeated): a shard set, a folder of packed images below `--data` (default
   `data/shards`). Every sample is scored exactly once, on any number of ranks (processes);
-- `--suite NAME`: all packed sets of a suite, a list in the catalog, such as `wild` or `all`. If
-  others of its sets are not packed, the exit code is 1, although the report is written;
+- `--suite NAME`: all packed sets of a suite of the catalog, such as `wild` or `all`. If some are
+  not packed, the report on the others is written, and the exit code is 1;
 - `--subset FILE`: a CSV file with the columns set and key. Only the samples that it lists are
   scored. It may go with `--shards`;
 - `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
   images, to `--out` or the folder of FILE;
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
-  verdicts are added to the records. The exit code is 1 if this detector is wrong on an image on
-  which another one was right. `--images FOLDER` is searched for images without a recorded copy.
+  verdicts are added to the records. The exit code is 1 if this detector is wrong where another one
+  was right, or if no image can be scored. `--images FOLDER` is searched for images without a
+  recorded copy.
 
 With which detector, and how:
 
@@ -30,13 +31,12 @@ With which detector, and how:
   Missing ones are computed.
 
 `--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`.
-Default: `evaluation/<sets>` in the run's folder; for a detector that is not from a run, in a folder
-of its name below `--runs`. With `--regressions` it gets only `regressions.json` (default: no file).
-An error is one line and exit code 1; wrong options (`CONFLICTS` exclude each other) give 2.
+Default: `evaluation/<sets>` inside the run's folder; inside `RUNS/<its name>` for a detector that
+is not from a run. With `--regressions` it gets only `regressions.json` (default: no file). An error
+is one line and exit code 1; wrong options (see `CONFLICTS`) give 2.
 
 Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores
-them with the detector. `compare RUN RUN...` prints the differences between reports. Their other
-options: see `--help`.
+them with the detector. `compare RUN RUN...` prints the differences between reports. See `--help`.
 """
 
 import json

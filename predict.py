@@ -3,11 +3,11 @@
     python predict.py PATH... [--checkpoint RUN] [--format table|csv|jsonl] [--out FILE]
 
 PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
-list of paths on standard input. Each image gives one line: the path, the probability that the image
-is AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
-image cannot be read. The exit code is 0; 1 if an image could not be read or a file not be written;
-2 if nothing could be scored (`NotStarted`) or the command line is wrong; 130 after Ctrl-C without
-`--watch`.
+list of paths on standard input. Each image gives the path, the probability that the image is
+AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
+image cannot be read. Statements in the file about its origin are added. The exit code is 0; 1 if an
+image could not be read or a file not be written; 2 if nothing could be scored (`NotStarted`) or the
+command line is wrong; 130 after Ctrl-C without `--watch`.
 
 Main entry: `main()`, the click command. Options:
 
@@ -17,11 +17,13 @@ Main entry: `main()`, the click command. Options:
   a Python file, which `--trust` (no value) allows to run.
 - `--fake-label`: the label of an hf: or timm: detector that means fake; may be repeated.
 - `--onnx FILE`: the same as `--detector FILE`, for an .onnx file of `python -m model export`.
-- `--out FILE`: new file for the lines, which are then not printed (its name ends in .partial until
-  it is complete), in `--format` (default: by the suffix of FILE, else table). `--resume`: continue
-  an interrupted csv or jsonl FILE.
-- `--threshold`: probability (0 to 1) from which an image is *likely AI*. Default: the thresholds of
-  the detector.
+- `--out FILE`: file for the results, which are then not printed. If it exists, `--resume` is needed
+  (else exit code 2). Its name ends in .partial until it is complete.
+- `--format`: table, csv or jsonl (default: by the suffix of FILE, else table).
+- `--resume`: if FILE exists (csv or jsonl, complete or interrupted), continue it. It must be of the
+  same detector and threshold.
+- `--threshold`: probability (0 to 1) from which an image is *likely AI*; below it is *no sign of
+  AI*, and nothing is *uncertain*. Default: the thresholds of the detector.
 - `--max-fpr`, `--max-miss`: instead, the highest share of real images that may be called *likely
   AI*, and of fakes that may be called *no sign of AI* (each above 0 and below 0.5).
 - `--watch FOLDER`: instead of PATH, score images as they appear, until Ctrl-C.

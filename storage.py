@@ -17,16 +17,17 @@ address. Main entries:
   `replace` any folder, which is removed just before. Without `replace`, a folder with files at
   `path` is kept, and `OSError` is raised (by `atomic_folder()` at the end of its block).
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
-  removes it at the end. It first removes those that killed processes left, so `path` must have one
-  writer at a time; this holds for `atomic_folder()` too.
+  removes it at the end. At the start it removes older temporary folders of `path`, left by killed
+  processes. So `path` must have one writer at a time; this holds for `atomic_folder()` too.
 
 `partial_of(path)` returns the temporary path for `path`. `file_name(stem, suffix)` joins both texts
 to a file name, cut if it is too long. `naming(path)` is a context manager that adds the path to the
-error of a full disk. `check_reachable(path)` raises `OSError` if an address does not answer,
-`check_inside(path, folder)` `ValueError` if the path is outside the folder. `size_of(path)` returns
-bytes, or None if there is no file. `text_fault(error)` takes the `ValueError` of reading a text or
-JSON file and describes it in words. `cores()` returns the number of processor cores that this
-process may use, `cache_folder()` the folder for downloaded weights (the variable `DETECTOR_CACHE`).
+error of a full disk. `check_reachable(path)` raises `OSError` if an address does not answer.
+`check_inside(path, folder)` raises `ValueError` if the path is outside the folder. `size_of(path)`
+returns bytes, or None if there is no file. `text_fault(error)` takes the `ValueError` of reading a
+text or JSON file and describes it in words. `cores()` returns the number of processor cores that
+this process may use, `cache_folder()` the folder for downloaded weights (the variable
+`DETECTOR_CACHE`, or a folder in the user's cache).
 """
 
 import contextlib

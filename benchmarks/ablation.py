@@ -1,12 +1,12 @@
-"""Train variants of a recipe of two phases and compare them on sources (datasets) held out of both.
+"""Train variants of a two-phase recipe; compare them on datasets that neither phase trains on.
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-`IMAGES/manifest.csv` has path, label, source, generator. Phase 1 starts from WEIGHTS (MobileNetV2).
-It trains the variants (`Cell`s) of `STAR`, with `--candidates` also `CANDIDATES`, or only each
-`--cell NAME`, once per `--seed` (0, 1, 2). `--set KEY=VALUE` changes all recipes, `--threads N` is
-for torch, `--table` trains nothing. FOLDER gets sets, runs (finished: skipped), `rows.jsonl` (all
-metrics) and `tables.md` (AUROC, recall, ...; also printed). The first error ends the command.
+`IMAGES/manifest.csv` has path (below IMAGES), label (real, fake), source, generator. Phase 1 starts
+from WEIGHTS (MobileNetV2). Each variant (`Cell`) of `STAR`, with `--candidates` also `CANDIDATES`,
+or only each `--cell NAME`, is trained once per `--seed` (0, 1, 2). `--set KEY=VALUE` changes all
+recipes, `--threads N` is for torch, `--table` trains nothing. FOLDER gets sets, runs (finished:
+skipped), `rows.jsonl` (all metrics) and `tables.md` (also printed). The first error ends it.
 """
 
 import csv

@@ -9,19 +9,22 @@ Main entry: `costs(shards, folder, network)`.
 - `network`: the timm name of a network. Its weights are random.
 
 The detectors are a Python file (`file`) and a timm model (`timm`), both with this network, and a
-tiny ViT of transformers (`hf`, if installed). Each is timed by hand, by the adapter, and by hand
-again. By hand: Pillow opens image files in one thread, and the library's own calls score them in
-batches of the same size. By the adapter: the same images are read from shards, then the same
-preprocessing and network run.
+tiny ViT of transformers (`hf`, if installed). An adapter is the object through which `evaluate.py
+--detector` calls such a detector (`OtherDetector`). Each detector is timed three times: by hand,
+through its adapter, and by hand again.
+
+- By hand: Pillow opens image files in one thread, and the library's own calls score them.
+- Through the adapter: the same images are read from shards; then the same preprocessing and network
+  run, with batches of the same size.
 
 `costs()` returns a dict: kind of detector -> dict of its figures. A time is a dict of `seconds` and
 CPU seconds (`processor_s`).
 
 - `by_hand`: a list of the two times by hand.
-- `adapter`: the time by the adapter.
+- `adapter`: the time through the adapter.
 - `ratio`: a dict of `seconds` and `processor_s`, each that of `adapter` divided by the mean of
   `by_hand`.
-- `alone`: the time by the adapter without preprocessing and network (`Nothing`): reading and
+- `alone`: the time through the adapter without preprocessing and network (`Nothing`): reading and
   decoding remain.
 - `alone_ratio`: the CPU seconds of `alone`, divided by the mean CPU seconds by hand.
 

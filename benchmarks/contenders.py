@@ -2,9 +2,9 @@
 
     python -m benchmarks.contenders NAME PLACE WORKERS OUT BATCH EPOCHS [--prepare]
 
-- NAME: a key of `CONTENDERS`: `pil` and `dali` are this project's loader, `read` and `decode` parts
-  of its work; `torchvision`, `webdataset`, `dali-reader`, `spdl`, `litdata`, `streaming` and
-  `energon` are other libraries.
+- NAME: a key of `CONTENDERS`. `pil` and `dali` are this project's loader. `read` and `decode` do
+  only a part of its work. `torchvision`, `webdataset`, `dali-reader`, `spdl`, `litdata`,
+  `streaming` and `energon` are other libraries.
 - PLACE: a folder that `pack()` or `unpack()` of `benchmarks.loader` filled: `images/` and
   `shards/`.
 - WORKERS: the number of the loader's processes or threads. `read` always has one process.
@@ -16,8 +16,9 @@
   first measurement (`litdata`, `streaming`, `energon`). OUT gets `{}`.
 
 Main entry: `measure(contender, place, workers)` times one loader in this process. It takes a
-`Contender` (a value of `CONTENDERS`), PLACE (Path) and WORKERS (int). `main()` sets `BATCH` and
-`EPOCHS` of `benchmarks.peers` before; their defaults are 30 and 1. It returns a dict:
+`Contender` (a value of `CONTENDERS`), PLACE (Path) and WORKERS (int). If the contender has
+`prepare`, `contender.prepare(place)` must have run once. `main()` sets `BATCH` and `EPOCHS` of
+`benchmarks.peers` before; their defaults are 30 and 1. `measure()` returns a dict:
 
 - `first` and `last`: the moments of the first and the last batch (`time.monotonic`, which all
   processes of a machine share).

@@ -6,7 +6,7 @@ Main entry: `main()`, this click command. Two speeds are measured in each round,
 images/s; the last printed line is the ratio of their medians, `embed` / `network`. `network`
 computes the features of one batch that stays on the device. `embed` is
 `model.features.embed.embed()` on a set: it reads, decodes and crops the images, computes their
-features and writes them to a temporary folder. The clock starts when the first batch is done.
+features and writes them to a temporary folder. Its first batch is not measured.
 
 - `--shards`: the folder of a packed set.
 - `--recipe`: a recipe file with a frozen backbone and the table `[features]` (default
@@ -20,7 +20,7 @@ features and writes them to a temporary folder. The clock starts when the first 
 and `embed` in images/s. It takes an `Embedder(net=..., device=..., dtype=..., loading=...)` of
 `model.features.embed`, the set (`open_shards([folder])`), the `FeatureSource` that
 `model.features.prepare.source_of()` makes (backbone and preprocessing), and the seconds.
-click.ClickException is raised if the set has only one batch.
+click.ClickException is raised if the set has only one batch (one forward pass).
 """
 
 import json

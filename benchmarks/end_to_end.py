@@ -5,8 +5,11 @@ scores with those of the CPU.
 
 Main entry: `main()`, this click command. A small network with random weights is trained through
 `train.py`, stopped by SIGTERM in the middle and resumed by the same command. `evaluate.py` measures
-it, and `predict.py` scores images on the device and on the CPU. After the last step the command
-fails if a script failed. The scores themselves mean nothing: the network trains for seconds.
+it, and `predict.py` scores images on the device and on the CPU. The scores themselves mean nothing:
+the network trains for seconds. A script that fails does not stop the other steps. After the last
+step, the command then fails with the names of the failed steps. If `predict.py` wrote no CSV file,
+it ends with FileNotFoundError at the comparison. Start it in the root folder of the project, or
+with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
@@ -15,13 +18,16 @@ fails if a script failed. The scores themselves mean nothing: the network trains
 - `--set KEY=VALUE`: changes the recipe `recipes/phase1-fast.toml`; may be repeated.
 - `--json`: a file for the dicts that are printed, one per step.
 
-`run(*arguments, stop_at)` runs Python with these arguments (a script of the project and its
-options, as str). It returns a dict: exit code (`rc`), `seconds` and the last 25 `lines` of output.
-After `LIMIT_S` seconds it is killed at its next line of output. With `stop_at`, the number of a
-training step, the script gets SIGTERM once this step is logged, and the dict has `seconds_to_stop`
-(default None: no signal). `compare(device_csv, cpu_csv)` takes the `Path`s of two CSV files of
-`predict.py` on the same images. It returns a dict: how far the probabilities are apart (mean, p99,
-max), how many verdicts differ, and which files only one of the two could read.
+`run(*command, stop_at=None)` runs Python with these arguments (a script of the project and its
+options, as text) in the root folder of the project. It returns a dict: exit code (`rc`), `seconds`
+and the last 25 `lines` of output. A script that runs longer than `LIMIT_S` seconds is killed when
+it prints its next line. `stop_at` is the number of a training step, or None: once this step is
+logged, the script gets SIGTERM, and the dict has `seconds_to_stop`, from the signal to the end.
+
+`compare(device_csv, cpu_csv)` takes the `Path`s of two CSV files of `predict.py` on the same
+images, of which at least one has a probability in both. It returns a dict: how far the
+probabilities are apart (mean, p99, max), how many verdicts differ, and which files only one of the
+two could read.
 """
 
 import csv

@@ -5,7 +5,8 @@
 
 Main entry: `main()`, this click command.
 
-- `--images`: how many small JPEGs are made and scored (default 10000; 0: only the report).
+- `--images`: how many small JPEGs are made and scored (default 10000). 0: only the report; not with
+  `--detector`.
 - `--scores`: how many random scores the report is written on (default 400000, at least 50).
 - `--network`: a network of timm (default `mobilenetv2_100`), with random weights, which does not
   change the speed.
@@ -22,8 +23,8 @@ return a dict. A time is given as `seconds` and as CPU seconds (`processor_s`, o
 its ended workers), which are less affected by other programs.
 
 - `cost_of_report(count, folder)` writes a report on `count` random scores of 15 sources and 40
-  generators, a fifth of them in groups. Besides the time it returns the peak memory of this process
-  in GB, `peak_gb`, and before the report, `peak_before_gb`.
+  generators. A fifth of the scores belong to groups of related images. Besides the time it returns
+  the peak memory of this process in GB, `peak_gb`, and before the report, `peak_before_gb`.
 - `cost_of_scoring(count, network, folder)` evaluates `count` JPEGs on the CPU, from opening the
   shards to the report (`evaluation`). Before and after that it runs the network alone on as many
   images in memory (`network`, a list of two times). `ratio_seconds` and `ratio_processor_s` are the

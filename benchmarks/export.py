@@ -6,8 +6,8 @@ NAME is a network of timm (default `convnextv2_base`). It is exported with rando
 way (PyTorch, and ONNX Runtime with several settings) scores the same batch of noise in every round,
 in turn (A B C A B C ...). The command prints a table with a row per way: images per second of the
 best round, CPU seconds per image of the median round (less affected by other programs), and the
-largest difference of a probability from PyTorch's in fp32. FILE gets the differences and the
-seconds of all rounds. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
+largest difference between a probability and the one that PyTorch computes in fp32. FILE gets the
+differences and the seconds of all rounds. All ways are in memory at once (ConvNeXtV2-Base: 6 GB).
 
 Main entry: `ways_of(name, folder)`.
 

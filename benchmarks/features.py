@@ -3,16 +3,19 @@
     python -m benchmarks.features [--images 400000] [--width 768] [--batch-size 256] [--json FILE]
 
 Main entry: `main()`, this click command. A feature store of random numbers is written to a
-temporary folder. All work is on the CPU. Printed, and written to FILE as JSON, are:
+temporary folder. All work is on the CPU. It prints these figures and a few more, and writes them to
+FILE as a JSON object:
 
-- images/s of `memory`, which copies batches of random rows from one array in memory;
-- images/s of `store`, which reads the same batches from the memory-mapped files, and their ratio;
+- images/s of `memory`, which copies batches of random rows from one array in memory (the better of
+  two rounds);
+- images/s of `store`, which reads the same batches from the memory-mapped files (likewise), and the
+  ratio of the two;
 - seconds and images/s of one epoch that trains a linear head from the store, by the steps that
   `train.py` takes; also the peak memory of the process and the bytes per image in the files.
 
 The options:
 
-- `--images`: how many feature vectors are written, in shards of 4,000 (at least one batch).
+- `--images`: number of feature vectors, at least `--batch-size`. A file has up to 4,000 of them.
 - `--width`: float16 numbers per vector.
 - `--batch-size`: vectors per batch.
 - `--json`: the file; without it, the figures are only printed.

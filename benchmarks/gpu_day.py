@@ -24,10 +24,10 @@ Functions (paths must be absolute, because stages run in the project's folder):
   list of all `Stage`s (name, command and limits), in the order in which they run.
 - `run(stage, out, limit_s, cpu)` runs one stage, kills it after `limit_s` seconds, adds to the logs
   in the existing folder `out`, and returns its exit code (124: killed). `cpu`: a dry run.
-- `pack(images, work, count, jobs)` writes `count` copies of the JPEGs in `images/jpeg/` to
-  `work/raw/`, and packs them with `jobs` processes as the shard set (tars with an index)
-  `work/shards/bench`, which the stages use. It returns nothing. The subcommand `pack IMAGES WORK
-  [--count N] [--jobs N]` calls it.
+- `pack(images, work, count, jobs)` writes `count` files in total to `work/raw/`. They are copies of
+  the JPEGs in `images/jpeg/`, taken in turn; half are labeled real, half fake. It packs them with
+  `jobs` processes as the shard set (tars with an index) `work/shards/bench`, which the stages use.
+  It returns nothing. The subcommand `pack IMAGES WORK [--count N] [--jobs N]` calls it.
 """
 
 import json

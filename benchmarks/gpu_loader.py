@@ -3,10 +3,11 @@
     python -m benchmarks.gpu_loader --shards SET --json FILE [--only PART] [--seconds S] [--cpu]
 
 Main entry: `main()`, this click command. Three functions yield their results as dicts, one per
-measurement; each dict is printed and written to FILE at once, so that a crash loses only one.
+measurement. Each dict is printed at once, and FILE is written anew with all dicts so far, so that a
+crash loses only one. FILE is a JSON object: part -> list of its dicts.
 
 - `--shards`: the folder of a packed set of JPEGs.
-- `--json`: the file for all dicts; optional.
+- `--json`: FILE; optional.
 - `--only`: `settings`, `jpeg step` or `memory` (`PARTS`); may be repeated. Default: all three.
 - `--seconds`: the time per dict of the first two parts (default 2).
 - `--batches` and `--memory-s`: batches and seconds at most of `memory` (default 1500 and 90).
@@ -16,15 +17,18 @@ measurement; each dict is printed and written to FILE at once, so that a crash l
 The functions take SET (`shards`, a Path), the device (a torch.device: `cuda:0`, or `cpu` for a dry
 run), and `seconds`:
 
-- `settings(shards, device, seconds)`: training images/s with the augmentation policy of phase 1
-  (`images_per_s`, or `error`), by batch size, DALI threads and `hw_decoder_load` (`share` of JPEGs
-  that the GPU's JPEG engine decodes). The first dict is for the settings that training uses
-  (`OWN`); the next ones omit operations of the policy (`WITHOUT`).
-- `jpeg_step(device, seconds)`: images/s without a JPEG round trip, with the exact one, and with
-  DALI's own GPU operator.
-- `memory(shards, device, batches, seconds)`: host and GPU memory in MiB, ten times while `batches`
-  batches are loaded. It ends early after `seconds`. Every fiftieth batch has a damaged image;
-  `named` counts the failures that were reported.
+- `settings(shards, device, seconds)`: images/s of reading, decoding and augmenting. The keys are
+  `batch` (batch size), `threads` (of DALI), `share` (of the JPEGs that the GPU's JPEG engine
+  decodes; DALI's `hw_decoder_load`), `policy`, and `images_per_s`, or `error` (a text). `policy` is
+  "phase 1" (the recipe's augmentation) or the name of one that omits operations (`WITHOUT`). The
+  first dict is for the settings that training uses (`OWN`).
+- `jpeg_step(device, seconds)`: images/s of three ways to compress images as JPEG and decode them.
+  The keys are `way` and `images_per_s`. `way` is "none" (no JPEG), "libjpeg on the host" (as in
+  training) or "DALI's GPU operator" (only on a GPU).
+- `memory(shards, device, batches, seconds)`: memory, about ten times while `batches` batches are
+  loaded. It ends early after `seconds`. Every fiftieth batch has a damaged image. The keys are
+  `batches`, `images` and `seconds` so far, `host_mib` and `gpu_mib` (memory in MiB; None if not
+  known), `damaged` (damaged images so far) and `named` (those that were reported as failures).
 """
 
 import itertools

@@ -3,18 +3,18 @@
     python -m benchmarks.gpu_selftest --images FOLDER [--json FILE] [--only CHECK] [--cpu]
 
 Main entry: `main()`, this click command. The checks (`CHECKS`: name -> function) run one after
-another, the most important first. Each takes a `Given` (up to 60 encoded JPEGs, the other encoded
-images, the torch.device) and returns its answer, which is printed and written to FILE at once, or
-its error, so that a crash loses one check. Differences are in levels from 0 to 255, as [mean, 99th
-percentile, maximum] (`difference(images, expected)` of two uint8 arrays); people judge them: no
-difference makes the command fail.
+another, in this order. Each takes a `Given` (up to 60 encoded JPEGs, the other encoded images, the
+torch.device) and returns its answer. The answer, or the error that it raised, is printed (up to 900
+characters) and written to FILE at once, so that a crash loses one check. Differences are in levels
+from 0 to 255, as [mean, 99th percentile, maximum] (`difference(images, expected)` of two uint8
+arrays); people judge them: no difference makes the command fail.
 
 - `--images`: a folder of photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`.
 - `--json`: the file for the answers (check -> answer).
 - `--only`: a key of `CHECKS`, such as `operations` or `"damaged files"`; may be repeated. Default:
   all.
-- `--cpu`: compare the CPU operators with themselves: a test of this program, for a machine without
-  GPU.
+- `--cpu`: use DALI's CPU operators in place of the GPU's: a test of this program, for a machine
+  without GPU.
 
 The command fails if the check `operations` (each operation of the augmentation graph) was asked for
 and raised an error, if `jpeg/` has no file, or if there is no GPU and no `--cpu`.

@@ -5,11 +5,13 @@
 Main entry: `main()`, this click command. Three modes run in turn: `step` trains on a few batches
 that stay on the device, which is the upper limit; `loader` takes batches and does nothing with
 them; `full` is training as by `train.py`, with its functions, precision and compilation. A table
-with images/s, ms per step and waiting times is printed. So is the AU (accelerator utilization of
-MLPerf Storage): the time of a step in `step` divided by that in `full`. An AU of 1 means that the
-loader costs nothing; more than 1 is noise. Below `ENOUGH` the loader is the limit. No run is saved.
+with images/s, ms per step and waiting times is printed. So are the GPU memory of the loader and the
+AU (accelerator utilization of MLPerf Storage): the time of a step in `step` divided by that in
+`full`. An AU of 1 means that the loader costs nothing; more than 1 is noise. Below `ENOUGH` the
+loader is the limit. No run is saved.
 
-- `--shards`: the folder of a packed set (default: the sets of the recipe, below `--data`).
+- `--shards`: the folder of the only packed set to use, without replay (default: the sets of the
+  recipe, below `--data`).
 - `--data`: the folder of the packed sets (default `data/shards`).
 - `--recipe`: the recipe file (default `recipes/phase1.toml`). `--set KEY=VALUE` changes it; may be
   repeated.
@@ -20,9 +22,9 @@ loader costs nothing; more than 1 is noise. Below `ENOUGH` the loader is the lim
 `run(batches, use, stats, device, seconds)` measures one mode. It calls `use(batch)` for each
 `Batch` of the iterable `batches` until `seconds` have passed or the batches end. `stats` is a
 `LoaderStats(names of the sources)` of `pipeline.monitor`; `run()` passes the batches through it to
-time the waiting. `device` is the torch.device of the work. It returns a dict: the row of `stats`,
-`steps`, `images_per_s` and `ms_per_step`. The first `WARM_UP` batches are not counted, so more are
-needed.
+time the waiting. `device` is the torch.device of the work. It returns the dict of `stats.row()`
+with three more keys: `steps`, `images_per_s` and `ms_per_step`. The first `WARM_UP` batches are not
+counted, so more are needed.
 """
 
 import itertools

@@ -20,8 +20,9 @@ Main entries, called one after the other with the same folders:
   result) of each stage of `STAGES`. The result is a dict:
     - `lines`: what the stage said about the files, a list of dicts.
     - `bad`: a list with a pair for each crash and kill: the number of the file that the stage had
-      reached (when loading: of the batch), and the reason.
-    - `seconds`, and `peak`, the largest memory in bytes.
+      reached (when loading: of the batch; when packing: 0), and the reason.
+    - `seconds`: how long the stage took.
+    - `peak`: its largest memory in bytes (0 without Linux's `/proc`; then there is no limit).
     - `words`: how many lines the stage wrote to standard error (int).
 - `report(folder, stages, work)` takes `dict(run_all(...))` and both folders, prints the tables and
   returns the number of failures (int).

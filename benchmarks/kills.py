@@ -13,25 +13,28 @@ new folder for all files (default: a temporary one). A table with a `Row` per co
 and written to `--json`. The exit code is 1 if a file differs or a restarted command fails.
 
 Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
-kills (`landed`), `restarts`, number of compared `files`, and `differing`, a list of texts: the
-differences and the failures of restarted commands.
+kills (`landed`), `restarts`, number of compared `files` of one run, and `differing`, a list of
+texts: the differences and the failures of restarted commands (empty: all is well).
 
 - `name`: used in the names of folders and in messages.
 - `command`: a `Command(group, words, done)`: a click command, the list of its arguments (relative
-  paths are in the folder of the run), and a file or folder that exists once it has finished ("":
-  it can always run again).
-- `work`: an existing folder (Path) for all files. Folders that differ are kept; others are deleted.
+  paths are in the folder of the run), and a file or folder that exists once it has finished ("": it
+  can always run again).
+- `work`: an existing folder (Path), in which the folders of the runs are made. If one of them
+  exists, FileExistsError is raised. Only folders of killed runs that end with the same files are
+  deleted. The output of the command is in `FOLDER.log` next to each folder.
 - `times`: the number of kills that must hit a running process.
 - `rng`: a random.Random, which draws the moments.
 
-`write_inputs(folder, address)` writes the inputs of the six commands above to `folder` (an
-absolute, existing Path) and returns a dict, name -> `Command`. `address` is that of the server of
-`fetch`, which `with serving() as address` runs.
+`kill_often()` raises click.ClickException if the undisturbed command fails or takes more than
+`LIMIT_S` seconds, or if the command is so short that it nearly always ends before the kill.
 
-`kill_often()` raises click.ClickException if the undisturbed command fails or hangs, or if it is so
-short that it has nearly always ended before its kill. Processes are forked, so this needs Linux or
-macOS. The builder has no worker processes here (`--jobs 1`); `tests/sharding/test_build_robust.py`
-kills its workers.
+`write_inputs(work, address)` writes the inputs of the six commands above to `work` (an absolute,
+existing Path) and returns a dict, name -> `Command`. `address` is that of the server of `fetch`,
+which `with serving() as address` runs.
+
+Processes are forked, so this needs Linux or macOS. The builder has no worker processes here
+(`--jobs 1`); `tests/sharding/test_build_robust.py` kills its workers.
 """
 
 import contextlib

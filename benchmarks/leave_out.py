@@ -25,12 +25,14 @@ A dict is printed as JSON. Its keys:
 - "at 5 % over all": source -> share of its images called fake, at the threshold for 5 % false
   positives over all sources of reals together.
 - "within subjects": `auroc`, the mean over `clusters` clusters of similar images (by their
-  features) that have both classes. A head that recognizes nothing but the subject gets 0.5.
+  features), those with at least 8 images of each class. A head that recognizes nothing but the
+  subject gets 0.5.
 - "pooled": the AUROC of all images.
-- "threshold pooled", "threshold most_sources", "threshold worst_source": calibrations that keep to
-  the recipe's error rates over all images, in three quarters of the sources, or in every source.
-  Each has `temperature`, `threshold`, `band` ([low, high]: the probabilities called uncertain) and
-  `sources` (source -> `false_positive_rate`, `recall`, `uncertain` and numbers of images).
+- "threshold pooled", "threshold most_sources", "threshold worst_source": three calibrations. They
+  keep the recipe's error rates, in this order: over all images together; in three quarters of the
+  sources; in every source. Each has `temperature`, `threshold`, `band` ([low, high]: the
+  probabilities called uncertain) and `sources` (source -> `false_positive_rate`, `recall`,
+  `uncertain` and numbers of images).
 - "perturbed", with `--robustness`: perturbation -> `auroc`, `false_positive_rate`, `recall`.
 - "pairs left out", with `--pairs`: like "one left out", by heads trained without either source.
 """

@@ -18,7 +18,7 @@ Compare only the ratios to torchvision's loader (`BASE`) within one call. The ex
 loader failed.
 
 Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs each loader until it
-has `repeats` calm runs, but at most twice as often.
+has `repeats` calm runs, but at most `2 * repeats` times in all.
 
 - `names`: a list of keys of `benchmarks.contenders.CONTENDERS`, such as `["pil", "torchvision"]`.
 - `place`: an absolute folder (Path) that `pack()` or `unpack()` has filled, see below; logs are

@@ -4,12 +4,12 @@
 
 N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. There are `--repeats` rounds
 (default 3). In each, every contender runs once on a few images and once on all, with `--jobs`
-processes (default 2; the loop has one). The difference gives images/s without start-up. A table of
-speed, start-up seconds and memory is printed. `--json` gets the seconds and images/s of every run,
-and the memory. `build` decodes and checks every image, finds duplicates, hashes, packs and indexes.
-The loop packs images that Pillow can decode. img2dataset runs if its command is given
-(`--img2dataset`). The last contender shows the limit: it only reads the files and decodes them with
-simplejpeg.
+processes (default 2; the loop has one). The difference of the two times gives images/s without the
+time of the start. A table of speed, start-up seconds and memory is printed. `--json` gets the
+seconds and images/s of every run, and the memory. `build` decodes and checks every image, finds
+duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode. img2dataset
+runs if its command is given (`--img2dataset`). The contender with simplejpeg shows the limit: it
+only reads the files and decodes them.
 
 Main entry: `measure(raw, name, jobs, img2dataset)` runs one contender once, into a temporary
 folder.

@@ -9,14 +9,14 @@ workers)` loads the images with one library, as its documentation shows.
   `images/<class>/*.jpg` and the shard set `shards/bench`.
 - `workers`: the number of worker processes or threads (int, at least 1).
 
-It is a generator of ints: the number of images of each batch, for `EPOCHS` epochs in batches of
-`BATCH`; an incomplete last batch is left out. Both are constants of this module. The caller,
-`benchmarks.contenders`, sets them (`peers.BATCH = 256`) and measures the time. At the first batch,
-ImportError is raised if the library is not installed.
+It is a generator of ints: the number of images of each batch, for `EPOCHS` epochs (default 1) in
+batches of `BATCH` (default 30). To change these two constants, assign to the module before the
+call, as `benchmarks.contenders` does: `peers.BATCH = 256`. Incomplete batches at the end are left
+out. At the first batch, ImportError is raised if the library is not installed.
 
 LitData, Streaming and Energon read their own format: `prepare_litdata(place)`,
 `prepare_streaming(place)` or `prepare_energon(place)` must be called once before. It writes a
-folder in `place`, and returns nothing; it is not timed. A library without augmentation gets
+folder in `place` and returns nothing, or raises ImportError. A library without augmentation gets
 torchvision's transforms on Pillow images (`torchvision_policy()`). All batches are uint8, as in
 this project: normalization, which users of these libraries would add, is left out.
 """

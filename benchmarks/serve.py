@@ -9,20 +9,22 @@ Main entry: `main()`, this click command. Its arguments and options:
 - `--images` (default 128): number of photographs of FOLDER that are used;
 - `--rounds` (default 2): how often everything is measured;
 - `--json` (`out`; default: none): the JSON file to write the figures to;
-- `--checkpoint`: a checkpoint folder, a run's folder, or the name of a shipped detector. Default:
-  the newest run below `--runs` (default `runs`), or else the shipped detector;
+- `--checkpoint`: a checkpoint folder, a run's folder (its best checkpoint is taken), or the name of
+  a shipped detector. Default: the newest run below `--runs` (default `runs`), or else the shipped
+  detector;
 - `--device` (default `auto`) and `--batch-size` (default 32) of both programs.
 
-Each round runs the loop of `predict.py` over the files. Then 1, 8 and 32 clients send these files
-to `python -m serve` on loopback, one per request, with a connection each. After the rounds, each
-file below `--hostile` is sent alone: the status must be 200, 422 (unreadable) or 413 (too large),
-with the same error as in `predict.py`. At last the server gets SIGTERM during 16 requests.
+Each round runs the loop of `predict.py` over the files. Then the files are sent to `python -m
+serve` on this machine three times: by 1 client, by 8 and by 32 at the same time. Each client has
+its own connection and sends one file per request. After the rounds, each file below `--hostile` is
+sent alone: the status must be 200, 422 (unreadable) or 413 (too large), with the same error as in
+`predict.py`. At the end the server gets SIGTERM during 16 requests.
 
 A table of images/s, CPU milliseconds per image and response times is printed. `ratio` is the
 server's images per second divided by those of `predict.py`. `CPU ratio` is the CPU time per image
 of `predict.py` divided by the server's (without the clients); it is more reliable next to other
-programs. The largest difference of a probability is printed too. The exit code is 1 if an image
-got no answer with status 200, a hostile file is answered wrongly, or the server ends with an error.
+programs. The largest difference of a probability is printed too. The exit code is 1 if an image got
+no answer with status 200, a hostile file is answered wrongly, or the server ends with an error.
 
 The parts: `started(arguments, log)` starts the server with these options and returns (process,
 port). `files` is a dict, path -> bytes. `predict(detector, files, batch_size, out)`, `load(port,

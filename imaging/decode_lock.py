@@ -1,5 +1,5 @@
-"""Let one small and one large image be decoded at a time in this process, over all users of a web
-page.
+"""Limit decoding in this process to one small and one large image at the same time, for all users
+of the web page together.
 
 Main entry: `with decode_lock(data):`, a context manager around the decoding of an image file. It
 takes `data`, the bytes of the file, and yields nothing.

@@ -2,16 +2,16 @@
 
 Main entries, which take `data`, the bytes of a PNG file:
 
-- `chunks(data)` yields (kind, start, end) of each whole chunk: its type, such as b"IDAT", and where
-  it begins and ends in `data`, with its length and checksum. It stops after the chunk IEND or
-  before the first incomplete chunk. It yields nothing for bytes that are no PNG.
-- `essential(data)` returns the bytes of the PNG without its metadata chunks. Pixels are decoded
-  from these bytes, so that bad metadata does no harm. It raises `ValueError` if the image needs a
-  palette and has none.
+- `chunks(data)` yields (kind, start, end) of each whole chunk. `kind` is its type, such as b"IDAT".
+  `data[start:end]` is the whole chunk, `data[start + 8 : end - 4]` its content. It stops after the
+  chunk IEND or before the first incomplete chunk. It yields nothing for bytes that are no PNG.
+- `essential(data)` returns the bytes of the PNG with only the chunks of its pixels, without
+  metadata and animation. Pixels are decoded from these bytes, so that bad metadata does no harm. It
+  raises `ValueError` if the image needs a palette and has none.
 - `is_plain(data)` returns True if every decoder reads the same pixels: at most 8 bits per sample,
   not animated, no unknown, damaged or incomplete chunk.
-- `texts(data)` yields (keyword, content) of each text chunk: a str, and bytes as in the file. They
-  are UTF-8 in a chunk iTXt, else Latin-1; the pair does not say which, so the keyword must tell.
+- `texts(data)` yields (keyword, content) of each text chunk: a str, and bytes as in the file. These
+  are UTF-8 in a chunk iTXt, else Latin-1. The pair does not say which: the keyword must tell.
   Compressed content is unpacked, at most `MAX_TEXT_BYTES` of it; a chunk that cannot be unpacked is
   skipped.
 """

@@ -4,7 +4,7 @@ Main entries, all without arguments: `silence_pillow()` stops Pillow and its lib
 for the rest of the process. `without_warnings()` and `without_chatter()` are context managers that
 yield nothing and act until their block ends; several threads may use them at once. The first hides
 Python's warnings. The second drops the lines that native decoders (libjpeg, libpng, OpenCV,
-nvImageCodec) write to standard error; other lines are printed.
+nvImageCodec) write to standard error, and empty lines; other lines are printed.
 """
 
 import contextlib

@@ -5,13 +5,15 @@ returns uint8 (height, width, 3). It is not turned upright. Alpha is dropped. IC
 and gray images are ignored. CMYK is converted to sRGB by the ICC profile of the file, or without a
 usable profile by Pillow (docs/design.md explains why).
 
-Values of more than 8 bits are scaled to gray levels from 0 to 255, `BAND_PIXELS` at a time:
+Values of more than 8 bits are scaled to gray levels from 0 to 255 (in parts of `BAND_PIXELS`
+pixels, to save memory):
 
 - Floats: 255 is the largest value; 0 is zero or the smallest negative value.
-- Integers: 255 is the white level that the file declares (in a TIFF), else 65,535; 0 is the
-  declared black level, or zero. A white level that is not above the black level, or that is below
-  a value of the image, does not count as declared.
-- In a TIFF whose zero is white, the gray levels are then inverted.
+- Integers of a file that declares a white level (a TIFF): 255 is this level; 0 is the declared
+  black level, or zero. A white level that is not above the black level, or that is below a value of
+  the image, does not count as declared.
+- Other integers: 255 is 65,535; 0 is zero.
+- In a TIFF that stores white as 0, the gray levels are then inverted.
 
 `PixelError` (a `ValueError`) is raised in three cases:
 

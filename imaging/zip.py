@@ -7,7 +7,9 @@ Main entries: `members(archive, name)` yields a `ZipMember` for each file, sorte
   several volumes (X.z01, X.z02, ...), it is the path of the last one, X.zip.
 - `name`: a text, what error messages call the archive (default: its path).
 - `where`: the `where` of the file's `ZipMember`.
-- `version`: any text that changes when the archive changes (default "").
+- `version`: any text that changes when the archive changes (default ""). `read_member()` remembers
+  the volumes and sizes of each archive and version in this process; with the same `version`, it
+  does not notice a change. "" is right for an archive that stays as it is.
 
 A `ZipMember` has the file's `name`, its location `where` (a text), its `size` in bytes, and
 `excluded`: the reason if the file is not read (`HIDDEN`, encrypted, an unsafe path, ...), or "".

@@ -10,8 +10,8 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
   new run `--run`. `--trust-list` downloads C2PA's list of trust anchors instead. `--file FILE`
   takes the backbone or the list from a file that was downloaded by hand;
 - `embed [SET]... --recipe FILE` computes and stores (in the folder `features.store` of the recipe)
-  the features of the images that training with the recipe reads, and those of each further set
-  SET. `--set KEY=VALUE` changes the recipe, `--init-from` names other weights of the backbone (a
+  the features of the images that training with the recipe reads, and those of each further set SET.
+  `--set KEY=VALUE` changes the recipe, `--init-from` names other weights of the backbone (a
   checkpoint folder, a .safetensors file or a fetched backbone). `--engine ray` divides the work
   into `--jobs` tasks of the cluster of RAY_ADDRESS (default `local`: this process);
 - `curves RUN` plots the loss and the validation metrics of the run folder RUN as a PNG file,
@@ -21,18 +21,21 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
   `--weight`, 0 to 1, is the share of LAST (default 0.5);
 - `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
   (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
-  head without the backbone (`--head FOLDER`); at least one of the three. `--out` is by default
-  `onnx/` in the run's folder; the other two folders must be new or empty. `--images FOLDER` are
-  images to compare ONNX with PyTorch on (default: noise), `--report FILE` is the report.json for
-  the model card, `--hub-place OWNER/NAME@REVISION:FILE` the hub's file with the backbone of
-  `--head`;
+  head without the backbone (`--head FOLDER`); at least one of the three. With `--onnx`, the folder
+  of `--hub` gets the ONNX files too. `--out` is by default `onnx/` in the run's folder; the other
+  two folders must be new or empty. `--images FOLDER`, a folder of images or a shard set, is what
+  ONNX and PyTorch are compared on (default: noise). `--report FILE` is the report.json for the
+  model card. `--hub-place OWNER/NAME@REVISION:FILE` is, for `--head`, the place on the Hugging Face
+  Hub of the same backbone file;
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote; `--private` makes a new
   repository private.
 
-`--runs` (default `runs`) is the folder of all runs, `--data` (default `data/shards`) that of the
-shard sets. Each command prints its result, such as the path of a written file. An error is printed
+`--runs` (default `runs`; not of `curves` and `push`) is the folder of all runs. `--data` (default
+`data/shards`; of `embed` and `export`) is that of the shard sets. `--verbose` adds details to the
+log lines. Each command prints its result, such as the path of a written file. An error is printed
 in one line, with exit code 1 (2 for a wrong option). The constant `NAME` is the click option
-`--run`. `RunName` is its click type, which refuses names outside the folder of all runs.
+`--run` of `import` and `fetch`. `RunName` is its click type, which refuses names outside the folder
+of all runs.
 """
 
 from pathlib import Path

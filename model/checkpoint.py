@@ -2,20 +2,20 @@
 
 A checkpoint has `weights.safetensors` (timm's names), `state.pt` (only to resume training) and
 `meta.json` with the SHA-256 of every file (fields: `model/layout/meta.py`). A run is a folder of
-checkpoints, named `step_` and at least seven digits. All folders are `Path`s.
+checkpoints, named `step_` and at least seven digits. All folders, also `named`, are `Path`s.
 
 Main entries: `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, in place
-of an existing one: a `Detector` (of `network.py`), its `ResolvedRecipe`, a `Record`, the dict for
-`state.pt` or None, and pairs (epoch, key) of the old samples reused so far, or None (default). A
-`Record` has `step`, `epoch`, `selection` (the best checkpoint has the highest; or None) and the
-JSON dicts `metrics` and `data` (may be empty); its other fields have defaults.
-`load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta (dict).
-`find(runs, named=None, *, shipped=False)` returns a checkpoint. `named` is a checkpoint, a run (its
-best one is returned) or the name of a shipped detector. None: the best of the newest run below
-`runs`; without a run, if `shipped` is true, the default shipped one. Errors: `CheckpointError`, its
-subclasses `DamagedError` (a missing or changed file) and `NoCheckpointError` (no run, `named` is
-None); another `ValueError` if weights do not fit or a backbone is not fetched. `check()` raises if
-weights do not fit, `verify()` for a changed file. `best_of()`, `best_among()`: the best, or None.
+of an existing one, and returns nothing: a `Detector` (of `network.py`), its `ResolvedRecipe`, a
+`Record`, the dict for `state.pt` or None, and pairs (epoch, key) of the replayed samples, or None
+(default). A `Record` has `step`, `epoch`, `selection` (highest in the best checkpoint; or None) and
+JSON dicts `metrics` and `data` (may be empty); the rest has defaults. `CheckpointError` is raised
+if writing fails. `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess`
+and meta (dict). It raises `CheckpointError` without a usable checkpoint, its subclass
+`DamagedError` for a missing or changed file, another `ValueError` if weights do not fit or a
+backbone is not fetched. `find(runs, named=None, *, shipped=False)` returns a folder. `named`: a
+checkpoint, a run (its best) or a shipped detector, `Path("clip")`; else `CheckpointError`. None:
+the best of the newest run in `runs`; without one, the default shipped one if `shipped`, else
+`NoCheckpointError`. `check()` raises if weights do not fit, `verify()` for a changed file.
 """
 
 import contextlib

@@ -16,8 +16,8 @@ dtype and the reason for the choice, as text.
 
 `describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of one of these dtypes.
 `keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
-system; for a GPU it does nothing. `one_thread(active)` is a context manager: in its block torch
-computes with one CPU thread, if `active` (default True).
+system; for a GPU, or without glibc, it does nothing. `one_thread(active)` is a context manager: in
+its block torch computes with one CPU thread, if `active` (default True).
 """
 
 import contextlib

@@ -1,18 +1,19 @@
 """Build the network of a detector: a timm backbone with two outputs, real and fake, that normalizes
 its own input.
 
-Main entry: `build(network, pretrained, empty)` returns a `Detector` (a torch module) on the CPU.
+Main entry: `build(network, *, pretrained, empty)` returns a `Detector` (a torch module) on the CPU.
 
 - `network`: the recipe's `Network` settings, such as `Network(name="resnet50.a1_in1k")`, a name of
   timm.
-- `pretrained`: by keyword; True takes timm's weights (downloaded if not in the cache).
-- `empty`: by keyword; True leaves the weights uninitialized, to be loaded next (default: False). If
-  both are False, the weights are random.
+- `pretrained`: True takes timm's weights (downloaded if not in the cache). It has no default.
+- `empty`: True leaves the weights uninitialized, to be loaded next (default: False).
 
-It raises `NetworkError` (a `ValueError`) if timm does not know the network or its weights cannot be
-fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns float logits (B, 2),
-real and fake; `features()` returns the input of the head, (B, D), and `classify()` applies the head
-to it. `backbone` is the timm network in it.
+If both are False, the weights are random. Do not set both to True: the head may stay uninitialized.
+`build()` raises `NetworkError` (a `ValueError`) if timm does not know the network or one of its
+`options`, the network lacks the class token or the `blocks` that the settings ask for, or the
+weights cannot be fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns
+float logits (B, 2), real and fake; `features()` returns the input of the head, (B, D), and
+`classify()` applies the head to it. `backbone` is the timm network in it.
 
 `load_weights(net, weights, where, assign)` fills a `Detector` with `weights`, a dict from timm's
 names to tensors. The text `where` names their file in an error; with `assign`, the tensors are used
@@ -20,12 +21,14 @@ without a copy. `load_backbone_file(net, path)` fills it from an ImageNet `.safe
 without its classifier. Both raise `NetworkError` for wrong names or shapes. Four checks raise it
 before any work starts: `check_size()` if the network does not accept the image size,
 `check_weights_file()` and `check_backbone_file()` if a weights file does not match (only its header
-is read), and `check_pretrained()` if the Hub with timm's weights does not answer.
+is read), and `check_pretrained()` if timm's weights are not in the cache and their Hub does not
+answer. The network given to the first two is unusable afterward.
 
-`normalization(network)` takes the `Network` settings and returns mean and std of each channel.
-`classifier_names()` and `head_prefixes()` return names of the head's modules and parameters,
-`timm_license(name)` the license of timm's weights or None. `Backbone` is a type for the type
-checker only; `STAGE_HEAD` is the name prefix of a head of `heads.py`.
+`normalization(network)` takes the `Network` settings and returns mean and std, three numbers each.
+`classifier_names()` returns the names of the modules of timm's head, `head_prefixes()` the prefixes
+of the names of the head's parameters, `timm_license(name)` the license of timm's weights or None.
+`Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
+`heads.py`.
 """
 
 import contextlib

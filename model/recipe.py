@@ -5,8 +5,9 @@ Main entry: `Recipe`, one training run. `recipes.load(Recipe, path)` reads one f
 whose tables are its fields. Every field is passed by keyword; the first six are required.
 
 - `name`: a text, the name of the run and of its folder (a slash makes a subfolder).
-- `data`: a `Data`: `train` and `validate`, lists of names of shard sets (packed images), `policy`,
-  the name in `augment` of the policy for each source whose index names no other, and options.
+- `data`: a `Data`: `train` and `validate`, lists of names of shard sets (packed images); `policy`,
+  a key of `augment`; and options. `policy` is the default augmentation policy. It holds for each
+  source to which the index of its set gives no policy.
 - `augment`: a dict, policy name -> `AugmentPolicy` (`pipeline/augment.py`).
 - `network`: a `Network`: `name` (of a timm network), first weights, trained part; all have
   defaults.

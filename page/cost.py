@@ -5,9 +5,9 @@ Main entry: `show_threshold(detector)` puts the slider, a sentence (`rule()`) an
 that `page.detector.loaded_detector()` returns. The table is computed from the measured ROC curve in
 the detector's calibration; without a calibration, a warning replaces it.
 
-`moved(detector)` returns the detector with the threshold of the slider: both ends of its uncertain
-band are this threshold. If the slider was not moved or not yet drawn, it returns `detector` itself.
-`rule(detector)` returns a sentence: which probabilities give which verdict.
+`moved(detector)` returns the detector with the threshold of the slider and no uncertain verdict:
+both ends of its band are this threshold. If the slider was not moved or not yet drawn, it returns
+`detector` itself. `rule(detector)` returns a sentence: which probabilities give which verdict.
 
 `hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real photographs and 100
 fakes, how many get each verdict.

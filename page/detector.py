@@ -11,8 +11,8 @@ OSError, or anything that a damaged file causes. So catch `Exception` and pass i
 `why_not(error)`, which returns a text for the page: the reason and what to do.
 
 `folder_in(variable)` takes the name of an environment variable and returns the folder in it as a
-Path, or None if it is not set. It raises ValueError for an address or a path of anything else than
-a folder. A folder that does not exist is returned, too.
+Path, or None if it is not set. It raises ValueError if the variable holds an address (such as
+s3://...) or the path of something that is not a folder. The folder does not have to exist.
 """
 
 import os

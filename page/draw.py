@@ -1,11 +1,13 @@
 """Draw the web page from top to bottom; Streamlit calls this again after every change of an input.
 
 Main entry: `main()` takes and returns nothing. It is called from the script that Streamlit runs. It
-loads the detector (if that fails, the page shows why and nothing else), shows the uploader, scores
-the uploaded images, and shows the results, or the first screen if there are none.
+loads the detector, shows the uploader, scores the uploaded images, and shows the results, or the
+first screen if there are none. If the detector cannot be loaded, the page shows its title, the
+reason, and nothing else.
 
-`show_results(detector, files, scored)` shows the table (of two or more images), one image and the
-threshold slider, and returns a sentence for screen readers.
+`show_results(detector, files, scored)` shows a table (of two or more images), one image (the one
+that is chosen in the table) and the threshold slider. It returns a text for screen readers. Of a
+refused image only the reason is shown, and if all images were refused, there is no slider.
 
 - `detector`: the `ImageDetector` that `page.detector.loaded_detector()` returns.
 - `files`: a dict, file id -> uploaded file (Streamlit's `UploadedFile`).

@@ -1,14 +1,15 @@
-"""Put HTML on the web page (Streamlit), with untrusted text escaped by `Markup.format`.
+"""Put HTML on the web page, which Streamlit draws.
 
-Main entry: `show(html, where)` puts HTML on the page that Streamlit draws. It returns nothing.
+Main entry: `show(html, where)` puts HTML on the page and returns nothing. It escapes nothing.
 
-- `html`: the HTML as `Markup` (of markupsafe), such as `Markup("<p>{}</p>").format(name)`.
+- `html`: the HTML as `Markup` (of markupsafe). The caller escapes untrusted text with
+  `Markup.format()`, such as `Markup("<p>{}</p>").format(name)`.
 - `where`: the page element to fill, such as `st.empty()` of Streamlit. None, the default, puts the
   HTML at the end of the page.
 
-`icon(kind)` returns the HTML of an icon as `Markup`, for a kind of `style.css`: a value of `KINDS`
-or "warning". `KINDS` maps each verdict ("likely AI", "uncertain", "no sign of AI", and "unreadable"
-for a refused file) to its CSS class.
+`icon(kind)` returns the HTML of an icon as `Markup`. `kind` is a CSS class of `style.css`: a value
+of `KINDS`, or "warning". `KINDS` maps each verdict ("likely AI", "uncertain", "no sign of AI", and
+"unreadable" for a refused file) to its CSS class.
 """
 
 import streamlit as st

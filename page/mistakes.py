@@ -13,9 +13,13 @@ not raised.
 If the visitor presses the button, `SHA256.json` with the true label and the verdict, and on request
 a copy of the image, are written to the folder that the environment variable `DETECTOR_MISTAKES`
 (constant `MISTAKES`) names. Without the variable, it is `mistakes/`; with an empty one, the control
-is not shown. The control is shown only if no other machine can reach the page, because otherwise
-strangers could store labels and images here, only if the folder can be written, and not for an
-example image.
+is not shown.
+
+Three more conditions must hold for the control to be shown:
+
+- No other machine can reach the page; otherwise strangers could store labels and images here.
+- The folder, or the one in which it is to be made, can be written.
+- The image is not an example.
 
 `keep(folder, data, label, given, name)` writes these files without the page. It returns a `Report`:
 `html` (what was kept or why not) and a `sentence`. A right or uncertain verdict is kept only if the

@@ -19,9 +19,9 @@ Fields of a `Scored`:
 - `is_example`: True if the file is one of the page's own examples (`page/examples.py`).
 
 A file is refused if it cannot be decoded, if a side is below `MIN_SIDE_PX` pixels, or if the
-program is too busy. Its `Scored` has the reason in `prediction.error`; the fields after
-`prediction` are empty and `size` is (0, 0). Only a damaged list of trusted C2PA signers raises an
-error (`TrustListError`).
+program is too busy. Its `Scored` has the reason in `prediction.error`; `evidence`, `preview` and
+`thumbnail` are empty, `size` is (0, 0) and `is_example` is False. Only a damaged list of trusted
+C2PA signers raises an error (`TrustListError`).
 
 `score(detector, name, data)` scores one image file without Streamlit and returns its `Scored`.
 `name` is the file name to show, `data` the bytes of the file. `as_jpeg(picture)` encodes a Pillow

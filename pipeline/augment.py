@@ -7,9 +7,9 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
 - `policy`: position of each image's policy in `policies`, int (N,).
 - `preprocess`: side of the output and filter: `Preprocess(crop_size=256, interpolation="bicubic")`.
 - `widths`, `heights`: sizes of the upright images in pixels, int (N,).
-- `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples, repeat_index)`. `samples`:
-  row numbers, int (N,). `repeat_index`: how often each came before in the epoch, int (N,) (None,
-  the default: never).
+- `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples, repeat_index)`. `seed` and
+  `epoch`: ints from 0 on. `samples`: row numbers of the images, int (N,). `repeat_index`: how many
+  times each image was already used in this epoch, int (N,) (None, the default: never).
 - `partners`: a pair of int (N,): quality (0: none) and chroma (position in `imaging.jpeg.CHROMAS`)
   of a JPEG to which each image is compressed first. A quality above 0 replaces `whole_jpeg` of the
   policy. None (the default): no image has such a JPEG.

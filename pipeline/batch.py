@@ -14,19 +14,21 @@ The others are on the CPU, the first three as NumPy arrays:
 - `sources`: codes of their sources, int32 (B,): positions in `shards.codes("source")[1]`.
 - `replayed`: bool (B,), True for a sample of an old set, which phase 2 mixes with the new ones
   (`pipeline/replay.py`).
-- `failures`: a dict, position in the batch -> reason why the image cannot be decoded.
+- `failures`: a dict, position in the batch -> reason why the image cannot be read or decoded.
 - `timing`: a `BatchTiming`: `read_s` and `decode_s`, the seconds of reading and of decoding, and
-  `ready`, the number of batches that waited.
+  `ready`, the number of batches in the queue when this one was taken, decoded (Pillow) or only read
+  (DALI). Near 0: loading is slower than the use of the batches.
 
 A backend takes a `Request`, the encoded images of one batch, and returns `Pixels`: `images`, a
-tensor uint8 (B, size, size, 3) RGB, and `failures` and `timing` as above. A `Request` has
+tensor uint8 (B, size, size, 3) RGB, black where an image failed, and `failures` and `timing` as
+above. A `Request` has
 
 - `data`: a list of B image files as bytes.
 - `formats`: a list of B names, "JPEG", "PNG" or "WEBP".
 - `orientations`: a list of B EXIF orientations, 1 to 8 (1: upright).
 - `params`: an `AugmentBatch`, the augmentation parameters of the B images.
-- `failures`: as above, for images that cannot be read (default {}); `data` then has the bytes of
-  `PLACEHOLDER`.
+- `failures`: as above, for images that cannot be read (default {}). `data`, `formats` and
+  `orientations` then have the values of `PLACEHOLDER`.
 - `read_s`: seconds that reading took (default 0).
 
 `PLACEHOLDER` is the (bytes, format, orientation) of a black PNG. `LoadError`, a ValueError, means

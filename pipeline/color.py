@@ -1,4 +1,4 @@
-"""Compute color matrices: brightness, contrast, saturation and hue as one linear map of RGB values.
+"""Compute one color matrix per image that changes brightness, contrast, saturation and hue.
 
 Main entry: `color_matrices(brightness, contrast, saturation, hue)` takes four NumPy float arrays
 (N,), one value for each image.
@@ -10,7 +10,8 @@ It returns float32 (N, 12): for each image a 3 x 4 matrix, row by row. The rows 
 green and blue. A row has the factors of the old red, green and blue, and an offset that is added,
 for RGB values of 0 to 255.
 
-`IDENTITY` is the matrix that changes nothing, `GRAY` the one that makes an image gray.
+`IDENTITY` is the matrix that changes nothing, `GRAY` the one that makes an image gray; both are
+tuples of 12 numbers in this order.
 """
 
 import numpy as np

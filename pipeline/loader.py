@@ -23,14 +23,15 @@ and named in `Batch.failures`.
 - `start`: the step to begin with (default 0).
 
 `open_loader()` raises `LoadError` if the backend is not installed, a tar is missing or has another
-length, or shared memory has no room for even one of the workers that `loading` asks for.
-`batches()` raises `LoadError` with the first batch or a later one
+length, or shared memory has no room for even one of the workers that `loading` asks for. The errors
+of `batches()` come with the first batch or a later one:
 
-- if `epoch` has another batch size,
-- if a worker died, or no batch came in `loading.stall_error_s` seconds,
-- if more than 5 % of the samples so far (at least `MIN_SEEN`, or the epoch) cannot be decoded.
+- `LoadError`: the batch size of `epoch` is not `loader.global_batch`.
+- `LoadError`: a worker died, or no batch came in `loading.stall_error_s` seconds.
+- `LoadError`: more than 5 % of the samples so far cannot be decoded. This is checked once
+  `MIN_SEEN` samples were seen, and at the end of a whole epoch. One bad sample alone is no error.
+- `RuntimeError`: the GPU fails. `OSError`: too many files are open.
 
-It raises RuntimeError if the GPU fails, and OSError if too many files are open.
 `choose_backend(asked, device)` returns (backend, reason) for "auto", "dali" or "pil";
 `check_shards(shards)` is the check of the tars.
 """

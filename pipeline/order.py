@@ -13,17 +13,17 @@ shuffles the samples and drops a last partial batch. All arguments after the fir
 
 `evaluation_epoch(count, global_batch)` lists the samples 0 to count - 1 once, padded to whole
 batches. Both return an `Epoch`: `samples`, the row number (int64) at each global position, `valid`,
-False for padding, and `replayed`, True for old samples. They raise `OrderError` if there is no
-sample or, in training, less than a batch. `epoch.positions(step, rank, world_size)` returns the
-slice of one rank's batch. In each step, 2 ranks with 12 samples each together see the same samples
-as 1 rank with 24.
+False for padding, `replayed`, True for old samples, and `steps`, the number of batches. They raise
+`OrderError` if there is no sample or, in training, less than a batch. `epoch.positions(step, rank,
+world_size)` returns the slice of one rank's batch. In each step, 2 ranks with 12 samples each
+together see the same samples as 1 rank with 24.
 
 A run resumes from a dict: `state_of(epoch, step, index_sha256)` returns it for the `Epoch`, the
 next step and the set's hash (`ShardSet.sha256`). `check_state(state, seed=..., global_batch=...,
-index_sha256=...)` returns the (epoch, step) in it, and raises `OrderError` if one of these values
-or `ORDER_VERSION` is another. `repeat()` lists the samples of a source several times, `mixing_of()`
-measures how well an order is shuffled (`Mixing`), and `rng_of()`, `repeat_rng()` and `replay_rng()`
-return NumPy generators.
+index_sha256=...)` returns the (epoch, step) in it. It raises `OrderError` if the state has another
+seed, batch size or hash than these arguments, or another `ORDER_VERSION`. `repeat()` lists the
+samples of a source several times, `mixing_of()` measures how well an order is shuffled (`Mixing`),
+and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators.
 """
 
 import functools

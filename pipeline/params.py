@@ -8,8 +8,8 @@ augment, policy, preprocess, seed, view)` and `eval_params(shards, preprocess)`.
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
 - `augment`: a dict, name -> `AugmentPolicy` (ranges and probabilities), the `[augment.NAME]` tables
   of a recipe.
-- `policy`: the key in `augment` of the policy for each source for which the set's index names no
-  policy.
+- `policy`: the default policy, a key of `augment`, for each source to which the set's index gives
+  no policy.
 - `preprocess`: a `Preprocess` (sizes in pixels; pipeline/preprocess.py).
 - `seed`, `epoch`: the seed and the number of the epoch, ints from 0 on.
 - `view`: number of the view, from 0 on. View 0 is the center crop of evaluation.
@@ -17,7 +17,8 @@ augment, policy, preprocess, seed, view)` and `eval_params(shards, preprocess)`.
 Each returns a callable object (type `ParamsFor`), a `TrainParams` or, for evaluation and view 0, an
 `EvalParams`. Call it with two int64 arrays (B,): the rows of B images in the set, and how often
 each has already appeared in the epoch. It returns an `AugmentBatch`: the crop, flip, colors, ... of
-each of the B images, as columns. The object has the number of its view in `view`.
+each of the B images, as columns. Its attribute `view` is the number of the view: that of
+`view_params()`, 0 for `eval_params()`, and `epoch` + 1 for `train_params()`.
 
 `policies_of(shards, augment, policy)` returns a dict, source -> policy. It, `train_params()` and
 `view_params()` (except view 0) raise `LoadError` if the policy of a source is not in `augment`.

@@ -1,13 +1,18 @@
 """Decode and augment images on the CPU without DALI: the reference backend, which works everywhere.
 
-Main entry: `decode_request(request, shape)` returns `Pixels`: `images`, a CPU tensor uint8 (B,
-height, width, 3) RGB, `failures`, a dict, position in the batch -> reason, for images that cannot
-be read or decoded, or whose crop reaches outside the image (no error is raised; they are black),
-and `timing`.
+Main entry: `decode_request(request, shape)`.
 
 - `request`: a `Request` (pipeline/batch.py): encoded images of a batch with their formats,
   orientations and augmentation parameters.
 - `shape`: height and width of the output in pixels: `preprocess.shape`.
+
+It returns `Pixels`, whose fields are:
+
+- `images`: a CPU tensor uint8 (B, *shape, 3) RGB.
+- `failures`: a dict, position in the batch -> reason, for images that cannot be read or decoded, or
+  whose crop reaches outside the image. No error is raised; these images are black.
+- `timing`: a `BatchTiming` (pipeline/batch.py): `read_s`, copied from the request, and `decode_s`,
+  in seconds.
 
 `apply(pixels, params, out)` augments one decoded image. It returns nothing, and raises ValueError
 if the crop reaches outside the image.

@@ -6,16 +6,19 @@ Main entry: `write_preview(folder, out, recipe, policy, count, seed)` writes the
 - `folder`: folder of the shard set, a `Path`, or a `UPath` for an address.
 - `out`: `Path` of the PNG to write.
 - `recipe`: `Path` of the recipe file with the preprocessing and the augmentation policies.
-- `policy`: name of the policy for each source to which the set's index gives none. None: the one
-  that the recipe names.
+- `policy`: name of the policy for the sources that have no policy in the set's index. If it is
+  None, the policy that the recipe names (`data.policy`) is used.
 - `count`: number of samples.
 - `seed`: int from 0 on, which selects the samples and the augmentations.
 
-It returns two values: N, the number of samples shown (fewer than `count` in a smaller set), and the
+It returns a pair: N, the number of samples shown (fewer than `count` in a smaller set), and the
 absolute difference of the backends in gray levels, an int16 array (N, size, size, 3), where `size`
 is the recipe's `crop_size`. Without DALI, the difference is None, and only Pillow's images are
-shown. It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or
-decoded or a policy is missing, and `RecipeError` for a wrong recipe.
+shown.
+
+It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded or
+the recipe does not describe a policy that is used, and `RecipeError` if the recipe is missing or
+wrong, or names no policy while `policy` is None.
 
 `picture_of(rows)` arranges `Row`s, one per sample, in one picture. `Policies` is the part of the
 recipe that is read, and `words_of(params)` describes the parameters of one image in lines of text.

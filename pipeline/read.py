@@ -13,9 +13,9 @@ Main entry: `ShardReader(shards, *, verify_checksums, threads, cache)`.
 
 Its `read(samples)` takes row numbers of the set (a list or an int array) and returns a list: for
 each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object (returned, not raised)
-with the reason, such as a missing tar, an address that does not answer, another image size than in
-the index, or another SHA-256. It raises OSError if too many files are open. A reader works in any
-thread or process.
+with the reason, such as a missing or cut tar, an address that does not answer, another width or
+height in the image's header than in the index, or another SHA-256. It raises OSError if too many
+files are open. Several threads may use one reader, and it can be pickled or forked.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
 another length than in the index. `max_open()` is the number of tars that may be open at a time.

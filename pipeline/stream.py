@@ -15,10 +15,11 @@ Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened
 - `augment`: dict, name -> `AugmentPolicy` (`pipeline/augment.py`).
 - `policy`: the name in `augment` for sources that have no policy of their own in the set's index.
 - `seed`: an integer.
-- `repeats`: dict, source -> times per epoch, such as 2 or 0.5 (default: 1 for each).
+- `repeats`: dict, source -> how many times each of its new samples comes in an epoch, such as 2 or
+  0.5. A source that is not in it counts once (default: {}).
 - `views`: None (default): new augmentations in each epoch. A number n: each image has n fixed
-  augmentations; the epochs use the center crop and then each of these, in turn. 0: only center
-  crops.
+  augmentations. Epoch 0 uses the center crop, epochs 1 to n use the n augmentations, epoch n + 1
+  the center crop again, and so on. 0: only center crops.
 
 `Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the step `start`
 (counted over all epochs) to the end of the last one of `epochs` epochs. Started at any step, it
@@ -31,10 +32,11 @@ Errors:
 
 - `open_pool()`: `ShardError` or `OSError` if a set cannot be read.
 - `Stream.epoch(0)`: `OrderError` if the samples do not fill a batch, `LoadError` for an unknown
-  source in `repeats`. Call it before `batches()`.
+  source in `repeats`, `ValueError` if there is no old sample to replay. Call it before `batches()`.
 - `Stream.batches()`: `LoadError` if the policy of a source is not in `augment`, too many images are
   unreadable, or no batch comes in time.
-- `Stream.resume()`: `OrderError` if the state has other data, another seed or batch size.
+- `Stream.resume()`: `OrderError` if the state has other data, another seed or batch size, or was
+  made by a version of the program that orders samples in another way.
 - `evaluation_batches()`: `OrderError` if the set is empty; `LoadError` as above.
 """
 

@@ -15,9 +15,8 @@ as colors (`--real`, `--fake`, `--ink` ...).
   (recall of fakes, false positives of reals) against the amount of a perturbation, such as the JPEG
   quality. `lines` is a list of tuples: class ("real" or "fake"), pattern ("solid", "dashed" or
   "dotted"), list of x values, and list of as many rates, each 0 to 1 or None (no dot). `xlabel` is
-  the title of the x axis. `falling` reverses this axis, and `doubling` makes it logarithmic.
-
-The charts contain no text from users.
+  the title of the x axis, a fixed text: it also becomes an attribute, without escapes. `falling`
+  reverses this axis, and `doubling` makes it logarithmic (all x above 0).
 """
 
 import io

@@ -1,7 +1,7 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
 Main entries: `read_runs(paths, *, intersect=False)` returns a pair. The first entry is a list with
-a `Run` for each path (its name, its scores as a `ScoreTable`, its images per second or None),
+a `Run` for each path (`name`, `scores`: a `ScoreTable`, `images_per_s`, or None if unknown),
 reduced to the images that all runs could read. The second is a list of how many images of each run
 were left out.
 
@@ -11,13 +11,14 @@ were left out.
 It raises ValueError if a path has no scores, if the images differ and `intersect` is false, or if
 no image is in all runs.
 
-`side_by_side(runs)` of `model/evaluation/side_by_side.py` makes of these runs the dict `sets` (name
-of a set -> figures of each run), which the other functions take. `print_side_by_side(sets)` prints
-a table per set. `write_comparison(sets, runs, out)` writes the three files and returns a list of
-their paths, the page last.
+`side_by_side()` of `model/evaluation/side_by_side.py` takes the list of `Run`s and returns the dict
+`sets` (name of a set -> figures of each run), which the other functions take.
+`print_side_by_side(sets)` prints a table per set. `write_comparison(sets, runs, out)` writes the
+three files and returns a list of their paths, the page last.
 
 - `sets`: that dict.
-- `runs`: the `paths` of the runs, which are recorded in `comparison.json`.
+- `runs`: the list of paths that `read_runs()` took (not the `Run`s). They are recorded in
+  `comparison.json`.
 - `out`: the `Path` of the folder to write to, which is made if needed.
 
 `comparison_csv(sets)` and `comparison_page(sets, command)` return the CSV and HTML text; the page

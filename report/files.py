@@ -12,8 +12,9 @@ Main entry: `write_report(report, scores, data, out)`.
 
 It writes `report.json`, `figures.csv`, `robustness.csv` (if measured) and `report.html`, each
 atomically, and returns a list of their paths, the page last. The page shows the command line of
-this process. `ScoresError`, a ValueError, is raised for another file than `scores.parquet`, and
-OSError if a file cannot be read or written.
+this process. It raises `ScoresError`, a ValueError, if `scores` is not a file of scores, or one of
+another version, and OSError if a file cannot be read or written. `report.json` may have been
+written before.
 """
 
 import json

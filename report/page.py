@@ -1,7 +1,8 @@
 """Write `report.html`: the report of an evaluation as one page that loads nothing from the network.
 
 Main entry: `write_page(report, scores, shards, folder, command)` writes the CSV tables and the
-page, and returns a list of the paths of all files, the page last.
+page, and returns a list of the paths of all files, the page last. It raises OSError if a file
+cannot be written, and ValueError if a set of the report is not in the scores.
 
 - `report`: the report, a dict, content of `report.json`.
 - `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of

@@ -13,10 +13,11 @@ also calls the next two functions for each set that has these measurements. `ent
 - `print_comparison(before, after, changed)`: `before` and `after` are the scores of two runs on the
   same images, `ScoreTable`s from `shared_samples()` of `model/evaluation/compare.py`. `changed` is
   the list of changed verdicts, from `flips(before, after)` there. It prints the metrics of both
-  with the interval of each difference, the number of changed verdicts and the largest changes.
-  `ScoresError` is raised if a set has other reference reals in `after`.
+  with the interval of each difference, the number of changed verdicts and the largest changes. It
+  raises `ScoresError` if the false-positive rates of a set come from different real images in the
+  two runs.
 - `print_calibration(calibration)`: `calibration` is a fitted `Calibration` of `model/calibrate.py`.
-  It prints the temperature and the thresholds.
+  It prints the temperature, NLL and ECE before and after, the thresholds and the band.
 """
 
 from collections.abc import Mapping, Sequence

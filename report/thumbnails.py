@@ -17,7 +17,7 @@ a data: URL (text). Images that cannot be read or decoded are left out.
   one raises KeyError.
 - `mistakes`: any number of `Mistake`s.
 
-`MOST` is the number of pictures on a page.
+`MOST` is the largest number of pictures on a page.
 """
 
 import base64

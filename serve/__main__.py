@@ -3,13 +3,16 @@
 Main entry: `main()`, the click command, loads the detector and serves until SIGTERM or Ctrl-C. All
 options may be left out:
 
-- `--host`, `--port`: the address, 127.0.0.1 and 8000 by default; port 0 is any free one.
+- `--host`, `--port`: the address, 127.0.0.1 and 8000 by default. Port 0 is any free one; a log line
+  on standard error, "listening on http://HOST:PORT", has it.
 - `--checkpoint`: folder of a checkpoint or run, or name of a shipped detector. Default: the newest
-  run of the folder `--runs`, else the shipped detector.
+  run in the folder `--runs`, else the shipped detector.
+- `--runs`: the folder of training runs (default: `runs` in the current folder).
 - `--device` (auto, cpu, cuda or cuda:N) and `--batch-size` (images scored at once, default 32).
 - `--max-fpr`: the allowed share of real images that are called likely AI.
 - `--max-miss`: the allowed share of AI images that are called no sign of AI. Both shares are above
-  0 and below 0.5; the limits of the verdicts follow from them. Default: the checkpoint's limits.
+  0 and below 0.5. The scores at which the verdict changes are computed from them. Default: those of
+  the checkpoint.
 - `--max-mb`: the largest size of one request, 1 to 512 (default 50).
 - `--max-files`: the largest number of images of one request (default 64).
 - `--queue`: the largest number of images that wait, over all requests (default 256).

@@ -3,19 +3,21 @@
 Main entry: `fetch(url, limits, allowance, until)` returns the body as bytes.
 
 - `url`: the URL, text.
-- `limits`: the `Limits` of the server; only `allow_private_urls` is used.
+- `limits`: the `Limits` of the server; only `allow_private_urls` is used (True: hosts need not be
+  public).
 - `allowance`: `Allowance(limits)`, one for all URLs of a request. It holds how many bytes all URLs
   of the request together may still send, `limits.max_bytes` at first; its `take(size)` subtracts
   some, and raises `FetchError` if fewer are left.
 - `until`: the deadline, in seconds of `time.monotonic()`.
 
-It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (status 403) for a URL that must not
-be fetched, and `FetchError` for a URL that gives no body, too many bytes, or not in time.
+It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (status 403) for a URL that is not
+http or https, or whose host is not public. It raises `FetchError` (a `DecodeError`) for any other
+URL that gives no body, too many bytes, or not in time.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
-name is resolved once, all its IP addresses are checked (`is_public(address)`, a text), and the
-connection goes to a checked IP address. Every redirect is checked in the same way. Proxy settings
-of the environment are not used.
+name is resolved once, all its IP addresses are checked (`is_public(address)`, a text) unless
+private hosts are allowed, and the connection goes to one of these addresses. Every redirect is
+checked in the same way. Proxy settings of the environment are not used.
 """
 
 import contextlib

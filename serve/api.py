@@ -8,20 +8,23 @@ refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no A
 `Service(detector, limits, metrics)` starts the threads that score:
 
 - `detector`: an `ImageDetector`, from `load_detector()` of `model`.
-- `limits`: a `Limits` of `serve/limits.py`, such as `Limits(max_files=10)`; all fields have
-  defaults.
+- `limits`: a `Limits` of `serve/limits.py`, which must be given. `Limits()` has all defaults.
 - `metrics`: a `Metrics` of `serve/metrics.py` (default: a new one).
 
-`Service()` raises ValueError if the list of trusted C2PA signers is damaged.
+`Service()` raises ValueError if this machine's list of trusted C2PA signers cannot be used. That is
+the file that the variable DETECTOR_TRUST_LIST names, else the downloaded list, if there is one.
 
 While its attribute `stopping` is true, new requests are refused. `close()` stops its threads, and
 `not_ready()` returns why the server refuses new requests, or "".
 
-The coroutine `Service.predict(request)` takes a request (of FastAPI) with image files, one image or
-a list of URLs, and returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict,
-or error) for each image. If the only image cannot be read, the status is 422. It raises `Refused`
-with the HTTP status if the request is invalid or too large, or the server is busy, too slow or
-stopping; the application turns this into a JSON response (`Problem`).
+The coroutine `Service.predict(request)` takes a FastAPI request. Its body is a form with image
+files, one image, or (with `limits.allow_urls`) JSON with a list of URLs: `{"urls": [...]}`. It
+returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict, or error) for each
+image. If the only image cannot be read, the status is 422.
+
+It raises `Refused` with the HTTP status if the request is invalid, too large or not allowed, or the
+server is busy, too slow or stopping. The application turns this into a JSON response (`Problem`).
+It raises `ClientDisconnect` if the client is gone.
 
 The other classes, `STATUSES` and `BODY` describe requests and answers for the API's documentation.
 `Text` is a JSON response in UTF-8.

@@ -1,10 +1,12 @@
 """Make the HTML page `/docs` that documents the HTTP API.
 
-Main entry: `docs_page(document, limits)` takes the OpenAPI document of the API of `serve/api.py` (a
-dict, from `make_app(service).openapi()`) and the `Limits` of the server (such as the number of
-images in a request). It returns the page as HTML text: the routes, the fields of the answers and
-the limits, filled into the file `TEMPLATE`. The page has no scripts and loads nothing from other
-hosts.
+Main entry: `docs_page(document, limits)` returns the page as HTML text: the routes, the fields of
+the answers and the limits, filled into the file `TEMPLATE`. The page has no scripts and loads
+nothing from other hosts.
+
+- `document`: the OpenAPI document of the API of `serve/api.py`, a dict:
+  `make_app(service).openapi()`.
+- `limits`: the limits of the server, a `Limits` of `serve/limits.py`: `service.limits`.
 """
 
 from pathlib import Path

@@ -16,8 +16,9 @@ If the queue has no room for all of them, it raises `Refused` (status 429).
 read gets a row with the error. An unexpected error is raised by the future. The caller cancels the
 futures of a request that has ended; these images are not scored.
 
-`close()` scores the images that are already decoded, drops the others and stops the threads. The
-futures of dropped images never finish: call it when no request waits, or wait with a timeout.
+`close()` scores the images that are decoded or being decoded, drops the others and stops the
+threads. The futures of dropped images never finish: call it when no request waits, or wait with a
+timeout.
 
 Three properties: `is_full` tells whether the queue is full, `works` whether the scoring thread
 runs, and `retry_after` estimates the seconds until all waiting images are scored (1 to

@@ -3,12 +3,13 @@
 Main entries, of which the first two are coroutines:
 
 - `read_images(request, kind, limits)` reads a form or one image, and returns a list with an
-  `ImageFile` (`name`, and `read()`, which returns the bytes) for each image. The name of one image
-  is the parameter `name` of the URL.
+  `ImageFile` (`name`, and `read()`, which returns the bytes) for each image. A single image gets
+  its name from the parameter `name` of the URL, or without it the name "image 0".
 - `read_addresses(request, limits)` returns the list of URLs of a JSON body `{"urls": [...]}`;
   `serve/addresses.py` downloads them.
-- `kind_of(request)` returns the content type of the request: "multipart/form-data",
-  "application/json" (then call `read_addresses()`), or one of a single image (`RAW`).
+- `kind_of(request)` returns the content type of the request: "multipart/form-data" for a form,
+  "application/json" for a list of URLs (then call `read_addresses()`), or for a single image a type
+  that begins with a text of `RAW`, such as "image/png".
 - `size_of(request, kind, limits)` returns the size of the body in bytes from its Content-Length
   header, before it is read; without the header, it returns the largest size that is allowed.
 

@@ -2,11 +2,15 @@
 
 Main entry: `main()`, a click group. Each command parses its options, calls functions of the package
 and prints the result. An error is one line and exit code 1, a wrong command line 2, Ctrl-C 130.
-Shared options: --raw (`RAW`), for `build` and `list`: folder or address of the raw datasets
-(data/raw); `fetch` has its own --raw, only a folder. --catalog (`CATALOG`), for these three: a TOML
-file added to the built-in catalog (may be repeated). --jobs (`JOBS`), for `build` and `verify`:
-number of parallel tasks (default: one per core). --verbose, for all: more log lines. The commands
-and their other arguments and options (defaults in parentheses):
+Shared options (defaults in parentheses):
+
+- --raw (`RAW`), for `build` and `list`: folder or address of the raw datasets (data/raw). `fetch`
+  has its own --raw, only a folder.
+- --catalog (`CATALOG`), for `fetch`, `build`, `list`: a TOML file to add (may be repeated).
+- --jobs (`JOBS`), for `build` and `verify`: number of parallel tasks (one per core).
+
+Every command has --verbose (more log lines), and the arguments and options below. A packed set may
+be at an address.
 
     fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
                        --git-mirror: folder of local Git repositories named OWNER+NAME
@@ -20,10 +24,8 @@ and their other arguments and options (defaults in parentheses):
     list [SOURCE...]   print the known sources and the sets in the folder --out (data/shards), or
                        only all facts about each SOURCE
     verify FOLDER      check the set or sets there against their index; exit code 1 for faults
-    diff BEFORE AFTER  list the samples that differ between two sets, given as folders; exit code 1
-                       if any do
-    describe FOLDER    write a proposed catalog for a folder of images to the new file --out
-                       (my-catalog.toml)
+    diff BEFORE AFTER  list the samples that differ between two sets; exit code 1 if any do
+    describe FOLDER    write a proposed catalog for its images to a new file --out (my-catalog.toml)
     audit FOLDER...    write to the folder --out (data/audit) report.json and a PNG per set: how
                        well metadata alone separates real from fake images; --match: CSV file to
                        write, of samples that metadata does not separate; --seed (0)

@@ -1,14 +1,14 @@
 """Build shard sets: pack the images of raw datasets into tars, as a catalog describes them.
 
-Main entry: `build(catalog, raw, out, *, only, jobs, engine, tolerance, progress)`:
+Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolerance, progress)`:
 - `catalog`: from `read_catalog()`. `raw`, `out`: folders of raw data and of sets (`Path`, `UPath`).
 - `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
-- `tolerance`: `Tolerance(max_bad=0.01, allow_incomplete=False)`: largest fraction of unreadable
-  images; whether rules that match no file and training sets of one class are accepted.
-- `progress(what, total)` returns a context manager that yields `advance(n)`: n more images done.
-It writes `out/<set>/` and `out/.build`. It returns a `SourceScan` (with the `missing` sources) and
-a list of `BuiltSet` (`name`, `index`, `shards_written`). Errors: `CatalogError` (files do not fit),
-`RawError` (broken file), `ShardError` (bad images, one class, lost files), `ValueError`, `OSError`.
+- `tolerance`: default `Tolerance(max_bad=0.01, allow_incomplete=False)`: largest share of
+  unreadable images; whether catalog rules without files and training sets of one class are allowed.
+- `progress(what, total)`: optional; gives a context manager that yields `advance(n)`: n more done.
+It writes `out/<set>/`, `out/.build`. It returns a `SourceScan` (`missing` sources) and a list of
+`BuiltSet`. `CatalogError`: files contradict the catalog. `RawError`: broken file. `ShardError`: bad
+images, one class, lost images. `ValueError`: no Ray, big `jobs`. `OSError`: no access, other build.
 """
 
 import contextlib

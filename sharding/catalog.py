@@ -1,56 +1,61 @@
 """Read the catalog: TOML files that list each source with its real images, fake images and sets.
 
 Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all files to read, such as
-`[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. A missing file, and a wrong key, name,
-value, set or share in a file, raises `CatalogError`; a file that cannot be read, `OSError`. A later
-file overrides an earlier one key by key: to change one setting of a source in an earlier file,
-write only the header of its table and that key. `SHIPPED` are the paths of this program's own
-catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command passes them first. The fields
-of a `Catalog`:
+`[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. It raises `CatalogError` (a `ValueError`)
+if a file is missing, cannot be read, or has a wrong key, name, value, set or share. `SHIPPED` are
+this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command passes
+them first. A later file overrides an earlier one key by key: to change one setting of a source,
+write only the header of its table and that key. A file may name only sets of its own or of earlier
+files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a set of texts), and
+`sets`, `suites` and `reference`, which are dicts like the tables of the same names:
 
-- `sets`: dict from the name of a set to its split.
-- `sources`: dict from the name of a source to its `Source`.
-- `reference`, `suites` (dicts) and `exclude` (a set of hexadecimal texts): see below.
-
-A `Source` is one dataset; its fields are the keys of its table. A `Rule` selects its real or its
-fake images, a `Fetch` (with a `Git`) describes its download, and a `Table` its CSV files with one
-row per image. `shares(destination)` takes the `set` of a source or rule, a name or a dict, and
-returns `{set: share}`. An example of a catalog:
+    exclude = ["kept-for-testing.txt"]      # files of hashes, in the folder of this catalog
 
     [sets]                                  # name of a set = its split: train, val or test
     phase1 = "train"                        # each set becomes a folder of shards
     val = "val"
+    test = "test"
+    fakes = "test"
+
+    [suites]
+    all = ["test", "fakes"]                 # sets for `evaluate.py --suite all`
+
+    [reference]                             # for a set without real images: the set whose
+    fakes = "test"                          # real images give its false-positive rate
 
     [sources.my_photos]
-    root = "my-photos"                      # below the raw folder; default: the source's name
     license = "mine"
     set = { phase1 = 0.9, val = 0.1 }       # name of one set, or the share of the groups of each
     real = ["camera"]                       # folders; `*` matches within one part of a path
-    fake = [{ folder = "sdxl", generator = "sdxl" }]
-    group = '(\\d+)_\\d+\\.png$'              # optional: images with equal captures are a group
+    fake = [
+        { folder = "sdxl", generator = "sdxl" },
+        { column = "image", where = { label = 1 }, generator = "<model>" },  # parquet tables
+    ]
 
-Each group goes to one set, chosen by its hash. Without `group`, files that differ only in their
-suffix, and images of one table row, are a group. Labels come only from the rules. A zip archive is
-read like a folder. Parquet tables are read through rules with a `column`; a generator in angle
-brackets is the value of that column:
+An `exclude` file has a hash on each line: 16 or more hexadecimal digits, the first ones of the
+SHA-256 of an image that no set may contain. Names of sets and sources have lower-case letters,
+digits, `-` and `_`. A source must have `license`, `set`, and `real` or `fake`. All its keys:
 
-    fake = [{ column = "image", where = { label = "fake" }, generator = "sdxl" }]
-    fake = [{ column = "image", where = { label = 1 }, generator = "<model>" }]
+- `real`, `fake`, `ignore` (files of no class): lists of rules. A rule is a folder, or a table with
+  any keys of `Rule`: `folder`, `name` (pattern of the file name), `where` (column -> value in the
+  table), `generator`, `set`, `optional` (may match no file), `column`. With `column`, the images
+  are in that column of parquet tables, and a generator in angle brackets is a column, too.
+- `root`: its folder below the raw folder (default: its name). A zip archive is read like a folder.
+- `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
+  the path of an image. Images with equal captures are a group, which goes to one set as a whole.
+  `group_column`: the same for equal values of a parquet column. Without them, files that differ
+  only in their suffix, and images of one table row, are a group.
+- `table`: CSV files with one row per image: `name` (their pattern) and `key` (column of file
+  names).
+- `fetch`: the download, with exactly one of `hub`, `kaggle`, `urls`, `git` and `by_hand`.
+- `cap`, `expected`: numbers of images, `{ real = 1, fake = 1 }`: the most to take; those of a
+  complete download, which a build checks.
+- `policy`: name of the augmentation policy. `replay` (default true): phase 2 may replay it.
+- `test_only`: only for sets of the split test. `synthetic`: drawn to try out the commands.
+- `homepage` (without `https://`), `size`, `facts` (a list): texts for people, like `license`.
 
-A source with `test_only = true` was made to measure detectors: it may only go to sets of the split
-test. `[suites]` names lists of sets for `evaluate.py --suite`.
-
-A set without real images has no false-positive rate of its own. `[reference]` names the set whose
-real images are used instead:
-
-    [reference]
-    evalgen = "test"                        # evalgen has only fakes: take the real images of test
-
-`exclude` names files with hashes of images that no set may contain: one hash per line, at least the
-first 16 hexadecimal digits of the SHA-256. The files are in the folder of the catalog, and the key
-is above the first table of the TOML:
-
-    exclude = ["kept-for-testing.txt"]
+`shares(destination)` converts the `set` of a source or `Rule` to a dict, set -> share. The methods
+of `Source` return its rules, group patterns and sets in one form.
 """
 
 import re

@@ -7,16 +7,17 @@ Main entry: `decide(inventory, split_of, exclude)` changes nothing and returns a
   `group`, `label` and `destination` (JSON, a dict from set to share) are used.
 - `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`. It
   must have every set that a `destination` names (else `KeyError`).
-- `exclude`: a set of texts, the first hexadecimal digits (lower case) of the SHA-256 of images that
-  no set may contain; `exclude` of a `Catalog`. Default: empty.
+- `exclude`: a Python `set` of texts, the first hexadecimal digits (lower case) of the SHA-256 of
+  images that may go to no shard set; `exclude` of a `Catalog`. Default: empty.
 
 A `Decision` has five NumPy arrays with one value per row:
 
 - `wanted`: the set that the image was meant for.
 - `sets`: its final set, or "" if it is excluded.
 - `reasons`: why it is excluded, or "" if it is not.
-- `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real and
-  fake, it is another row with these bytes, which is excluded too.
+- `other`: the row of the image that is kept instead (or that was excluded itself as a copy of
+  another), or -1. If the same bytes are labeled real and fake, it is another row with these bytes,
+  which is excluded too.
 - `groups`: the name of its group.
 
 A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.

@@ -1,11 +1,13 @@
 """Check that a downloaded file has the content that its name and the catalog promise.
 
-Main entries, which return nothing, raise `FetchError` if the content is wrong, and leave the file
-as it is (`path` is a `pathlib.Path`; an unreadable file raises `OSError`):
+Main entries: two functions. They return nothing and leave the file as it is. They raise
+`FetchError` (a `ValueError`) if the content is wrong, and `OSError` if the file cannot be read.
+`path` is a `pathlib.Path`.
 
-- `check_content(path, suffix)` compares the first bytes of the file (of a zip archive, its end)
-  with the type that `suffix` names, such as ".zip"; "" means the suffix of `path`. Servers send web
-  pages instead of files. If the type is unknown, only web pages are refused.
+- `check_content(path, suffix)` checks that the file is of the type that `suffix` names, such as
+  ".zip"; "" means the suffix of `path`. It looks at the first bytes (in a zip archive, at the end).
+  A web page, which some servers send instead of the file, is refused, except as ".html" or ".htm".
+  If the type is unknown, anything else is accepted.
 - `check_hash(path, digest)` compares the file's SHA-256 with `digest`, the 64 hexadecimal digits
   (lower case) in the catalog.
 """

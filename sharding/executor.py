@@ -7,13 +7,14 @@ order of completion.
 - `function`: a function at module level (it is pickled).
 - `tasks`: an iterable of tuples, each with the positional arguments of one call.
 - `engine`: "local" (default) or "ray"; this type is `Engine`.
-- `jobs`: number of parallel tasks (default 0: one per core of the machine or cluster).
+- `jobs`: number of parallel tasks (default 0: one per core of the machine or cluster). With "local"
+  and 1, the tasks run in this process.
 - `on_gpu`: keyword; if true, each task gets one GPU if a Ray cluster has GPUs (default: false).
 
 When a task fails, its error is raised: tasks that have not started are dropped, and those running
 are awaited (local) or canceled (Ray). `ValueError` is raised if `engine` is "ray" and Ray is not
-installed, or if it is "local" and `jobs` is above 64 and above 8 per core. A task may write only to
-storage that every worker can reach.
+installed, or if it is "local" and `jobs` is larger than both 64 and 8 times the number of cores. A
+task may write only to storage that every worker can reach.
 """
 
 import contextlib

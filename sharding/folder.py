@@ -6,9 +6,10 @@ none, and both sets; existing sets are updated.
 - `folder`: the `Path` with the two subfolders; `CLASS_FOLDERS` are their allowed names.
 - `data`: the folder of all shard sets, a `Path`, or a `UPath` for an address.
 - `jobs`: number of processes (default 0: one per core).
-- `progress`: a function (default: no progress). `progress(what, total)` returns a context manager
-  for a progress bar. It yields a function, which is called with the number of images finished since
-  its last call.
+- `progress`: a function (default: no progress). `progress(what, total)` is called for each of up to
+  two stages: `what` is the label to show, "decoding" or "packing", `total` the number of images. It
+  returns a context manager, which yields a function. That function is called with the number of
+  images finished since its last call.
 
 It returns a `PackedFolder`:
 
@@ -18,12 +19,17 @@ It returns a `PackedFolder`:
 - `train_counts`, `validate_counts`: each [number of real images, of fake images].
 - `shards_written`: the number of shards that this call wrote.
 
-It raises `CatalogError` if a subfolder is missing, a class has fewer than `FEWEST` images, or a
-class has no image in one of the sets; `ShardError` if more than the fraction `MAX_BAD` of a set's
-images are unreadable, or packed images would be lost; `RawError` for a damaged archive (these three
-are `ValueError`s); and `OSError` if a file cannot be read or written, or another process packs the
-folder. About the fraction `HELD_OUT` of the images, in whole groups of related ones, goes to the
-validation set. Files below `data`:
+Errors, of which the first three are `ValueError`s:
+
+- `CatalogError`: a subfolder is missing, a class has fewer than `FEWEST` images, or, after packing,
+  a class has no image in one of the sets.
+- `ShardError`: too many images of a set are unreadable (more than one and more than the fraction
+  `MAX_BAD`, or all), a raw file changed meanwhile, or the update would drop packed images.
+- `RawError`: an archive is damaged.
+- `OSError`: a file cannot be read or written, or another process packs the folder.
+
+About the fraction `HELD_OUT` of the images, in whole groups of related ones, goes to the validation
+set. Files below `data`:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
     folders/<name>-<hash of the folder's path>/<name>            training set

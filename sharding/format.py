@@ -2,9 +2,10 @@
 table of samples.
 
 Main entries: `open_shards(folders)` takes a list of the folders of one or more sets, each a `Path`
-or, for an address, a `UPath` (no text), and returns them as one `ShardSet`. A sample is a row
-number of its `table`, a pyarrow table with the columns `SAMPLES_SCHEMA`. Only the column `shard`,
-the name of a tar, is replaced by `shard_code`, a position in the tuple `shards`. `column(name)`
+or, for an address such as `s3://...`, a `UPath`; a text is not accepted. It returns them as one
+`ShardSet`, the rows in the order of `folders`. A sample is a row number of its `table`, a pyarrow
+table with the columns `SAMPLES_SCHEMA`. There is one difference: instead of `shard`, the name of a
+tar, the table has `shard_code`, the position of this name in the tuple `shards`. `column(name)`
 returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake), `codes(name)` a
 column of names as (int32 codes, names), and `text(name, sample)` one value of a text column.
 

@@ -4,15 +4,26 @@ Main entries: `ask(session, url, path, sha256)` asks the server for the size and
 file, and returns a `Remote`. `download(session, remote, progress)` downloads the rest of this file
 and returns nothing.
 
-- `session`: a `requests.Session`.
-- `url`, `path`: the address of the file, and the `Path` that it gets. Until it is complete, it is
-  called `<name>.partial`.
-- `sha256`: the SHA-256 that the catalog gives, or "".
-- `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
-  called for n more MiB.
+- `session`: a `requests.Session` with `session.headers["Accept-Encoding"] = "identity"`, so that
+  the server states the lengths of uncompressed files.
+- `url`: the address of the file, a text.
+- `path`: the `Path` to save the file at, in an existing folder. An incomplete file is saved next to
+  it as `<name>.partial`.
+- `sha256`: the expected SHA-256, 64 hexadecimal digits, or "" (not checked).
+- `progress`: `progress(label, total)` returns a context manager that yields `f`. `total` is the
+  size in whole MiB, or None if it is not known; `f(n)` is called for n more MiB (a float).
 
-`FetchError` is raised if the server gives no length, bytes are missing, or the content is wrong (a
-file with wrong content is deleted); errors of requests and `OSError` pass through.
+A `Remote` has the three last arguments of `ask()`, `size` (bytes, None if not known), `version`
+(the ETag, "" if there is none) and `partial` (the `Path` of the incomplete file). `download()`
+resumes any incomplete file that it finds. So the caller must keep the `version` of a download that
+was begun, and delete `partial` before the next one if the version is another or "".
+
+`download()` raises `FetchError` if bytes are missing, the content is wrong (the file is then
+deleted), or the response has no length and is not chunked. Errors of requests (no connection, an
+HTTP error) and `OSError` pass through. `ask()` raises only errors of requests, and of the HTTP
+errors only 429, 500, 502, 503 and 504.
+
+`size_of(path)` returns the size of a file in bytes, or 0 if there is none. `MIB` is 2**20.
 """
 
 from collections.abc import Callable

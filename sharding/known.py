@@ -3,15 +3,20 @@ into shard sets, and what the catalog says about it.
 
 Main entries; nothing is printed or written:
 
-- `rows_of(catalog, raw, packed)` takes a `Catalog`, the folder `raw` of the unpacked sources (a
-  `Path`, or a `UPath` for an address), and `packed`, a dict from the name of a source to a list of
-  texts, one per shard set with images of this source (such as "val 1,200"). Sources that are not
-  packed may be absent. It returns a list of rows, one per source; a row is a list of texts, with
-  the headings `COLUMNS`.
-- `facts_of(name, catalog)` returns what the catalog says about one source (page, license, size,
-  ...) as a list of lines, or raises `CatalogError` for an unknown name.
-- `sets_of(source)` takes a `Source` of the catalog (`catalog.sources[name]`) and returns the sorted
-  names of the sets that its images may go to.
+- `rows_of(catalog, raw, packed)` returns a list of rows, one per source. A row is a list of texts
+  with the headings `COLUMNS`; "-" stands for nothing.
+- `facts_of(name, catalog)` returns what the catalog says about the source `name` (page, license,
+  size, ...) as a list of lines. It raises `CatalogError` for an unknown name.
+- `sets_of(source)` returns a sorted list of the names of the sets that the images of a source may
+  go to.
+
+Their arguments:
+
+- `catalog`: a `Catalog`, from `read_catalog([BUILT_IN])` of sharding/catalog.py, or of other files.
+- `raw`: the folder of the unpacked sources, a `Path`, or a `UPath` for an address.
+- `packed`: a dict from the name of a source to a list of texts, one per shard set with images of
+  this source, such as "val 1,200". Sources that are not packed may be absent.
+- `source`: a `Source`, `catalog.sources[name]`.
 """
 
 from collections.abc import Mapping

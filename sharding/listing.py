@@ -2,28 +2,29 @@
 
 Main entry: `list_source(name, source, raw)`. It reads no image.
 
-- `name`: the name of the source.
-- `source`: its `Source`, `catalog.sources[name]`.
+- `name`: the name of the source; `source`: its `Source`, `catalog.sources[name]`. `catalog` is what
+  `read_catalog()` in sharding/catalog.py returns.
 - `raw`: the folder of the raw datasets, a `Path`, or a `UPath` for an address.
 
-It returns a `Listing`: `items`, an `Item` for each image (`path`; `label`, 0 real or 1 fake;
-`generator`; `group`; `destination`, the dict set -> share as JSON text; and more); `excluded`, a
-dict from each reason to {"files": number, "first": first `NAMED` names}; `read_as`, a dict, rule
-(or note that a table or row is missing) -> number of images; and `unmatched`, the rules without a
-file. A label comes from whole parts of the path, ignoring case, or from the columns of a table. Of
-several matching rules, the one with the deepest folder is used; for the rows of a parquet table,
-the first.
+It returns a `Listing` with these fields:
 
-It raises `CatalogError` if an image matches a real and a fake rule of equal depth, or a parquet row
-matches both (labels are never guessed); if there are images but no rule matches any; or if a table
-is damaged or lacks a column that a rule names. Unreadable files and folders raise `RawError` or
-`OSError`.
+- `items`: an `Item` for each image that a rule matches: `path`, `label` (0 real, 1 fake),
+  `generator`, `group`, `destination` (a JSON text of the dict set -> share), `excluded` (why the
+  image must not be read, else "") and more.
+- `excluded`: other files, a dict, reason -> {"files": number, "first": first `NAMED` names}.
+- `read_as`: a dict, rule (or note that a table or row is missing) -> number of images.
+- `unmatched`: rules without a file (an optional one only if its class has none).
+
+A label comes from whole parts of the path, ignoring case, or from the columns of a table. Of
+several matching rules, the one with the deepest folder is used; for parquet cells, the first.
+`CatalogError` is raised if an image matches a real and a fake rule of equal depth, or a parquet
+cell matches both; if there are images but no rule matches any; if a table is damaged, or lacks the
+key column (CSV) or a column of a rule (parquet); `RawError` or `OSError` for unreadable files.
 
 `capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in whole groups, in
-place. `choose_set(group, share_of)` takes the name of a group (related images) and a dict from set
-to share. It returns the name of the group's set, chosen by the group's hash (`hash_point()`, 0 to
-1). `folder_pattern(folder)` compiles a rule's folder to a regular expression, and
-`class_names(schema, column)` returns the class names of a parquet column.
+place. `choose_set(group, share_of)` returns the set of a group (related images), chosen by its hash
+(`hash_point()`, 0 to 1); `share_of` is a dict, set -> share. `folder_pattern(folder)` compiles a
+rule's folder, and `class_names(schema, column)` returns the class names of a parquet column.
 """
 
 import contextlib

@@ -2,25 +2,25 @@
 
 Main entry: `plan_shards(samples, split)`.
 
-- `samples`: a pyarrow table with one row per sample. It has `key`, made by `sample_key()`,
-  and these columns of sharding/inventory.py: `source`, `origin` (path of the image, for people),
-  `path` and `member` (location of the bytes), `stored` (size in bytes), `sha256`, `label`,
-  `generator`, `group` and `transcoded_from`. Other columns are not used.
+- `samples`: a pyarrow table with one row per sample. It has `key`, made by `sample_key()`, and
+  these columns of sharding/inventory.py: `source`, `origin` (the image's own path below the raw
+  folder), `path` and `member` (the file with the bytes and the place in it), `stored` (size in
+  bytes), `sha256`, `label`, `generator`, `group` and `transcoded_from`. Other columns are not used.
 - `split`: the name of the split, such as "train".
 
 It returns a list of `ShardPlan`, one for each tar to write:
 
 - `name`: file name of the tar, `<source>-<split>-<NNNNN>.tar`.
 - `source`: its source.
-- `rows`: NumPy array of the row numbers of its samples in the table.
+- `rows`: NumPy array of the row numbers of its samples in the table, in the order of the tar.
 - `fingerprint`: a hash of the tar's name and of the values of its rows (with the SHA-256 of each
-  image); a build compares it to find out whether a shard is up to date.
+  image, without `path`, `member` and `stored`). A build compares it to find out whether a shard is
+  up to date.
 
 A shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a
 shard of its own. If two samples have the same key, `ValueError` is raised.
 
-`sample_key(source, origin)` returns the key of a sample: its source and a hash of `origin`, the
-path of the image below the raw folder.
+`sample_key(source, origin)` returns the key of a sample: its source and a hash of `origin`.
 """
 
 import hashlib

@@ -20,9 +20,9 @@ bytes, or a `DecodeError` (not raised) that says why it cannot be read. It raise
 file cannot be read. Nothing is unpacked to disk.
 
 To read a cell of a parquet table, `member` is "<row group>:<row in the group>:<column>", as
-sharding/listing.py lists cells. Adjacent cells of a row group are read together; they must be in
-ascending order of rows. `read_all()` raises `RawError` if a table has fewer rows than when it was
-listed.
+sharding/listing.py lists cells. Cells of one row group that follow each other in `rows` are read
+together. They must be sorted by the row in the group; this is not checked. `read_all()` raises
+`RawError` if a table has fewer rows than when it was listed.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the name of the folder `root` below `raw` as it is on disk, where macOS may have decomposed its

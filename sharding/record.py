@@ -1,19 +1,22 @@
 """Record which files builds wrote into a set's folder, so that builds never touch other files.
 
 The record is `written.json` in the folder `marks` (`.build/<set>/` below the output). `folder` is
-the set's folder; both are paths. Main entries:
+the set's folder. Both are `Path` or `UPath`. Main entries, which raise `ShardError` if they read a
+damaged record:
 
 - `read_record(marks)` returns the file names in the record, a set of texts (empty if there is no
-  record), or raises `ShardError` if it is damaged.
+  record).
 - `write_record(marks, names)` replaces the names in the record by those in the set `names`. A build
   does so before its first file, so that the next build recognizes the files of a killed one.
-- `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder has a shard, a table
-  or index of a set, or an unfinished file that is not recorded.
+- `refuse_foreign_files(folder, marks)` raises `ShardError` if the set's folder contains a file that
+  is not recorded and is of one of these kinds: a tar or its `.idx`, a file of `SET_FILES`, or an
+  unfinished file. It returns nothing.
 - `remove_earlier(folder, marks, shards)` takes the set `shards` of the names of the tars to keep.
   In `folder`, it deletes the recorded files that are not in `files_of(shards)`. In `marks`, it
   deletes every file but the record and those of these tars. Then it writes `files_of(shards)` as
   the record.
-- `files_of(shards)` returns the names of all files of a set with these tars.
+- `files_of(shards)` takes the names of tars and returns the set of the names of all files of a set
+  with these tars.
 - `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an
   unfinished file counts as that of the finished one.
 """

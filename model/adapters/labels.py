@@ -1,12 +1,15 @@
 """Find out which outputs of an image classifier mean AI-generated, from the words of their labels
 or from the user's choice.
 
-Main entry: `fake_indices(labels, asked, where)` takes `labels`, the label of each output (index ->
-text), `asked`, the labels that the user named with `--fake-label` (may be empty), and `where`, the
-name of the classifier for messages. It returns the list of indices of the outputs that mean
-AI-generated. If the user named labels (upper or lower case), these mean AI-generated and all others
-real. If not, the words of each label decide: `meaning_of(label)` returns `fake`, `real` or "" for
-one label, by `FAKE_WORDS` and `REAL_WORDS`; "" also if it has a word of `NEGATIONS` ("not real").
+Main entry: `fake_indices(labels, asked, where)` takes `labels`, a dict with the label of each
+output (index -> text), `asked`, a list of the labels that the user named with `--fake-label` (may
+be empty), and `where`, the name of the classifier for messages. It returns the list of indices of
+the outputs that mean AI-generated.
+
+If `asked` has labels, exactly these mean AI-generated; case is ignored. If it is empty, the words
+of each label decide. `meaning_of(label)` returns "fake" or "real" for a label with words of either
+`FAKE_WORDS` or `REAL_WORDS`. It returns "" for a label with words of both or neither, or with one
+of `NEGATIONS` ("not real").
 
 `fake_indices()` raises `DetectorError` if a named label does not exist, if no label is named and
 the words of a label do not decide, or if all of several outputs are of one class. A classifier with

@@ -6,9 +6,10 @@ Main entry: `resolved(recipe)` takes a `Recipe`, the settings of a training run
 for `preprocess.crop_size` and `preprocess.resize_size` (pixels), `preprocess.interpolation` (the
 resize filter), and `network.mean` and `network.std` (three numbers each, for pixels from 0 to 1).
 Settings that the recipe gives are kept. For a network that is built for one size, `network.options`
-gets the entry `img_size` if the crop has another size. It raises `NetworkError` if timm does not
-know the network, and `ValueError` if the crop is smaller than 16 pixels or larger than the resized
-image.
+gets the entry `img_size` if the crop has another size. It raises `NetworkError` (a `ValueError`) if
+timm does not know the network, its configuration (of `hf-hub:OWNER/NAME` or `local-dir:FOLDER`)
+cannot be read, or it is not for RGB images. It raises `ValueError` if the crop is smaller than 16
+pixels or larger than the resized image.
 
 `describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns a list of lines for the user: the
 preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)` takes

@@ -23,17 +23,21 @@ raises no errors of its own.
 
 `group_rows(groups, sources, labels)` takes three int64 arrays (N,): numbers that stand for the
 group and the source of each image, and 0 real, 1 fake. `intervals(images, groups, resamples)` takes
-the `Images` and the values of one key, and returns a dict, metric -> [low, high], the middle 95 %.
+the `Images` of one key, the `Groups`, and the entry of this key in the result of `resample()` (a
+dict, metric -> values). It returns a dict, metric -> [low, high], the middle 95 %.
+
 `interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
 number of groups that it depends on, and its lowest and highest possible value (default 0 and 1; ()
-if it has no bounds). It returns None for fewer than two groups, or if most values are NaN;
-`intervals()` leaves out such a metric.
+if it has no bounds). It returns None for fewer than two groups, or if more than half of the values
+are NaN; `intervals()` leaves out such a metric.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
-section 3.8), separately for each source and mix of classes. If both ends are 0 or both are 1, one
-of them is replaced by the exact bound, at a distance of 1 - (0.05 / 2) ** (1 / groups) from the
-other (Clopper and Pearson, 1934).
+section 3.8). This is done separately for each source, and within a source for the groups with only
+reals, with only fakes, and with both. (Such parts with a single group are put together.)
+
+An interval [0, 0] or [1, 1] at a bound of the metric is replaced by the exact one (Clopper and
+Pearson, 1934): [0, d] or [1 - d, 1], where d is 1 - (0.05 / 2) ** (1 / groups).
 """
 
 import math

@@ -12,7 +12,7 @@ it; all get the result.
   network, `DetectorScorer` of `others.py` for other detectors).
 - `shards`: an opened set of packed images, from `open_shards([folder])` of `sharding/format.py`.
 - `perturbations`: a list of `Perturbation` with `ORIGINAL` in it, such as `PERTURBATIONS` of
-  `pipeline/perturb.py`. Without `ORIGINAL` it raises `ValueError`.
+  `pipeline/perturb.py`. Without `ORIGINAL` it raises `ValueError`, but only after the scoring.
 - `temperature`: the logits are divided by it (1.0: unchanged).
 - `threshold`: the decision threshold on the resulting probability.
 - `per_class`: the most images of each class, those with the smallest SHA-256.
@@ -22,18 +22,21 @@ It writes nothing and returns the entry `robustness` of `report.json`, a dict:
 
 - `images`, `of`, `unreadable`: the numbers of scored images, of images in the set, and of chosen
   images that cannot be decoded.
-- `perturbations`: a list of dicts, one per perturbation, from `measure_perturbations()`.
+- `perturbations`: a list of dicts, one per perturbation, from `measure_perturbations()` of
+  `robustness.py`: `name`, `images`, metrics such as `recall`, `intervals`, `flip_rate` (share of
+  changed verdicts), `shift` and more.
 - `codec_swap`: a list of dicts, one per re-encoding, from `measure_swaps()`.
-- `containers`: a dict, "real" and "fake" -> the usual compression of this class, or None. It is a
-  dict: the fields of `Container`, and `name`.
+- `containers`: a dict, "real" and "fake" -> the usual compression of this class, or None. The
+  compression is a dict: the fields of `Container`, and `name`, such as "JPEG 90 420".
 
 A `Container` is the most common lossy format of a class (JPEG or WebP, with quality).
 `container_of(shards, samples)` returns the `Container` of these images (row numbers, int64), or
-None if none is lossy; then the other class is not re-encoded in this way. A `Swap` is one
-re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the list of
-swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
-`PerturbedScores`, the swaps and the `group_codes()` of the set. It returns a list with a dict per
-swap: `name`, `what`, `images`, `shift` per class, and the metrics `before` and `after`.
+None if none is lossy (images converted by the build do not count); then the other class is not
+re-encoded in this way. A `Swap` is one re-encoding. `plan_swaps(shards, samples)` returns the
+containers (a dict by class) and the list of swaps. `measure_swaps(perturbed, swaps, groups, *,
+temperature, threshold)` takes the `PerturbedScores`, the swaps and the `group_codes()` of the set.
+It returns a list with a dict per swap: `name`, `what`, `images`, `shift` per class, and the metrics
+`before` and `after`.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,26 +3,36 @@ images whose verdict changed.
 
 Main entries: `shared_samples(*tables, intersect=False)` takes two or more `ScoreTable`, one
 argument each (from `read_scores(path)` of `scores.py`: a row per image, with label and
-probability). It returns a tuple of them, each with only the images that every evaluation could
-read, in the same order. It raises `ScoresError` (a `ValueError`) if the tables have different
-images and `intersect` is false, no image in common, or different labels.
+probability). It returns a tuple with a reduced copy of each table. The copies have the same images
+in the same order: those that every evaluation could read. It raises `ScoresError` (a `ValueError`)
+if the tables have different images and `intersect` is false, no image in common, or different
+labels.
 
-`compare(before, after)` takes two of these returned tables. It returns a list with a `Line` for
-each set, for each of its sources (if it has several) and for each generator: `set`, `kind`, `name`
-of the source or generator, `images` (their number) and `changes`. `kind` is `sources` or
-`generators`; for a whole set it is `overall`, or `reference` if the real images come from another
-set. `changes` is a dict, metric of `COMPARED` -> `Change`, or None if a table lacks the metric. A
-`Change` has `before`, `after`, and the interval `low` to `high` of after - before (None: no
-interval). It raises `ScoresError` if the false-positive rates of a set come from different real
+`compare(before, after)` takes two of these copies. It returns a list with a `Line` for each set
+that both evaluations measured, for each of its sources (if it has several) and for each generator.
+Fields of a `Line`:
+
+- `set`: the name of the set.
+- `kind`: `sources` or `generators`; for a whole set `overall`, or `reference` if the real images
+  come from another set.
+- `name`: the name of the source or generator, "" for a whole set.
+- `images`: the number of images.
+- `changes`: a dict, metric of `COMPARED` -> `Change`, or None if a table lacks the metric. A
+  `Change` has the values `before` and `after`, and the interval `low` to `high` of after - before
+  (both None: no interval). The intervals come from bootstrap resamples that are the same for both
+  evaluations, so the variation between images does not widen them.
+
+`compare()` raises `ScoresError` if the false-positive rates of a set come from different real
 images (reference reals).
 
-`flips(before, after)` takes the same tables. It returns a list of `Flip`, one per image whose
-verdict (fake or not, at each table's own threshold) changed (`before` and `after` are
-probabilities), the largest change of the probability first; `fixed` means that it was wrong and is
-right now. `count_flips(before, changed)` takes the earlier table and the list from `flips()`. It
-returns a list with a tuple per set and class: (set, "real" or "fake", images, flips to wrong, flips
-to right). Both evaluations use the same bootstrap resamples, so the variation between images does
-not widen the intervals.
+`flips(before, after)` takes the same two tables. It returns a list with a `Flip` for each image
+whose verdict (fake or not, at each table's own threshold) changed, the largest change of the
+probability first. The fields `before` and `after` of a `Flip` are its probabilities; `fixed` is
+True if the verdict was wrong and is right now.
+
+`count_flips(before, changed)` takes the earlier table and the list from `flips()`. It returns a
+list with a tuple per set and class: (set, "real" or "fake", images, flips to wrong, flips to
+right).
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,19 +11,25 @@ Main entry: `score_shards(detector, shards, dist, on_images)` scores every image
 - `on_images`: None (default), or a function that is called after each batch with the number of
   images that this process did since its last call.
 
-It returns `Scores`: `samples` (row numbers), `labels` (0 real, 1 fake), `logits` (float32, before
-the temperature) and `failures` (a dict, row number -> reason). A score that is not finite is a
-failure, not an error.
+It returns `Scores`, three arrays with one value per image and a dict:
+
+- `samples`: row numbers in the set, rising.
+- `labels`: 0 real, 1 fake.
+- `logits`: float32, the logit of fake minus that of real, before the temperature.
+- `failures`: row number -> reason, for each image that could not be decoded or has no finite score.
+  These images are not in the arrays.
+
+If the function of a Python file fails, it raises `DetectorError`.
 
 Main entry: `calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits
 one `Calibration` (temperature, threshold, band) to all; `detector` and `dist` are as above.
 
-- `folders`: a list of packed sets of the split `val`, each a `Path`, or a `UPath` for an address.
+- `folders`: packed sets of the split `val`, a list of at least one `Path` (`UPath` for an address).
 - `runs`: the `Path` of the folder of all runs. Rank 0 writes the calibration in a subfolder for
   this detector.
 - `rule`: "auto" (default: 0.5, or higher if needed for 5 % false positives at most), "fpr5", "fpr1"
-  (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py` (highest
-  false-positive rate and highest miss rate).
+  (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py`, whose
+  `max_fpr`, `max_miss` and `threshold` are used.
 
 It returns the `Calibration` and the `Path` of its file. It raises `CalibrationError` for an ONNX
 file, a set of another split than `val`, or scores to which nothing can be fitted.

@@ -21,18 +21,20 @@ All fields of `Options` are set by keyword:
 - `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`.
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
 - `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
-- `reference_reals`: the name of a set; the false-positive rate of all sets is measured on its real
-  images. None (default): the catalog chooses, for sets without real images only.
+- `reference_reals`: the name of a set, on whose real images the false-positive rate of all sets is
+  measured. None (default): each set is measured on its own real images. For sets without any, the
+  catalog names a set, which is used if it is packed in `data`.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default).
 
-A `PlannedSet` is one set to score: its samples, hash and split. `Reals` names the set whose real
-images give the false-positive rate of other sets, and why. `choose_reference(data, opened, asked)`
-returns the `Reals`, or None if none is needed or known: `opened` is a dict, name -> opened set,
-`asked` is as `reference_reals`. `trained_on(meta, hashes)` takes a checkpoint's meta and a dict,
-set name -> hash, and returns the names of sets that the checkpoint was trained on. `REAL` is the
-label of real images, 0.
+A `PlannedSet` is one set to score: its samples, hash and split. `Reals` is a dict about the set
+whose real images give the false-positive rate of others: `set` (its name), `why` (a text) and
+`for_all` (True if it was asked for, so that it is used for all sets). `choose_reference(data,
+opened, asked)` returns the `Reals`, or None if none is needed or known: `opened` is a dict, name ->
+opened set, `asked` is as `reference_reals`. `trained_on(meta, hashes)` takes a checkpoint's meta
+and a dict, set name -> hash, and returns the names of sets that the checkpoint was trained on.
+`REAL` is the label of real images, 0.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ samples after each perturbation. All ranks of `scorer.dist` must call it; each s
 gets the whole result.
 
 - `scorer`: the detector as a `VariantScorer`, below.
-- `shards`: an opened set of packed images, from `open_shards([folder])` of `sharding/format.py`.
+- `shards`: a set of packed images, from `open_shards([folder])` of `sharding/format.py`.
 - `samples`: row numbers in this set, an int64 array (`sample_by_hash(shards, per_class)` chooses at
   most `per_class` images of each class, the same ones in every run).
 - `perturbations`: a list of `Perturbation`, such as `PERTURBATIONS` of `pipeline/perturb.py`.
@@ -16,7 +16,8 @@ gets the whole result.
 It returns `PerturbedScores`. An image that cannot be read or decoded is no error:
 
 - `samples`, `labels`: int64 (N,), the row numbers and classes of the N images that were decoded.
-- `logits`: float32 (perturbations, N), before the temperature; NaN where a perturbation failed.
+- `logits`: float32 (perturbations, N), of fake minus real (positive: more likely fake), before the
+  temperature; NaN where a perturbation failed.
 - `failures`: one dict per perturbation, row number -> why it failed on this image.
 - `unreadable`: a dict, row number -> reason, of the images that are not among the N.
 
@@ -25,16 +26,17 @@ the result of `group_codes(shards)`, the temperature (1.0: none), and the decisi
 probabilities after the temperature. It returns a list with one dict per perturbation for
 `report.json`: `name`, `images`, the metrics (`FIGURES`) and their `intervals`, `flip_rate` (the
 share of changed verdicts), `shift` and more. `shift` is, per class, the mean change of the logit
-with its interval (a `Shift` as a dict, computed by `shifts()` and `shift_of()`). It raises
-`ValueError` if `ORIGINAL` is not among the perturbations.
+with its interval (a `Shift` as a dict). It raises `ValueError` without `ORIGINAL`.
 
-A `VariantScorer` has `dist`, the ranks, and two methods: `prepare(pixels)` preprocesses a decoded
-image, uint8 (height, width, 3), and `column(variants)` returns the logits of all variants of one
-image. `Scorer(net, preprocess, device, dtype, dist)` is one for a checkpoint: `net` and
-`preprocess` come from `load_network()`, `net` is already on `device` (a `torch.device`), `dtype` is
-a torch dtype (default float32), and `dist` is the `DistEnv` (default: a single process).
-`DetectorScorer(detector, dist)` of `others.py` is one for any other detector.
-`perturbed_variants()` yields (sample, list of variants).
+A `VariantScorer` has `dist` (a `DistEnv`) and two methods. `prepare(pixels)` preprocesses an image,
+uint8 (height, width, 3), after each perturbation; several threads call it. `column(variants)` takes
+the list of these results for one image, with a text, the reason, where a perturbation failed. It
+returns their logits, float32 (perturbations,), with NaN for a text.
+
+`Scorer(net, preprocess, device, dtype, dist)` is one for a checkpoint: `net` and `preprocess` come
+from `load_network()`, `net` is already on `device` (a `torch.device`), `dtype` is a torch dtype
+(default float32), and the default of `dist` is a single process. `DetectorScorer(detector, dist)`
+of `others.py` is one for any other detector.
 """
 
 from collections import deque

@@ -19,12 +19,16 @@ the report. It raises `ValueError` if a set, checkpoint or device cannot be used
 checkpoint's score is not finite.
 
 `choose_subject(name, checkpoint, opening, device, dist)` returns a pair: the subject and its output
-folder. No argument has a default. It raises `ValueError` if there is no such detector.
+folder. No argument has a default. It raises `ValueError` if there is no such detector, or if both
+`name` and `checkpoint` are given. If both are None, it chooses the best checkpoint of the newest
+run (unlike `load_any()`, never a shipped detector).
 
 - `name`: the text of `--detector` (such as `hf:OWNER/NAME`, FILE.onnx or a checkpoint), or None.
-- `checkpoint`: the `Path` of a checkpoint or run, or None. If `name` is None, too, the best
-  checkpoint of the newest run is chosen; unlike `load_any()`, never a shipped detector.
-- `opening`: an `Opening` of `model/adapters/open.py` (`runs`, the folder of all runs; permissions).
+- `checkpoint`: the `Path` of a checkpoint or run, or the name of a shipped detector as a `Path`; or
+  None.
+- `opening`: an `Opening` of `model/adapters/open.py`: `runs` (`Path` of the folder of all runs),
+  and `trust` and `fake_labels`, which are for other detectors only (`ValueError` with a
+  checkpoint).
 - `device`: `auto`, `cpu`, `cuda` or `cuda:N`.
 - `dist`: a `DistEnv` (`DistEnv()` for a single process).
 

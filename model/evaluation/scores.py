@@ -7,7 +7,7 @@ Main entries (each `path` is a `Path`):
   columns `SCORES_SCHEMA`. It takes the set's name, the opened set (`ShardSet`, from
   `open_shards([folder])`), its `Scores` (from `score_shards()` of `others.py` or `score_set()` of
   `model/score.py`) and the detector's temperature (1.0: none). It raises `ValueError` if the scores
-  and failures are not those of all images of `shards`.
+  and failures together do not have each image of `shards` exactly once.
 - `write_scores(path, parts, evaluation)` writes a list of such tables to the file `path`, with
   `evaluation`, the dict below without `scores_version`, which is added. It returns nothing.
 - `read_scores(path)` returns a `ScoreTable`: `table` (the rows, an Arrow table) and `evaluation`
@@ -31,8 +31,10 @@ The dict is stored in the file metadata as JSON under `evaluation`:
 For an ONNX file, `checkpoint` is its path, and `run` and `step` are those of the exported
 checkpoint. For the kinds hf, timm and file, `checkpoint` is the name that the user typed, `run` the
 name of the detector, and `step` 0. `sha256`, `revision` and `fake_labels` are left out if the kind
-of detector has none. If only the real images of a set are used, as reference, the set is not in
-`sets`, and `rows_of()` gets its real images only.
+of detector has none.
+
+A set of which only the real images are used, as reference, is not in `sets`. For it, score only
+`reals = shards.take(np.flatnonzero(shards.column("label") == 0))`, and pass `reals` to `rows_of()`.
 """
 
 import json

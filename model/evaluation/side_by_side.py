@@ -10,12 +10,12 @@ Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s
 - `images_per_s`: the speed, or None (default).
 
 It returns the dict below (null is None), with the sets that all runs measured. One more run is in
-it: `mean_of(runs)`, named `MEAN`, whose probability is the mean of all runs. It raises
-`ScoresError` (a `ValueError`) if there is no such set, or if the runs took the real images of a set
-from different sets (its reference reals).
+it: `mean_of(runs)`, named `MEAN`, whose probability is the mean of all runs (threshold 0.5). It
+raises `ScoresError` (a `ValueError`) if there is no such set, or if the runs took the real images
+of a set from different sets (its reference reals).
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
-           "best": name of the run with the highest AUROC,
+           "best": name of the run with the highest AUROC (the first run if there is no AUROC),
            "common": {"1": threshold or null, "5": threshold or null},
            "runs": [RUN, ...],             # by AUROC, the highest first
            "sources": {source: {run: AUROC or null}},
@@ -24,19 +24,27 @@ from different sets (its reference reals).
 
 - `common`: thresholds that are the same for all runs. Each is the lowest at which at most 1 % (5 %)
   of the real images, counted over all runs together, are called fake; a single run can have more.
-- `stability`: how equally the sources rank the runs (null: no pair of sources). For each pair, rho
-  is the rank correlation (Spearman) of the runs' AUROCs; `mean` and `least` are over all pairs.
+  It is null if the set has no real images. `MEAN` does not count.
+- `stability`: how equally the sources rank the runs without `MEAN` (null: no pair of sources). For
+  each pair, rho is the rank correlation (Spearman) of the runs' AUROCs; `mean` and `least` are over
+  all pairs.
 
-A RUN has `name`, its decision `threshold`, `ece` (calibration error), `images_per_s` or null, and:
+A RUN has `name`, its decision `threshold`, `ece` (calibration error; null if the set has only one
+class), `images_per_s` or null, and:
 
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
   the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
-  "behind"}; `behind` is the interval [low, high] of this value minus that of the best run, or null;
-- `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds;
+  "behind"}. `value` is null if the set lacks a class that the figure needs. `low` and `high` are
+  the ends of its interval, null if it depends on fewer than two groups of images. `behind` is the
+  interval [low, high] of this value minus that of the best run. It is null for the best run itself,
+  and where `low` is null;
+- `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null where
+  there are no images;
 - `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value"} or null;
 - `ranks`: [best, worst] rank of the run over the sources, or null. `MEAN` has no ranks.
 
-A source with images of one class gets those of the other from the whole set (`completed()`).
+For the AUROC of a source that has only reals, all fakes of the set are added, and the other way
+round (`completed()`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,25 +5,29 @@ Main entry: `save_head(checkpoint, target, backbone, *, report, data)` writes th
 `target` and returns it.
 
 - `checkpoint`: the checkpoint folder (`Path`).
-- `target`: the path of the new folder. An existing one must be empty.
-- `backbone`: a `BackboneSpec`, from `backbone_of(checkpoint)`: the files, with hashes and download
-  places, that contain the backbone. One of these files must be on this machine: in this
-  project's cache of backbones (`fetch_backbone(backbone)` of `model/shipped/fetch.py` downloads it
-  to there) or in the cache of the Hugging Face Hub.
-- `report`: the path of the checkpoint's `report.json`, whose figures the model card shows, or None
-  (default).
-- `data`: the path of the folder of the training sets, whose sources the card lists, or None
-  (default).
+- `target`: the `Path` of the new folder. An existing one must be empty.
+- `backbone`: a `BackboneSpec`, from `backbone_of(checkpoint)`. It lists the files that contain the
+  backbone, each with its hash and download places. One of these files must be on this machine: in
+  this project's cache of backbones (`fetch_backbone(backbone)` of `model/shipped/fetch.py`
+  downloads it to there) or in the cache of the Hugging Face Hub.
+- `report`: the `Path` of the checkpoint's `report.json`, whose figures the model card shows, or
+  None (default).
+- `data`: the `Path` (or `UPath`) of the folder of the training sets, whose sources the card lists,
+  or None (default).
 
 The folder has the head's weights (`weights.safetensors`, kilobytes), `meta.json` with the places
 and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md`, the model card.
 
-It raises `HeadError` if the backbone was trained too, or if its file is in neither cache or has
-other weights; `HubError` if `target` is not empty or the report is of another checkpoint; other
-`ValueError` if the checkpoint cannot be read. `backbone_of(checkpoint, hub)` finds the
-`BackboneSpec` in the checkpoint, which records the weights that its training started from, or
-raises `HeadError`; `hub`, a `HubPlace` (repository, revision, file) or None (default), is a place
-to download from first.
+Errors, all of them `ValueError`s:
+
+- `HeadError`: the backbone was trained too, its file is in neither cache, or the file has other
+  weights.
+- `HubError`: `target` is not empty, or `report` is no report of this checkpoint.
+- other `ValueError`: the checkpoint cannot be read, or the file in the cache is damaged.
+
+`backbone_of(checkpoint, hub)` finds the `BackboneSpec` in the checkpoint, which records the weights
+that its training started from, or raises `HeadError`. `hub`, a `HubPlace` (repository, revision,
+file) or None (default), is a place to download from first.
 """
 
 from collections.abc import Mapping

@@ -3,11 +3,11 @@
 Main entry: `write_hub(checkpoint, out, *, report, data, onnx)` writes the new folder `out` and
 returns it.
 
-- `checkpoint`: the checkpoint folder (`Path`).
-- `out`: the path of the new folder. An existing one must be empty.
-- `report`: the path of the checkpoint's `report.json`, whose figures the card shows, or None
-  (default: no figures).
-- `data`: the path of the folder of the training sets, whose licenses the card lists, or None
+- `checkpoint`: the checkpoint folder. All paths here are `Path`s.
+- `out`: the new folder. An existing one must be empty.
+- `report`: the checkpoint's `report.json`, whose figures the card shows, or None (default: no
+  figures).
+- `data`: the folder of the training sets, whose licenses the card lists (also a `UPath`), or None
   (default: not listed).
 - `onnx`: a folder of ONNX files that is copied to `out/onnx`, or None (default).
 
@@ -22,7 +22,8 @@ with `hf auth login`, or set HF_TOKEN.
 `write_hub()` raises `HubError` if `out` is not empty or `report` is no report of this checkpoint,
 `CheckpointError` if the checkpoint cannot be read, and another `ValueError` if its weights do not
 fit or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder
-is incomplete or the upload fails. All of these are `ValueError`s.
+is incomplete or the upload fails. All of these are `ValueError`s. `write_hub()` raises `OSError` if
+`report` or `onnx` cannot be read or `out` cannot be created.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
 preprocess)` a dict of the preprocessing in timm's terms, `sources_of(meta, data)` a dict, training

@@ -2,8 +2,9 @@
 
 Main entry: `import_file(file, run)` writes the checkpoint and returns its path, `run/step_0000000`.
 
-- `file`: the `Path` of the `.pth` file, a dictionary whose key `model` has the weights of a
-  ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake. Only tensors are unpickled.
+- `file`: the `Path` of the `.pth` file. It is a dictionary of weights, or has one under the key
+  `model`: a ConvNeXtV2-Base with timm's names and two outputs, 0 real and 1 fake. Only tensors are
+  unpickled.
 - `run`: the `Path` of the new run's folder, which must not exist. Its name is the run's name.
 
 It raises `OriginalError` if `run` exists, or if the file cannot be read, contains more than tensors
@@ -15,7 +16,8 @@ Main entry: `fetch()`, without arguments, downloads the published file (`FILE` o
 if the file cannot be downloaded or is not the published one. All these errors are `ValueError`s.
 
 `recipe_of(name)` returns a substitute (`ResolvedRecipe`) for the unknown recipe, for a run of this
-name. `KNOWN_AGAINST` is the known weakness of the published file, stored with it.
+name. `KNOWN_AGAINST` is a text, a known weakness of the published file. `import_file()` stores it
+in the `meta.json` of the checkpoint if `file` is the published one.
 """
 
 import pickle

@@ -4,16 +4,18 @@ Main entry: `license_of(meta)` takes the parsed `meta.json` (a dict, from `read_
 `model/checkpoint.py`) and returns a `License`:
 
 - `id`: the license on the Hugging Face Hub, in lower case. It is `other` if training started from
-  random weights or no license is recorded.
-- `text`: a sentence for people.
+  random weights, or if no license is known: `meta` has none for a shipped head's backbone, or timm
+  names none for the weights.
+- `text`: the license in words, for people, with the reason.
 - `base`: timm's name of the weights from which training started, or of a shipped head's backbone.
-  It is "" if that is not recorded or has no known license, or if those weights were random.
+  It is "" if training started from random weights, if no license is known, or if `text` says that
+  the license is not certain.
 
 Trained weights keep the license of the first weights; a shipped head has that of its backbone. If
 the first weights were a file or are not known, the license is that of timm's weights for the same
-network, and `text` says that this is not certain. (An old run without the record counts as started
-from timm's weights if its recipe asks for them.) Licenses of training images are not included. It
-raises no errors of its own.
+network, and `text` says that this is not certain. An old run without the record counts as started
+from timm's weights if its recipe asks for them; then the license is certain. Licenses of training
+images are not included. It raises no errors of its own.
 
 `first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through
 earlier checkpoints to the first weights, and returns their record, or None if it ends before.

@@ -8,8 +8,9 @@ Main entry: `embed(embedder, shards, source, number, on_images)` computes the fe
 - `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation).
   `source_of()` in `prepare.py` makes one from a `ResolvedRecipe`, `net` and `dtype`.
 - `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
-- `on_images`: a function; it is called with the number of images done since its last call. It may
-  be left out.
+- `on_images`: a function that is called after each forward pass with the number of images done
+  since its last call. The last call also counts the images that fill up the last batch. It may be
+  left out.
 
 It writes the missing Arrow files, one per shard, and `backbone.json`. It returns the number of
 images computed on this rank (0 if no file is missing). A shard is written when it is complete, so

@@ -5,23 +5,29 @@ Main entry: `calibrate_left_out(planned, best)` calibrates a checkpoint of a fin
 several ranks, each must call it.
 
 - `planned`: the `RunPlan` of the run, made by `plan()` in `model/training/plan.py`. Its recipe has
-  `[features]` (a frozen backbone). The recipe's `calibration` has the error rates to keep, and
-  groups of sources that are left out together.
+  `[features]` (a frozen backbone). The recipe's `calibration` has the error rates that must not be
+  exceeded, and groups of sources that are left out together.
 - `best`: `Path` of the folder of the run's best checkpoint.
 
-It computes missing features, trains the heads and fits a `Calibration` (temperature, threshold,
-band) to their scores. It stores the calibration in the checkpoint's `meta.json`, with the metrics
-of the validation sets, and returns it. It raises `CalibrationError` if there are too few images, no
-calibration fits, or a validation set has another split than `val`; `FeatureError` or `LoadError` if
-features cannot be computed.
+It computes missing features, trains the heads and fits a `Calibration` to their scores. It stores
+the calibration and the metrics of the validation sets in the checkpoint's `meta.json`, and returns
+the calibration. Its main fields:
+
+- `temperature`: the logits are divided by it. The next two are probabilities of fake after that.
+- `threshold`: the decision threshold; from it on, an image is called fake.
+- `band`: a pair (low, high). The verdict is "likely AI" from high on, "no sign of AI" below low,
+  and "uncertain" between.
+
+It raises `CalibrationError` if there are too few images, no calibration fits, or a validation set
+has another split than `val`; `FeatureError` or `LoadError` if features cannot be computed.
 
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
 returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
-of the training sets, not those that are only replayed. The function also takes a `TrainState`
-(network, device, ..., from `assemble()`), the `FeatureSource` (location of the features, from
-`source_of()`), and a function that may be left out: `on_head(sources)` is called once for each new
-head, with the list of names that this head was trained without; the network has this head during
-the call.
+of the training sets. Sources that come only from replay sets (old sets, mixed in against
+forgetting) are not in it. The function also takes a `TrainState` (network, device, ..., from
+`assemble()`), the `FeatureSource` (location of the features, from `source_of()`), and a function
+that may be left out: `on_head(sources)` is called once for each new head, with the list of names
+that this head was trained without; the network has this head during the call.
 
 `refit(planned, train_state, without)` trains the head in `train_state` from zero, on the batches of
 `planned` (from `with_features()`) without the sources `without` (names). It raises

@@ -8,7 +8,7 @@ View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epo
 file has a row per sample, in the order of the tar. A file with another identity counts as missing.
 
 Main entries: `open_table(store, backbone, shards, view)` reads the features of one view, and
-`missing_of(store, backbone, shards, view, rank, world_size)` lists the files to compute.
+`missing_of(store, backbone, shards, view, *, rank, world_size)` lists the files to compute.
 
 - `store`: `Path` of the folder of the store.
 - `backbone`: a `BackboneId`, made by `backbone_id(net, network, preprocess, dtype)` from a
@@ -17,8 +17,7 @@ Main entries: `open_table(store, backbone, shards, view)` reads the features of 
 - `shards`: a `ShardSet` (packed images), opened by `open_shards()`.
 - `view`: `View()` for the center crop, else `View(number=v, augment=..., policy=..., seed=...)`
   with the values of the recipe's `augment`, `data.policy` and `run.seed`.
-- `rank`, `world_size` (by keyword): this process (default 0) and the number of processes (default
-  1).
+- `rank`, `world_size`: this process (default 0) and the number of processes (default 1).
 
 `open_table()` returns a `FeatureTable` of memory-mapped files (`Part`). It raises `FeatureError` if
 a file is missing, damaged or incomplete. Two methods take an int array of row numbers of the set:

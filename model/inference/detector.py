@@ -8,8 +8,8 @@ Main entry: `load_detector(checkpoint, runs, device, backend, threshold)`. All a
 out; all but the first are given by keyword.
 
 - `checkpoint`: path of a checkpoint's folder or of a run (folder of a training; its best checkpoint
-  is loaded), or the name of a shipped detector. Without it, the newest run below `runs` is loaded,
-  or, if there is none, the shipped detector.
+  is loaded), or the name of a shipped detector. None (the default): the newest run below `runs` is
+  loaded, or, if there is no run, the default one of the shipped detectors.
 - `runs`: path of the folder of all runs (default "runs").
 - `device`: "auto" (the default: a GPU if there is one), "cpu", "cuda" or "cuda:N".
 - `backend`: what decodes the images: "auto" (the default), "dali", or "pil" for Pillow.
@@ -24,11 +24,17 @@ The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillo
 array) and returns a `Prediction`, or takes several and returns a list; `batch_size` is 32 by
 default. A `Prediction` has the `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI",
 "uncertain" or "likely AI"), and `error`; an unreadable image has an `error`, the verdict
-"unreadable" and the probability None. `stream(images, batch_size, start)` takes any number of
-images and yields one `Prediction` at a time. `start` is how many images of the list were done in an
-earlier call and are not in `images` (default 0); ValueError if no batch begins there.
-`preprocess_file(image)` returns the network's input, uint8 (size, size, 3); `score(pixels)` takes
-such inputs, (B, size, size, 3), and returns float64 probabilities (B,).
+"unreadable" and the probability None. Another type raises TypeError, an array of another shape or
+dtype ValueError.
+
+`stream(images, batch_size, start)` takes any number of images and yields one `Prediction` at a
+time. To continue an interrupted list, pass only the remaining images, and as `start` how many were
+done (default 0). A batch must begin there, else ValueError: the first batches have 1, 4, 16, 64,
+... images, until `batch_size` is reached, and all later ones have `batch_size`.
+
+`preprocess_file(image)` returns the network's input, uint8 (size, size, 3), and raises
+`DecodeError` or OSError if the image cannot be read. `score(pixels)` takes such inputs, (B, size,
+size, 3), and returns float64 probabilities (B,), NaN where the network's output is not finite.
 """
 
 import sys

@@ -5,15 +5,16 @@ Main entries: five functions that take text from the metadata of one image.
 - `is_named(field, text)`: whether `text` names a generator and `field`, the name of its metadata
   field, is one that programs write, such as "Software" or "CreatorTool". Upper and lower case do
   not matter. People also write "Comment" and "Make"; there the whole text must be a signature.
-- `is_signature(text)`: whether `text` is a generator's name and nothing else but a version or "made
-  with".
+- `is_signature(text)`: whether `text` is a generator's name and nothing else but a version or words
+  like "made with".
 - `settings_in(text)`: looks for generator settings in the text of a field. It returns one text,
-  "PROGRAM: PROMPT", such as "ComfyUI: a dog"; the whole `text` stands for a prompt that cannot be
-  told apart. It returns "" if there are no settings.
+  "PROGRAM: PROMPT", such as "ComfyUI: a dog". If the prompt cannot be separated from the other
+  settings, PROMPT is the whole `text`. It returns "" if there are no settings.
 - `settings_of(value, text)`: the same for parsed JSON (any value; only a dict can be settings).
-  `text` (default "") stands for the prompt where there is none; give the JSON text.
-- `settings_across(texts)`: the same for metadata with each setting in its own field: a dict, field
-  -> text.
+  `text` is the JSON text from which `value` was parsed (default ""): PROMPT where the settings have
+  no separate prompt.
+- `settings_across(texts)`: the same for metadata with each setting in its own field. `texts` is a
+  dict, field -> text. PROMPT is "" if there is none.
 
 The patterns were read in the source code of the generators where it is public:
 

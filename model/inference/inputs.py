@@ -3,8 +3,9 @@
 Main entries, two generators of `ImageFile`s (`name`, and a function `read()` that returns the
 bytes):
 
-- `find_images(paths, excluded)` takes an iterable (such as a list) of paths or patterns as texts.
-  It may never end (such as the lines of a pipe). Images are yielded one by one.
+- `find_images(paths, excluded)` takes an iterable of paths or patterns as texts, such as a list.
+  The iterable may be endless, such as the lines of a pipe. Images are yielded one by one. A file
+  that is itself one of the paths is yielded whatever its suffix.
 - `watch(folder, excluded)` takes the path of one folder as text. It yields a list of images, once a
   second without end: those that are new or changed, complete (unchanged for 2 seconds) and not
   empty. The first list has those already there. A list may be empty.
@@ -20,8 +21,8 @@ path of `find_images()` that does not exist, or a pattern that matches nothing. 
 `watch()` does not exist, its lists are empty.
 
 `is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
-whether a path is a compressed tar, and `is_image(name)` whether a name has the suffix of an image.
-`RUN` is how many names of a folder are sorted at once.
+whether a path has the suffix of a compressed tar, and `is_image(name)` whether a name has the
+suffix of an image. `RUN` is how many names of a folder are sorted at once.
 """
 
 import glob

@@ -8,24 +8,28 @@ Main entry: `load_onnx(file, *, device, threshold)`.
 - `threshold`: a number from 0 to 1 that replaces the threshold of the file; then no verdict is
   "uncertain". None (the default): that of the file.
 
-It returns an `OnnxDetector`. It raises `OnnxError` (a `ValueError`) if ONNX Runtime is missing or
-the file is no such export, and another `ValueError` for an impossible device or threshold.
+It returns an `OnnxDetector`. It raises `OnnxError` (a `ValueError`) if ONNX Runtime is missing, if
+there is no such file, or if the file cannot be read or is no such export. It raises another
+`ValueError` for an impossible device or threshold.
 
 The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
 array) and returns a `Prediction`, or takes several and returns a list. `stream(images, batch_size,
-start)` takes several and yields one `Prediction` at a time. `batch_size` is 32 by default. `start`
-(default 0) is the number of images that the caller left out at the start of its list; a batch must
-begin there.
+start)` takes several and yields one `Prediction` at a time.
+
+- `batch_size`: the largest number of images that are scored together (default 32). The batches have
+  1, 4, 16, ... images, then always `batch_size`.
+- `start`: if the caller has left out the first images of its list, their number (default 0). A
+  batch must begin at this number, else `ValueError` is raised.
 
 A `Prediction` has the `name`, the `probability` of fake (0 to 1), the `verdict` ("no sign of AI",
 "uncertain" or "likely AI"), and `error`, which is "". An unreadable image gets an `error`, the
 verdict "unreadable" and the probability None. An image of another type raises `TypeError`, a wrong
 array `ValueError`.
 
-The metadata of the file (`META_KEYS`) contains the preprocessing, threshold and band. The output
-`probability` of its network includes the temperature. `preprocess(pixels, settings)` crops and
-resizes pixels, uint8 (height, width, 3), as the `Preprocess` settings say, to the network's input,
-uint8 (size, size, 3), with Pillow.
+The metadata of the file (`META_KEYS`) contains the preprocessing, the threshold and the calibration
+with the band of "uncertain" probabilities. The output `probability` of its network includes the
+temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (height, width, 3), as
+the `Preprocess` settings say, to the network's input, uint8 (size, size, 3), with Pillow.
 """
 
 import json

@@ -15,10 +15,10 @@ reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a 
 `ValueError`. Subclasses define `stream()`, which yields the predictions one by one.
 
 `DecisionRule` has the threshold, band and verdict of a detector. Its `at_rates(max_fpr, max_miss)`
-returns a copy of the detector with the band for these highest error rates (None: unchanged).
-`at_rates()` raises `ValueError` if a rate is not above 0 and below 0.5, or if the detector has no
-threshold for it. `band_from(threshold)` returns the band (threshold, threshold), without
-*uncertain*, and None for None.
+returns a copy of the detector with the band for these highest error rates. None, the default of
+both, keeps that end of the band in `meta`. `at_rates()` raises `ValueError` if a rate is not above
+0 and below 0.5, or if the detector has no threshold for it. `band_from(threshold)` returns the band
+(threshold, threshold), without *uncertain*, and None for None.
 
 `as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded `Pixels`. An
 image that has no name is called `image <index>`. `as_file(image, index)` turns a path or bytes into

@@ -18,11 +18,12 @@ Main entries: `line(output, row)` returns the text of one image, without a newli
 - `resume`: whether an existing file is continued (CSV or JSON lines only).
 
 It returns a locked `ResultsFile`. On disk it is named `partial_of(path)`; `finish()` renames it to
-`path`, and `close()` releases the lock. A new CSV file has its header already. `write(text)`
-appends the text of one image and a newline, and `name in file` says whether an image of this name
-had a row when the file was opened. `ResultsError` is raised if the file exists (without `resume`),
-another process writes it, its folder is missing, or it was made by another detector, threshold or
-format; `OSError` if it cannot be written.
+`path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
+`line()`, and in a new table first `write(header("table"))`. A new CSV file has its header already,
+JSON lines need none. `name in file` says whether an image of this name had a row when the file was
+opened. `ResultsError` is raised if the file exists (without `resume`), another process writes it,
+its folder is missing, or it was made by another detector, threshold or format; `OSError` if it
+cannot be written.
 """
 
 import csv

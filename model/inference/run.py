@@ -13,11 +13,12 @@ new ones as they appear, without end.
 A `Run` takes:
 
 - `detector`: a loaded detector, such as that of `load_detector()`,
-- `output`: the format, "table", "csv" or "jsonl",
-- `out`: a `ResultsFile` from `open_results()`, which the caller finishes and closes; None (the
-  default) for standard output, without a header,
-- `heatmaps`: `Path` of the folder for heatmaps, for an `ImageDetector` only; None (the default) for
-  no heatmaps,
+- `output`: the format of the lines, "table", "csv" or "jsonl"; with `out`, it must be the format
+  that `open_results()` got,
+- `out`: a `ResultsFile` from `open_results()` of `model/inference/results.py`, which the caller
+  finishes and closes; None (the default) for standard output, without a header,
+- `heatmaps`: `Path` of the folder for heatmaps (made if missing), for an `ImageDetector` only; None
+  (the default) for no heatmaps,
 - `trust`: the `TrustList` of C2PA signers; None (the default): no signer is trusted.
 
 Both functions return nothing; the `Run` counts the images by verdict (`verdicts`), the files left
@@ -30,8 +31,8 @@ computed.
 its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `named(paths)` yields these
 paths, and instead of `-` the lines of standard input. `count_in_background(paths, counted)` counts
 the images in a thread and then appends their number to the list `counted`; it does nothing for `-`
-and compressed archives. A `Note` holds facts about one image until its line is written. Slow
-imports (torch, timm) are inside the functions that use them.
+and compressed archives. A `Run` uses `Note` for what it knows of an image before its line is
+written; callers do not need it.
 """
 
 import contextlib

@@ -11,11 +11,13 @@ may be left out. On several ranks, each must call it.
   None: the recipe's.
 - `dist`: this process's rank, a `DistEnv`. None: one process.
 
-It prints the plan, a table of the images and the estimate, writes nothing to `runs` or the feature
-store, and returns nothing. If the run is finished already, it prints only that. It raises
-`ValueError` for every error that would stop the run before or in its first steps. A `Trial`
-contains the measured loss and the times in seconds. `ENOUGH_S` limits the trial: after at least two
-batches, it stops once they took more seconds than this.
+Rank 0 prints the plan, a table of the images and the estimate. Nothing is written to `runs` or the
+feature store, and nothing is returned. If the run is finished already, it prints only that. It
+raises `ValueError` for every error that would stop the run before or in its first steps, and
+`OSError` if a file cannot be read.
+
+`Trial`, which is only used inside, has the measured loss and the times in seconds. `ENOUGH_S`
+limits the trial: after at least two batches, it stops once they took more seconds than this.
 """
 
 import itertools

@@ -10,26 +10,27 @@ Main entries, in the order of use. Their arguments:
 
 The functions:
 
-- `check_mistakes(gate, start_file)`, before a run, raises `MistakeError` if the folder cannot be
-  used: it is missing, damaged, empty or without a copy of an image. `start_file` is None (default)
-  for a new run. For a resumed run, it is the path of the file that `measure_start()` wrote, which
-  must be readable.
+- `check_mistakes(gate, start_file)`, before a run, returns nothing. It raises `MistakeError` if the
+  folder is missing or empty, if a record is damaged, or if no record has a copy of its image. One
+  copy is enough. `start_file` is None (default) for a new run. For a resumed run, it is the `Path`
+  of the file that `measure_start()` wrote; if it is missing or damaged, `MistakeError` is raised.
 - `measure_start(folder, start, file)` scores the mistakes with the detector `start`, from which the
-  training starts. It writes the verdicts to the path `file` (`START_FILE` in the run's folder) as
+  training starts. It writes the verdicts to the `Path` `file` (`START_FILE` in the run's folder) as
   JSON and returns them, a dict from image hash to `Verdict`. Mistakes without a readable copy of
   the image are not in it. A resumed run reads the same dict with `read_start(file)`.
 - `against_start(folder, start, detector)`, after training, scores the mistakes again with the
   trained detector. Here `start` is the dict that `measure_start()` returned. It returns a list with
-  a `Regression` per mistake: both verdicts (`before`, and `after` or None) and an `outcome` such as
-  "fixed", "newly wrong" or "not measurable".
+  a `Regression` per mistake: `mistake`, both verdicts (`before`, and `after` or None), `outcome`
+  ("newly wrong", "still wrong", "uncertain", "fixed" or "not measurable") and `reason` (why it is
+  not measurable, else "").
 - `refusal(gate, rows)` takes this list of `Regression`s. It returns a list with one sentence if
   more images are newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)`
   returns the hashes of all newly wrong images; `lines_of(gate, rows)` yields lines of text for the
   log: how many mistakes have each outcome.
 
-The functions that read the folder or `file` raise `MistakeError` (a `ValueError`) for damaged
-contents. `NO_COPY` and `NO_VERDICT` are reasons why a mistake cannot be measured. `MOST_HASHES`
-limits the hashes in a refusal.
+The functions that read the folder raise `MistakeError` (a `ValueError`) for a damaged record or an
+empty folder, and `OSError` if it cannot be read. `NO_COPY` and `NO_VERDICT` are reasons why a
+mistake cannot be measured. `MOST_HASHES` limits the hashes in a refusal.
 """
 
 import json

@@ -19,8 +19,12 @@ nothing.
 
 It returns a `Kept`: `kept` (whether there is an entry now), `label_was` (the former label if it has
 changed, else None) and `text` (one line). `read_mistakes(folder)` returns all entries as a list of
-`Mistake`. Both raise `OSError`, and `MistakeError` (a `ValueError`) for a damaged entry or too many
-entries; `keep_mistake()` also for a too large copy, `read_mistakes()` if there is no entry.
+`Mistake`.
+
+Both functions raise `OSError` if the folder cannot be read or written, and `MistakeError` (a
+`ValueError`) if an entry is damaged or there are too many entries. `keep_mistake()` also raises
+`MistakeError` if the copy or the entry would be too large, `read_mistakes()` if there is no entry.
+
 `FOLDER/<SHA-256 of the image's bytes>.json` is
 
     {"sha256": hash, "label": "real" or "fake",      # the label that a person gave
@@ -28,10 +32,11 @@ entries; `keep_mistake()` also for a too large copy, `read_mistakes()` if there 
      "verdicts": [{"detector": identity, "score": p, "verdict": one of VERDICTS,
                    "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
-with the last verdict of each detector, the newest at the end (`VERDICTS`: "no sign of AI",
-"uncertain", "likely AI"). The name of the image is not recorded. `standing(label, verdict)` returns
-"right", "uncertain" or "wrong" (a `Standing`), and `verdict_from(entry)` parses a verdict in JSON.
-`UNNAMED` is the suffix of a copy if the image's name has no image suffix.
+with the last verdict of each detector, the newest at the end; at most `MAX_VERDICTS`, the first and
+the newest ones (`VERDICTS`: "no sign of AI", "uncertain", "likely AI"). The name of the image is
+not recorded. `standing(label, verdict)` returns "right", "uncertain" or "wrong" (a `Standing`), and
+`verdict_from(entry)` parses a verdict in JSON. `UNNAMED` is the suffix of a copy if the image's
+name has no image suffix.
 """
 
 import hashlib

@@ -11,19 +11,21 @@ written.
   for below this folder, by their bytes.
 - `advance`: a function without arguments that is called after each image that is there (default:
   nothing is done).
-- `lacking`: a text, the `reason` for an image without a copy if `images` is None (it has a
+- `lacking`: the text for `reason` when an image has no copy and `images` is None (it has a
   default).
 
 It returns a list with one `Regression` per mistake, sorted by outcome in the order given here.
 Fields:
 
 - `mistake`: the `Mistake`.
-- `before`: the earlier `Verdict`: the last recorded one of another detector, or of this one if
-  there is no other. If not measurable: the last recorded one. A detector with another band is
-  another detector.
+- `before`: the earlier `Verdict`: the last recorded one of another detector. The same detector with
+  another band counts as another one. If there is no other, or the image is not measurable: the last
+  recorded verdict of any detector.
 - `after`: the new `Verdict`, or None if not measurable.
-- `outcome`: "newly wrong" (a recorded verdict of another detector was right), "still wrong" (none
-  was), "uncertain", "fixed" or "not measurable" (the image is missing or cannot be scored).
+- `outcome`: "newly wrong" (the new verdict is wrong, and a recorded one of another detector was
+  right), "still wrong" (the new verdict is wrong, and no recorded one of another detector was
+  right), "uncertain" (the new verdict is), "fixed" (the new verdict is right) or "not measurable"
+  (the image is missing or cannot be scored).
 - `reason`: why it is not measurable, else "".
 
 `record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,

@@ -26,11 +26,12 @@ and this is a `ValueError`.
 in the entry replace those of `meta.json`; {} replaces none.
 
 `with_calibration(meta, spec, sha256)` returns the meta with the calibration for the backbone file
-of this hash, `recalibrated(meta, changes, spec, folder)` the meta with `changes` (keys and new
-values) for the cached backbone file. `with_backbone_inside()` returns the meta for a copy that
-includes the backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files
-about a checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are
-backbones that can be fetched by timm's name.
+of this hash. `recalibrated(meta, changes, spec, folder)` returns the meta with `changes` (a dict,
+key -> new value). If the cached backbone file has its own values in `tested`, changes of the
+calibration go there. `with_backbone_inside(meta)` returns the meta for a copy that includes the
+backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files about a
+checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are backbones that
+can be fetched by timm's name.
 """
 
 import re

@@ -5,9 +5,11 @@ Main entry: `fetch_trust_list(by_hand)` downloads the PEM file from `ADDRESS` wi
 seconds if `by_hand` is None (the default). Else `by_hand` is the `Path` of the PEM file, which the
 user downloaded. The list is written to `c2pa-trust-list.json` in the cache
 (`storage.cache_folder()`), and returned as a `TrustList`: `name`, `pem` (the certificates, a text),
-`anchors` (their number), `sha256` and `fetched` (today's date). It raises `TrustListError` (a
-`ValueError`) if there is no answer or no valid list, and `OSError` if it cannot be stored; the
-cached list then stays as it was.
+`anchors` (their number), `sha256` and `fetched` (today's date, UTC).
+
+It raises `TrustListError` (a `ValueError`) if the download fails, if the file `by_hand` is missing
+or cannot be read, or if the data is no valid list. It raises `OSError` if the list cannot be
+stored. After an error the cached list is as it was.
 
 C2PA also publishes a list of time-stamp authorities, which is not used: all its certificates were
 issued under anchors of the first list (August 2026), and c2pa-python 0.38 does not separate the

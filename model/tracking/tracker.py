@@ -11,11 +11,14 @@ Inside the `with` block, `log(step, scalars)` takes the number of a step and a d
 A background thread sends them, so that the server never delays a step. The first error, such as an
 unreachable server, is logged as a warning, and the later figures are not sent; nothing is raised.
 The start of the block imports the tracker's package, and then waits at most `OPEN_TIMEOUT_S`
-seconds for the connection. Its end waits at most `CLOSE_TIMEOUT_S` seconds for the last figures.
-The run's identity at the tracker is written to `TRACKER_FILE` in the folder, so that a resumed run
-continues there. On several ranks, only rank 0 makes a `Tracker`.
+seconds for the connection. After that time the block begins, and the thread goes on connecting; it
+sends the figures once it is connected. The end of the block waits at most `CLOSE_TIMEOUT_S` seconds
+for the last figures. If an exception ended the block, the tracker shows the run as failed (Trackio
+cannot). The run's identity at the tracker is written to `TRACKER_FILE` in the folder, so that a
+resumed run continues there. On several ranks, only rank 0 makes a `Tracker`.
 
-`check_tracker(name)` raises `ValueError` if the tracker's package is not installed. `TrackerName`
+`check_tracker(name)` raises `ValueError` if the tracker's package is not installed.
+`is_installed(package)` returns whether a package is installed, without importing it. `TrackerName`
 is the type of the names; the empty name means no tracker (make no `Tracker` then). `PROJECT` is the
 project at the tracker, unless an environment variable of the tracker names another. A `TrackedRun`
 describes the run for a tracker; a `Connection` is the open run there, made by one of the functions

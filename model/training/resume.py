@@ -14,12 +14,13 @@ call it, and rank 0 writes.
 - `ended`: the reason why the run is over, a text ("", the default, if it is not).
 
 It writes the checkpoint folder `step_<done>` (seven digits) in the run's folder: weights,
-optimizer, random generators, order of samples. Then it removes the run's other checkpoints except
-the best one. It raises `CheckpointError` if the folder cannot be written.
+optimizer, random generators, order of samples, `gain`. Then it removes the run's other checkpoints
+except the best one. It raises `CheckpointError` (on rank 0) if the folder cannot be written.
 
-It returns the new `Best`, never None: the better one of `best` and this checkpoint. That is the one
-whose validation has the higher `selection`, a number from 0 to 1 (this checkpoint if they are
-equal). One without a validation is worse; if neither has one, this checkpoint is returned.
+It returns the new `Best`, never None: the better one of `best` and this checkpoint. The better one
+has the higher `validation.selection`, a number from 0 to 1. If they are equal, this checkpoint is
+better. A checkpoint without a validation is worse than one with a validation. If neither has one,
+this checkpoint is returned.
 
 `restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
 checkpoint `folder` (a `Path`) already, and sets the rest of it to the saved state; `done` is the

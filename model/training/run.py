@@ -11,17 +11,25 @@ On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
   file; None: those that the recipe says.
 - `stop_at`: the step to stop after, counted from the start of the run. It must be larger than the
-  number of steps already done (else one more is done). None: train to the end. A run that stops
-  before its end is neither calibrated nor judged by the gate.
+  number of steps already done (else one more is done). None: train to the end.
 - `dist`: a `DistEnv`, as `init_distributed()` yields it; None: one process.
 
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
-`runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. For
-a finished run it only returns this path, or raises `Refused` again. Errors:
+`runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. A
+finished run is not trained again. It gets the calibration and the gate that it lacks, and its path
+is returned, or `Refused` is raised again.
+
+A run that stops at `stop_at`, before its end, is neither calibrated nor judged by the gate. It
+saves a checkpoint, and the path is that of the best checkpoint so far (before the first validation:
+the one just saved). The path does not show whether the run is finished; the bool `plan(recipe,
+data, runs).finished` of `model/training/plan.py` does. Errors:
 
 - `ValueError`: wrong input, a run of another recipe in the folder, or a loss or weight that is not
-  finite. Also, at once, if another training has the lock on `LOCK_FILE` in the folder.
-- `Refused` (a `ValueError`, so catch it first): the gate refuses the checkpoint.
+  finite. Also, without waiting, if another training of this run is active (it holds the lock on
+  `LOCK_FILE` in the folder).
+- `OSError`: a file cannot be read or written.
+- `Refused` (a `ValueError`, so catch it first): the gate refuses the checkpoint. At the end of the
+  training only rank 0 raises it.
 - `Interrupted` (no `ValueError`): after SIGINT or SIGTERM, once a checkpoint is saved.
 
 `run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the

@@ -10,8 +10,8 @@ Nothing is written.
 - `dist`: a `DistEnv`, as `init_distributed()` yields it; None (the default): one process.
 
 `Stream.batches(start, epochs)` yields each `Batch` from the step `start` (counted over all epochs)
-to the end of the run, which has `epochs` epochs in total. Errors of both functions, all
-`ValueError`s:
+to the end of the run, which has `epochs` epochs in total. Both functions raise `OSError` if a file
+cannot be read, and these errors, all `ValueError`s:
 
 - `ValueError`: the recipe names no set, the same validation set twice, an empty validation set, or
   for training or replay a set of the split test.

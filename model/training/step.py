@@ -10,14 +10,15 @@ distill_weight)`. The last three are optional and passed by keyword. On several 
 - `batch`: a `Batch` (`pipeline/batch.py`) on the state's device, as `Stream.batches()` yields it.
 - `optim`: the recipe's `Optim` settings (label smoothing, gradient clipping, EMA decay).
 - `step`: the number of steps done before this one (default: 0).
-- `grad_accum_steps`: the number of pieces that the batch is split into, to save memory (default:
-  1).
+- `grad_accum_steps`: the largest number of pieces that the batch is split into, to save memory
+  (default: 1). It is at least 1 and need not divide the batch: the last piece may be smaller.
 - `distill_weight`: the weight of the distance to the logits of `train_state.teacher` on replayed
   samples (default: 0, none).
 
-It returns this rank's share of the loss, a scalar tensor on the device; the mean over the ranks is
-the loss of the batch. A loss that is not finite raises no error: the step's number is stored in
-`train_state.bad_step`, and `run.py` reads it and stops the run.
+It returns a scalar tensor on the device. With one process, this is the loss of the batch. With
+several ranks, the loss of the batch is the mean of what they return. A loss that is not finite
+raises no error: the step's number is stored in `train_state.bad_step`, and `run.py` reads it and
+stops the run.
 
 `not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
 EMA, that is not finite, or None; frozen weights are not checked. `average_of(net)` returns a copy

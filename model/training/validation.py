@@ -14,9 +14,10 @@ chosen: the mean over the sets of the balanced accuracy (the accuracy if a set h
   scored instead of images (`model/features/prepare.py`).
 
 `calibrate_checkpoint(checkpoint, folders, loading, device, *, rule, dist, features, fitted)` scores
-the sets, fits one `Calibration` (temperature and thresholds) to all of them, stores it in the
-checkpoint's `meta.json` (rank 0) and returns it. It raises `CalibrationError` if none fits or a set
-is no validation set. `loading` and `features` are as above. The last four may be left out.
+the sets, fits one `Calibration` (temperature and thresholds) to all of them and returns it. Rank 0
+stores it in the checkpoint's `meta.json`, with the metrics of the sets at the new threshold. It
+raises `CalibrationError` if none fits or a set is no validation set. `loading` and `features` are
+as above. The last four may be left out.
 
 - `checkpoint`: the `Path` of the checkpoint's folder.
 - `folders`: a list of `Path`s (or `UPath`s) of the validation sets.
@@ -24,15 +25,18 @@ is no validation set. `loading` and `features` are as above. The last four may b
 - `rule`: how the threshold is fitted: "fpr5" or "fpr1" (5 % or 1 % false positives), "0.5", "auto"
   (the default: the larger of "fpr5" and "0.5"), or the recipe's `Calibrating`.
 - `dist`: a `DistEnv` (from `init_distributed()`); None: one process.
-- `fitted`: None, or a pair: the `Calibration` to store, for which nothing is fitted, and a dict of
-  the sets that it was fitted to: name -> SHA-256 of the set's `index.json` (`ShardSet.sha256`).
+- `fitted`: None (the default): fit a calibration. Else a pair: an existing `Calibration`, which is
+  stored and returned, and a dict of the sets that it was fitted to, name -> SHA-256 of the set's
+  `index.json` (`ShardSet.sha256`). Then `rule` is not used, and the sets of `folders` are scored
+  only for their metrics.
 
 Both main entries raise `ValueError` or a subclass for sets or scores that cannot be used. `Gain`
-has the highest `selection` so far and counts validations since then. `remembered(path, find,
-first)` returns the `Validation` in a JSON file (`Path`). If there is no file, it calls `find()`,
-which returns a `Validation`, and returns that. If `first` is True, it also writes it to the file
-(True only on rank 0). `read_validation(path)` only reads it. Both raise `ValueError` for a damaged
-file.
+has the highest `selection` so far and counts validations since then.
+
+`remembered(path, find, first)` returns the `Validation` in a JSON file (`Path`). If there is no
+file, it calls `find()`, which returns a `Validation`, and returns that. `first` is True on rank 0
+and False on the others: only rank 0 writes the new validation to the file. `read_validation(path)`
+only reads the file. Both raise `ValueError` for a damaged file.
 """
 
 import json

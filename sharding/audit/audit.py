@@ -1,12 +1,12 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` and calls `on_step(1)`
-`steps_of(shards)` times. It raises ValueError without scikit-learn. It returns an `Audit` of AUROCs
-(`Estimate`; None: too few): `pooled` of all images; `across`, each source by a classifier of the
-others; `source_name`, by the name alone; dicts `sources` (`within` the source; `from_others` as in
-`across`) and `features` (`alone`; `drop`: loss without it). Also `shortcuts` (values that predict
-the label), `notes`, `verdict` (little, some, strong, unknown). `open_sets(folders)`: name ->
-`ShardSet`. `write_report(path, seed, {name: as_json(shards, audit)})` writes report.json.
+Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet`. `seed` determines folds and
+trees. It calls `on_step(1)` `steps_of(shards)` times, and raises ValueError without scikit-learn.
+It returns an `Audit` of AUROCs (`Estimate`; None: too few groups in a class): `pooled` (all
+images), `across` (each source, by a classifier of the others), `source_name` (by the name alone),
+dicts `sources` (`within` it; `from_others` as `across`) and `features` (`alone`; `drop`: loss when
+shuffled); `shortcuts` (values that predict the label), `notes`, `verdict` (little, some, strong,
+unknown). `write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
 """
 
 import functools

@@ -3,13 +3,15 @@
 Main entry: `draw(shards, name, result, path)` returns nothing.
 
 - `shards`: a `ShardSet`, such as `open_shards([folder])` of `sharding/format.py` returns.
-- `name`: its name for the title; only `TITLE_NAME` characters fit.
+- `name`: its name for the title. A name of more than `TITLE_NAME` characters is cut for the title,
+  so any length is allowed.
 - `result`: its `Audit`, from `audit(shards)` of `sharding/audit/audit.py`, for the counts and
   AUROCs in the titles.
 - `path`: the `Path` (or `UPath`) of the PNG to write, in an existing folder.
 
 The PNG has a panel for each of the eight features of `sharding/audit/metadata.py` (format, size,
-...). Without matplotlib (the extra `audit`), a `ValueError` is raised.
+...). `ValueError` is raised without matplotlib (the extra `audit`), `OSError` if the PNG cannot be
+written.
 """
 
 from typing import Any

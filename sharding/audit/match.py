@@ -7,16 +7,22 @@ A detector can then be measured without shortcuts (`docs/audit.md`). Main entry:
 - `shards`: a `ShardSet`, such as `open_shards([folder])` of `sharding/format.py` returns.
 - `seed`: an integer, the seed of random choices (only by keyword).
 
-It returns a `Match`: `rows`, the chosen row numbers (int64 array), as many real as fake ones; the
-number of images per class (`per_class`); the AUROC of metadata `before` and `after`, each an
-`Estimate` (value and interval); and the number of `rounds`. It raises `MatchError` if too few
-images can be matched or the classes still differ, and `ValueError` without scikit-learn. Matching
-ends when the AUROC is at most `MATCHED` or its interval includes 0.5.
+It returns a `Match`:
+
+- `rows`: the chosen row numbers (int64 array), as many real as fake ones.
+- `per_class`: the number of chosen images of each class.
+- `before`, `after`: how well metadata alone tell the classes apart, over all images and over the
+  chosen ones. Each is an `Estimate` (`auroc`, and its interval from `low` to `high`).
+- `rounds`: how many rounds of matching were needed.
+
+Matching ends when the AUROC is at most `MATCHED` or its interval includes 0.5. `MatchError` (a
+`ValueError`) is raised if too few images can be matched or the classes still differ after the last
+round, another `ValueError` without scikit-learn.
 
 `sample_list(chosen)` takes a dict from the name of a set to the pair (its `ShardSet`, its `rows`)
 and returns a CSV text for `evaluate.py --subset`, with the columns `set` and `key`.
-`as_json(match)` takes a `Match`, the reason why there is none (text), or None, and returns the
-entry for `report.json`, a dict or None.
+`as_json(match)` takes one value: a `Match`, a text that says why there is none, or None. It returns
+the entry for `report.json`: a dict (with only `error` for a text), or None for None.
 """
 
 import csv

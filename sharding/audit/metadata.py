@@ -4,16 +4,23 @@ and `match`.
 Main entry: `metadata_of(shards)` takes a `ShardSet`, such as `open_shards([folder])` of
 `sharding/format.py` returns, and returns a `Metadata`. No image is read.
 
-- `values`: float32 (samples, 10), with the columns format, width, height, aspect, bits per pixel,
-  JPEG quality (NaN if the image is no JPEG), JPEG tables, chroma, EXIF and source.
+- `values`: float32 (samples, 10), the columns below.
 - `labels`: int8 (samples,), 0 real, 1 fake.
 - `groups`: int64 (samples,), equal for related images.
-- `names`: dict, number of a column of `NAMED` -> list of the texts that its codes stand for.
+- `names`: dict, number of a column with codes -> list of texts; a code is a position in this list.
+- `sources`: int64 (samples,), the codes of the sources.
+- `take(rows)`: the `Metadata` of some samples.
 
-`FEATURES` maps the name of a feature to the numbers of its columns. `NAMED` are the numbers of the
-columns that contain codes of names instead of quantities; `SOURCE` is that of the source.
-`Metadata.sources` are the codes of the sources, and `take(rows)` returns the metadata of some
-samples.
+Columns of `values`; `NAMED` are the numbers of those with codes, `FEATURES` maps the name of a
+feature to its columns:
+
+- 0: code of the format before packing.
+- 1 to 5: width, height, aspect (width / height), bits per pixel, and JPEG quality (NaN if the image
+  is no JPEG).
+- 6 and 7: codes of the quantization tables (a hash) and of the chroma subsampling of a JPEG. The
+  name for other formats is `NO_JPEG`.
+- 8: code of the EXIF data: "none", "present", or "with a rotation".
+- 9 (`SOURCE`): code of the source.
 
 `assign_folds(metadata, seed)` takes a `Metadata` and an integer and returns a fold for each sample,
 int64, 0 to 4 (`FOLDS` is 5), for cross-validation; a group is never in two folds.

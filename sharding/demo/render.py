@@ -6,8 +6,8 @@ written raises `OSError`. One JPEG is truncated on purpose.
 
 - `folder`: a `pathlib.Path`, created if it does not exist.
 - `seed`: an integer from 0 on that determines all images (default 0).
-- `jobs`: number of processes (default 2). They are spawned, so a script must make the call below
-  `if __name__ == "__main__":`.
+- `jobs`: number of processes (default 2). They are spawned, so a script must call `make_demo()`
+  inside `if __name__ == "__main__":`.
 - `on_done`: None (default), or `on_done(done, total)`, called after each image with the number of
   images so far and of all.
 

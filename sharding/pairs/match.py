@@ -1,9 +1,14 @@
 """Encode the fake image of a pair like the file of its real partner, so that only pixels differ.
 
 Main entry: `encode_like(upright, partner, pixels, facts)` returns the bytes of a JPEG, PNG or WebP
-with the partner's quality, chroma subsampling, orientation, alpha and metadata. Of the metadata, a
-PNG or a lossless WebP gets only EXIF and the color profile, a lossy WebP also XMP, and a JPEG
-everything but a list of further images (MPF).
+with the partner's quality, chroma subsampling, orientation, alpha and metadata. The metadata that
+is kept depends on the format:
+
+- PNG: EXIF and the color profile.
+- WebP: EXIF, the color profile and XMP.
+- JPEG: everything but a list of further images (MPF).
+
+The arguments:
 
 - `upright`: pixels of the fake image, uint8 (height, width, 3) RGB, of the same size as `pixels`.
 - `partner`: bytes of the real image's file, a JPEG, PNG or WebP.

@@ -8,7 +8,8 @@ and returns a `Pairs`.
 - `decoder`: a `Decoder`, a VAE that reconstructs images; `load_decoder()` of
   `sharding/pairs/decoder.py` returns it.
 - `max_megapixels`: a number; larger images get no partner. Default: `MAX_MEGAPIXELS`.
-- `on_image`: called without arguments after each real image, with or without a partner.
+- `on_image`: a function, called without arguments after each real image, with or without a partner.
+  It may be left out, but must not be None.
 
 A `Pairs` has the `name` of the new set; `catalog`, its path; `counts`, a dict from a source to its
 number of pairs; `already`, how many pairs an earlier run made; and `excluded`, a dict from a reason
@@ -19,13 +20,19 @@ to the number of real images without a partner. Files below `out`:
     <set>-pairs.json                            set, decoder, and counts of pairs and exclusions
     <set>-pairs.toml                            the catalog, written last
     .pairs/<set>-pairs/started.json             the set, the decoder and `max_megapixels`
+    .pairs/<set>-pairs/                         a lock and other files of the run
 
-`ShardError` is raised if the set is missing, damaged or without an image to pair, or if `out` has
-pairs of another set, decoder or `max_megapixels` (see started.json); `DecoderError` if the decoder
-fails; `CatalogError` if a name is too long; `OSError` for files, or if another run writes to `out`.
+Errors:
+
+- `ShardError`: the set is missing, damaged or without an image to pair; or `out` has pairs of
+  another set, decoder or `max_megapixels` (see started.json), or files of unknown origin.
+- `DecoderError`: the decoder fails.
+- `CatalogError`: a name is too long.
+- `OSError`: a file cannot be read or written, or another run writes the same pairs.
+
 Complete pairs are not made again. The two images of a pair are one group (related images, which
-stay in one split). All pairs are one set, in the split of the packed set. `real_samples(shards)`
-takes a `ShardSet` and returns the row numbers of its real images.
+stay in one split). All pairs form one set, which has the same split as the packed set.
+`real_samples(shards)` takes a `ShardSet` and returns the row numbers of its real images.
 """
 
 import hashlib
