@@ -16,8 +16,8 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
 
 `center_crop_params(preprocess, widths, heights)` returns the `AugmentBatch` of evaluation: a center
 crop, nothing random. A setting out of range raises ValueError when its `AugmentPolicy` or
-`Preprocess` is made. Order: JPEG of the whole image, crop, flips, color jitter, resampling down and
-up, JPEGs, blur, grayscale, WebP.
+`Preprocess` is made. Order: resizing, JPEG and WebP of the whole image, crop, flips, color jitter,
+resampling down and up, JPEGs, blur, grayscale, WebP.
 """
 
 from collections.abc import Iterator, Sequence
@@ -111,11 +111,20 @@ class AugmentPolicy:
     A compression like a partner's (`match_pair_jpeg`) replaces it. Range: 0 to 1"""
     whole_jpeg_quality: tuple[int, int] = (95, 95)
     """libjpeg quality of `whole_jpeg`. Range: 1 to 100"""
+    whole_resize: float = 0.0
+    """Probability of resizing the whole image, before `whole_jpeg`, with one of `resample_filters`.
+    The shorter side does not become smaller than `crop_size`. Range: 0 to 1"""
+    whole_resize_scale: Range = (1.0, 1.0)
+    """Factor of both sides in `whole_resize`. Range: above 0, at most 2"""
+    whole_webp: float = 0.0
+    """Probability of WebP compression of the whole image, after `whole_jpeg`. Range: 0 to 1"""
+    whole_webp_quality: tuple[int, int] = (95, 95)
+    """libwebp quality of `whole_webp`. Range: 1 to 100"""
 
     def __post_init__(self) -> None:
         for name in (
             "hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale", "jpeg_grid_shift",
-            "webp", "vflip", "whole_jpeg",
+            "webp", "vflip", "whole_jpeg", "whole_resize", "whole_webp",
         ):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
@@ -133,7 +142,11 @@ class AugmentPolicy:
                 raise ValueError(f"{field.name} must be 0 < low <= high, got {list(value)}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
-        qualities = ("jpeg_quality", "webp_quality", "whole_jpeg_quality")
+        if self.whole_resize_scale[1] > 2:
+            raise ValueError(
+                f"whole_resize_scale is at most 2, got {list(self.whole_resize_scale)}"
+            )
+        qualities = ("jpeg_quality", "webp_quality", "whole_jpeg_quality", "whole_webp_quality")
         limits = {**dict.fromkeys(qualities, 100), "num_jpegs": 3}
         for name, most in limits.items():
             if getattr(self, name)[1] > most:
@@ -152,8 +165,11 @@ class AugmentParams(NamedTuple):
     - `resample`: intermediate side in pixels, 0 for none. `blur`: sigma in pixels, 0 for none.
     - `jpeg`, `jpeg2`, `jpeg3`: qualities of successive JPEGs, 0 for none. `webp`: likewise.
     - `grid_top`, `grid_left`: pixels between the corners of a JPEG block and the image, 0 to 7.
-    - `whole_jpeg`: quality of a JPEG of the whole image before everything else, 0 for none.
-      `whole_chroma`: its chroma subsampling, a position in `imaging.jpeg.CHROMAS`.
+    - `whole_height`, `whole_width`: size to which the whole image is resized before everything
+      else, 0 for none. `whole_filter`: its filter. `top`, `left`, ... are pixels of the result.
+    - `whole_jpeg`: quality of a JPEG of the whole image before the crop, 0 for none.
+      `whole_chroma`: its chroma subsampling, a position in `imaging.jpeg.CHROMAS`. `whole_webp`:
+      quality of a WebP of the whole image after it, 0 for none.
     - `detail_top`, `detail_left`, `detail_side`: square of a second crop in pixels of the upright
       image, side 0 for none. It is augmented like the first one, and placed below it.
     """
@@ -181,6 +197,10 @@ class AugmentParams(NamedTuple):
     detail_top: int = 0
     detail_left: int = 0
     detail_side: int = 0
+    whole_height: int = 0
+    whole_width: int = 0
+    whole_filter: int = 0
+    whole_webp: int = 0
 
     @property
     def windows(self) -> list[tuple[int, int, int, int]]:
@@ -282,12 +302,12 @@ def stack(params: Sequence[AugmentParams]) -> AugmentBatch:
     return AugmentBatch(**{name: np.array(column) for name, column in columns})
 
 
-_NUMBERS = np.cumsum([CROP_TRIES, CROP_TRIES, 2, 6, 4, 3, 10, 2, 2])
+_NUMBERS = np.cumsum([CROP_TRIES, CROP_TRIES, 2, 6, 4, 3, 10, 2, 2, 5])
 """End of each group of random numbers among those of one sample: areas to try, ratios to try, crop
 position, six for whether an operation happens, four color factors, three positions in a range, ten
-for harsher policies, two for the JPEG of the whole image, the position of the detail crop. The
-groups are the same for every policy, so that a changed probability does not shift the other
-numbers.
+for harsher policies, two for the JPEG of the whole image, the position of the detail crop, five for
+resizing and WebP of the whole image. The groups are the same for every policy, so that a changed
+probability does not shift the other numbers.
 """
 
 
@@ -343,9 +363,12 @@ def sample_params(
     """
     ranges = policies.of(policy)
     numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
-    areas, ratios, position, chance, color, within, more, whole, detail = np.split(
+    areas, ratios, position, chance, color, within, more, whole, detail, delivered = np.split(
         numbers, _NUMBERS[:-1], axis=1
     )
+    resized = _whole_sizes(ranges, preprocess, widths, heights, delivered)
+    widths = np.where(resized[0] > 0, resized[0], widths)
+    heights = np.where(resized[1] > 0, resized[1], heights)
     crops = random_crops(
         ranges["scale"], ranges["ratio"], widths, heights, (areas, ratios, position)
     )
@@ -392,6 +415,14 @@ def sample_params(
         webp=webp,
         whole_jpeg=whole_jpeg,
         whole_chroma=np.where(whole_jpeg > 0, whole_chroma, 0),
+        whole_width=resized[0],
+        whole_height=resized[1],
+        whole_filter=np.where(resized[0] > 0, policies.filter(policy, delivered[:, 2]), 0),
+        whole_webp=np.where(
+            delivered[:, 3] < ranges["whole_webp"],
+            _whole(ranges["whole_webp_quality"], delivered[:, 4]),
+            0,
+        ),
         vflip=more[:, 9] < ranges["vflip"],
         crop_filter=_crop_filters(preprocess, len(keys.samples)),
         **_detail_columns(preprocess, crops, detail),
@@ -414,6 +445,27 @@ def center_crop_params(
         crop_filter=_crop_filters(preprocess, len(widths)),
         **_detail_columns(preprocess, crops),
     )
+
+
+def _whole_sizes(
+    ranges: dict[str, np.ndarray],
+    preprocess: Preprocess,
+    widths: np.ndarray,
+    heights: np.ndarray,
+    numbers: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample the width and height to which each whole image is resized, int32 (N,), 0 for none. The
+    shorter side does not become smaller than the crop, as web sites leave small images alone.
+    """
+    factor = between(ranges["whole_resize_scale"], numbers[:, 1])
+    least = np.minimum(1.0, preprocess.crop_size / np.minimum(widths, heights))
+    factor = np.maximum(factor, least)
+    happens = (numbers[:, 0] < ranges["whole_resize"]) & (factor != 1.0)
+    width, height = (
+        np.where(happens, np.maximum(1, np.rint(side * factor)), 0).astype(np.int32)
+        for side in (widths, heights)
+    )
+    return width, height
 
 
 def _detail_columns(

@@ -48,7 +48,7 @@ from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
 from pipeline.dali_graph import HW_DECODER_LOAD, columns_of, graph
 from pipeline.loading import STALL_ERROR_S
 from pipeline.monitor import WorkerStatus
-from pipeline.pil import encode_jpeg, refuse_crop_outside, webp_round_trip
+from pipeline.pil import apply_whole, encode_jpeg, refuse_crop_outside, webp_round_trip
 from pipeline.read_ahead import DECODER, ReadAhead
 
 
@@ -126,13 +126,14 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """Do on the CPU what the graph cannot do (see `_compressed` and `_by_host`), before the
+        """Do on the CPU what the graph cannot do (see `_delivered` and `_by_host`), before the
         graph. Other damaged images are left to the graph, and then to the reference decoder, which
         gives the reason.
         """
         params = request.params
         work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
-        work = dict.fromkeys(np.flatnonzero(params.whole_jpeg).tolist(), self._compressed)
+        whole = params.whole_jpeg | params.whole_height | params.whole_webp
+        work = dict.fromkeys(np.flatnonzero(whole).tolist(), self._delivered)
         for row, encoded in enumerate(request.data):
             if not _may_reach_graph(encoded, request.formats[row]):
                 work[row] = self._by_host
@@ -155,17 +156,20 @@ class DaliBackend:
         )
 
     @staticmethod
-    def _compressed(request: Request, row: int) -> bytes | None:
-        """Apply the first step of a policy: compress the whole image as JPEG. DALI's JPEG operator
-        supports only one chroma subsampling, and only images of one size. With this step, the graph
-        decodes a fake exactly as it decodes its partner.
+    def _delivered(request: Request, row: int) -> bytes | None:
+        """Apply the first steps of a policy, those for the whole image. DALI's JPEG operator
+        supports only one chroma subsampling, and only images of one size. If a JPEG is the last of
+        these steps, it is the result: the graph decodes a fake exactly as it decodes its partner.
         """
-        params = request.params
+        params = request.params.row(row)
         try:
             pixels = decode_image(*_member(request, row))
         except DecodeError:
             return None
-        return encode_jpeg(pixels, int(params.whole_jpeg[row]), CHROMAS[params.whole_chroma[row]])
+        if params.whole_jpeg and not params.whole_webp:
+            pixels = apply_whole(pixels, params._replace(whole_jpeg=0))
+            return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
+        return png_of(apply_whole(pixels, params))
 
     @staticmethod
     def _by_host(request: Request, row: int) -> bytes | DecodeError:

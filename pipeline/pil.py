@@ -84,15 +84,33 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
     Raises:
         ValueError: the crop reaches outside the image, so the parameters belong to another image.
     """
+    pixels = apply_whole(pixels, params)
     refuse_crop_outside(pixels, params)
-    if params.whole_jpeg:
-        pixels = _decode_jpeg(encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma]))
     size = out.shape[1]
     for number, (top, left, height, width) in enumerate(params.windows):
-        crop = pixels[top : top + height, left : left + width]
-        if not crop.flags.writeable:  # Pillow's arrays are not, and torch warns about them
-            crop = crop.copy()
-        _apply(torch.from_numpy(crop), params, out[number * size : (number + 1) * size])
+        crop = _tensor_of(pixels[top : top + height, left : left + width])
+        _apply(crop, params, out[number * size : (number + 1) * size])
+
+
+def apply_whole(pixels: np.ndarray, params: AugmentParams) -> np.ndarray:
+    """Apply the steps of `params` for the whole image, before its crop: resizing, JPEG and WebP.
+    Takes and returns an upright image, uint8 (height, width, 3) RGB.
+    """
+    if params.whole_height:
+        shape = (params.whole_height, params.whole_width, 3)
+        resized = torch.empty(shape, dtype=torch.uint8)
+        resize(_tensor_of(pixels), resized, params.whole_filter)
+        pixels = resized.numpy()
+    if params.whole_jpeg:
+        pixels = _decode_jpeg(encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma]))
+    return webp_round_trip(pixels, params.whole_webp) if params.whole_webp else pixels
+
+
+def _tensor_of(pixels: np.ndarray) -> torch.Tensor:
+    """Return pixels as a tensor. Read-only ones, as Pillow's are, are copied: torch warns of
+    them.
+    """
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
 def _apply(crop: torch.Tensor, params: AugmentParams, out: torch.Tensor) -> None:

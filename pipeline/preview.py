@@ -220,8 +220,9 @@ def _square(pixels: np.ndarray) -> Image.Image:
 
 def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
     """Fit the whole image into a cell and draw the crop as a frame."""
-    scale = CELL / max(whole.shape[:2])
-    size = (max(1, round(whole.shape[1] * scale)), max(1, round(whole.shape[0] * scale)))
+    height, width = (params.whole_height or whole.shape[0], params.whole_width or whole.shape[1])
+    scale = CELL / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = Image.fromarray(whole).resize(size, Image.Resampling.BILINEAR)
     corners = (params.left, params.top, params.left + params.width, params.top + params.height)
     box = [round(value * scale) for value in corners]
@@ -234,8 +235,11 @@ def _with_crop(whole: np.ndarray, params: AugmentParams) -> Image.Image:
 def words_of(params: AugmentParams) -> list[str]:
     """Describe the parameters, one line for each operation that is on."""
     words = [f"crop {params.width} x {params.height} at {params.left}, {params.top}"]
-    whole = f"whole image: JPEG {params.whole_jpeg}, {CHROMAS[params.whole_chroma]}"
-    words += [whole] if params.whole_jpeg else []
+    if params.whole_height:
+        words.append(f"whole image: {params.whole_width} x {params.whole_height}")
+    if params.whole_jpeg:
+        words.append(f"whole image: JPEG {params.whole_jpeg}, {CHROMAS[params.whole_chroma]}")
+    words += [f"whole image: WebP {params.whole_webp}"] if params.whole_webp else []
     words += ["horizontal flip"] if params.hflip else []
     words += ["color jitter"] if params.color != IDENTITY else []
     how = f" ({FILTERS[params.filter]})" if params.filter else ""

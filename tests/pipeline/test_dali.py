@@ -427,7 +427,8 @@ OTHER_VALUES = {
     "top": 9, "left": 9, "height": 30, "width": 30, "hflip": True, "vflip": True,
     "color": color_matrix(1.2), "resample": 40, "jpeg": 60, "blur": 0.7, "grayscale": True,
     "filter": 2, "jpeg2": 30, "jpeg3": 30, "grid_top": 5, "grid_left": 5, "webp": 20,
-    "whole_jpeg": 20, "whole_chroma": 3, "crop_filter": 2, "detail_top": 9, "detail_left": 9,
+    "whole_jpeg": 20, "whole_chroma": 3, "crop_filter": 2, "whole_width": 60,
+    "whole_height": 60, "whole_filter": 2, "whole_webp": 20, "detail_top": 9, "detail_left": 9,
     "detail_side": 30,
 }  # fmt: skip
 
@@ -441,6 +442,8 @@ def test_both_backends_apply_every_field(field: str, device: torch.device) -> No
         before = before._replace(resample=24)
     if field == "whole_chroma":
         before = before._replace(whole_jpeg=90)
+    if field in ("whole_width", "whole_height", "whole_filter"):
+        before = before._replace(whole_width=55, whole_height=55)
     detail = field.startswith("detail_")
     if detail:
         before = before._replace(detail_side=40)
