@@ -3,10 +3,12 @@
 Main entry: `command(name)` takes the name of a command, such as "train" (not checked), and returns
 how to start it: `python train.py` in a checkout, else `ai-images-detector train`.
 `install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
-the end of a message: how to install them. Both return text. `CHECKOUT` is True in a checkout.
-`DEMO` is the command that makes synthetic demo images.
+the end of a message: how to install them. `program_version()` returns the version. All return text.
+`CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
 """
 
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 NAME = "ai-images-detector"
@@ -24,6 +26,14 @@ def command(name: str) -> str:
     train`.
     """
     return f"python {name}.py" if CHECKOUT else f"{NAME} {name}"
+
+
+def program_version() -> str:
+    """Return the version of the program: that of the checkout, else that of the wheel."""
+    if CHECKOUT:
+        text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
+        return str(tomllib.loads(text)["project"]["version"])
+    return version(NAME)
 
 
 def install_extra(extra: str) -> str:

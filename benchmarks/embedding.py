@@ -51,10 +51,10 @@ WARM_UP = 2
 """Forward passes of `network` before the clock starts."""
 
 
-def network_alone(embedder: Embedder, size: int, seconds: float) -> float:
-    """Measure images/s of the features of one batch on the device, of `size` x `size` pixels."""
+def network_alone(embedder: Embedder, shape: tuple[int, int], seconds: float) -> float:
+    """Measure images/s of the features of one batch of images of `shape` on the device."""
     count = AT_A_TIME_ON_GPU if embedder.device.type == "cuda" else AT_A_TIME
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, *shape), dtype=torch.uint8)
     images = images.to(embedder.device)
     done = -WARM_UP
     began = time.perf_counter()
@@ -88,9 +88,9 @@ def measure(
     embedder: Embedder, shards: ShardSet, source: FeatureSource, seconds: float
 ) -> dict[str, float]:
     """Measure both rows once, in images/s."""
-    size = source.backbone.preprocess.crop_size
+    shape = source.backbone.preprocess.shape
     return {
-        "network": network_alone(embedder, size, seconds),
+        "network": network_alone(embedder, shape, seconds),
         "embed": whole(embedder, shards, source),
     }
 

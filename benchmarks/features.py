@@ -11,7 +11,9 @@ FILE as a JSON object:
 - images/s of `store`, which reads the same batches from the memory-mapped files (likewise), and the
   ratio of the two;
 - seconds and images/s of one epoch that trains a linear head from the store, by the steps that
-  `train.py` takes; also the peak memory of the process and the bytes per image in the files.
+  `train.py` takes;
+- seconds to read all features at once, and to fit the head to them by L-BFGS, with the iterations;
+- the peak memory of the process and the bytes per image in the files.
 
 The options:
 
@@ -40,6 +42,7 @@ import torch
 
 import console
 from model.checkpoint import versions
+from model.features.fit import fit_head, gather
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import BackboneId, View, files_of, open_table, write_file
 from model.network import build
@@ -151,6 +154,11 @@ def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
         for batch in stream.batches(0, 1):
             losses.append(train_step(state, net, batch, optim))
         epoch_s = time.perf_counter() - began
+        began = time.perf_counter()
+        samples = gather(stream, 1)
+        gathered = time.perf_counter()
+        fit = fit_head(net, samples, Optim(lr=1e-3, weight_decay=4e-3))
+        fit_s = time.perf_counter() - gathered
         stored = sum(path.stat().st_size for path in store.rglob("*.arrow"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     figures = {
@@ -158,6 +166,8 @@ def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
         "memory_images_per_s": max(rates["memory"]), "store_images_per_s": max(rates["store"]),
         "store_over_memory": max(rates["store"]) / max(rates["memory"]),
         "head_epoch_s": epoch_s, "head_images_per_s": len(losses) * batch_size / epoch_s,
+        "gather_s": gathered - began, "fit_s": fit_s, "fit_iterations": fit.iterations,
+        "fit_loss": fit.loss,
         "first_loss": float(losses[0]), "last_loss": float(losses[-1]), "peak_bytes": peak,
         "versions": versions(),
     }  # fmt: skip

@@ -17,9 +17,9 @@ operations are not. The exit code is 1 if the first row fails.
 Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
 
 - `way`: `Way(batch=64, dtype="bf16", channels_last=True, compiled=False, fused=False)`. `dtype` is
-  a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch. `batch`
-  and `dtype` must be given; the others have these defaults. `ways_of(base, on_gpu)` returns a dict,
-  name -> `Way`: the first row `base` and all others.
+  a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch. All fields
+  are passed by keyword; `batch` and `dtype` must be given, the others have these defaults.
+  `ways_of(base, on_gpu)` returns a dict, name -> `Way`: the first row `base` and all others.
 - `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`; `Recipe` is in
   `model/recipe.py`, `resolved()` in `model/backbones/resolve.py`.
 - `device`: a torch.device.
@@ -127,10 +127,10 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
     return 2 * side**3 / min(times)
 
 
-def random_batch(way: Way, size: int, device: torch.device) -> Batch:
+def random_batch(way: Way, shape: tuple[int, int], device: torch.device) -> Batch:
     """Make a batch of noise in the layout of the loader."""
     rng = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (way.batch, 3, size, size), dtype=torch.uint8, generator=rng).to(
+    images = torch.randint(0, 256, (way.batch, 3, *shape), dtype=torch.uint8, generator=rng).to(
         device
     )
     layout = torch.channels_last if way.channels_last else torch.contiguous_format
@@ -189,7 +189,7 @@ def measure(
         dtype = DTYPES[way.dtype]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         train_state = TrainState(net, optimizer, scaler, device, dtype)
-        batch = random_batch(way, recipe.preprocess.crop_size, device)
+        batch = random_batch(way, recipe.preprocess.shape, device)
         work = operations(train_state, batch, recipe)
         forward = torch.compile(net) if way.compiled else net
         times = seconds_of(

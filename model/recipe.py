@@ -178,12 +178,13 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with warm-up and a cosine schedule."""
+    """AdamW with warm-up and a cosine schedule, or a fit of the head."""
 
     lr: float
     """Peak learning rate of the head. Range: above 0"""
     weight_decay: float = 0.02
-    """Weight decay of AdamW. Range: at least 0"""
+    """Weight decay of AdamW. For `lbfgs`: factor of half the sum of squared weights in the loss.
+    Range: at least 0"""
     layer_decay: float = 1.0
     """Factor on the learning rate from one group of layers to the next, starting at the head.
     Range: above 0, at most 1"""
@@ -204,6 +205,12 @@ class Optim:
     ema_decay: float = 0.0
     """Decay per step of the averaged weights, which are then validated and saved. 0: no averaging.
     Range: at least 0, below 1"""
+    solver: Literal["adamw", "lbfgs"] = "adamw"
+    """`adamw`: train in steps on batches. `lbfgs`: fit the linear head of a frozen backbone to the
+    stored features of all epochs at once; only `weight_decay`, `label_smoothing` and `iterations`
+    have an effect."""
+    iterations: int = 100
+    """Largest number of iterations of `lbfgs`. Range: at least 1"""
 
     def __post_init__(self) -> None:
         if not (self.clip_grad_norm > 0 and self.weight_decay >= 0):
@@ -224,6 +231,8 @@ class Optim:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.layer_decay_groups == "none":
             raise ValueError("layer_decay below 1 needs layer_decay_groups block, stage or stage12")
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.warmup_ratio < 1:

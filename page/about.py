@@ -10,25 +10,22 @@ used because there is no trained run, it says so. `ROOT` is the folder of the pr
 """
 
 import os
-import tomllib
-from pathlib import Path
 
 import streamlit as st
 from markupsafe import Markup
 
+from installed import program_version
 from model.inference.detector import ImageDetector
 from model.shipped.backbone import is_shipped
 from page.detector import CHECKPOINT
 from page.html import show
 
-ROOT = Path(__file__).parent.parent
-
 LIMITS = """
 - **A probability is not a proof.** Do not accuse anybody because of this page alone.
 - **The detector knows only kinds of images that it was trained on.** A newer generator, an unusual
   camera, a screenshot, heavy filters or repeated compression can cause errors in both directions.
-- **The detector sees only the center of the image**, scaled to a few hundred pixels. A small edited
-  area in a real photograph can be missed.
+- **The detector sees a center crop of the image**, scaled to a few hundred pixels (some detectors
+  see a small part at full resolution too). A small edited area in a real photograph can be missed.
 - **The verdict is about how the pixels were made**, not about whether the scene is true.
 - **A pasted image contains no file information.** Upload the file to see statements about its
   origin.
@@ -44,12 +41,11 @@ def about(detector: ImageDetector) -> None:
 
 def which(detector: ImageDetector) -> str:
     """Return one line with the name, identity and date of the detector, and the program version."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     network, created = detector.meta["recipe"]["network"]["name"], detector.meta["created"][:10]
     shipped = not os.environ.get(CHECKPOINT) and is_shipped(detector.checkpoint)
     first = f"There is no trained run, so this is the shipped detector {detector.checkpoint.name}. "
     return (
         f"{first if shipped else ''}Model {network}, {detector.identity}, {created}. Program "
-        f"{project['version']}. Images stay in memory while this page shows them; nothing is "
+        f"{program_version()}. Images stay in memory while this page shows them; nothing is "
         "kept but what you ask to keep."
     )

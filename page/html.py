@@ -5,7 +5,7 @@ Main entry: `show(html, where)` puts HTML on the page and returns nothing. It es
 - `html`: the HTML as `Markup` (of markupsafe). The caller escapes untrusted text with
   `Markup.format()`, such as `Markup("<p>{}</p>").format(name)`.
 - `where`: the page element to fill, such as `st.empty()` of Streamlit. None, the default, puts the
-  HTML at the end of the page.
+  HTML at the end of the page, or of the container in whose `with` block the call stands.
 
 `icon(kind)` returns the HTML of an icon as `Markup`. `kind` is a CSS class of `style.css`: a value
 of `KINDS`, or "warning". `KINDS` maps each verdict ("likely AI", "uncertain", "no sign of AI", and

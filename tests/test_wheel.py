@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from installed import program_version
 from tests.builders import ROOT, encode, photo, write_raw
 
 LEFT_OUT = {
@@ -64,6 +65,17 @@ def test_the_wheel_contains_the_program_and_its_data_files(wheel: Path) -> None:
     ):  # fmt: skip
         assert needed in found
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
+
+
+def test_the_installed_program_knows_its_version(wheel: Path, tmp_path: Path) -> None:
+    """The page shows it. pyproject.toml is not in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "from installed import CHECKOUT, program_version; print(CHECKOUT, program_version())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", program_version()]
 
 
 def test_every_package_has_py_typed(wheel: Path) -> None:

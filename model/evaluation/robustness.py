@@ -256,8 +256,8 @@ def _variant_of(
 def _batch_of(variants: Sequence[np.ndarray | str], device: torch.device) -> Batch:
     """Return all variants of one sample as a batch. Missing variants are black and not valid."""
     failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
-    size = next((len(variant) for variant in variants if not isinstance(variant, str)), 1)
-    blank = np.zeros((size, size, 3), np.uint8)
+    made = (variant.shape for variant in variants if not isinstance(variant, str))
+    blank = np.zeros(next(made, (1, 1, 3)), np.uint8)
     pixels = np.stack(
         [blank if row in failures else variant for row, variant in enumerate(variants)]
     )

@@ -25,6 +25,7 @@ from model.export.license import License, license_of
 from model.inference.fitness import notices
 from model.shipped.backbone import KEY
 from model.verdict import band_of, capital
+from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 
 TAGS = ["ai-generated-image-detection", "deepfake-detection"]
@@ -37,7 +38,7 @@ LIMITS = """\
 - In public data sets, fakes and photographs also differ in format, size and compression, and a
   detector learns these differences. Before you rely on it, measure it on real and fake images that
   have the same format, size and compression.
-- The network's input is the center of an image, scaled down: {share:.0%} of the shorter side as {size} x {size} pixels.
+- The network's input is the center of an image, scaled down: {share:.0%} of the shorter side as {size} x {size} pixels{detail}.
   A small edit, or an edit near the border, can be missed. The detector was not made for partly
   edited images, drawings, text or collages.
 - The detector knows only the generators of its training sets; it may miss images of newer ones.
@@ -65,8 +66,8 @@ print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
 """
 
 _STAGES = """\
-The head uses the features of all stages. timm and transformers cannot build such a network and
-refuse these weights. Download the folder and use the project that trained the detector:
+The head uses features from inside the backbone. timm and transformers cannot build such a network
+and refuse these weights. Download the folder and use the project that trained the detector:
 """
 
 _HEAD = """\
@@ -104,9 +105,13 @@ def card_of(
     index. `onnx`: the folder also contains an ONNX export in `onnx/`.
     """
     license = license_of(meta)
-    preprocess = meta["preprocess"]
+    preprocess = Preprocess(**meta["preprocess"])
     limits = LIMITS.format(
-        share=preprocess["crop_size"] / preprocess["resize_size"], size=preprocess["crop_size"]
+        share=preprocess.crop_size / preprocess.resize_size,
+        size=preprocess.crop_size,
+        detail=", and a crop of as many pixels at full resolution"
+        if preprocess.detail_crop
+        else "",
     )
     sections = [
         f"# {markdown(meta['recipe']['name'])}: real photograph or AI-generated?",
@@ -171,10 +176,10 @@ def _use(meta: Mapping[str, Any], onnx: bool) -> str:
     if not _is_plain(meta):
         text = (_HEAD if KEY in meta else _STAGES) + _BY_PROJECT
     if onnx:
-        size = meta["preprocess"]["crop_size"]
+        height, width = Preprocess(**meta["preprocess"]).shape
         text += f"""
 `onnx/detector.onnx` (fp32), `onnx/detector-fp16.onnx` and `onnx/detector-int8.onnx` (linear layers
-in 8 bits) take `images`, uint8 (batch, {size}, {size}, 3) RGB, and return `probability`, that of
+in 8 bits) take `images`, uint8 (batch, {height}, {width}, 3) RGB, and return `probability`, that of
 fake. Their metadata contains the preprocessing, the thresholds and this license.
 `onnx/parity.json` contains the differences from PyTorch.
 """

@@ -22,8 +22,8 @@ It writes nothing and raises `ExportError` if a library is missing, no image can
 difference on equal pixels is above `TOLERANCE` (int8: only if it is NaN). For a checkpoint that
 cannot be used it raises `CheckpointError`, `BackboneError` or `NetworkError`.
 
-The graph takes `images`, uint8 (batch, size, size, 3) RGB, and gives `probability` (of fake),
-float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same as text.
+The graph takes `images`, uint8 (batch, *preprocess.shape, 3) RGB, and gives `probability` (of
+fake), float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same as text.
 
 `compare(net, preprocess, meta, files, images, on_images)` only compares existing ONNX `files` (a
 list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in
@@ -65,8 +65,8 @@ OPSET = 20
 """The first opset with GELU as a single operator. Needs ONNX Runtime 1.17 or newer."""
 
 DESCRIPTION = (
-    "Input: images, uint8 (batch, size, size, 3) RGB. Outputs: probability, float32 (batch,), of "
-    "fake, after the checkpoint's temperature; logits, float32 (batch, 2) in the order of the "
+    "Input: images, uint8 (batch, height, width, 3) RGB. Outputs: probability, float32 (batch,), "
+    "of fake, after the checkpoint's temperature; logits, float32 (batch, 2) in the order of the "
     "classes, before the temperature. Normalization is part of the graph. The metadata contains "
     "everything else needed to use the file."
 )

@@ -49,6 +49,7 @@ from model.calibrate import Calibration, CalibrationError, calibrate_sources
 from model.checkpoint import load_network
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object
+from model.features.fit import fit_head, gather
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.prepare import embed_run, source_of
 from model.score import score_set
@@ -82,19 +83,22 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
     Raises:
         CalibrationError: the remaining images do not fill a batch.
     """
-    recipe, stream = planned.recipe, _without(planned.stream, without)
+    recipe, stream, net = planned.recipe, _without(planned.stream, without), train_state.net
     if not stream.steps_per_epoch:
         raise CalibrationError(
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
+    if recipe.optim.solver == "lbfgs":
+        fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
+        return
     set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
-    optimizer = make_optimizer(train_state.net.backbone, recipe.optim, fused=False)
+    optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
     state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs
     for step, batch in enumerate(stream.batches(0, recipe.run.epochs)):
         set_learning_rate(optimizer, schedule(recipe.optim, step, steps))
-        train_step(state, state.net, batch, recipe.optim, step=step)
+        train_step(state, net, batch, recipe.optim, step=step)
 
 
 def _without(stream: Stream, sources: Collection[str]) -> Stream:
@@ -132,7 +136,8 @@ def leave_one_out(
     for name in sorted({names[code] for code in np.unique(codes[pool.new])}):
         groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
     scored = {}
-    with one_thread(), console.progress("heads without one source", len(groups)) as advance:
+    in_steps = planned.recipe.optim.solver == "adamw"
+    with one_thread(in_steps), console.progress("heads without one source", len(groups)) as advance:
         for members in groups.values():
             refit(planned, train_state, members)
             for name in members:

@@ -311,6 +311,13 @@ def _report(
     yield f"peak memory {memory.process / 2**30:.2f} GiB a process{workers}{gpu}"
     steps = planned.steps - planned.done
     seconds, parts = steps * trial.step_s, [f"{steps:,} steps"]
+    if recipe.optim.solver == "lbfgs":
+        rows = len(views_of(recipe)) * len(stream.new(0))
+        yield (
+            f"the head is fitted, not trained in steps: at most {recipe.optim.iterations} "
+            f"iterations over about {rows:,} features; the estimate does not include the fit"
+        )
+        seconds, parts = 0.0, ["reading stored features"]
     if trial.missing:
         seconds += trial.missing * trial.image_s
         parts.append(f"the features of {trial.missing:,} images ({1 / trial.image_s:.3g} a second)")

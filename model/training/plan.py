@@ -40,6 +40,7 @@ from model import checkpoint
 from model.backbones.resolve import describe_preprocess, normalization_warnings, resolved
 from model.device import choose_device, choose_precision, describe
 from model.distributed import DistEnv
+from model.features.fit import check_fit
 from model.features.loader import FeatureSource
 from model.mistakes.gate import START_FILE, check_mistakes
 from model.network import (
@@ -166,7 +167,11 @@ class RunPlan:
             *describe_preprocess(recipe),
             f"per epoch {len(labels):,} new samples ({counts}) and {stream.replayed_per_epoch:,} "
             f"old ones, without the last {left} that fill no batch; {recipe.run.epochs} epochs, "
-            f"{self.steps:,} steps of {loader.global_batch}",
+            + (
+                f"fitted together by L-BFGS, at most {recipe.optim.iterations} iterations"
+                if recipe.optim.solver == "lbfgs"
+                else f"{self.steps:,} steps of {loader.global_batch}"
+            ),
             f"images through {loader.backend} ({loader.reason})",
             f"torch.compile {'on' if self.compiled else 'off'} ({self.compiled_reason})",
         ]
@@ -433,6 +438,8 @@ def _check_network(
     outline = build(recipe.network, pretrained=False, empty=True)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     rates = {group["base_lr"] for group in parameter_groups(outline.backbone, recipe.optim)}
+    if recipe.optim.solver == "lbfgs":
+        check_fit(recipe, outline)
     check_size(outline, recipe.network.name, recipe.preprocess)
     if weights.path is None:
         if weights.kind == "timm":

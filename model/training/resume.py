@@ -60,7 +60,7 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
         torch.manual_seed(int(state["order"]["seed"]) + 1_000_003 * (1 + dist.rank) + done)
         return
     torch.set_rng_state(state["rng"][dist.rank])
-    if train_state.device.type == "cuda":
+    if train_state.device.type == "cuda" and state["cuda_rng"]:  # empty if saved on a CPU
         torch.cuda.set_rng_state(state["cuda_rng"][dist.rank], train_state.device)
 
 

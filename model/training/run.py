@@ -38,38 +38,24 @@ only stopped at `stop_at`; and the best checkpoint (a `Best`).
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import filelock
-import numpy as np
 import torch
 
 import console
 import interrupts
 from model import checkpoint
-from model.calibrate import CalibrationError
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
-from model.features.leave_out import calibrate_left_out
+from model.features.fit import fit_head, gather
 from model.features.prepare import with_features
-from model.inference.detector import load_detector
-from model.mistakes.gate import (
-    START_FILE,
-    against_start,
-    lines_of,
-    measure_start,
-    newly_wrong,
-    read_start,
-    refusal,
-)
-from model.mistakes.keep import Verdict
-from model.mistakes.regressions import counts_of
 from model.recipe import Recipe, flat_settings
 from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network
-from model.training.forgetting import changes, forgetting, refusals
+from model.training.conclude import conclude, conclude_again, start_on_mistakes
 from model.training.history import History
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
@@ -78,8 +64,6 @@ from model.training.step import TrainState, not_finite_in, train_step
 from model.training.validation import (
     Gain,
     Validation,
-    calibrate_checkpoint,
-    read_validation,
     remembered,
     validate,
 )
@@ -87,10 +71,6 @@ from pipeline.monitor import LoaderStats
 from storage import AnyPath
 
 LOCK_FILE = ".lock"
-
-
-class Refused(ValueError):
-    """The gate refuses a trained checkpoint. The message gives the reasons."""
 
 
 class Interrupted(Exception):
@@ -135,7 +115,7 @@ def train(
             early = f" after {planned.done} of {planned.steps} steps: {planned.ended}"
             why = early if planned.done < planned.steps else ""
             console.log.info("%s is finished%s; nothing to do", planned.folder, why)
-            _conclude_again(planned, planned.best)
+            conclude_again(planned, planned.best)
             return planned.best.path
         for line in planned.describe():
             console.log.info("%s", line)
@@ -175,54 +155,16 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
     train_state = assemble(planned)
     planned = with_features(planned, train_state)
     baseline = _baseline(planned, train_state)
-    start = _start_on_mistakes(planned)
-    ended, best = run_steps(planned, train_state, stop_at)
+    start = start_on_mistakes(planned)
+    if planned.recipe.optim.solver == "lbfgs":
+        ended, best = run_fit(planned, train_state, stop_at)
+    else:
+        ended, best = run_steps(planned, train_state, stop_at)
     # A barrier: rank 0 writes the checkpoint, and the others must not read it before.
     path = all_gather_object(planned.dist, best.path)[0]
     if ended:
-        _conclude(planned, replace(best, path=path), baseline, start)
+        conclude(planned, replace(best, path=path), baseline, start)
     return path
-
-
-def _conclude(
-    planned: RunPlan, best: Best, baseline: Validation | None, start: Mapping[str, Verdict] | None
-) -> None:
-    """Calibrate the best checkpoint of a finished run, then compare it with the initial detector.
-    The calibration comes first, so that kept mistakes are scored with the final band.
-
-    Raises:
-        Refused: the gate refuses the checkpoint.
-    """
-    _calibrate(planned, best.path)
-    if not (baseline and best.validation and planned.dist.is_main):
-        return
-    if reasons := _judge(planned, best, baseline, start):
-        raise _refused(best, reasons)
-
-
-def _refused(best: Best, reasons: Sequence[str]) -> Refused:
-    return Refused(
-        f"{best.path} is refused: {'; '.join(reasons)}. The checkpoint and the one that the run "
-        "started from are kept"
-    )
-
-
-def _conclude_again(planned: RunPlan, best: Best) -> None:
-    """Conclude a finished run whose training is started again. If the run was killed before the
-    gate, the gate is applied now. A refused checkpoint is refused again.
-
-    Raises:
-        Refused: the gate refuses the best checkpoint.
-    """
-    baseline, start = None, None
-    meta = checkpoint.read_meta(best.path)
-    if meta.get("refused"):
-        raise _refused(best, meta["refused"])
-    judged = meta["compared"] is not None
-    if planned.baseline and planned.baseline.exists() and not judged:
-        baseline = read_validation(planned.baseline)
-        start = _start_on_mistakes(planned)
-    _conclude(planned, best, baseline, start)
 
 
 def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
@@ -289,6 +231,50 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
     return over, best
 
 
+def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
+    """Fit the head to the stored features of all epochs, in place of the steps of `run_steps`.
+    Returns the same: the reason why the run is finished, and its checkpoint.
+
+    Raises:
+        ValueError: the head cannot be fitted, or `stop_at` is given.
+        Interrupted: after SIGINT or SIGTERM. Nothing is saved: the same command fits again.
+    """
+    if stop_at is not None:
+        raise ValueError("a fit (optim.solver lbfgs) has no steps to stop at; leave out stop_at")
+    recipe, dist, done = planned.recipe, planned.dist, planned.steps
+    samples = gather(planned.stream, recipe.run.epochs, dist)
+    with (
+        interrupts.stop_signals() as received,
+        _tracker(planned) as tracker,
+        History(planned.folder, 0, tracker)
+        if dist.is_main
+        else contextlib.nullcontext() as history,
+        console.progress("fitting", recipe.optim.iterations, shown=dist.is_main) as advance,
+    ):
+
+        def on_evaluation() -> None:
+            if all_reduce_any(dist, bool(received)):
+                name = received[0].name if received else "a signal to another rank"
+                raise Interrupted(f"stopped by {name} before the fit ended; nothing was saved")
+            advance(1)
+
+        fit = fit_head(train_state.net, samples, recipe.optim, dist, on_evaluation)
+        over = (
+            f"fitted to {len(samples.labels):,} features in {fit.iterations} iterations of L-BFGS, "
+            f"largest gradient {fit.gradient:.1e}"
+        )
+        console.log.info("%s, loss %.4f", over, fit.loss)
+        validation = _validate(planned, train_state)
+        if history is not None:
+            history.write(done, "train", {"loss": fit.loss, "lr": 0.0})
+        _log_validation(history, done, validation)
+        if history is not None:
+            history.sync()
+        gain = planned.gain.after(done, validation.selection)
+        best = save(planned, train_state, done, validation, None, gain=gain, ended=over)
+    return over, best
+
+
 def _tracker(planned: RunPlan) -> contextlib.AbstractContextManager[Tracker | None]:
     """Return the recipe's tracker on rank 0, a context manager that connects on entry; else a null
     context.
@@ -335,93 +321,6 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
     return remembered(
         planned.baseline, lambda: _validate(planned, train_state), planned.dist.is_main
     )
-
-
-def _start_on_mistakes(planned: RunPlan) -> Mapping[str, Verdict] | None:
-    """Return the verdicts of the initial detector on the kept mistakes of the gate, by hash. None
-    on ranks other than 0, without `gate.mistakes`, or without a trained detector to start from.
-    """
-    gate, file = planned.recipe.gate, planned.folder / START_FILE
-    if not gate.mistakes or planned.baseline is None or not planned.dist.is_main:
-        return None
-    if planned.resumed:
-        return read_start(file)
-    start = load_detector(planned.weights.path, device=str(planned.device))
-    return measure_start(Path(gate.mistakes), start, file)
-
-
-def _calibrate(planned: RunPlan, best: Path) -> None:
-    """Calibrate the best checkpoint of a finished run. If its scores cannot be calibrated, log a
-    warning.
-    """
-    if checkpoint.read_meta(best)["calibration"]:
-        return
-    recipe = planned.recipe
-    folders = [planned.data / name for name in recipe.data.validate]
-    left_out = recipe.calibration.on == "left_out"
-    try:
-        calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
-            best, folders, recipe.loading, planned.device,
-            dist=planned.dist, features=planned.features,
-        )  # fmt: skip
-    except CalibrationError as error:
-        console.log.warning("not calibrated: %s", error)
-        return
-    console.log.info(
-        "calibrated on %s: temperature %.2f, likely AI from %.3f, no sign of AI below %.3f",
-        *(
-            "sources left out" if left_out else ", ".join(recipe.data.validate),
-            calibration.temperature,
-        ),
-        *(calibration.threshold, calibration.band[0]),
-    )
-
-
-def _judge(
-    planned: RunPlan, best: Best, before: Validation, start: Mapping[str, Verdict] | None
-) -> list[str]:
-    """Compare the best checkpoint with the metrics `before` training, and with the verdicts of the
-    initial detector on kept mistakes (`start`). Print the changes and store them in `meta.json`,
-    with the gate's reasons to refuse the checkpoint. Return the reasons.
-    """
-    assert best.validation is not None  # without one there is nothing to compare
-    gate, after = planned.recipe.gate, best.validation
-    pool = planned.stream.pool
-    codes, names = pool.shards.codes("source")
-    new = {names[code] for code in np.unique(codes[pool.new])}
-    rows = changes(before.sources, after.sources, new)
-    step = best.path.name[5:].lstrip("0")
-    console.table(
-        f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
-        ["set/source", "", "images", "before", "after", "change"],
-        [
-            [r.name, "old" if r.old else "new", r.images, r.before, r.after, f"{-r.lost:+.3f}"]
-            for r in rows
-        ],
-    )
-    worst = max((row.lost for row in rows if row.old), default=0.0)
-    console.say(
-        f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
-        f"{max(worst, 0.0):.3f} at worst"
-    )
-    reasons = refusals(gate, rows, after.sets)
-    compared = {
-        "forgetting": forgetting(rows),
-        "worst": worst,
-        "sources": [asdict(row) for row in rows],
-        "mistakes": None,
-    }
-    if start is not None:
-        detector = load_detector(best.path, device=str(planned.device))
-        mistakes = against_start(Path(gate.mistakes), start, detector)
-        for line in lines_of(gate, mistakes):
-            console.say(line)
-        reasons += refusal(gate, mistakes)
-        compared["mistakes"] = {
-            "counts": counts_of(mistakes), "newly_wrong": newly_wrong(mistakes),
-        }  # fmt: skip
-    checkpoint.annotate(best.path, {"compared": compared, "refused": reasons})
-    return reasons
 
 
 def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:

@@ -42,7 +42,7 @@ def street(rng: Rng, height: int, width: int) -> np.ndarray:
     ground, left = int(rng.uniform(0.7, 0.85) * height), 0
     canvas[ground:] = textured(rng, canvas[ground:].shape[:2], color_of(rng) * 0.6, 0.25)
     while left < width:
-        right = left + int(rng.uniform(0.2, 0.45) * width)
+        right = left + max(1, int(rng.uniform(0.2, 0.45) * width))
         front = canvas[int(rng.uniform(0.05, 0.4) * height) : ground, left:right]
         y, x = np.mgrid[: front.shape[0], : front.shape[1]].astype(np.float32) / rng.uniform(25, 60)
         windows = np.minimum(0.3 - abs(y % 1 - 0.5), 0.25 - abs(x % 1 - 0.5)) * 40

@@ -28,8 +28,8 @@ from model.mistakes.keep import (
 from model.mistakes.regressions import Regression
 from model.network import build
 from model.recipe import Gate
-from model.training import run
-from model.training.run import Refused
+from model.training import conclude, run
+from model.training.conclude import Refused
 from model.verdict import VERDICTS
 from tests.builders import TINY, encode, hashes, photo, train_tiny
 
@@ -179,7 +179,7 @@ def test_a_resumed_run_uses_the_stored_verdicts_of_its_initial_detector(
     trained.keep(folder, trained.flipped[1], right=True)
 
     with monkeypatch.context() as patched, pytest.raises(Died):
-        patched.setattr(run, "_calibrate", dies)
+        patched.setattr(conclude, "_calibrate", dies)
         trained.again(*line)
     best = checkpoint.best_of(trained.runs / "interrupted")
     assert checkpoint.read_meta(best)["compared"] is None

@@ -1,0 +1,218 @@
+"""Fit the head of a frozen backbone to all stored features at once: logistic regression by L-BFGS,
+to its minimum. A head from a fixed number of AdamW steps stops before, and does worse on new
+sources (docs/log.md, 2026-11-28).
+
+Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weights of the head.
+
+- `net`: a `Detector` whose backbone is frozen and whose head is one linear layer.
+- `samples`: the `Samples` of this rank, from `gather()`.
+- `optim`: the recipe's `Optim` settings, of which `weight_decay`, `label_smoothing` and
+  `iterations` are used. The loss is the mean cross entropy plus `weight_decay` / 2 times the sum of
+  the squared weights of the layer (without its bias). It has one minimum, so the first weights do
+  not matter.
+- `dist`: this process's rank, a `DistEnv` (default: a single process). On several ranks, each calls
+  it with its own samples, and all get the same head.
+- `on_evaluation`: a function without arguments that is called each time the loss is computed
+  (default: does nothing). An exception in it ends the fit.
+
+It returns a `Fit`: `loss`, `iterations`, and `gradient`, the largest absolute gradient at the end,
+near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if there are no samples of
+one of the classes, or the loss is not finite.
+
+`gather(stream, epochs, dist)` reads the features of the first `epochs` epochs of a `Stream` of
+stored features and returns `Samples`: `features`, float16 (N, D), `labels` and `weights`, float32
+(N,). An image that comes several times in one view is one row with that weight.
+`check_fit(recipe, net)` raises `FitError` if a `ResolvedRecipe` and its network cannot be fitted.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+from model.distributed import DistEnv, all_reduce_sum
+from model.features.loader import FeatureLoader
+from model.network import Detector
+from model.recipe import Optim, ResolvedRecipe
+from pipeline.stream import Stream
+
+ROWS = 8192
+"""Rows that are converted to float32 at a time. The features stay float16 in memory."""
+
+HISTORY = 20
+"""Number of gradients from which L-BFGS estimates the curvature."""
+
+
+class FitError(ValueError):
+    """A head that cannot be fitted. The message gives the reason and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Features of training images on one device: `features` float16 (N, D), `labels` float32 (N,)
+    of 0 and 1, and `weights` float32 (N,), the number of times that each row counts.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Result of a fit: the regularized loss, the number of iterations, and the largest absolute
+    gradient.
+    """
+
+    loss: float
+    iterations: int
+    gradient: float
+
+
+def check_fit(recipe: ResolvedRecipe, net: Detector) -> None:
+    """Refuse a recipe with `optim.solver` lbfgs that cannot be fitted. `net` may be on the meta
+    device.
+
+    Raises:
+        FitError: the recipe has no stored features, its head is no single linear layer, or it has
+            settings that only a training in steps can follow.
+    """
+    optim, features = recipe.optim, recipe.features
+    reasons = {
+        "needs stored features: set features.stored=true": not (features and features.stored),
+        "cannot average weights: set optim.ema_decay=0": optim.ema_decay > 0,
+        "cannot distill: set replay.distill_weight=0": recipe.replay.distill_weight > 0,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise FitError(f"optim.solver lbfgs {reason}, or optim.solver=adamw")
+    linear_of(net)
+
+
+def linear_of(net: Detector) -> nn.Linear:
+    """Return the layer that classifies the features.
+
+    Raises:
+        FitError: the network learns other weights than those of one linear layer with a bias.
+    """
+    head = net.backbone.get_classifier() if net.head == "timm" else net.backbone.stage_head.fc
+    learning = {id(p) for p in net.backbone.parameters() if p.requires_grad}
+    if not isinstance(head, nn.Linear) or learning != {id(head.weight), id(head.bias)}:
+        raise FitError(
+            "optim.solver lbfgs fits one linear layer over a frozen backbone, which this network "
+            "does not have: set network.freeze_backbone=true, or optim.solver=adamw"
+        )
+    return head
+
+
+def gather(stream: Stream, epochs: int, dist: DistEnv | None = None) -> Samples:
+    """Read the features of the first `epochs` epochs of `stream`: this rank's part.
+
+    Raises:
+        FeatureError: features are missing or damaged.
+    """
+    dist, loader = dist or DistEnv(), stream.loader
+    assert isinstance(loader, FeatureLoader)
+    counts: dict[int, np.ndarray] = {}
+    for number in range(epochs):
+        epoch, view = stream.epoch(number), stream.view(number)
+        assert view is not None
+        seen = counts.setdefault(view, np.zeros(len(loader.shards), np.int64))
+        seen += np.bincount(epoch.samples, minlength=len(seen))
+    features, labels, weights = [], [], []
+    for view, seen in counts.items():
+        rows, table = np.flatnonzero(seen)[dist.rank :: dist.world_size], loader.table(view)
+        rows = np.delete(rows, list(table.failures(rows)))
+        features.append(torch.from_numpy(table.rows(rows)))
+        labels.append(torch.from_numpy(loader.shards.column("label")[rows].astype(np.float32)))
+        weights.append(torch.from_numpy(seen[rows].astype(np.float32)))
+    return Samples(*(torch.cat(parts).to(loader.device) for parts in (features, labels, weights)))
+
+
+def fit_head(
+    net: Detector,
+    samples: Samples,
+    optim: Optim,
+    dist: DistEnv | None = None,
+    on_evaluation: Callable[[], Any] = lambda: None,
+) -> Fit:
+    """Fit the head of `net` to `samples` and return the result of the fit. Every rank calls this
+    function, with its own samples.
+
+    The two rows of a head with two classes are opposite at the minimum, so one vector is fitted:
+    the logit of fake minus that of real. Features are centered on the fly, which speeds up the fit.
+
+    Raises:
+        FitError: a class has no sample, or the loss is not finite.
+    """
+    head, dist = linear_of(net), dist or DistEnv()
+    total, fakes, mean = _totals(samples, dist)
+    if not 0 < fakes < total:
+        raise FitError(
+            f"the training images are {fakes:,.0f} fakes and {total - fakes:,.0f} real ones; a fit "
+            "needs both classes"
+        )
+    smoothing = optim.label_smoothing
+    targets = samples.labels * (1 - smoothing) + smoothing / 2
+    shares = samples.weights / total
+    vector = torch.zeros(samples.features.shape[1], device=mean.device, requires_grad=True)
+    offset = torch.zeros(1, device=mean.device, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
+        history_size=HISTORY, tolerance_grad=1e-7, tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+    last = torch.zeros(())
+
+    def loss_and_gradient() -> float:
+        nonlocal last
+        on_evaluation()
+        with torch.no_grad():
+            sums = torch.zeros(2 + len(vector), device=mean.device)
+            for first in range(0, len(targets), ROWS):
+                rows = slice(first, first + ROWS)
+                features = samples.features[rows].float()
+                logits = features @ vector + (offset - mean @ vector)
+                sums[0] += shares[rows] @ (softplus(logits) - targets[rows] * logits)
+                slopes = shares[rows] * (torch.sigmoid(logits) - targets[rows])
+                sums[1] += slopes.sum()
+                sums[2:] += slopes @ features
+            sums = all_reduce_sum(dist, sums)
+            # Two opposite rows of half the vector: half of its squared length.
+            vector.grad = sums[2:] - sums[1] * mean + optim.weight_decay / 2 * vector
+            offset.grad = sums[1:2].clone()
+            last = sums[0] + optim.weight_decay / 4 * (vector @ vector)
+        if not math.isfinite(loss := float(last)):
+            raise FitError(
+                f"the loss of the fit is {loss}; use run.precision=fp32 for the features"
+            )
+        return loss
+
+    solver.step(loss_and_gradient)
+    with torch.no_grad():
+        half, bias = vector / 2, (offset - mean @ vector) / 2
+        head.weight.copy_(torch.stack([-half, half]))
+        head.bias.copy_(torch.cat([-bias, bias]))
+    assert vector.grad is not None
+    assert offset.grad is not None
+    gradient = max(float(vector.grad.abs().max()), float(offset.grad.abs()))
+    return Fit(float(last), solver.state[vector]["n_iter"], gradient)
+
+
+def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor]:
+    """Return the weight of all ranks' samples, that of the fakes, and the weighted mean of the
+    features, float32 (D,).
+    """
+    weights = samples.weights
+    sums = torch.zeros(2 + samples.features.shape[1], device=weights.device)
+    sums[0], sums[1] = weights.sum(), weights @ samples.labels
+    for first in range(0, len(weights), ROWS):
+        rows = slice(first, first + ROWS)
+        sums[2:] += weights[rows] @ samples.features[rows].float()
+    sums = all_reduce_sum(dist, sums)
+    return float(sums[0]), float(sums[1]), sums[2:] / sums[0].clamp(min=1)

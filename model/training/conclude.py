@@ -1,0 +1,178 @@
+"""Conclude a finished training run: calibrate its best checkpoint, compare it with the detector
+that the run started from, and refuse it if it fails the gate (the recipe's limits on forgetting,
+false positives and kept mistakes).
+
+Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all call it.
+
+- `planned`: the `RunPlan` of the run, made by `plan()` in `plan.py`.
+- `best`: the run's best checkpoint, a `Best` of `plan.py`.
+- `baseline`: the `Validation` (metrics) of the initial detector; None if the run did not start from
+  a trained detector. Then nothing is compared.
+- `start`: the verdicts of the initial detector on the kept mistakes, which `start_on_mistakes()`
+  returns before training: a dict, hash of an image -> `Verdict`; None without kept mistakes.
+
+It writes the calibration, the comparison and the reasons to refuse into the checkpoint's
+`meta.json`, and returns nothing. It raises `Refused` (a `ValueError`) on rank 0 if the gate refuses
+the checkpoint. Scores that cannot be calibrated are only logged as a warning.
+
+`conclude_again(planned, best)` does what is missing when a finished run is started again. It raises
+`Refused` for a checkpoint that was refused before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+import console
+from model import checkpoint
+from model.calibrate import CalibrationError
+from model.features.leave_out import calibrate_left_out
+from model.inference.detector import load_detector
+from model.mistakes.gate import (
+    START_FILE,
+    against_start,
+    lines_of,
+    measure_start,
+    newly_wrong,
+    read_start,
+    refusal,
+)
+from model.mistakes.keep import Verdict
+from model.mistakes.regressions import counts_of
+from model.training.forgetting import changes, forgetting, refusals
+from model.training.plan import Best, RunPlan
+from model.training.validation import Validation, calibrate_checkpoint, read_validation
+
+
+class Refused(ValueError):
+    """The gate refuses a trained checkpoint. The message gives the reasons."""
+
+
+def conclude(
+    planned: RunPlan, best: Best, baseline: Validation | None, start: Mapping[str, Verdict] | None
+) -> None:
+    """Calibrate the best checkpoint of a finished run, then compare it with the initial detector.
+    The calibration comes first, so that kept mistakes are scored with the final band.
+
+    Raises:
+        Refused: the gate refuses the checkpoint.
+    """
+    _calibrate(planned, best.path)
+    if not (baseline and best.validation and planned.dist.is_main):
+        return
+    if reasons := _judge(planned, best, baseline, start):
+        raise _refused(best, reasons)
+
+
+def _refused(best: Best, reasons: Sequence[str]) -> Refused:
+    return Refused(
+        f"{best.path} is refused: {'; '.join(reasons)}. The checkpoint and the one that the run "
+        "started from are kept"
+    )
+
+
+def conclude_again(planned: RunPlan, best: Best) -> None:
+    """Conclude a finished run whose training is started again. If the run was killed before the
+    gate, the gate is applied now. A refused checkpoint is refused again.
+
+    Raises:
+        Refused: the gate refuses the best checkpoint.
+    """
+    baseline, start = None, None
+    meta = checkpoint.read_meta(best.path)
+    if meta.get("refused"):
+        raise _refused(best, meta["refused"])
+    judged = meta["compared"] is not None
+    if planned.baseline and planned.baseline.exists() and not judged:
+        baseline = read_validation(planned.baseline)
+        start = start_on_mistakes(planned)
+    conclude(planned, best, baseline, start)
+
+
+def start_on_mistakes(planned: RunPlan) -> Mapping[str, Verdict] | None:
+    """Return the verdicts of the initial detector on the kept mistakes of the gate, by hash. None
+    on ranks other than 0, without `gate.mistakes`, or without a trained detector to start from.
+    """
+    gate, file = planned.recipe.gate, planned.folder / START_FILE
+    if not gate.mistakes or planned.baseline is None or not planned.dist.is_main:
+        return None
+    if planned.resumed:
+        return read_start(file)
+    start = load_detector(planned.weights.path, device=str(planned.device))
+    return measure_start(Path(gate.mistakes), start, file)
+
+
+def _calibrate(planned: RunPlan, best: Path) -> None:
+    """Calibrate the best checkpoint of a finished run. If its scores cannot be calibrated, log a
+    warning.
+    """
+    if checkpoint.read_meta(best)["calibration"]:
+        return
+    recipe = planned.recipe
+    folders = [planned.data / name for name in recipe.data.validate]
+    left_out = recipe.calibration.on == "left_out"
+    try:
+        calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
+            best, folders, recipe.loading, planned.device,
+            dist=planned.dist, features=planned.features,
+        )  # fmt: skip
+    except CalibrationError as error:
+        console.log.warning("not calibrated: %s", error)
+        return
+    console.log.info(
+        "calibrated on %s: temperature %.2f, likely AI from %.3f, no sign of AI below %.3f",
+        *(
+            "sources left out" if left_out else ", ".join(recipe.data.validate),
+            calibration.temperature,
+        ),
+        *(calibration.threshold, calibration.band[0]),
+    )
+
+
+def _judge(
+    planned: RunPlan, best: Best, before: Validation, start: Mapping[str, Verdict] | None
+) -> list[str]:
+    """Compare the best checkpoint with the metrics `before` training, and with the verdicts of the
+    initial detector on kept mistakes (`start`). Print the changes and store them in `meta.json`,
+    with the gate's reasons to refuse the checkpoint. Return the reasons.
+    """
+    assert best.validation is not None  # without one there is nothing to compare
+    gate, after = planned.recipe.gate, best.validation
+    pool = planned.stream.pool
+    codes, names = pool.shards.codes("source")
+    new = {names[code] for code in np.unique(codes[pool.new])}
+    rows = changes(before.sources, after.sources, new)
+    step = best.path.name[5:].lstrip("0")
+    console.table(
+        f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
+        ["set/source", "", "images", "before", "after", "change"],
+        [
+            [r.name, "old" if r.old else "new", r.images, r.before, r.after, f"{-r.lost:+.3f}"]
+            for r in rows
+        ],
+    )
+    worst = max((row.lost for row in rows if row.old), default=0.0)
+    console.say(
+        f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
+        f"{max(worst, 0.0):.3f} at worst"
+    )
+    reasons = refusals(gate, rows, after.sets)
+    compared = {
+        "forgetting": forgetting(rows),
+        "worst": worst,
+        "sources": [asdict(row) for row in rows],
+        "mistakes": None,
+    }
+    if start is not None:
+        detector = load_detector(best.path, device=str(planned.device))
+        mistakes = against_start(Path(gate.mistakes), start, detector)
+        for line in lines_of(gate, mistakes):
+            console.say(line)
+        reasons += refusal(gate, mistakes)
+        compared["mistakes"] = {
+            "counts": counts_of(mistakes), "newly_wrong": newly_wrong(mistakes),
+        }  # fmt: skip
+    checkpoint.annotate(best.path, {"compared": compared, "refused": reasons})
+    return reasons

@@ -1,0 +1,236 @@
+"""The fit of a head to stored features: the minimum, its weights, runs, and refusals."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import recipes
+from model import checkpoint
+from model.features.fit import FitError, Samples, check_fit, fit_head, gather, linear_of
+from model.features.leave_out import leave_one_out
+from model.features.prepare import source_of, with_features
+from model.network import Detector, build
+from model.recipe import Optim, Recipe
+from model.training import run
+from model.training.assemble import assemble
+from model.training.history import rows_of
+from model.training.plan import plan
+from model.training.run import Interrupted, train
+
+SETTINGS = [
+    "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",
+    "features.views=1", "run.epochs=3", 'optim.solver="lbfgs"', "optim.weight_decay=0.01",
+    "optim.label_smoothing=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Path, tmp_path: Path) -> Recipe:
+    return recipes.load(Recipe, tiny_recipe, [*SETTINGS, f'features.store="{tmp_path / "store"}"'])
+
+
+@pytest.fixture
+def weights(recipe: Recipe, tmp_path: Path) -> Path:
+    torch.manual_seed(11)
+    state = build(recipe.network, pretrained=False).backbone.state_dict()
+    path = tmp_path / "w.safetensors"
+    save_file({n: w.contiguous() for n, w in state.items() if "stage_head" not in n}, path)
+    return path
+
+
+def head_of(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the saved vector and offset of the logit of fake minus that of real."""
+    head = load_file(folder / "weights.safetensors")
+    weight, bias = head["stage_head.fc.weight"].numpy(), head["stage_head.fc.bias"].numpy()
+    np.testing.assert_array_equal(weight[0], -weight[1])
+    return weight[1] - weight[0], bias[1] - bias[0]
+
+
+def random_samples(net: Detector, count: int = 3000) -> Samples:
+    """Make features of two overlapping classes, far from the origin."""
+    rng = np.random.default_rng(8)
+    labels = rng.random(count) < 0.3
+    features = rng.normal(5, 1, (count, net.backbone.stage_head.fc.in_features))
+    features[:, :6] += 0.6 * labels[:, None]
+    weights = rng.integers(1, 4, count)
+    return Samples(
+        torch.from_numpy(features.astype(np.float16)),
+        torch.from_numpy(labels.astype(np.float32)),
+        torch.from_numpy(weights.astype(np.float32)),
+    )
+
+
+def test_the_head_is_the_logistic_regression_of_scikit_learn(recipe: Recipe) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    net = build(recipe.network, pretrained=False)
+    samples = random_samples(net)
+    fitted = fit_head(net, samples, Optim(lr=1, weight_decay=0.02, label_smoothing=0.0))
+    assert fitted.gradient < 1e-4 and fitted.iterations > 3
+    total = samples.weights.sum().item()
+    features, labels = samples.features.float().numpy(), samples.labels.numpy()
+    expected = LogisticRegression(C=2 / (total * 0.02), tol=1e-8, max_iter=5000).fit(
+        features, labels, samples.weights.numpy()
+    )
+    head = net.backbone.stage_head.fc
+    vector = (head.weight[1] - head.weight[0]).detach().numpy()
+    np.testing.assert_allclose(vector, expected.coef_[0], atol=2e-3)
+    with torch.no_grad():
+        real, fake = net.classify(samples.features).T
+    np.testing.assert_allclose((fake - real), expected.decision_function(features), atol=5e-3)
+    assert np.abs(vector).max() > 0.2
+
+
+def test_a_weight_counts_as_copies_and_a_smoothed_label_is_less_sure(recipe: Recipe) -> None:
+    net = build(recipe.network, pretrained=False)
+    samples, optim = random_samples(net), Optim(lr=1, weight_decay=0.02, label_smoothing=0.0)
+    copies = torch.repeat_interleave(torch.arange(3000), samples.weights.long())
+    head = net.backbone.stage_head.fc
+    found = []
+    for given, settings in (
+        (samples, optim),
+        (Samples(samples.features[copies], samples.labels[copies], torch.ones(len(copies))), optim),
+        (samples, replace(optim, label_smoothing=0.2)),
+        (samples, replace(optim, weight_decay=0.5)),
+    ):
+        fit_head(net, given, settings)
+        found.append(head.weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=0)
+    sizes = [weight.norm().item() for weight in found]
+    assert sizes[2] < 0.9 * sizes[0] and sizes[3] < 0.5 * sizes[0]
+
+
+def test_samples_of_one_class_are_refused(recipe: Recipe) -> None:
+    net = build(recipe.network, pretrained=False)
+    samples = random_samples(net)
+    with pytest.raises(FitError, match=r"0 fakes and .* real ones; a fit needs both"):
+        fit_head(net, replace(samples, labels=torch.zeros(3000)), Optim(lr=1))
+    infinite = torch.full_like(samples.features, float("inf"))
+    with pytest.raises(FitError, match="the loss of the fit is nan"):
+        fit_head(net, replace(samples, features=infinite), Optim(lr=1))
+
+
+def test_a_run_fits_its_head_once(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its head is the minimum over the views of its epochs, and the run is finished."""
+    saved = train(recipe, data, tmp_path / "runs", init_from=weights)
+    meta = checkpoint.read_meta(saved)
+    assert meta["ended"].startswith("fitted to ") and meta["metrics"]["sets"]["val"]
+    assert [path.name for path in checkpoint.checkpoints_of(saved.parent)] == [saved.name]
+    planned = plan(recipe, data, tmp_path / "other", init_from=weights)
+    assert planned.steps == meta["step"]
+    state = assemble(planned)
+    planned = with_features(planned, state)
+    samples = gather(planned.stream, 3)
+    pool = planned.stream.pool
+    assert len(samples.labels) == 2 * len(pool.new)  # rows: each image in each of two views
+    per_epoch = planned.stream.steps_per_epoch * planned.stream.loader.global_batch
+    assert samples.weights.sum().item() == 3 * per_epoch
+    fit_head(state.net, samples, recipe.optim)
+    vector, offset = head_of(saved)
+    fc = state.net.backbone.stage_head.fc
+    np.testing.assert_allclose(vector, (fc.weight[1] - fc.weight[0]).detach(), atol=1e-3)
+    assert offset == pytest.approx((fc.bias[1] - fc.bias[0]).item(), abs=1e-2)
+    assert np.abs(vector).max() > 0.05
+
+    before = {p: p.stat().st_mtime_ns for p in saved.parent.rglob("*") if p.is_file()}
+    with caplog.at_level("INFO"):
+        assert train(recipe, data, tmp_path / "runs") == saved
+    assert "nothing to do" in caplog.text
+    assert before == {p: p.stat().st_mtime_ns for p in saved.parent.rglob("*") if p.is_file()}
+    (row,) = [row for row in rows_of(saved.parent) if row["kind"] == "train"]
+    assert row["loss"] < 0.7
+    with pytest.raises(ValueError, match="has no steps to stop at"):
+        train(replace(recipe, name="b"), data, tmp_path / "runs", init_from=weights, stop_at=1)
+
+
+def test_phase_2_fits_replayed_images_too(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    first = train(recipe, data, tmp_path / "runs", init_from=weights)
+    second = replace(
+        recipe,
+        name="second",
+        data=replace(recipe.data, train=["new"]),
+        replay=replace(recipe.replay, sets=["old"], ratio="1:2"),
+    )
+    saved = train(second, data, tmp_path / "runs", init_from=first)
+    meta = checkpoint.read_meta(saved)
+    assert meta["compared"]["sources"] and meta["data"]["replayed_per_epoch"] > 0
+    alone = train(
+        replace(second, name="alone", replay=replace(second.replay, ratio="0:1")),
+        data, tmp_path / "runs", init_from=first,
+    )  # fmt: skip
+    assert np.abs(head_of(saved)[0] - head_of(alone)[0]).max() > 1e-3
+
+
+def test_each_left_out_source_is_scored_by_a_fit_without_it(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    planned = plan(recipe, data, tmp_path / "runs", init_from=weights)
+    state = assemble(planned)
+    planned = with_features(planned, state)
+    scored = leave_one_out(planned, state, source_of(planned.recipe, state.net, torch.float32))
+    without = replace(recipe, name="w", data=replace(recipe.data, repeats={"alpha": 0.0}))
+    vector, offset = head_of(train(without, data, tmp_path / "runs", init_from=weights))
+    shards = planned.stream.pool.shards
+    codes, names = shards.codes("source")
+    rows = np.flatnonzero(codes == names.index("alpha"))
+    features = planned.stream.loader.table(0).rows(rows).astype(np.float32)
+    np.testing.assert_allclose(scored["alpha"][1], features @ vector + offset, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("features.stored=false", "needs stored features: set features.stored=true"),
+        ("optim.ema_decay=0.9", "cannot average weights: set optim.ema_decay=0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_fitted_is_refused_before_any_work(
+    setting: str, said: str, tiny_recipe: Path, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, [*SETTINGS, setting])
+    with pytest.raises(ValueError, match=f"optim.solver lbfgs {said}"):
+        train(recipe, data, tmp_path / "runs", init_from=weights)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_only_a_single_linear_layer_is_fitted(recipe: Recipe) -> None:
+    learning = build(replace(recipe.network, freeze_backbone=False), pretrained=False)
+    with pytest.raises(FitError, match="fits one linear layer over a frozen backbone"):
+        linear_of(learning)
+    plain = build(replace(recipe.network, head="timm"), pretrained=False)
+    assert linear_of(plain) is plain.backbone.get_classifier()
+    distilled = replace(recipe, replay=replace(recipe.replay, distill_weight=0.5))
+    with pytest.raises(FitError, match=r"cannot distill: set replay.distill_weight=0"):
+        check_fit(distilled, plain)
+
+
+def test_a_signal_ends_a_fit_and_the_same_command_fits_again(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = run.fit_head
+
+    def interrupted(net, samples, optim, dist, on_evaluation):
+        def on() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            on_evaluation()
+
+        return fit(net, samples, optim, dist, on)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit_head", interrupted)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM before the fit ended; nothing"):
+            train(recipe, data, tmp_path / "runs", init_from=weights)
+    assert not checkpoint.checkpoints_of(tmp_path / "runs/tiny")
+    saved = train(recipe, data, tmp_path / "runs", init_from=weights)
+    whole = train(recipe, data, tmp_path / "whole", init_from=weights)
+    np.testing.assert_array_equal(head_of(saved)[0], head_of(whole)[0])
