@@ -32,7 +32,6 @@ this process may use, `cache_folder()` the folder for downloaded weights (the va
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -244,8 +243,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     that killed processes left for `path` are removed first: `path` must have one writer at a time.
     """
     partial = partial_of(path)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    own = re.compile(rf"{re.escape(path.name)}\.(old\.)?\d+\.partial")
+    for left in path.parent.glob("*.partial"):
+        if own.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -257,7 +258,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill, and rename it to `path` if the block ends without an error.
     `path` is missing, old or complete, but never partial. File modes follow the umask. With
-    `replace`, an existing folder at `path` is removed first.
+    `replace`, an existing folder at `path` is renamed away just before, and removed at the end.
     """
     with temporary_folder(path) as partial:
         mode = partial.stat().st_mode & 0o666
@@ -277,12 +278,14 @@ def publish(partial: Path, path: Path, *, replace: bool = False) -> None:
             for name in files:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        if replace:
-            shutil.rmtree(path, ignore_errors=True)
     else:
         _sync(partial)
+    old = path.with_name(f"{path.name}.old.{os.getpid()}.partial")
+    if replace and partial.is_dir() and path.is_dir():
+        path.rename(old)
     partial.replace(path)
     _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -199,7 +199,7 @@ def embed_command(
 @console.options()
 def curves_command(run: Path, out: Path) -> None:
     """Plot loss, learning rate and validation metrics of RUN, a folder such as runs/phase1."""
-    from model.training import curves
+    from model.tracking import curves
 
     step = curves.draw(run, out)
     console.say(f"{run} until step {step}: {out}")

@@ -367,8 +367,7 @@ def sample_params(
         numbers, _NUMBERS[:-1], axis=1
     )
     resized = _whole_sizes(ranges, preprocess, widths, heights, delivered)
-    widths = np.where(resized[0] > 0, resized[0], widths)
-    heights = np.where(resized[1] > 0, resized[1], heights)
+    widths, heights = np.where(np.array(resized) > 0, resized, (widths, heights))
     crops = random_crops(
         ranges["scale"], ranges["ratio"], widths, heights, (areas, ratios, position)
     )

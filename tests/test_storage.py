@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -135,10 +136,35 @@ def test_a_folder_is_replaced_only_with_replace(tmp_path: Path) -> None:
 
 def test_temporary_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.12345.partial").mkdir()
-    (tmp_path / "ab.12345.partial").mkdir()
+    (tmp_path / "a.old.12345.partial").mkdir()
+    others = ["a.b.12345.partial", "a.partial", "ab.12345.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
     with atomic_folder(tmp_path / "a") as partial:
         (partial / "b").write_text("new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "ab.12345.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", *others]
+
+
+def test_a_folder_that_is_replaced_is_never_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename and removal it is complete, old or new, or missing."""
+    seen = []
+    removes = shutil.rmtree
+
+    def watched(path: Path, **options: bool) -> None:
+        seen.append({p.name: sorted(f.name for f in p.iterdir()) for p in tmp_path.glob("a")})
+        removes(path, **options)
+
+    (tmp_path / "a").mkdir()
+    for number in range(20):
+        (tmp_path / "a" / f"{number}").write_text("old")
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with atomic_folder(tmp_path / "a", replace=True) as partial:
+        (partial / "new").write_text("new")
+    assert {"a": ["new"]} in seen
+    assert all(len(files.get("a", [])) in (0, 1, 20) for files in seen)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "new"]
 
 
 def test_publish_syncs_then_renames_a_file(tmp_path: Path, order: list[tuple[str, str]]) -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from model.__main__ import main
-from model.training import curves
+from model.tracking import curves
 from model.training.history import HISTORY_FILE
 
 
