@@ -241,11 +241,16 @@ def write_text(path: AnyPath, text: str) -> None:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Create a temporary folder next to `path` and remove it when the block ends. Temporary folders
     that killed processes left for `path` are removed first: `path` must have one writer at a time.
+    An old folder that such a process had renamed away, and not replaced, gets its name back.
     """
     partial = partial_of(path)
     own = re.compile(rf"{re.escape(path.name)}\.(old\.)?\d+\.partial")
     for left in path.parent.glob("*.partial"):
-        if own.fullmatch(left.name):
+        if (match := own.fullmatch(left.name)) is None:
+            continue
+        if match[1] and not path.exists():  # killed between the two renames of `publish`
+            left.rename(path)
+        else:
             shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -145,6 +145,15 @@ def test_temporary_folders_of_killed_writers_are_removed(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", *others]
 
 
+def test_an_old_folder_without_its_successor_gets_its_name_back(tmp_path: Path) -> None:
+    (tmp_path / "a.old.12345.partial").mkdir()
+    (tmp_path / "a.old.12345.partial/b").write_text("old")
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "a") as partial:
+        failing(partial / "b")
+    assert (tmp_path / "a/b").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_folder_that_is_replaced_is_never_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

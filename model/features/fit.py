@@ -41,7 +41,7 @@ from model.network import Detector
 from model.recipe import Optim, ResolvedRecipe
 from pipeline.stream import Stream
 
-ROWS = 8192
+ROWS = 1024
 """Rows that are converted to float32 at a time. The features stay float16 in memory."""
 
 HISTORY = 20

@@ -49,7 +49,7 @@ from model.calibrate import Calibration, CalibrationError, calibrate_sources
 from model.checkpoint import load_network
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object
-from model.features.fit import fit_head, gather
+from model.features.fit import FitError, fit_head, gather
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.prepare import embed_run, source_of
 from model.score import score_set
@@ -81,7 +81,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
     and on stored features. Only this rank trains.
 
     Raises:
-        CalibrationError: the remaining images do not fill a batch.
+        CalibrationError: the remaining images do not fill a batch, or lack a class.
     """
     recipe, stream, net = planned.recipe, _without(planned.stream, without), train_state.net
     if not stream.steps_per_epoch:
@@ -90,7 +90,10 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
     if recipe.optim.solver == "lbfgs":
-        fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
+        try:
+            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
+        except FitError as error:
+            raise CalibrationError(f"without {', '.join(without)} {error}") from error
         return
     set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
