@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 CONFLICTS = {
     "threshold": ("max_fpr", "max_miss"),
     "onnx": ("checkpoint", "detector", "heatmap"),
-    "label": ("output", "out", "resume", "heatmap", "watch"),
+    "label": ("output", "out", "resume", "heatmap", "watch", "trust_list", "batch_size"),
 }
 """Parameter of an option -> parameters of the options that it cannot be combined with."""
 
@@ -239,12 +239,16 @@ def _report_mistakes(
 def _check(output: str) -> None:
     """Refuse a wrong command line before a detector is loaded, which takes seconds."""
     console.refuse_conflicts(CONFLICTS)
-    given = click.get_current_context().params
+    context = click.get_current_context()
+    given = context.params
     paths, watch, resume = given["paths"], given["watch"], given["resume"]
     if given["onnx"] and given["backend"] == "dali":
         raise click.UsageError("--onnx cannot be combined with --backend dali")
     if given["keep_image"] and not given["label"]:
         raise click.UsageError("--keep-image copies images of wrong verdicts: add --report-mistake")
+    named = context.get_parameter_source("mistakes") is click.core.ParameterSource.COMMANDLINE
+    if named and not given["label"]:
+        raise click.UsageError("--mistakes is a folder of wrong verdicts: add --report-mistake")
     if bool(paths) == bool(watch):
         raise click.UsageError(
             "name images, folders or archives, or give a folder to --watch"

@@ -1,33 +1,38 @@
 """Read and write files and folders, on this machine or at an address such as `s3://bucket/shards`.
 
-Most functions take an `AnyPath`: a `pathlib.Path` on this machine, or a `UPath` (fsspec) for an
-address. Main entries:
+Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this machine, or a
+`UPath` (fsspec) for an address. Main entries:
 
-- `any_path(text)` returns an `AnyPath` for a text. `local_path(text)` returns a `Path` and refuses
-  all addresses; `writable_path(text)` refuses addresses that can only be read (http, https). All
-  three raise `ValueError` for what they refuse, also for an empty text.
+- `any_path(text)` returns an `AnyPath` for a text (a `Path` for `file://`). `local_path(text)`
+  returns a `Path` and refuses addresses, except `file://`, which is this machine.
+  `writable_path(text)` refuses addresses that can only be read (http, https). All three raise
+  `ValueError` for what they refuse, also for an empty text.
 - `write_atomically(path, write)` calls `write(partial)` with the `Path` of a temporary file, which
   `write` fills, then renames or uploads the file, so that `path` is missing, old or complete, never
-  partial. The folder of `path` must exist. `OSError` is raised if writing fails.
+  partial. The folder of `path` must exist, except in an object store. `OSError` is raised if
+  writing fails (for an address also other errors of its client), and what `write` raises.
 - `write_text(path, text)` and `write_bytes(path, data)` write a whole file in this way.
 - `atomic_folder(path, *, replace=False)` is a context manager for a `Path`: it yields a temporary
   folder to fill, and publishes it as `path` if the block ends without an error.
-- `publish(partial, path, *, replace=False)` syncs the file or folder `partial` to the disk and
-  renames it to `path`. A file replaces an older file. A folder replaces an empty folder, and with
-  `replace` any folder, which is removed just before. Without `replace`, a folder with files at
-  `path` is kept, and `OSError` is raised (by `atomic_folder()` at the end of its block).
+- `publish(partial, path, *, replace=False)` takes two `Path`s. It syncs the file or folder
+  `partial` to the disk and renames it to `path`. A file replaces an older file. A folder replaces
+  an empty folder, and with `replace` any folder: the old one is renamed away just before, and
+  removed at the end. A kill between the two renames leaves it as `<name>.old.<number>.partial`,
+  without a folder at `path`. Without `replace`, a folder with files at `path` is kept, and
+  `OSError` is raised (by `atomic_folder()` at the end of its block).
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
-  removes it at the end. At the start it removes older temporary folders of `path`, left by killed
-  processes. So `path` must have one writer at a time; this holds for `atomic_folder()` too.
+  removes it at the end. At the start it removes the older temporary folders of `path`,
+  `<name>.<number>.partial` and `<name>.old.<number>.partial`: killed processes left them. Those of
+  other paths stay. So `path` must have one writer at a time; this holds for `atomic_folder()` too.
 
-`partial_of(path)` returns the temporary path for `path`. `file_name(stem, suffix)` joins both texts
-to a file name, cut if it is too long. `naming(path)` is a context manager that adds the path to the
-error of a full disk. `check_reachable(path)` raises `OSError` if an address does not answer.
-`check_inside(path, folder)` raises `ValueError` if the path is outside the folder. `size_of(path)`
-returns bytes, or None if there is no file. `text_fault(error)` takes the `ValueError` of reading a
-text or JSON file and describes it in words. `cores()` returns the number of processor cores that
-this process may use, `cache_folder()` the folder for downloaded weights (the variable
-`DETECTOR_CACHE`, or a folder in the user's cache).
+`partial_of(path)` takes a `Path` and returns its temporary path. `file_name(stem, suffix)` joins
+both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the
+path to the error of a full disk. `check_reachable(path)` raises `OSError` if an address does not
+answer. `check_inside(path, folder)` raises `ValueError` if the path is outside the folder.
+`size_of(path)` returns bytes, or None if there is no file. `text_fault(error)` takes the
+`ValueError` of reading a text or JSON file and describes it in words. `cores()` returns the number
+of processor cores that this process may use, `cache_folder()` the folder for downloaded weights
+(the variable `DETECTOR_CACHE`, or a folder in the user's cache).
 """
 
 import contextlib

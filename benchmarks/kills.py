@@ -5,16 +5,26 @@
 COMMAND is `build`, `train`, `predict`, `fetch`, `evaluate` or `export`; default: all. First, each
 command runs twice undisturbed on small inputs made for it, which must give the same files. Then the
 command is started in a new folder; at a random time within the duration of an undisturbed run, all
-its processes get SIGKILL, and the command is started again. After one to four such kills in one
-folder, it runs to its end, and the names and bytes of all files are compared with the undisturbed
-run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER` (times, speeds). New
-folders follow until `--times` kills have hit. `--seed` (default 0) draws the times. `--work` is a
-new folder for all files (default: a temporary one). A table with a `Row` per command is printed,
-and written to `--json`. The exit code is 1 if a file differs or a restarted command fails.
+its processes get SIGKILL, and the command is started again if it has work left. After up to four
+such kills in one folder, it runs to its end. The names and bytes of all files are then compared
+with the undisturbed run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER`
+(times, speeds). This is repeated in new folders until `--times` kills have hit a running process.
+`--seed` (default 0) draws the times. `--work` is a folder for all files, new or with `inputs` only
+(default: a temporary one). A table with a `Row` per command is printed, and written to `--json`.
+The exit code is 1 if a file differs or a restarted command fails.
 
 Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
-kills (`landed`), `restarts`, number of compared `files` of one run, and `differing`, a list of
-texts: the differences and the failures of restarted commands (empty: all is well).
+
+- `command`: the argument `name`.
+- `seconds`: duration of an undisturbed run, within which the moments are drawn.
+- `landed`: kills of a running process. `restarts` is the same number.
+- `late`: starts that ended before the kill came.
+- `folders`: new folders used for the killed runs.
+- `files`: number of compared files of one run.
+- `differing`: list of texts, the differences and the failures of restarted commands (empty: all is
+  well).
+
+Its arguments:
 
 - `name`: used in the names of folders and in messages.
 - `command`: a `Command(group, words, done)`: a click command, the list of its arguments (relative

@@ -20,16 +20,18 @@ Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
   a key of `DTYPES`, `compiled` means torch.compile, `fused` the fused AdamW of torch. All fields
   are passed by keyword; `batch` and `dtype` must be given, the others have these defaults.
   `ways_of(base, on_gpu)` returns a dict, name -> `Way`: the first row `base` and all others.
-- `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`; `Recipe` is in
-  `model/recipe.py`, `resolved()` in `model/backbones/resolve.py`.
+- `recipe`: a complete recipe, `resolved(recipes.load(Recipe, path))`. `recipes` is the package of
+  this name, `Recipe` is in `model/recipe.py`, `resolved()` in `model/backbones/resolve.py`.
 - `device`: a torch.device.
 - `seconds`: the time to measure; at least `LEAST` steps are timed, after `WARM_UP` others.
-- `peaks`: a dict, key of `DTYPES` -> operations per second, as `matrix_peak(device, dtype,
-  seconds)` measures them for a torch dtype. If `way.dtype` is not a key, KeyError is raised.
+- `peaks`: a dict, key of `DTYPES` -> operations per second: for `way.dtype`, the result of
+  `matrix_peak(device, DTYPES[way.dtype], seconds)`. If `way.dtype` is not in it, KeyError is raised
+  after the measurement.
 
 It returns a dict of figures: `ms_per_step`, `images_per_s`, `operations` (of a step),
-`share_of_peak` (0 to 1), `bytes` (peak memory, or None) and `steps`. Where torch cannot run the way
-(out of memory, no compiler), the dict is `{"failed": reason}`.
+`share_of_peak` (about 0 to 1), `bytes` (peak memory, or None) and `steps`. If torch raises a
+RuntimeError or torch.compile fails (out of memory, no compiler), the dict is `{"failed": reason}`;
+other errors are raised.
 """
 
 import gc

@@ -182,7 +182,7 @@ def embed_command(
     init_from = weights_at(init_from) if init_from else None
     parts = jobs if engine == "ray" else 1
     tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
-    images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
+    images = sum(run_all(embed_part, tasks, engine, parts, on_gpu=True))
     assert recipe.features is not None
     console.say(f"features of {images:,} images were computed, stored in {recipe.features.store}")
 

@@ -4,8 +4,8 @@ Main entries: `choose_device(asked, local)` takes the text `asked` and returns a
 
 - `auto`: the GPU with the index `local` (default 0), or the CPU if there is no GPU.
 - `cpu`, `cuda` or `cuda:N`: this device. `local` is not used.
-- Another text raises `ValueError`, and so does a GPU that this machine does not have. (`cpu:N`
-  means `cpu`.)
+- Another text, such as `cpu:0`, raises `ValueError`, and so does a GPU that this machine does not
+  have.
 
 `choose_precision(asked, device)` takes a text and a `torch.device`. It returns a pair: the torch
 dtype and the reason for the choice, as text.
@@ -37,15 +37,15 @@ def choose_device(asked: str, local: int = 0) -> torch.device:
     with the index `local` if there is one, else the CPU.
 
     Raises:
-        ValueError: this machine has no such device.
+        ValueError: `asked` is none of these, or this machine has no such device.
     """
     if asked == "auto":
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, number = asked.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in asked and not re.fullmatch(r"[0-9]{1,4}", number)):
-        raise ValueError(f"no such device: {asked}; use auto, cpu, cuda or cuda:N")
-    if kind == "cpu":
+    if asked == "cpu":
         return torch.device("cpu")
+    if kind != "cuda" or (":" in asked and not re.fullmatch(r"[0-9]{1,4}", number)):
+        raise ValueError(f"no such device: {asked}; use auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
     count = torch.cuda.device_count()

@@ -11,24 +11,33 @@ Main entry: `build(network, *, pretrained, empty)` returns a `Detector` (a torch
 If both are False, the weights are random. Do not set both to True: the head may stay uninitialized.
 `build()` raises `NetworkError` (a `ValueError`) if timm does not know the network or one of its
 `options`, the network lacks the class token or the `blocks` that the settings ask for, or the
-weights cannot be fetched. The detector's `forward()` takes uint8 images (B, 3, H, W) and returns
-float logits (B, 2), real and fake; `features()` returns the input of the head, (B, D), and
-`classify()` applies the head to it. `backbone` is the timm network in it.
+weights cannot be fetched.
 
-`load_weights(net, weights, where, assign)` fills a `Detector` with `weights`, a dict from timm's
-names to tensors. The text `where` names their file in an error; with `assign`, the tensors are used
-without a copy. `load_backbone_file(net, path)` fills it from an ImageNet `.safetensors` file,
-without its classifier. Both raise `NetworkError` for wrong names or shapes. Four checks raise it
-before any work starts: `check_size()` if the network does not accept the image size,
-`check_weights_file()` and `check_backbone_file()` if a weights file does not match (only its header
-is read), and `check_pretrained()` if timm's weights are not in the cache and their Hub does not
-answer. The network given to the first two is unusable afterward.
+The detector's `forward()` takes uint8 images (B, 3, H, W), or features (B, D), and returns float
+logits (B, 2), real and fake. With `network.crops` 2, an image is two square crops, one below the
+other. `features()` returns the input of the head, (B, D), and `classify()` applies the head to it.
+`backbone` is the timm network in it.
+
+`load_weights(net, weights, where, *, assign=False)` fills a `Detector` with `weights`, a dict from
+timm's names to tensors. The text `where` names their file in an error; with `assign`, the tensors
+are used without a copy. `load_backbone_file(net, path)` fills it from an ImageNet `.safetensors`
+file, without its classifier. Both raise `NetworkError` for wrong names or shapes, and the second
+for a damaged file. Four checks raise it before any work starts:
+
+- `check_size(net, name, preprocess)`: the network `name` does not accept the image size of a
+  `Preprocess`. `net` is unusable afterward.
+- `check_weights_file(net, path, where, backbone)`: the file does not fit `load_weights()`.
+  `backbone` is the file with the other weights if `path` has only the head (default None). Only
+  headers are read. `net` is unusable afterward.
+- `check_backbone_file(net, path)`: the file does not fit `load_backbone_file()`. Only its header is
+  read.
+- `check_pretrained(network)`: timm's weights are not in the cache, and their Hub does not answer.
 
 `normalization(network)` takes the `Network` settings and returns mean and std, three numbers each.
-`classifier_names()` returns the names of the modules of timm's head, `head_prefixes()` the prefixes
-of the names of the head's parameters, `timm_license(name)` the license of timm's weights or None.
-`Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of a head of
-`heads.py`.
+`classifier_names(backbone)` returns the names of the modules of timm's head, `head_prefixes(net)`
+the prefixes of the names of the head's parameters, `timm_license(name)` the license of timm's
+weights or None. `Backbone` is a type for the type checker only; `STAGE_HEAD` is the name prefix of
+a head of `heads.py`.
 """
 
 import contextlib
@@ -388,10 +397,14 @@ def load_backbone_file(net: Detector, path: Path) -> None:
     """Load an ImageNet `.safetensors` file into the backbone, without its classifier.
 
     Raises:
-        NetworkError: a name or shape outside the classifier does not match.
+        NetworkError: a name or shape outside the classifier does not match, or the file is damaged.
     """
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
     net.backbone.load_state_dict(
-        net.backbone.state_dict() | _without_classifier(net, load_file(path), path)
+        net.backbone.state_dict() | _without_classifier(net, weights, path)
     )
 
 
@@ -431,7 +444,8 @@ def check_backbone_file(net: Detector, path: Path) -> None:
     header is read.
 
     Raises:
-        NetworkError: a name or shape does not match, or there is no such file.
+        NetworkError: a name or shape does not match, or the file is damaged.
+        OSError: there is no such file.
     """
     _without_classifier(net, _outlines(path), path)
 
@@ -442,7 +456,8 @@ def check_weights_file(net: Detector, path: Path, where: str, backbone: Path | N
     this check only (`build` with `empty`) and is unusable afterward.
 
     Raises:
-        NetworkError: a name or shape does not match, or there is no such file.
+        NetworkError: a name or shape does not match, or a file is damaged.
+        OSError: there is no such file.
     """
     outlines = (_outlines(backbone) if backbone else {}) | _outlines(path)
     load_weights(net, outlines, where, assign=True)
@@ -451,6 +466,10 @@ def check_weights_file(net: Detector, path: Path, where: str, backbone: Path | N
 def _outlines(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a `.safetensors` file on the meta device: names and shapes without
     values.
+
+    Raises:
+        NetworkError: the file is damaged.
+        OSError: there is no such file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -459,6 +478,10 @@ def _outlines(path: Path) -> dict[str, torch.Tensor]:
                 for name in file.keys()
             }
     except SafetensorError as error:
-        raise NetworkError(
-            f"{path} is no readable .safetensors file ({error}); get it again, or use another file"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: SafetensorError) -> NetworkError:
+    return NetworkError(
+        f"{path} is no readable .safetensors file ({error}); get it again, or use another file"
+    )

@@ -10,13 +10,14 @@ scores.
 - `loader`: a `BatchLoader` of the set, made by `open_scored()` in `model/features/loader.py`.
 - `dtype`: the torch dtype of mixed precision (default `torch.float32`: no mixed precision).
 - `on_images`: None (the default), or a function that is called as `on_images(n)` after each batch
-  of this rank; n is the number of decodable images in this batch alone.
+  of this rank; n counts the decodable images of this batch only.
 - `dist`: a `DistEnv` (from `init_distributed()`), or None (the default) for one process.
 
 It returns `Scores`, sorted by sample: the arrays `samples` (row numbers in the set), `labels` (0
 real, 1 fake) and `logits` (float32, fake minus real, before any temperature), and `failures`, a
 dict, row number -> why the image could not be decoded. An image in `failures` is not in the arrays.
-It raises `ScoreError` (a `ValueError`) for a score that is not finite.
+It raises `ScoreError` for a score that is not finite, and what the loader raises for a set that
+cannot be scored (`LoadError`, `OrderError`, `FeatureError`). All are `ValueError`s.
 
 `score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
 finite or not. `score_batches(net, batches, device, dtype)` yields each batch with its logits, a

@@ -10,12 +10,12 @@ is NaN or infinite (`NOT_FINITE` is the reason as text).
 `band_of(meta)` returns the (low, high) of a checkpoint. `meta` is its parsed `meta.json`, a dict.
 Without a calibration, low and high are both its decision threshold.
 
-`band_at(meta, max_fpr, max_miss)` returns the (low, high) for chosen error rates. `max_fpr` is the
-largest share of real images that may be called likely AI (sets high), and `max_miss` the largest
-share of fakes that may be called no sign of AI (sets low). None, the default of both, keeps that
-end of `band_of()`. If low would be above high, it is set to high. It raises `ValueError` for a rate
-that is not above 0 and below 0.5, or if the checkpoint has no threshold for the rate, such as
-without a calibration.
+`band_at(meta, band, max_fpr, max_miss)` returns the (low, high) for chosen error rates. `max_fpr`
+is the largest share of real images that may be called likely AI (sets high), and `max_miss` the
+largest share of fakes that may be called no sign of AI (sets low). None, the default of both, keeps
+that end of `band`, the band in use. If low would be above high, it is set to high. It raises
+`ValueError` for a rate that is not above 0 and below 0.5, or if the checkpoint has no threshold for
+the rate, such as without a calibration.
 
 `percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
 `capital(text)` makes the first letter upper case.
@@ -42,19 +42,22 @@ def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def band_at(
-    meta: Mapping[str, Any], max_fpr: float | None = None, max_miss: float | None = None
+    meta: Mapping[str, Any],
+    band: tuple[float, float],
+    max_fpr: float | None = None,
+    max_miss: float | None = None,
 ) -> tuple[float, float]:
     """Return the band (low, high) for requested error rates, on images like those of the
     calibration: at most the share `max_fpr` of real images is called likely AI, and at most the
     share `max_miss` of fakes is called no sign of AI.
 
-    None keeps the checkpoint's end of the band. A rate that is not among the stored rates gets the
+    None keeps that end of `band`. A rate that is not among the stored rates gets the
     threshold of the next smaller one.
 
     Raises:
         ValueError: a rate is outside 0 to 0.5, or the checkpoint has no threshold for it.
     """
-    low, high = band_of(meta)
+    low, high = band
     if max_fpr is not None:
         high = _at_rate(meta, "at_fpr", max_fpr)
     if max_miss is not None:

@@ -6,7 +6,7 @@ page, and returns nothing. `detector` is the loaded detector, an `ImageDetector`
 
 `which(detector)` returns one line of text. It states the network, identity and date of the
 detector, the version of the program, and that images stay in memory. For a shipped detector that is
-used because there is no trained run, it says so. `ROOT` is the folder of the program.
+used because there is no trained run, it says so.
 """
 
 import os

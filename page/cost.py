@@ -1,13 +1,14 @@
 """Show the threshold slider of the web page, and the expected verdicts per 100 images.
 
-Main entry: `show_threshold(detector)` puts the slider, a sentence (`rule()`) and a table
+Main entry: `show_threshold(detector)` puts the slider, a text (`rule()`) and a table
 (`hundred_html()`) on the page (Streamlit), and returns nothing. `detector` is the `ImageDetector`
 that `page.detector.loaded_detector()` returns. The table is computed from the measured ROC curve in
 the detector's calibration; without a calibration, a warning replaces it.
 
 `moved(detector)` returns the detector with the threshold of the slider and no uncertain verdict:
 both ends of its band are this threshold. If the slider was not moved or not yet drawn, it returns
-`detector` itself. `rule(detector)` returns a sentence: which probabilities give which verdict.
+`detector` itself. `rule(detector)` returns a text: which probabilities give which verdict, and the
+default threshold if the slider was moved.
 
 `hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real photographs and 100
 fakes, how many get each verdict.

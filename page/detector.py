@@ -6,9 +6,10 @@ the newest run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or el
 Streamlit keeps it, so later calls return the same object.
 
 It raises an error if there is no detector or it cannot be read: `NoCheckpointError`, `MissingError`
-(shipped weights not downloaded), ValueError (also for an unusable list of trusted signers),
-OSError, or anything that a damaged file causes. So catch `Exception` and pass it to
-`why_not(error)`, which returns a text for the page: the reason and what to do.
+(shipped weights not downloaded), ValueError (also for an unusable list of trusted signers, or if
+DETECTOR_RUNS is needed and names a folder that does not exist), OSError, or anything that a damaged
+file causes. So catch `Exception` and pass it to `why_not(error)`, which returns a text for the
+page: the reason and what to do.
 
 `folder_in(variable)` takes the name of an environment variable and returns the folder in it as a
 Path, or None if it is not set. It raises ValueError if the variable holds an address (such as
@@ -35,9 +36,21 @@ RUNS, CHECKPOINT = "DETECTOR_RUNS", "DETECTOR_CHECKPOINT"
 
 @st.cache_resource(show_spinner="Loading the detector")
 def loaded_detector() -> ImageDetector:
-    """Load the detector once for all visitors."""
+    """Load the detector once for all visitors.
+
+    Raises:
+        ValueError: a variable names no folder, or the detector cannot be loaded.
+        OSError: a file cannot be read.
+    """
     signatures.usual_trust_list()  # report an unusable trust list at once
-    return load_detector(folder_in(CHECKPOINT), runs=folder_in(RUNS) or Path("runs"))
+    named, runs = folder_in(CHECKPOINT), folder_in(RUNS)
+    if runs and not named and not runs.exists():
+        # A mistyped name must not silently mean the shipped detector.
+        raise ValueError(
+            f"{RUNS}: there is no folder {runs}; set it to a folder of trained runs, or unset it "
+            "to use the shipped detector"
+        )
+    return load_detector(named, runs=runs or Path("runs"))
 
 
 def why_not(error: Exception) -> str:

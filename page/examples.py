@@ -1,9 +1,10 @@
 """Draw three example images for the web page, without any photograph or AI generator.
 
 Main entry: `examples()` takes nothing and returns a tuple of three `Example`s with `name` (`NAMES`,
-such as "dawn.jpg"), `title` (text) and `data` (the JPEG file as bytes). All are drawn. The second
-is then processed by the simulated camera of `sharding/demo/`, the third by its simulated generator.
-The metadata of each file (`XMP`) states that a program drew it.
+such as "dawn.jpg"), `title` (text) and `data` (the JPEG file as bytes). All are drawn, and get the
+tone curve and sharpening of a simulated camera of `sharding/demo/`. The second also passes a
+simulated sensor, the third a simulated generator. The metadata of each file (`XMP`) states that a
+program drew it.
 
 `is_example(name, data)` takes the name and the bytes of an uploaded file and returns whether it is
 one of the examples: its name is in `NAMES`, and its bytes are those of an example.

@@ -1,11 +1,12 @@
 """Put HTML on the web page, which Streamlit draws.
 
-Main entry: `show(html, where)` puts HTML on the page and returns nothing. It escapes nothing.
+Main entry: `show(html, where)` puts HTML on the page and returns nothing. It escapes nothing;
+scripts do not run.
 
-- `html`: the HTML as `Markup` (of markupsafe). The caller escapes untrusted text with
+- `html`: the HTML as `Markup` (of markupsafe), not empty. The caller escapes untrusted text with
   `Markup.format()`, such as `Markup("<p>{}</p>").format(name)`.
 - `where`: the page element to fill, such as `st.empty()` of Streamlit. None, the default, puts the
-  HTML at the end of the page, or of the container in whose `with` block the call stands.
+  HTML at the end of the container whose `with` block is open, or else of the page.
 
 `icon(kind)` returns the HTML of an icon as `Markup`. `kind` is a CSS class of `style.css`: a value
 of `KINDS`, or "warning". `KINDS` maps each verdict ("likely AI", "uncertain", "no sign of AI", and

@@ -5,12 +5,12 @@ It returns a sentence for screen readers on what was kept, or that nothing was. 
 control is not shown or the button was never pressed for this file and verdict. Errors are shown,
 not raised.
 
-- `detector`: the `ImageDetector` with the threshold of the slider: `page.cost.moved(detector)`
-  returns it.
+- `detector`: the `ImageDetector` that `page.cost.moved(detector)` returns: it has the threshold of
+  the slider.
 - `file`: the uploaded file (Streamlit's `UploadedFile`).
 - `result`: the `Scored` of this file, which `page.scored.score_all()` returns.
-- `said`: a text, the verdict of this detector: `detector.verdict(result.prediction.probability)`.
-  Only for "likely AI" and "no sign of AI" is the control shown.
+- `said`: the verdict of this detector, a text: `detector.verdict(result.prediction.probability)`.
+  The control is shown only for "likely AI" and "no sign of AI".
 
 If the visitor presses the button, `SHA256.json` with the true label and the verdict, and on request
 a copy of the image, are written to the folder that the environment variable `DETECTOR_MISTAKES`

@@ -1,5 +1,5 @@
-"""Show an uploaded image on the web page with a frame around each crop that the network sees, and
-on request a heatmap over the crops.
+"""Show an uploaded image on the web page with a frame around each crop that the network sees (one
+frame if both are equal), and on request a heatmap over the crops.
 
 Main entry: `show_photo(detector, file, result)` puts the image and a switch for the heatmap on the
 page (Streamlit), and returns nothing. The heatmap (Grad-CAM: regions that changed the score) is
@@ -18,7 +18,8 @@ must have been called before in the same session, because it makes the store of 
 - `busy`: True if the figure says that the heatmap is being computed (default False).
 
 `crops_of(preprocess, size)` takes the size of the image in pixels (width, height) and returns the
-crops, a list of (left, top, width, height) as fractions of the image's width and height.
+crops, a list of (left, top, width, height) as fractions of the image's width and height: the
+resized crop, then the detail if there is one.
 """
 
 from collections.abc import Sequence

@@ -12,8 +12,8 @@ s3://bucket/set. The options:
 - `--out FILE` (preview): the PNG to write (default `grid.png`; an existing file is overwritten).
 - `--recipe FILE` (preview): the recipe (TOML) with the preprocessing and the augmentation policies,
   which are named settings. Default: the recipe of phase 1.
-- `--policy NAME` (preview): the policy of the recipe to use for each source that has no policy in
-  the set's `index.json`. Default: the one that the recipe names.
+- `--policy NAME` (preview): the policy for sources to which the set's `index.json` gives none.
+  Default: the policy that the recipe names.
 - `--count N` (preview): number of samples, 1 to 64 (default 8).
 - `--batch N` (order): images per batch, at least 2 (default 64).
 - `--seed N`: seed that selects the samples or the shuffle (default 0).

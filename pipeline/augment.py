@@ -5,7 +5,8 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
 
 - `policies`: ranges and probabilities: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`.
 - `policy`: position of each image's policy in `policies`, int (N,).
-- `preprocess`: side of the output and filter: `Preprocess(crop_size=256, interpolation="bicubic")`.
+- `preprocess`: side of the output, filter and whether there is a detail crop:
+  `Preprocess(crop_size=256, interpolation="bicubic")`.
 - `widths`, `heights`: sizes of the upright images in pixels, int (N,).
 - `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples, repeat_index)`. `seed` and
   `epoch`: ints from 0 on. `samples`: row numbers of the images, int (N,). `repeat_index`: how many

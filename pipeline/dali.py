@@ -11,16 +11,17 @@ Main entry: `DaliBackend(shape, batch_size, device, threads, hw_decoder_load, st
 - `stall_error_s`: seconds to wait for a request (default 900).
 
 Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, *shape, 3) RGB on
-the device, and `failures`, a dict, position in the batch -> reason, for images that cannot be
-read or decoded; these are black.
+the device; `failures`, a dict, position in the batch -> reason, for images that cannot be read or
+decoded (these are black); and `timing`, a `BatchTiming`.
 
 - `requests`: an iterable of `Request`s of pipeline/batch.py (encoded images of one batch and their
   augmentation parameters), which a background thread reads ahead.
 - `start`: number of the first step, which only messages show (default 0).
 
 `run()` raises `StallError` (pipeline/monitor.py) if no request comes in `stall_error_s` seconds,
-and RuntimeError if the GPU is lost or has no memory left. A bad sample does not end a batch.
-The DALI operators are in `pipeline/dali_graph.py`.
+and RuntimeError if the GPU is lost or has no memory left. A bad sample does not end a batch. The
+DALI operators are in `pipeline/dali_graph.py`. What they cannot do is done here on the CPU: the
+steps for the whole image before them, and WebP after them.
 """
 
 import gc

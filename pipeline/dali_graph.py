@@ -3,7 +3,8 @@ DALI.
 
 Main entry: `graph(feed, shape, on_gpu, hw_decoder_load)` returns a DALI pipeline that is not built
 yet. Its output is the batch, uint8 (B, *shape, 3) RGB. The order of operations is that of
-`pipeline/augment.py`, without the steps that DALI cannot do (JPEG of the whole image, WebP).
+`pipeline/augment.py`, without the steps that `pipeline/dali.py` does on the CPU (those for the
+whole image, and WebP).
 
 - `feed`: a function without arguments, which DALI calls for each batch; it returns what
   `columns_of()` returns, or raises StopIteration at the end.
@@ -14,8 +15,8 @@ yet. Its output is the batch, uint8 (B, *shape, 3) RGB. The order of operations 
 The keyword arguments of every DALI pipeline (`batch_size`, `num_threads`, `device_id`, ...) may be
 given too.
 
-`columns_of(data, orientations, params, shape)` returns the inputs of one batch, a tuple with the
-values of `columns_for(shape)`.
+`columns_of(data, orientations, params, shape)` returns the inputs of one batch, a tuple in the
+order of `columns_for(shape)`, which returns the columns that images of this shape need.
 
 - `data`: a list of B image files as bytes.
 - `orientations`: a list of B EXIF orientations, 1 to 8.

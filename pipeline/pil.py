@@ -15,7 +15,7 @@ It returns `Pixels`, whose fields are:
   in seconds.
 
 `apply(pixels, params, out)` augments one decoded image. It returns nothing, and raises ValueError
-if the crop reaches outside the image.
+if a crop reaches outside the image.
 
 - `pixels`: an upright image, NumPy uint8 (height, width, 3) RGB.
 - `params`: its `AugmentParams`, such as `batch.row(0)` of an `AugmentBatch`.
@@ -23,9 +23,11 @@ if the crop reaches outside the image.
   has 2 * size rows: the resized crop, then the detail.
 
 `preprocess(pixels, settings)` takes such an image and the settings of evaluation (`Preprocess`),
-and returns the center crop, NumPy uint8 (*settings.shape, 3). The other functions are single
-steps on NumPy images; `resize(image, out, kind)` takes two tensors, `kind` is a position in
-`FILTERS` (pipeline/preprocess.py), and `encode_jpeg()` returns the JPEG as bytes.
+and returns the center crop, NumPy uint8 (*settings.shape, 3). `apply_whole(pixels, params)` does
+the steps for the whole image alone (resizing, JPEG, WebP) and returns the image.
+`refuse_crop_outside()` raises the ValueError of `apply()`. The other functions are single steps on
+NumPy images; `resize(image, out, kind)` takes two tensors, `kind` is a position in `FILTERS`
+(pipeline/preprocess.py), and `encode_jpeg()` returns the JPEG as bytes.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
 encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Bilinear

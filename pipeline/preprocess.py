@@ -7,20 +7,23 @@ defaults.
 - `crop_size`: side of the network's square input in pixels.
 - `resize_size`: length of the image's shorter side before the center crop, in pixels.
 - `interpolation`: filter for resizing, one of `FILTERS`.
-- `detail_crop`: whether the network also sees a second crop, at full resolution.
+- `detail_crop`: whether the network also sees a second crop, taken from the first one at full
+  resolution and placed below it.
 
 It raises ValueError if not 16 <= crop_size <= resize_size. `preprocess.shape` is (height, width) of
 the network's input in pixels, `preprocess.crops` the number of crops in it, 1 or 2.
 
-Three functions return `Crops` of N images, (top, left, height, width), each int (N,), in pixels of
-the upright image. `widths` and `heights`, int (N,), are the sizes of the images.
+Three functions return `Crops` of N images, (top, left, height, width), each int32 (N,), in pixels
+of the upright image. `widths` and `heights`, int (N,), are the sizes of the images.
 
 - `center_crops(preprocess, widths, heights)`: the crops of evaluation, without randomness.
-- `random_crops(scale, ratio, widths, heights, numbers)`: the crops of training. `scale`, `ratio`:
-  arrays (2, N), the lowest and highest share of the image's area and width / height. `numbers`:
-  random numbers in [0, 1): areas and ratios to try, (N, `CROP_TRIES`), and positions, (N, 2).
-- `detail_crops(preprocess, crops, position)`: squares of `crop_size` pixels inside `crops`.
-  `position`, (N, 2), in [0, 1), is random; None (the default) takes the center.
+- `random_crops(scale, ratio, widths, heights, numbers)`: the crops of training. `scale`: lowest and
+  highest area of the crop as a share of the image's, array (2, N). `ratio`: lowest and highest
+  width / height of the crop, array (2, N). `numbers`: three arrays of random numbers in [0, 1):
+  areas to try and ratios to try, each (N, `CROP_TRIES`), and positions, (N, 2).
+- `detail_crops(preprocess, crops, position)`: squares of `crop_size` pixels inside `crops`, or the
+  largest squares in smaller crops. `position`: random numbers in [0, 1), (N, 2). None (the
+  default): the center.
 
 `PreprocessSettings` is the table `[preprocess]` of a recipe, in which sizes and filter may be None.
 """

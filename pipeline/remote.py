@@ -3,9 +3,9 @@
 Main entry: `RemoteShards(shards, cache)`. Both must be given.
 
 - `shards`: a `ShardSet` (from `open_shards()` of `sharding/format.py`) whose folders are addresses.
-- `cache`: a `Cache(*, folder, limit)`: the `Path` of the folder, which is made if needed, and its
-  size in bytes. `Cache()` is `data/cache` and 20 GiB. `Cache` raises ValueError for a limit of less
-  than four pieces.
+- `cache`: a `Cache(*, folder, limit)`: `folder` is a `Path`, made if needed; `limit` is the largest
+  size of the cache in bytes. `Cache()` is `data/cache` and 20 GiB. `Cache` raises ValueError for a
+  limit of less than four pieces.
 
 Its `read(code, offset, size)` takes the number of a shard (a position in `shards.shards`), and an
 offset and a size in bytes, both inside the shard. It returns these bytes. If the remote does not

@@ -13,9 +13,10 @@ Its `fraction` is the number of old samples per new one, exact (a `Fraction`); t
 `count` from it. A wrong ratio, a ratio above 0 without sets or a negative weight raises ValueError.
 
 `sample_old(pool, sources, labels, count, rng)` returns `count` sample numbers of the pool,
-shuffled, in an array of its dtype. Each source gives an equal share, half of it real and half fake
-where possible; smaller sources give all their samples. If the pool has fewer than `count`, samples
-are used several times. ValueError is raised if `count` is positive and the pool is empty.
+shuffled, in an array of its dtype (int64 if `count` is 0). Each source gives an equal share, half
+of it real and half fake where possible; smaller sources give all their samples. If the pool has
+fewer than `count`, samples are used several times. ValueError is raised if `count` is positive and
+the pool is empty.
 
 - `pool`, `sources`, `labels`: int arrays of the same length, one entry for each old sample: its
   number, the code of its source, and 0 (real) or 1 (fake).

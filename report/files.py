@@ -13,8 +13,8 @@ Main entry: `write_report(report, scores, data, out)`.
 It writes `report.json`, `figures.csv`, `robustness.csv` (if measured) and `report.html`, each
 atomically, and returns a list of their paths, the page last. The page shows the command line of
 this process. It raises `ScoresError`, a ValueError, if `scores` is not a file of scores, or one of
-another version, and OSError if a file cannot be read or written. `report.json` may have been
-written before.
+another version, and OSError if it cannot be read; nothing is written then. It also raises OSError
+if a file cannot be written.
 """
 
 import json
@@ -39,7 +39,12 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
     paths.
 
     The page shows pictures only of sets below `data` that have not changed since they were scored.
+
+    Raises:
+        ScoresError: `scores` is not a file of scores, or one of another version.
+        OSError: a file cannot be read or written.
     """
+    table = read_scores(scores)  # first, so that a wrong file leaves an earlier report whole
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_text(out / REPORT_FILE, text)
@@ -56,4 +61,4 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
             )
             del shards[name]
     command = without_secrets(shlex.join(["python", *sys.argv]))
-    return [out / REPORT_FILE, *write_page(report, read_scores(scores), shards, out, command)]
+    return [out / REPORT_FILE, *write_page(report, table, shards, out, command)]

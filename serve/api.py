@@ -182,7 +182,7 @@ class Service:
         self.fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
 
     def close(self) -> None:
-        """Stop all threads. Decoded images are still scored; other waiting images are dropped."""
+        """Stop all threads. Decoded images are still scored; other waiting images are refused."""
         self.fetchers.shutdown(cancel_futures=True)
         self.scorer.close()
 

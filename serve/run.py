@@ -18,8 +18,8 @@ left out.
 `run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. Errors:
 
 - `OSError`: the address cannot be used (such as a port in use).
-- `ValueError`: the detector or the list of trusted C2PA signers cannot be loaded, or the detector
-  has no threshold for a rate.
+- `ValueError`: there is no such port, the detector or the list of trusted C2PA signers cannot be
+  loaded, or the detector has no threshold for a rate.
 - `SystemExit`: a second signal stopped the server at once.
 """
 
@@ -43,7 +43,8 @@ def run(
 
     Raises:
         OSError: the port is in use.
-        ValueError: the detector or the C2PA trust list cannot be loaded.
+        ValueError: the port is outside 0 to 65535, or the detector or the C2PA trust list cannot be
+            loaded.
     """
     with bound_socket(host, port) as sock:
         console.log.info("loading the detector")

@@ -17,8 +17,7 @@ read gets a row with the error. An unexpected error is raised by the future. The
 futures of a request that has ended; these images are not scored.
 
 `close()` scores the images that are decoded or being decoded, drops the others and stops the
-threads. The futures of dropped images never finish: call it when no request waits, or wait with a
-timeout.
+threads. The future of a dropped image raises `Refused` (status 503).
 
 Three properties: `is_full` tells whether the queue is full, `works` whether the scoring thread
 runs, and `retry_after` estimates the seconds until all waiting images are scored (1 to
@@ -33,6 +32,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,11 +127,11 @@ class Scorer:
             self.unread += len(jobs)
         self.metrics.waiting.set(self.waiting)
         for job in jobs:
-            self._readers.submit(self._read, job)
+            self._readers.submit(self._read, job).add_done_callback(partial(self._drop, job))
         return jobs
 
     def close(self) -> None:
-        """Score the decoded images, then stop the threads."""
+        """Score the decoded images, drop the others, then stop the threads."""
         self._readers.shutdown(cancel_futures=True)
         self._large_reader.shutdown(cancel_futures=True)
         self._decoded.put(None)
@@ -148,7 +148,8 @@ class Scorer:
                 return
             job.provenance = read_evidence(data, self.trust)
             if pixels_of(data) >= LARGE_PIXELS:
-                self._large_reader.submit(self._decode, job, data)
+                decoding = self._large_reader.submit(self._decode, job, data)
+                decoding.add_done_callback(partial(self._drop, job))
             else:
                 self._decode(job, data)
 
@@ -219,6 +220,13 @@ class Scorer:
         if self._leave(job) and job.done.set_running_or_notify_cancel():
             self.metrics.images.labels(said.verdict).inc()
             job.done.set_result(dict(zip(COLUMNS, values, strict=True)))
+
+    def _drop(self, job: Job, reading: "Future[None]") -> None:
+        """Refuse a job that `close()` has taken from a thread before it began. Without this the
+        request would wait until its time limit.
+        """
+        if reading.cancelled() and self._leave(job) and job.done.set_running_or_notify_cancel():
+            job.done.set_exception(Refused(503, "the server is stopping; try again later", 1))
 
     @contextlib.contextmanager
     def _failing(self, jobs: Sequence[Job]) -> Iterator[None]:

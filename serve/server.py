@@ -11,8 +11,9 @@ Ctrl-C and the last answer, and returns nothing. The caller then calls `service.
 signal stops the server at once and sets its `force_exit` to True.
 
 `bound_socket(host, port)` takes a host name or IP address and a port (0: any free one) and returns
-a socket for `run()`. It raises OSError if the host is unknown, or the address is in use or not of
-this machine. `handle_exit()` is called by uvicorn at a signal.
+a socket for `run()`. It raises ValueError for a port outside 0 to 65535, and OSError if the host is
+unknown, or the address is in use or not of this machine. `handle_exit()` is called by uvicorn at a
+signal.
 """
 
 import signal
@@ -68,8 +69,11 @@ def bound_socket(host: str, port: int) -> socket.socket:
     """Bind a socket to the address; clients cannot connect before the server listens.
 
     Raises:
+        ValueError: the port is outside 0 to 65535.
         OSError: the address does not belong to this machine, or is in use.
     """
+    if not 0 <= port <= 65535:  # the resolver would take the remainder of the division by 65536
+        raise ValueError(f"there is no port {port}; use 0 to 65535, where 0 takes any free one")
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]

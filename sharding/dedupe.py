@@ -15,16 +15,16 @@ A `Decision` has five NumPy arrays with one value per row:
 - `wanted`: the set that the image was meant for.
 - `sets`: its final set, or "" if it is excluded.
 - `reasons`: why it is excluded, or "" if it is not.
-- `other`: the row of the image that is kept instead (or that was excluded itself as a copy of
-  another), or -1. If the same bytes are labeled real and fake, it is another row with these bytes,
-  which is excluded too.
+- `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real and
+  fake, it is another row with these bytes, which is excluded too.
 - `groups`: the name of its group.
 
 A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split
-(`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake.
+(`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake;
+images that are not kept for this reason exclude no others.
 
 `near_duplicates(phash, thumbnails)` takes uint64 (n,) and uint8 (n, 256) and returns pairs of rows,
 (m, 2). Both rows have equal perceptual hashes, or hashes that differ in at most `MAX_BITS` bits and
@@ -62,7 +62,8 @@ class Decision:
 
     `wanted` is the set of an image before duplicates are removed. `sets` is its final set, or "" if
     the image is excluded for the reason in `reasons`. `other` is the row of the image that is kept
-    instead, or -1. `groups` is the name of its group after merging.
+    instead, or -1 (for bytes labeled real and fake, another row with these bytes). `groups` is the
+    name of its group after merging.
     """
 
     wanted: np.ndarray  # object
@@ -110,8 +111,14 @@ def decide(
         np.full(n, -1),
         np.array([names[c] for c in component], object),
     )
-    _keep_splits_apart(decision, component, near, good, split_of)
-    _keep_one_of_each(decision, sha, inventory.column("label").to_numpy(), good, split_of)
+    labels = inventory.column("label").to_numpy()
+    good &= ~_exclude_both_labels(decision, sha, labels, good)
+    ranks = {name: SPLIT_RANK[split] for name, split in split_of.items()}
+    rank = np.array([ranks[name] for name in decision.wanted], np.int8)
+    losing = _losing(rank, component, good)
+    decision.sets[losing] = ""
+    _keep_one_of_each(decision, sha, good, split_of)
+    _name_winners(decision, losing, rank, component, near, good)
     decision.sets[named] = ""
     decision.reasons[named] = EXCLUDED_BY_CATALOG
     return decision
@@ -126,58 +133,68 @@ def _begins_with(hashes: pa.ChunkedArray, beginnings: Collection[str]) -> np.nda
     return np.array([any(text[:n] in beginnings for n in lengths) for text in texts], bool)
 
 
-def _keep_splits_apart(
-    decision: Decision,
-    component: np.ndarray,
-    near: np.ndarray,
-    good: np.ndarray,
-    split_of: Mapping[str, str],
-) -> None:
-    """Exclude images whose group has an image of a higher-ranked split."""
-    rank_of = {name: SPLIT_RANK[split] for name, split in split_of.items()}
-    rank = np.array([rank_of[name] for name in decision.sets], np.int8)
+def _exclude_both_labels(
+    decision: Decision, sha: np.ndarray, labels: np.ndarray, good: np.ndarray
+) -> np.ndarray:
+    """Exclude all images whose bytes are labeled real and fake, and return a mask of them."""
+    both = np.zeros(len(good), bool)
+    for run in _runs(sha, np.flatnonzero(good)):
+        if len(set(labels[run].tolist())) > 1:
+            both[run] = True
+            decision.other[run] = np.roll(run, 1)
+    decision.sets[both] = ""
+    decision.reasons[both] = "the same bytes are labeled real and fake"
+    return both
+
+
+def _losing(rank: np.ndarray, component: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """Return the rows whose group has an image of a higher-ranked split."""
     best = np.full(component.max(initial=-1) + 1, -1, np.int8)
     np.maximum.at(best, component[good], rank[good])
-    losing = np.flatnonzero(good & (rank < best[component]))
-    if not len(losing):
-        return
-    # The reason names one image of the winning split: a direct near-duplicate if there is one.
-    winners = np.flatnonzero(good & (rank == best[component]))
-    one_of = np.full(len(best), -1)
-    one_of[component[winners[::-1]]] = winners[::-1]
-    direct = np.full(len(rank), -1)
-    for a, b in ((near[:, 0], near[:, 1]), (near[:, 1], near[:, 0])):
-        higher = rank[a] < rank[b]
-        direct[a[higher]] = b[higher]
-    for row in losing:
-        winner = direct[row] if direct[row] >= 0 else one_of[component[row]]
-        what = "near-duplicate of" if direct[row] >= 0 else "belongs to the group of"
-        decision.reasons[row] = f"{what} an image of {decision.sets[winner]}"
-        decision.other[row] = winner
-    decision.sets[losing] = ""
+    return np.flatnonzero(good & (rank < best[component]))
 
 
 def _keep_one_of_each(
-    decision: Decision,
-    sha: np.ndarray,
-    labels: np.ndarray,
-    good: np.ndarray,
-    split_of: Mapping[str, str],
+    decision: Decision, sha: np.ndarray, good: np.ndarray, split_of: Mapping[str, str]
 ) -> None:
-    """Keep the first of images with the same bytes, by set and row; none if their labels differ."""
+    """Keep the first of images with the same bytes, by set and row."""
     order = {name: index for index, name in enumerate(_by_rank(split_of))}
     for run in _runs(sha, np.flatnonzero(good)):
-        if len(set(labels[run].tolist())) > 1:
-            decision.sets[run] = ""
-            decision.reasons[run] = "the same bytes are labeled real and fake"
-            decision.other[run] = np.roll(run, 1)
-            continue
         kept = [row for row in run.tolist() if decision.sets[row]]
         kept.sort(key=lambda row: (order[str(decision.sets[row])], row))
         for row in kept[1:]:
             decision.reasons[row] = f"the same bytes as an image of {decision.sets[kept[0]]}"
             decision.other[row] = kept[0]
             decision.sets[row] = ""
+
+
+def _name_winners(
+    decision: Decision,
+    losing: np.ndarray,
+    rank: np.ndarray,
+    component: np.ndarray,
+    near: np.ndarray,
+    good: np.ndarray,
+) -> None:
+    """Name for each of the rows `losing` one image of the winning split that is kept: a direct
+    near-duplicate if there is one.
+    """
+    won = good.copy()
+    won[losing] = False
+    # An excluded copy of a winner stands for the copy that is kept.
+    kept = np.where(won & (decision.other >= 0), decision.other, np.arange(len(rank)))
+    winners = np.flatnonzero(won)
+    one_of = np.full(component.max(initial=-1) + 1, -1)
+    one_of[component[winners[::-1]]] = kept[winners[::-1]]
+    direct = np.full(len(rank), -1)
+    for a, b in ((near[:, 0], near[:, 1]), (near[:, 1], near[:, 0])):
+        higher = won[b] & (rank[a] < rank[b])
+        direct[a[higher]] = kept[b[higher]]
+    for row in losing:
+        winner = direct[row] if direct[row] >= 0 else one_of[component[row]]
+        what = "near-duplicate of" if direct[row] >= 0 else "belongs to the group of"
+        decision.reasons[row] = f"{what} an image of {decision.sets[winner]}"
+        decision.other[row] = winner
 
 
 def _by_rank(split_of: Mapping[str, str]) -> list[str]:

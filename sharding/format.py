@@ -10,8 +10,9 @@ returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake), 
 column of names as (int32 codes, names), and `text(name, sample)` one value of a text column.
 
 `read_index(folder)` takes such a folder of one set and returns its `index.json` as a dict
-(sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set, and
-`OSError` for a file that cannot be read. A set is a folder with these files:
+(sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set
+(`open_shards()` also for an empty list), and `OSError` for a file that cannot be read. A set is a
+folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
@@ -20,11 +21,12 @@ column of names as (int32 codes, names), and `text(name, sample)` one value of a
     excluded.csv                    images that are not in the set, with reasons
     index.json                      written last: a folder without it is not a set
 
-`join_sets(parts)` concatenates a list of `ShardSet`s. `member_metadata(row)` returns the content of
-`<key>.json` for a row (a dict) of the table, and `timm_info(index)` that of `_info.json`, as dicts.
-`content_sha256(index)` is a hash of an index. `numbers_of(column)` and `codes_of(column)` convert a
-pyarrow column as `ShardSet` does. `table_from(data)` reads a table from the bytes of a parquet
-file. `docs/shards.md` describes the format without reference to this code.
+`join_sets(parts)` concatenates a list of `ShardSet`s; an empty list is a `ShardError`.
+`member_metadata(row)` returns the content of `<key>.json` for a row (a dict) of the table, and
+`timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a hash of an index.
+`numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet` does.
+`table_from(data)` reads a table from the bytes of a parquet file. `docs/shards.md` describes the
+format without reference to this code.
 """
 
 import contextlib
@@ -306,8 +308,11 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
     """Open sets as one `ShardSet`, with the rows in the order of `folders`.
 
     Raises:
-        ShardError: see `read_index`; or a samples table does not match its index.
+        ShardError: see `read_index`; a samples table does not match its index; or `folders` is
+            empty.
     """
+    if not folders:
+        raise ShardError("no shard sets to open; name at least one folder")
     tables, counts, sizes, hashes, homes = [], [], [], [], []
     shards: list[str] = []
     sources: dict[str, Mapping[str, Any]] = {}
@@ -351,7 +356,13 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
 
 
 def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
-    """Concatenate sets, or parts of sets, into one."""
+    """Concatenate sets, or parts of sets, into one.
+
+    Raises:
+        ShardError: `parts` is empty.
+    """
+    if not parts:
+        raise ShardError("no shard sets to join; expected at least one")
     tables, first = [], 0
     for part in parts:
         code = pc.add(part.table.column("shard_code"), pa.scalar(first, pa.int32()))

@@ -232,7 +232,7 @@ def _read(path: AnyPath) -> pa.Table:
         columns = (*_KEY, *FACT_SCHEMA.names) if _version_of(table) == FACTS_VERSION else ()
         if missing := [name for name in columns if name not in table.schema.names]:
             raise KeyError(f"no column {', '.join(missing)}")
-    except (KeyError, OSError, pa.ArrowException) as error:
+    except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise ShardError(
             f"{path} is damaged ({reason}); delete it, and the build decodes its images again"

@@ -24,7 +24,8 @@ key column (CSV) or a column of a rule (parquet); `RawError` or `OSError` for un
 `capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in whole groups, in
 place. `choose_set(group, share_of)` returns the set of a group (related images), chosen by its hash
 (`hash_point()`, 0 to 1); `share_of` is a dict, set -> share. `folder_pattern(folder)` compiles a
-rule's folder, and `class_names(schema, column)` returns the class names of a parquet column.
+rule's folder. `class_names(schema, column, path)` returns the class names of a column of the
+parquet table `path`, which only the error names.
 """
 
 import contextlib
@@ -105,8 +106,8 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     """List all images of a source, sorted by path.
 
     Raises:
-        CatalogError: a file is both real and fake by the rules, a table lacks a column that the
-            rules name, or there are images but no rule matches any.
+        CatalogError: a file is both real and fake by the rules, a table is damaged or lacks a
+            column that the rules name, or there are images but no rule matches any.
         RawError, OSError: a file or folder cannot be read.
     """
     root = source.root or name
@@ -275,31 +276,18 @@ def _agrees(rule: Rule, row: Mapping[str, str]) -> bool:
 
 
 def _add(
-    listing: Listing,
-    claim: _Claim,
-    name: str,
-    file: RawFile,
-    origin: str,
-    member: str,
-    group: str,
+    listing: Listing, claim: _Claim, name: str, file: RawFile, origin: str, member: str, group: str
 ) -> None:
     label, read_as = claim.compiled.label, claim.compiled.read_as
     listing.read_as[read_as] = listing.read_as.get(read_as, 0) + 1
+    size = 0 if member and member != file.member else file.size
     listing.items.append(
         Item(
-            source=name,
-            origin=origin,
-            path=file.path,
-            member=member,
-            size=0 if member and member != file.member else file.size,
-            version=file.version,
-            label=label,
-            generator=claim.generator or CLASSES[label],
-            group=group,
-            destination=claim.compiled.destination,
-            excluded=file.excluded,
+            source=name, origin=origin, path=file.path, member=member, size=size,
+            version=file.version, label=label, generator=claim.generator or CLASSES[label],
+            group=group, destination=claim.compiled.destination, excluded=file.excluded,
         )
-    )
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -340,8 +328,13 @@ def _read_table(
                     f"{source.table.key!r} among them"
                 )
             for row in reader:
-                key = PurePosixPath(row.pop(source.table.key).replace("\\", "/")).name
-                key = nfc(key).lower()
+                named = row.pop(source.table.key)
+                if named is None:
+                    raise CatalogError(
+                        f"{raw / file.path} ends line {reader.line_num} before the column "
+                        f"{source.table.key!r}, so it is damaged; fetch it again"
+                    )
+                key = nfc(PurePosixPath(named.replace("\\", "/")).name).lower()
                 values = {column: value or "" for column, value in row.items() if column}
                 if rows.setdefault(key, values) != values:
                     rows[key] = {}  # rows differ: excluded, no rule agrees
@@ -354,12 +347,7 @@ def _read_table(
 
 
 def _list_cells(
-    name: str,
-    source: Source,
-    raw: AnyPath,
-    file: RawFile,
-    claims: list[_Claim],
-    listing: Listing,
+    name: str, source: Source, raw: AnyPath, file: RawFile, claims: list[_Claim], listing: Listing
 ) -> None:
     """List the image cells of one parquet table that a rule matches."""
     if not claims:
@@ -383,7 +371,7 @@ def _list_cells(
     row_of = np.arange(total) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     chosen = _choose_rows(claims, values, total, raw / file.path)
     captions = values.column(source.group_column).to_pylist() if source.group_column else None
-    generators = {column: _texts(values, column) for column in naming}
+    generators = {column: _texts(values, column, raw / file.path) for column in naming}
     taken = np.zeros(total, bool)
     root = source.root or name
     cells = [(int(row), i) for i, mask in enumerate(chosen) for row in np.flatnonzero(mask)]
@@ -428,7 +416,7 @@ def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np
     """Return the rows where a column has a value; a text for an integer column is a class name."""
     cells = values.column(column)
     if isinstance(value, str) and pa.types.is_integer(cells.type):
-        names = class_names(values.schema, column)
+        names = class_names(values.schema, column, path)
         if value not in names:
             raise CatalogError(
                 f"{path}: integer column {column} has the class names {names or 'of none'}; "
@@ -438,21 +426,32 @@ def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np
     return np.array([entry == value for entry in cells.to_pylist()], bool)
 
 
-def _texts(values: pa.Table, column: str) -> list[str]:
+def _texts(values: pa.Table, column: str, path: AnyPath) -> list[str]:
     """Return a column as lower-case text, class numbers as class names, missing values as ""."""
-    names = class_names(values.schema, column)
+    names = class_names(values.schema, column, path)
     cells = values.column(column).to_pylist()
-    return [
-        "" if cell is None else str(names[cell] if names else cell).strip().lower()
-        for cell in cells
-    ]
+    if names:
+        named: dict[Any, str] = {None: "", -1: "", **dict(enumerate(names))}  # -1: no label
+        if unknown := set(cells) - named.keys():
+            raise CatalogError(
+                f"{path}: column {column} has the value {unknown.pop()!r}, expected a number of "
+                f"its {len(names)} classes; fetch it again"
+            )
+        cells = [named[cell] for cell in cells]
+    return ["" if cell is None else str(cell).strip().lower() for cell in cells]
 
 
-def class_names(schema: pa.Schema, column: str) -> list[str]:
+def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
     """Return the class names of a Hugging Face `ClassLabel` column; empty for other columns."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
-    features = json.loads(text).get("info", {}).get("features", {})
-    return list(features.get(column, {}).get("names", []))
+    try:
+        features = json.loads(text).get("info", {}).get("features", {})
+        return list(features.get(column, {}).get("names", []))
+    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another shape
+        reason = " ".join(str(error).split())[:200]
+        raise CatalogError(
+            f"{path}: its `huggingface` metadata is damaged ({reason}); fetch it again"
+        ) from error
 
 
 # --- which items, and where to --------------------------------------------------------------------

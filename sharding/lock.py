@@ -8,8 +8,18 @@ Main entry: `with locked(work, what):`, a context manager that yields nothing. B
 - `what`: the locked folder, such as `OUT`; it is only named in the error message.
 
 It raises `BlockingIOError` if another process has the lock, and `OSError` if the lock file cannot
-be written. On a local disk the lock is `flock` and ends with the process. In a bucket it is an
-object that is renewed while the process lives, and expires `LEASE_SECONDS` after the last renewal.
+be written or is damaged. On a local disk the lock is `flock` and ends with the process. In a bucket
+it is an object that is renewed while the process lives, and expires `LEASE_SECONDS` after the last
+renewal. If a renewal fails, it is logged as a warning and tried again. Of several processes that
+find an expired object, one gets the lock. What a bucket cannot exclude:
+
+- The age of the object is measured with the clocks of two machines, which must agree within a
+  minute.
+- A process that is halted, or cut off from the bucket, for longer than `LEASE_SECONDS` may lose the
+  lock and go on writing. It notices at its next renewal, logs a warning and leaves the object of
+  the other process alone (unless that process took the lock during this very renewal).
+- A process that is killed while it takes an expired lock leaves the object `takeover.json`. The
+  error of the next build says when to remove it.
 """
 
 import contextlib
@@ -19,10 +29,13 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from upath import UPath
 
+import console
 from storage import AnyPath, is_local
 
 LEASE_SECONDS = 120
@@ -36,7 +49,7 @@ def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
     A local lock also ends when the process is killed; a lease in a bucket then expires.
 
     Raises:
-        OSError: another process has the lock.
+        OSError: another process has the lock, or the lock file is damaged or cannot be written.
     """
     busy = f"another build is writing {what}; wait for it to end"
     if not is_local(work):
@@ -54,33 +67,110 @@ def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
 @contextlib.contextmanager
 def _leased(path: UPath, busy: str) -> Iterator[None]:
     """Lock a bucket by an object that a thread renews, because buckets have no process locks."""
-    owner = f"{socket.gethostname()}:{os.getpid()}"
-
-    def content() -> bytes:
-        return json.dumps({"owner": owner, "renewed": time.time()}).encode()
-
+    token = uuid.uuid4().hex  # in containers, several processes may have the same owner
     try:
-        path.fs.pipe_file(path.path, content(), mode="create")
+        path.fs.pipe_file(path.path, _content(token), mode="create")
     except FileExistsError:
-        holder = json.loads(path.read_bytes())
-        age = time.time() - holder["renewed"]
-        if age < LEASE_SECONDS:
-            held = f"held by {holder['owner']}, renewed {age:.0f} s ago"
-            raise BlockingIOError(f"{busy} ({held})") from None
-        path.write_bytes(content())  # expired: its process has died
+        _take_over(path, token, busy)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path.parent} cannot be written: {error}") from error
     ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.wait(LEASE_SECONDS / 4):
-            path.write_bytes(content())
-
-    thread = threading.Thread(target=renew, daemon=True)
+    thread = threading.Thread(target=_renew, args=(path, token, ended), daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        _release(path, token)
+
+
+def _content(token: str) -> bytes:
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    return json.dumps({"owner": owner, "token": token, "renewed": time.time()}).encode()
+
+
+def _take_over(path: UPath, token: str, busy: str) -> None:
+    """Replace an expired lease.
+
+    Other processes may have found it expired too. The one that creates `takeover.json` goes on,
+    and reads the lease again, because another may have replaced it just before.
+
+    Raises:
+        OSError: the lease is not expired, another process replaces it, or it is damaged.
+    """
+    claim = path.with_name("takeover.json")
+    _refuse_unless_expired(path, busy)
+    try:
+        path.fs.pipe_file(claim.path, _content(token), mode="create")
+    except FileExistsError:
+        raise BlockingIOError(f"{busy} (if no build is running, remove {claim})") from None
+    try:
+        _refuse_unless_expired(path, busy)
+        path.fs.pipe_file(path.path, _content(token))
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _refuse_unless_expired(path: UPath, busy: str) -> None:
+    lease = _read(path)
+    if lease is None:
+        raise BlockingIOError(f"{busy} (it has just ended; run the command again)")
+    age = time.time() - lease["renewed"]
+    if age < LEASE_SECONDS:
+        raise BlockingIOError(f"{busy} (held by {lease['owner']}, renewed {age:.0f} s ago)")
+
+
+def _read(path: UPath) -> dict[str, Any] | None:
+    """Return the content of a lease, or None if there is none.
+
+    Raises:
+        OSError: the object is damaged or cannot be read.
+    """
+    try:
+        # Not `open`, which may take the size of the object from a cached listing.
+        lease = json.loads(path.fs.cat_file(path.path))
+        return {"token": "", **lease, "owner": lease["owner"], "renewed": float(lease["renewed"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path} is damaged ({error!r}); remove it if no build is running") from error
+
+
+def _is_ours(path: UPath, token: str) -> bool:
+    lease = _read(path)
+    return lease is not None and lease["token"] == token
+
+
+def _renew(path: UPath, token: str, ended: threading.Event) -> None:
+    """Renew the lease until the block ends. After a failure, try again at the next interval."""
+    failed = False
+    while not ended.wait(LEASE_SECONDS / 4):
+        try:
+            if not _is_ours(path, token):
+                console.log.warning(
+                    "%s is no longer the lock of this build, so another build may write to the "
+                    "same folder; check it with `python -m sharding verify`", path,
+                )  # fmt: skip
+                return
+            path.fs.pipe_file(path.path, _content(token))
+            failed = False
+        except Exception as error:  # each client of a store raises other errors
+            if not failed:
+                console.log.warning(
+                    "%s could not be renewed (%s) and is tried again; %s seconds after the last "
+                    "renewal another build can take the lock", path, error, LEASE_SECONDS,
+                )  # fmt: skip
+            failed = True
+
+
+def _release(path: UPath, token: str) -> None:
+    """Remove the lease, unless it is that of another process."""
+    try:
+        if _is_ours(path, token):
+            path.unlink(missing_ok=True)
+    except Exception as error:  # the work is done; the lease expires
+        console.log.warning(
+            "%s could not be removed (%s); the next build can start in %s seconds",
+            path, error, LEASE_SECONDS,
+        )  # fmt: skip

@@ -13,9 +13,8 @@ It returns a list of `ShardPlan`, one for each tar to write:
 - `name`: file name of the tar, `<source>-<split>-<NNNNN>.tar`.
 - `source`: its source.
 - `rows`: NumPy array of the row numbers of its samples in the table, in the order of the tar.
-- `fingerprint`: a hash of the tar's name and of the values of its rows (with the SHA-256 of each
-  image, without `path`, `member` and `stored`). A build compares it to find out whether a shard is
-  up to date.
+- `fingerprint`: a hash of the tar's name and of the columns above in its rows, except `path`,
+  `member` and `stored`. A build compares it to find out whether a shard is up to date.
 
 A shard ends before it exceeds `MAX_SAMPLES` samples or `MAX_BYTES` bytes; a larger sample gets a
 shard of its own. If two samples have the same key, `ValueError` is raised.

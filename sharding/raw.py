@@ -21,8 +21,8 @@ file cannot be read. Nothing is unpacked to disk.
 
 To read a cell of a parquet table, `member` is "<row group>:<row in the group>:<column>", as
 sharding/listing.py lists cells. Cells of one row group that follow each other in `rows` are read
-together. They must be sorted by the row in the group; this is not checked. `read_all()` raises
-`RawError` if a table has fewer rows than when it was listed.
+together. `read_all()` raises `RawError` if they are not sorted by the row in the group, and if a
+table is damaged or has fewer rows than when it was listed.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the name of the folder `root` below `raw` as it is on disk, where macOS may have decomposed its
@@ -34,7 +34,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -157,10 +157,36 @@ def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
 
 
 def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
-    """Yield image cells of one row group, in ascending order of rows, a few rows at a time."""
+    """Yield image cells of one row group, in ascending order of rows, a few rows at a time.
+
+    Raises:
+        RawError: the rows are not in ascending order, or the table is damaged or has too few rows.
+        OSError: the file cannot be read.
+    """
+    path = rows[0]["path"]
     wanted = [row["member"].split(":", 2) for row in rows]
+    # An earlier row would be counted from the end of its batch: the bytes of another image.
+    for before, after in pairwise([0, *(int(row) for _, row, _ in wanted)]):
+        if after < before:
+            raise RawError(
+                f"{path}: row {after} of row group {wanted[0][0]} is asked for after row {before}, "
+                "expected ascending rows; sort the cells by their row"
+            )
+    try:
+        yield from _cells(raw / path, wanted)
+    except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk or the network; pyarrow's own errors have no number
+        reason = " ".join(str(error).split())[:200]
+        raise RawError(
+            f"{path} is damaged, or not the table that was listed ({reason}); fetch it again"
+        ) from error
+
+
+def _cells(path: AnyPath, wanted: Sequence[Sequence[str]]) -> Iterator[bytes | DecodeError]:
+    """Yield the cells [row group, row, column] of one row group, in ascending order of rows."""
     columns = sorted({column for _, _, column in wanted})
-    with (raw / rows[0]["path"]).open("rb") as stream:
+    with path.open("rb") as stream:
         table = pq.ParquetFile(stream, pre_buffer=False)
         start, following = 0, 0
         for batch in table.iter_batches(32, row_groups=[int(wanted[0][0])], columns=columns):
@@ -171,7 +197,7 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
             start += len(batch)
             if following == len(wanted):
                 return
-    raise RawError(f"{rows[0]['path']} has fewer rows than when it was listed; run again")
+    raise RawError(f"{path} has fewer rows than when it was listed; run again")
 
 
 def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
@@ -188,10 +214,12 @@ def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
 def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
     """Yield the bytes of each row (an `Item` as a mapping), or the error of an unreadable image.
 
-    Cells of one parquet row group should be adjacent and ascending: the group is then read once.
+    Cells of one parquet row group must be in ascending order of rows, and should be adjacent: the
+    group is then read once.
 
     Raises:
-        RawError: a parquet table has fewer rows than when it was listed.
+        RawError: the cells of a row group are not in ascending order, or a parquet table is damaged
+            or has fewer rows than when it was listed.
         OSError: a file cannot be read.
     """
     for block, run in groupby(rows, key=_block):

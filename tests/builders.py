@@ -1,10 +1,12 @@
 """Build images, shard sets, archives, score tables and runs for tests, and compare results."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import io
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -12,7 +14,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +318,17 @@ def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> Score
     info = {name: {"index_sha256": "h", "split": "test"} for name in sets}
     table = pa.Table.from_pylist(filled, schema=SCORES_SCHEMA)
     return ScoreTable(table, ABOUT | {"sets": info} | about)
+
+
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Limit the size of a file to `size` bytes, which acts like a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 MakeImage = Callable[[np.random.Generator, int, int], tuple[str, int, int]]

@@ -9,20 +9,22 @@ of that name. All arguments but `name` may be left out:
 - `fake_labels`: a sequence of the labels that mean AI-generated; if empty (default), the words of
   the labels decide.
 - `threshold`: from 0 to 1. An image with this probability or more is "likely AI", any other "no
-  sign of AI"; no verdict is "uncertain". None (default): 0.5, until a calibration is loaded
-  (`model/adapters/kept.py`).
+  sign of AI". None (default): 0.5, until a calibration is loaded (`model/adapters/kept.py`), which
+  may have "uncertain" verdicts.
 
 Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(images)` takes one image
-or several (paths, bytes, Pillow images or uint8 arrays), and returns a `Prediction` (probability,
-verdict, error), or a list of them. Its network is in a `NetworkJudge`: `prepare(image)` converts a
-Pillow image to the network's input, `score(prepared)` a list of such inputs to the probabilities of
-AI-generated, float64 (B,).
+or several (paths, bytes, Pillow images or uint8 arrays), and returns a `Prediction` (name,
+probability, verdict, error), or a list of them. An image that cannot be read has the verdict
+"unreadable". Its network is in a `NetworkJudge`: `prepare(image)` converts a Pillow image to the
+network's input, `score(prepared)` a list of such inputs to the probabilities of AI-generated,
+float64 (B,).
 
-They raise `DetectorError` if the classifier cannot be downloaded or opened, has no safetensors
-file, or has labels that are not clear; `open_transformers()` also if the library transformers is
-missing. They raise `ValueError` for an impossible device or threshold; `DetectorError` is a
-`ValueError` too. Only files that match `TAKEN` are downloaded: nothing is unpickled, and no code of
-a repository is run.
+They raise `DetectorError` if the classifier cannot be downloaded or opened or has no safetensors
+file, if its labels do not say which of them mean AI-generated, or if a label of `fake_labels` does
+not exist. `open_transformers()` also raises it if the library transformers is missing. A value of
+the wrong type in `config.json` may raise TypeError. They raise `ValueError` for an impossible
+device or threshold; `DetectorError` is a `ValueError` too. Only files that match `TAKEN` are
+downloaded: nothing is unpickled, and no code of a repository is run.
 """
 
 import hashlib

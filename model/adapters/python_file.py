@@ -4,10 +4,10 @@ detector.
 Main entry: `open_file(path, *, trust, threshold)` runs a Python file and returns an
 `OtherDetector`.
 
-- `path`: the `Path` of the file. Its suffix is `.py`.
+- `path`: the `Path` of the file, whatever its suffix.
 - `trust`: must be True: the user allows the file to run.
-- `threshold`: the decision threshold, from 0 to 1. None (the default) means 0.5; a calibration that
-  is loaded later replaces it.
+- `threshold`: from 0 to 1. An image with this probability or more is "likely AI", any other "no
+  sign of AI". None (the default) means 0.5; a calibration that is loaded later replaces it.
 
 The detector's `predict(images)` takes one image (path, bytes of a file, Pillow image or uint8
 array) and returns a `Prediction` (name, probability, verdict, error), or takes several and returns
@@ -26,6 +26,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,16 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
         raise DetectorError(
             f"{path} is a program, which would run with all your rights; read it, then add --trust"
         )
-    spec = importlib.util.spec_from_file_location(f"detector_{path.stem}", path)
-    assert spec and spec.loader  # always set for the suffix .py
+    # Without a loader given, Python knows only files that end in .py, but not in .PY.
+    loader = SourceFileLoader(f"detector_{path.stem}", str(path))
+    spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+    assert spec is not None  # always made with a loader
     module = importlib.util.module_from_spec(spec)
     # As with `python FILE`, modules in the same folder can be imported.
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise DetectorError(f"{path} cannot be run: {_said(error)}") from error
     function = getattr(module, FUNCTION, None)

@@ -7,8 +7,9 @@ to 1); `crop_pct`, the side of the crop divided by that of the resized image; `i
 Pillow's name of the resize filter; and `squashed`, whether the aspect ratio was ignored.
 
 It raises `NetworkError` (a `ValueError`) if the network is unknown, its configuration cannot be
-read, or it is not for RGB images. `pretrained_config(name)` returns timm's whole record.
-`first_line(error)` returns the first line of an exception's text.
+read, or its `mean` or `std` has not three numbers (it is not for RGB images).
+`pretrained_config(name)` returns timm's whole record. `first_line(error)` returns the first line of
+an exception's text.
 """
 
 import difflib

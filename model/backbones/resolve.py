@@ -2,14 +2,20 @@
 the network's weights.
 
 Main entry: `resolved(recipe)` takes a `Recipe`, the settings of a training run
-(`recipes.load(Recipe, path)` reads one from TOML). It returns a `ResolvedRecipe`, which has values
-for `preprocess.crop_size` and `preprocess.resize_size` (pixels), `preprocess.interpolation` (the
-resize filter), and `network.mean` and `network.std` (three numbers each, for pixels from 0 to 1).
-Settings that the recipe gives are kept. For a network that is built for one size, `network.options`
-gets the entry `img_size` if the crop has another size. It raises `NetworkError` (a `ValueError`) if
-timm does not know the network, its configuration (of `hf-hub:OWNER/NAME` or `local-dir:FOLDER`)
-cannot be read, or it is not for RGB images. It raises `ValueError` if the crop is smaller than 16
-pixels or larger than the resized image.
+(`recipes.load(Recipe, path)` reads one from TOML). It returns a `ResolvedRecipe`. Settings that the
+recipe gives are kept; these have values in any case:
+
+- `preprocess.crop_size` and `preprocess.resize_size`: in pixels.
+- `preprocess.interpolation`: the resize filter.
+- `network.mean` and `network.std`: three numbers each, for pixels from 0 to 1.
+- `network.crops`: 2 with `preprocess.detail_crop`, else 1.
+- `network.options`: with the entry `img_size` if the network is built for one size and the crop has
+  another.
+
+It raises `NetworkError` (a `ValueError`) if timm does not know the network, its configuration (of
+`hf-hub:OWNER/NAME` or `local-dir:FOLDER`) cannot be read, or it is not for RGB images. It raises
+`ValueError` if the crop is smaller than 16 pixels or larger than the resized image, or if a recipe
+with `preprocess.detail_crop` has `network.head` `timm`, which reads one crop.
 
 `describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns a list of lines for the user: the
 preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)` takes

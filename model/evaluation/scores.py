@@ -13,7 +13,7 @@ Main entries (each `path` is a `Path`):
 - `read_scores(path)` returns a `ScoreTable`: `table` (the rows, an Arrow table) and `evaluation`
   (the dict). Its `numbers(name)` returns a column of numbers as an array; `codes(name)` returns a
   column of texts as integer codes and the list of the texts. It raises `ScoresError` for another
-  kind of file or another version, and `OSError` if the file cannot be read.
+  kind of file, another version or a damaged file, and `OSError` if the file cannot be read.
 
 The dict is stored in the file metadata as JSON under `evaluation`:
 
@@ -161,12 +161,14 @@ def read_scores(path: Path) -> ScoreTable:
     """Read a file of `write_scores`.
 
     Raises:
-        ScoresError: not a scores file, or a scores file of another version.
+        ScoresError: not a scores file, a damaged one, or one of another version.
+        OSError: the file cannot be read.
     """
+    data = path.read_bytes()
     try:
-        table = table_from(path.read_bytes())
+        table = table_from(data)
         evaluation = json.loads((table.schema.metadata or {})[b"evaluation"])
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError of pyarrow
         raise ScoresError(
             f"{path} is not a file of scores that evaluate.py wrote ({error})"
         ) from error
@@ -177,4 +179,11 @@ def read_scores(path: Path) -> ScoreTable:
             f"{path} has scores version {evaluation.get('scores_version')}, expected "
             f"{SCORES_VERSION}; measure the checkpoint again with evaluate.py"
         )
-    return ScoreTable(table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA), evaluation)
+    try:
+        return ScoreTable(table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA), evaluation)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ScoresError(
+            f"{path} lacks a column of scores, or has one of another type ({reason}); measure the "
+            "checkpoint again with evaluate.py"
+        ) from error

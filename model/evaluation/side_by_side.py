@@ -4,7 +4,7 @@ paired 95 % intervals.
 Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s)`:
 
 - `name`: a text, different for each run (`named_runs(names)` makes names unique: a second `a`
-  becomes `a (2)`).
+  becomes `a (2)`, and none is named `MEAN`).
 - `scores`: a `ScoreTable`. The tables of all runs come from one call of `shared_samples()` of
   `compare.py`.
 - `images_per_s`: the speed, or None (default).
@@ -49,6 +49,7 @@ round (`completed()`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -83,12 +84,13 @@ class Run:
 
 
 def named_runs(names: Sequence[str]) -> list[str]:
-    """Make names unique: the second `a` becomes `a (2)`."""
-    seen: dict[str, int] = {}
-    unique = []
+    """Make names unique: the second `a` becomes `a (2)`, or `a (3)` if a run has that name."""
+    taken, unique = {MEAN}, []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+        numbered = (f"{name} ({number})" for number in count(2))
+        free = (other for other in numbered if other not in taken and other not in names)
+        unique.append(next(free) if name in taken else name)
+        taken.add(unique[-1])
     return unique
 
 

@@ -6,16 +6,17 @@ fine-tuning), the weight of `last` (a number from 0 to 1; `first` has the rest) 
 new run, all folders as `Path`. It writes a checkpoint there, without calibration, and returns its
 path (a folder `step_...` in `run`). A new training can start from it, but training cannot be
 resumed from it. It raises `CheckpointError` if a checkpoint cannot be read, the networks differ,
-the weight is outside 0 to 1 or `run` exists, and another `ValueError` if the backbone of a shipped
-detector was not fetched. The average of fine-tuned weights and the weights before fine-tuning often
-performs well on both tasks (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models",
-2022).
+the weight is outside 0 to 1, `run` exists or the weights cannot be written, and another
+`ValueError` if the backbone of a shipped detector was not fetched. The average of fine-tuned
+weights and the weights before fine-tuning often performs well on both tasks (WiSE-FT: Wortsman et
+al., "Robust fine-tuning of zero-shot models", 2022).
 """
 
 import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
@@ -33,7 +34,8 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
     calibrated. A new run can start from it, but training cannot be resumed from it.
 
     Raises:
-        CheckpointError: the networks differ, the weight is outside 0 to 1, or `run` exists.
+        CheckpointError: the networks differ, the weight is outside 0 to 1, `run` exists, or the
+            weights cannot be written (such as on a full disk).
     """
     if not 0 <= weight <= 1:
         raise CheckpointError(f"the weight must be between 0 and 1, got {weight}")
@@ -72,6 +74,11 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
     with atomic_folder(run) as partial:
         folder = partial / name
         folder.mkdir()
-        save_file(weights, folder / WEIGHTS_FILE)
+        try:
+            save_file(weights, folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{run} could not be written ({error}); free space, or name another run"
+            ) from error
         seal(folder, meta)
     return run / name

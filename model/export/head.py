@@ -20,8 +20,8 @@ and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md
 
 Errors, all of them `ValueError`s:
 
-- `HeadError`: the backbone was trained too, its file is in neither cache, or the file has other
-  weights.
+- `HeadError`: the backbone was trained too, its file is in neither cache, the file has other
+  weights, or the head cannot be written (such as on a full disk).
 - `HubError`: `target` is not empty, or `report` is no report of this checkpoint.
 - other `ValueError`: the checkpoint cannot be read, or the file in the cache is damaged.
 
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
@@ -79,9 +80,9 @@ def save_head(
     the card shows both.
 
     Raises:
-        HeadError: the backbone was trained too, none of its files is on this machine, or no file
-            has the weights on which the head was trained.
-        HubError: `target` is not empty, or the report belongs to another checkpoint.
+        HeadError: the backbone was trained too, none of its files is on this machine, no file has
+            the weights on which the head was trained, or the head cannot be written.
+        HubError: `target` is not empty, or the report is damaged or belongs to another checkpoint.
     """
     refuse_if_there(target)
     meta = read_meta(checkpoint)
@@ -100,7 +101,12 @@ def save_head(
     spec = replace(backbone, tested={trained_on: {}, **backbone.tested})
     meta = {**without_paths(meta), KEY: as_meta(spec)}
     with atomic_folder(target) as partial:
-        save_file(head, partial / WEIGHTS_FILE)
+        try:
+            save_file(head, partial / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise HeadError(
+                f"{target} could not be written ({error}); free space, or name another folder"
+            ) from error
         seal(partial, meta)
         card = card_of(meta, figures, sources_of(meta, data), onnx=False)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")

@@ -11,24 +11,26 @@ returns it.
   (default: not listed).
 - `onnx`: a folder of ONNX files that is copied to `out/onnx`, or None (default).
 
-The folder has `model.safetensors` and `config.json`, which timm and transformers read, `meta.json`
-without private paths, and `README.md`, the model card. It is also a checkpoint: `python predict.py
-dir/ --checkpoint FOLDER`.
+The folder has `model.safetensors` and `config.json`, which timm and transformers read if the head
+is timm's own (`network.head`), `meta.json` without private paths, and `README.md`, the model card.
+It is also a checkpoint: `python predict.py dir/ --checkpoint FOLDER`.
 
 `push(folder, repository, *, private)` uploads the folder to `repository` (OWNER/NAME), which is
 created if needed (public unless `private=True`), and returns the URL of the commit. Log in before
 with `hf auth login`, or set HF_TOKEN.
 
-`write_hub()` raises `HubError` if `out` is not empty or `report` is no report of this checkpoint,
-`CheckpointError` if the checkpoint cannot be read, and another `ValueError` if its weights do not
-fit or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder
-is incomplete or the upload fails. All of these are `ValueError`s. `write_hub()` raises `OSError` if
-`report` or `onnx` cannot be read or `out` cannot be created.
+`write_hub()` raises `HubError` if `out` is not empty, `report` is no report of this checkpoint or
+the weights cannot be written (such as on a full disk), `CheckpointError` if the checkpoint cannot
+be read, `ShardError` for a damaged set in `data`, and another `ValueError` if its weights do not fit
+or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder is
+incomplete or the upload fails. All of these are `ValueError`s. `write_hub()` raises `OSError` if
+`report`, `data` or `onnx` cannot be read, `out` cannot be created or another of its files cannot be
+written.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
-preprocess)` a dict of the preprocessing in timm's terms, `sources_of(meta, data)` a dict, training
-set -> its data sources (None if not known), and `read_report(path, meta)` a checked `report.json`.
-`refuse_if_there()` raises `HubError` if a folder exists and is not empty.
+preprocess)` a dict of the preprocessing in timm's terms (without a detail crop), `sources_of(meta,
+data)` a dict, training set -> its data sources (None if not known), and `read_report(path, meta)` a
+checked `report.json`. `refuse_if_there()` raises `HubError` if a folder exists and is not empty.
 """
 
 import json
@@ -39,6 +41,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 import console
@@ -76,26 +79,27 @@ def write_hub(
     the card lists their licenses. `onnx` is a folder of `export_onnx`, which is copied.
 
     Raises:
-        HubError: `out` exists and is not empty, or the report belongs to another checkpoint.
+        HubError: `out` exists and is not empty, the report is damaged or belongs to another
+            checkpoint, or the weights could not be written (such as on a full disk).
     """
     refuse_if_there(out)
     net, preprocess, meta = load_network(checkpoint)
     meta = with_backbone_inside(meta)
     figures = read_report(report, meta) if report else None
+    pretrained = {"tag": meta["recipe"]["name"], "license": license_of(meta).id}
     with atomic_folder(out) as partial:
-        save_for_hf(
-            net.backbone.to(memory_format=torch.contiguous_format),
-            partial,
-            model_config={
-                "label_names": list(CLASSES),
-                "pretrained_cfg": {
-                    "tag": meta["recipe"]["name"],
-                    "license": license_of(meta).id,
-                },
-            },
-            data_config=preprocessing_of(net, preprocess),
-            safe_serialization=True,
-        )
+        try:
+            save_for_hf(
+                net.backbone.to(memory_format=torch.contiguous_format),
+                partial,
+                model_config={"label_names": list(CLASSES), "pretrained_cfg": pretrained},
+                data_config=preprocessing_of(net, preprocess),
+                safe_serialization=True,
+            )
+        except SafetensorError as error:
+            raise HubError(
+                f"{out} could not be written ({error}); free space, or name another folder"
+            ) from error
         _let_transformers_in(partial / CONFIG_FILE)
         seal(partial, without_paths(meta))
         if onnx:
@@ -161,7 +165,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Read `report.json` and check that it belongs to the checkpoint with this `meta`.
 
     Raises:
-        HubError: the file is not a report, or it belongs to another checkpoint.
+        HubError: the file is not a report, is damaged, or belongs to another checkpoint.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +176,11 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         raise HubError(
             f"{path} has report version {version}, expected {REPORT_VERSION}; measure the "
             "checkpoint again with evaluate.py"
+        )
+    if missing := [key for key in ("run", "step", "threshold", "sets") if key not in report]:
+        raise HubError(
+            f"{path} has no {', '.join(missing)}, so it is damaged; measure the checkpoint again "
+            "with evaluate.py"
         )
     measured, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
     if measured != expected:

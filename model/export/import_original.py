@@ -12,8 +12,9 @@ or has no weights; `NetworkError` for weights of another network; and `Checkpoin
 checkpoint cannot be written.
 
 Main entry: `fetch()`, without arguments, downloads the published file (`FILE` of `REPOSITORY` at
-`REVISION`) into the hub's cache, checks its SHA-256 and returns its path. It raises `OriginalError`
-if the file cannot be downloaded or is not the published one. All these errors are `ValueError`s.
+`REVISION`) into the hub's cache if it is not there, checks its SHA-256 and returns its path. It
+raises `OriginalError` if the file cannot be downloaded or is not the published one. All these
+errors are `ValueError`s.
 
 `recipe_of(name)` returns a substitute (`ResolvedRecipe`) for the unknown recipe, for a run of this
 name. `KNOWN_AGAINST` is a text, a known weakness of the published file. `import_file()` stores it

@@ -3,24 +3,25 @@
 Main entry: `license_of(meta)` takes the parsed `meta.json` (a dict, from `read_meta(folder)` of
 `model/checkpoint.py`) and returns a `License`:
 
-- `id`: the license on the Hugging Face Hub, in lower case. It is `other` if training started from
-  random weights, or if no license is known: `meta` has none for a shipped head's backbone, or timm
-  names none for the weights.
+- `id`: the license on the Hugging Face Hub, in lower case. It is `other` (a) if training started
+  from random weights, (b) for a shipped head, if `meta` has no license of its backbone, (c) if timm
+  names no license for the weights.
 - `text`: the license in words, for people, with the reason.
 - `base`: timm's name of the weights from which training started, or of a shipped head's backbone.
   It is "" if training started from random weights, if no license is known, or if `text` says that
   the license is not certain.
 
 Trained weights keep the license of the first weights; a shipped head has that of its backbone. If
-the first weights were a file or are not known, the license is that of timm's weights for the same
-network, and `text` says that this is not certain. An old run without the record counts as started
-from timm's weights if its recipe asks for them; then the license is certain. Licenses of training
-images are not included. It raises no errors of its own.
+the record does not reach the first weights (an old run, an average), and the recipe has
+`network.pretrained`, timm's weights count as these, and the license as certain. Without
+`network.pretrained`, and if the first weights were a file, the license is that of timm's weights
+for the same network, and `text` says that this is not certain. Licenses of training images are not
+included. It raises no errors of its own.
 
 `first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through
-earlier checkpoints to the first weights, and returns their record, or None if it ends before.
-`ORIGINAL_BASE` is timm's name of the first weights of an imported detector: the older project whose
-checkpoints `model/export/import_original.py` converts.
+earlier checkpoints to the first weights, and returns their record, or None if a record on the way
+is missing. `ORIGINAL_BASE` is timm's name of the first weights of an imported detector: the older
+project whose checkpoints `model/export/import_original.py` converts.
 """
 
 from collections.abc import Mapping

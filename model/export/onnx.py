@@ -13,17 +13,20 @@ Main entry: `export_onnx(checkpoint, out, images, on_images)` writes the three `
   the number of images compared since the last call.
 
 It returns the content of `PARITY_FILE`, a dict. `compared` is the number of images, `unreadable` a
-list of texts. `files` is a list of dicts, one per ONNX file, with the fields of `Parity`: `file`,
-`precision`, `same_pixels` (the networks on equal pixels) and `from_files` (the preprocessing
-included; None for noise). Each of the last two is a dict, a `Difference` in the probability of
-fake: `max`, `mean`, and `verdicts`, the number of images with another verdict.
+list with one text, name and reason, per image that could not be read. `files` is a list of dicts,
+one per ONNX file, with the fields of `Parity`: `file`, `precision`, `same_pixels` (the networks on
+equal pixels) and `from_files` (the preprocessing included; None for noise). Each of the last two is
+a dict, a `Difference` in the probability of fake: `max`, `mean`, and `verdicts`, the number of
+images with another verdict.
 
 It writes nothing and raises `ExportError` if a library is missing, no image can be read, or a
 difference on equal pixels is above `TOLERANCE` (int8: only if it is NaN). For a checkpoint that
-cannot be used it raises `CheckpointError`, `BackboneError` or `NetworkError`.
+cannot be used it raises `CheckpointError`, `BackboneError` or `NetworkError`, for an unusable shard
+set `ShardError`, and if `out` cannot be written `OSError`.
 
-The graph takes `images`, uint8 (batch, *preprocess.shape, 3) RGB, and gives `probability` (of
-fake), float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same as text.
+The graph takes `images`, uint8 (batch, height, width, 3) RGB, with height and width of
+`Preprocess.shape` (a detail crop is below the first crop). It gives `probability` (of fake),
+float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same as text.
 
 `compare(net, preprocess, meta, files, images, on_images)` only compares existing ONNX `files` (a
 list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in

@@ -9,8 +9,7 @@ Main entry: `embed(embedder, shards, source, number, on_images)` computes the fe
   `source_of()` in `prepare.py` makes one from a `ResolvedRecipe`, `net` and `dtype`.
 - `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
 - `on_images`: a function that is called after each forward pass with the number of images done
-  since its last call. The last call also counts the images that fill up the last batch. It may be
-  left out.
+  since its last call. It may be left out.
 
 It writes the missing Arrow files, one per shard, and `backbone.json`. It returns the number of
 images computed on this rank (0 if no file is missing). A shard is written when it is complete, so
@@ -108,12 +107,15 @@ def embed(
     batches = loader.batches(
         _in_order(np.concatenate(rows), loader.global_batch), view_params(shards, *settings)
     )
-    computed = _features(embedder, batches, on_images)
+    computed, left = _features(embedder, batches), sum(map(len, rows))
     offsets = shards.column("offset")
     held: list[tuple[np.ndarray, np.ndarray, dict[int, str]]] = []
     for file, wanted in zip(files, rows, strict=True):
         while sum(len(part[1]) for part in held) < len(wanted):
             held.append(next(computed))
+            new = min(len(held[-1][1]), left)  # what fills up the last batch does not count
+            left -= new
+            on_images(new)
         features, valid, failures = _joined(held)
         count = len(wanted)
         own = {row: reason for row, reason in failures.items() if row < count}
@@ -148,7 +150,7 @@ def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:
 
 
 def _features(
-    embedder: Embedder, batches: Iterator[Batch], on_images: Callable[[int], Any]
+    embedder: Embedder, batches: Iterator[Batch]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
     """Yield (features float16 (N, D), valid bool (N,), failures row -> reason), in order. The
     features of an image that cannot be decoded are zeros.
@@ -179,7 +181,6 @@ def _features(
                 if row < done + len(valid)
             }
             done += len(valid)
-            on_images(len(valid))
             yield features, valid, failures
 
 

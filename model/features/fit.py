@@ -7,21 +7,23 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 - `net`: a `Detector` whose backbone is frozen and whose head is one linear layer.
 - `samples`: the `Samples` of this rank, from `gather()`.
 - `optim`: the recipe's `Optim` settings, of which `weight_decay`, `label_smoothing` and
-  `iterations` are used. The loss is the mean cross entropy plus `weight_decay` / 2 times the sum of
-  the squared weights of the layer (without its bias). It has one minimum, so the first weights do
-  not matter.
+  `iterations` (the most) are used. The loss is the mean cross entropy plus `weight_decay` / 2 times
+  the sum of the squared weights of the layer (without its bias). It has one minimum, so the first
+  weights do not matter.
 - `dist`: this process's rank, a `DistEnv` (default: a single process). On several ranks, each calls
   it with its own samples, and all get the same head.
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
   (default: does nothing). An exception in it ends the fit.
 
-It returns a `Fit`: `loss`, `iterations`, and `gradient`, the largest absolute gradient at the end,
-near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if there are no samples of
-one of the classes, or the loss is not finite.
+It returns a `Fit`: `loss`, `iterations` (those done), and `gradient`, the largest absolute gradient
+at the end, near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if the network
+learns more than one linear layer, there are no samples of one of the classes, or the loss is not
+finite.
 
 `gather(stream, epochs, dist)` reads the features of the first `epochs` epochs of a `Stream` of
-stored features and returns `Samples`: `features`, float16 (N, D), `labels` and `weights`, float32
-(N,). An image that comes several times in one view is one row with that weight.
+stored features and returns this rank's `Samples`: `features`, float16 (N, D), `labels` (0 real, 1
+fake) and `weights`, float32 (N,). An image that comes several times in one view is one row; its
+weight is how many times. It raises `FeatureError` for missing or damaged features.
 `check_fit(recipe, net)` raises `FitError` if a `ResolvedRecipe` and its network cannot be fitted.
 """
 

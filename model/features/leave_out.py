@@ -19,7 +19,8 @@ the calibration. Its main fields:
   and "uncertain" between.
 
 It raises `CalibrationError` if there are too few images, no calibration fits, or a validation set
-has another split than `val`; `FeatureError` or `LoadError` if features cannot be computed.
+has another split than `val`; `FitError` if the other images of a source lack a class (only with
+`optim.solver` lbfgs, on rank 0); `FeatureError` or `LoadError` if features cannot be computed.
 
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
 returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
@@ -29,11 +30,11 @@ forgetting) are not in it. The function also takes a `TrainState` (network, devi
 that may be left out: `on_head(sources)` is called once for each new head, with the list of names
 that this head was trained without; the network has this head during the call.
 
-`refit(planned, train_state, without)` trains the head in `train_state` from zero, on the batches of
-`planned` (from `with_features()`) without the sources `without` (names). It raises
-`CalibrationError` if the other images fill no batch. `head_weights(train_state)` returns a copy of
-the weights that learn (`HeadWeights`, name -> tensor), and `set_head(train_state, weights)` puts
-such a copy back.
+`refit(planned, train_state, without)` trains the head in `train_state` from zero on the stored
+features of `planned` (from `with_features()`), without the sources `without` (names): in steps, or
+by `fit_head()` with `optim.solver` lbfgs. It raises `CalibrationError` if the other images fill no
+batch. `head_weights(train_state)` returns a copy of the weights that learn (`HeadWeights`, name ->
+tensor), and `set_head(train_state, weights)` puts such a copy back.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -4,8 +4,8 @@ Python API.
     from model import load_detector
     print(load_detector().predict("photo.jpg").verdict)
 
-Main entry: `load_detector(checkpoint, runs, device, backend, threshold)`. All arguments may be left
-out; all but the first are given by keyword.
+Main entry: `load_detector(checkpoint, *, runs, device, backend, threshold)`. All arguments may be
+left out.
 
 - `checkpoint`: path of a checkpoint's folder or of a run (folder of a training; its best checkpoint
   is loaded), or the name of a shipped detector. None (the default): the newest run below `runs` is
@@ -32,9 +32,10 @@ time. To continue an interrupted list, pass only the remaining images, and as `s
 done (default 0). A batch must begin there, else ValueError: the first batches have 1, 4, 16, 64,
 ... images, until `batch_size` is reached, and all later ones have `batch_size`.
 
-`preprocess_file(image)` returns the network's input, uint8 (size, size, 3), and raises
-`DecodeError` or OSError if the image cannot be read. `score(pixels)` takes such inputs, (B, size,
-size, 3), and returns float64 probabilities (B,), NaN where the network's output is not finite.
+`preprocess_file(image)` returns the network's input, uint8 (*shape, 3) with `shape` of
+`detector.preprocess`, and raises `DecodeError` or OSError if the image cannot be read.
+`score(pixels)` takes such inputs, (B, *shape, 3), and returns float64 probabilities (B,), NaN where
+the network's output is not finite.
 """
 
 import sys

@@ -3,9 +3,9 @@
 Main entry: `heatmap(detector, image)` takes an `ImageDetector` (a loaded checkpoint, from
 `load_detector()`) and an image: a path, the bytes of a file, a Pillow image, or a uint8 array
 (height, width, 3) in RGB. It returns uint8 (*detector.preprocess.shape, 3) RGB: the network's input
-in gray, with red where it raised the score. It raises `DecodeError` or `OSError` for an unreadable
-image, and `ExplainError` if the network has no feature map or patches, or captum is not installed.
-`MEANING` is the explanation to show with a heatmap.
+in gray, with red where it raised the score. A detail crop is below the first crop. It raises
+`DecodeError` or `OSError` for an unreadable image, and `ExplainError` if the network has no feature
+map or patches, or captum is not installed. `MEANING` is the explanation to show with a heatmap.
 
 `attribution(detector, image)` returns the network's input and the raw values per cell, float32
 (rows, columns), positive where the cell raised the score; `overlay(preprocessed, cells)` takes
@@ -13,7 +13,7 @@ these two and draws them. `last_features(net, pixels)` returns the layer that th
 computed from, and its output for uint8 images (B, 3, H, W).
 
 The method is Grad-CAM for convolutional networks, and gradient times patch for transformers. The
-result is coarse: 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a
+result is coarse: per crop, 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a
 transformer with patches of 16 at 224 pixels. It shows what moved the score, not what is fake. A
 transformer's patches contain information from the whole image, so a strong patch does not prove
 that its own area caused the score.

@@ -29,7 +29,7 @@ array `ValueError`.
 The metadata of the file (`META_KEYS`) contains the preprocessing, the threshold and the calibration
 with the band of "uncertain" probabilities. The output `probability` of its network includes the
 temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (height, width, 3), as
-the `Preprocess` settings say, to the network's input, uint8 (size, size, 3), with Pillow.
+the `Preprocess` settings say, to the network's input, uint8 (*settings.shape, 3), with Pillow.
 """
 
 import json

@@ -16,7 +16,7 @@ reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a 
 
 `DecisionRule` has the threshold, band and verdict of a detector. Its `at_rates(max_fpr, max_miss)`
 returns a copy of the detector with the band for these highest error rates. None, the default of
-both, keeps that end of the band in `meta`. `at_rates()` raises `ValueError` if a rate is not above
+both, keeps that end of the band in use. `at_rates()` raises `ValueError` if a rate is not above
 0 and below 0.5, or if the detector has no threshold for it. `band_from(threshold)` returns the band
 (threshold, threshold), without *uncertain*, and None for None.
 
@@ -29,8 +29,8 @@ each batch. The result for an unreadable file is the reason as text, as `done_or
 returns it. The batch sizes are those of `group_sizes(batch_size, start)`, which yields 1, 4, 16,
 ..., then `batch_size`; `start` is the number of images that the caller left out because they were
 done before. `in_groups(files, work, sizes)` is `ahead()` with the batch sizes `sizes`.
-`preprocess_ahead(files, preprocess_file, size, ...)` calls `preprocess_file(file)` and yields
-(names, pixels uint8 (B, size, size, 3), failures row -> reason). `predictions(names, probabilities,
+`preprocess_ahead(files, preprocess_file, shape, ...)` calls `preprocess_file(file)` and yields
+(names, pixels uint8 (B, *shape, 3), failures row -> reason). `predictions(names, probabilities,
 failures, band)` yields the `Prediction` of each row.
 """
 
@@ -206,13 +206,14 @@ class DecisionRule:
         """Return the same detector with the band for requested error rates.
 
         At most the share `max_fpr` of real images is called likely AI, and at most the share
-        `max_miss` of fakes is called no sign of AI, on images like those of the calibration. See
-        `model.verdict.band_at`.
+        `max_miss` of fakes is called no sign of AI, on images like those of the calibration. None
+        keeps that end of the band in use. See `model.verdict.band_at`.
 
         Raises:
             ValueError: a rate is outside 0 to 0.5, or the detector has no threshold for it.
         """
-        return replace(self, asked=band_at(self.meta, max_fpr, max_miss))  # type: ignore[type-var]
+        band = band_at(self.meta, self.band, max_fpr, max_miss)
+        return replace(self, asked=band)  # type: ignore[type-var]
 
     @property
     def threshold(self) -> float:

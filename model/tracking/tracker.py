@@ -5,17 +5,19 @@ Main entry: `Tracker(name, folder, run_name, settings)`, a context manager.
 - `name`: the tracker, "wandb", "mlflow" or "trackio".
 - `folder`: the `Path` of the run's folder, which must exist.
 - `run_name`: a text, the name that the run has at the tracker (Trackio: `<run_name>-<identity>`).
-- `settings`: the recipe as a flat dict, key -> value (`flat_settings(asdict(recipe))`).
+- `settings`: the recipe as a flat dict, key -> value: `flat_settings(asdict(recipe))` of
+  `model/recipe.py`.
 
 Inside the `with` block, `log(step, scalars)` takes the number of a step and a dict, name -> number.
-A background thread sends them, so that the server never delays a step. The first error, such as an
-unreachable server, is logged as a warning, and the later figures are not sent; nothing is raised.
-The start of the block imports the tracker's package, and then waits at most `OPEN_TIMEOUT_S`
-seconds for the connection. After that time the block begins, and the thread goes on connecting; it
-sends the figures once it is connected. The end of the block waits at most `CLOSE_TIMEOUT_S` seconds
-for the last figures. If an exception ended the block, the tracker shows the run as failed (Trackio
-cannot). The run's identity at the tracker is written to `TRACKER_FILE` in the folder, so that a
-resumed run continues there. On several ranks, only rank 0 makes a `Tracker`.
+A background thread sends them, so that the server never delays a step. The first error, such as a
+missing package or an unreachable server, is logged as a warning, and the later figures are not
+sent; nothing is raised. The start of the block imports the tracker's package, and then waits at
+most `OPEN_TIMEOUT_S` seconds for the connection. After that time the block begins, and the thread
+goes on connecting; it sends the figures once it is connected. The end of the block waits at most
+`CLOSE_TIMEOUT_S` seconds for the last figures. If an exception ended the block, the tracker shows
+the run as failed (Trackio cannot). The run's identity at the tracker is written to `TRACKER_FILE`
+in the folder, so that a resumed run continues there. On several ranks, only rank 0 makes a
+`Tracker`.
 
 `check_tracker(name)` raises `ValueError` if the tracker's package is not installed.
 `is_installed(package)` returns whether a package is installed, without importing it. `TrackerName`

@@ -7,16 +7,18 @@ Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all ca
 - `planned`: the `RunPlan` of the run, made by `plan()` in `plan.py`.
 - `best`: the run's best checkpoint, a `Best` of `plan.py`.
 - `baseline`: the `Validation` (metrics) of the initial detector; None if the run did not start from
-  a trained detector. Then nothing is compared.
+  a trained detector. Then, or if `best` has no validation, nothing is compared.
 - `start`: the verdicts of the initial detector on the kept mistakes, which `start_on_mistakes()`
-  returns before training: a dict, hash of an image -> `Verdict`; None without kept mistakes.
+  returns before training: a dict, hash of an image -> `Verdict`; None without kept mistakes, and on
+  all ranks but 0.
 
-It writes the calibration, the comparison and the reasons to refuse into the checkpoint's
-`meta.json`, and returns nothing. It raises `Refused` (a `ValueError`) on rank 0 if the gate refuses
-the checkpoint. Scores that cannot be calibrated are only logged as a warning.
+It writes the calibration, the comparison (`compared`) and the reasons to refuse (`refused`, a list
+of texts) into the checkpoint's `meta.json`, and returns nothing. It raises `Refused` (a
+`ValueError`) on every rank if the gate refuses the checkpoint. Scores that cannot be calibrated are
+only logged as a warning.
 
 `conclude_again(planned, best)` does what is missing when a finished run is started again. It raises
-`Refused` for a checkpoint that was refused before.
+`Refused` on each rank for a checkpoint that was refused before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ import numpy as np
 import console
 from model import checkpoint
 from model.calibrate import CalibrationError
+from model.distributed import all_gather_object
 from model.features.leave_out import calibrate_left_out
 from model.inference.detector import load_detector
 from model.mistakes.gate import (
@@ -60,9 +63,11 @@ def conclude(
         Refused: the gate refuses the checkpoint.
     """
     _calibrate(planned, best.path)
-    if not (baseline and best.validation and planned.dist.is_main):
-        return
-    if reasons := _judge(planned, best, baseline, start):
+    reasons: list[str] = []
+    if baseline and best.validation and planned.dist.is_main:
+        reasons = _judge(planned, best, baseline, start)
+    # All ranks end alike: a rank that returned would look like a run that passed the gate.
+    if reasons := all_gather_object(planned.dist, reasons)[0]:
         raise _refused(best, reasons)
 
 
@@ -81,7 +86,8 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
         Refused: the gate refuses the best checkpoint.
     """
     baseline, start = None, None
-    meta = checkpoint.read_meta(best.path)
+    # What rank 0 has read, because another rank may read only after rank 0 has changed the file.
+    meta = all_gather_object(planned.dist, checkpoint.read_meta(best.path))[0]
     if meta.get("refused"):
         raise _refused(best, meta["refused"])
     judged = meta["compared"] is not None

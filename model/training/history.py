@@ -4,9 +4,9 @@ TensorBoard and a tracker, and read it.
 Main entry: `History(folder, done, tracker)`, a context manager.
 
 - `folder`: the `Path` of the run's folder (made if missing). It gets `metrics.jsonl` and the folder
-  `tensorboard`.
+  `tensorboard`, and after an interruption `removed.jsonl`.
 - `done`: the number of finished steps, 0 for a new run. Rows of later steps, left by an interrupted
-  run, are removed from `metrics.jsonl` first.
+  run, are removed from `metrics.jsonl` first; step and kind of each go to `removed.jsonl`.
 - `tracker`: an open `Tracker` of `model/tracking/tracker.py` (sender to a service such as MLflow),
   or None (the default).
 
@@ -24,7 +24,7 @@ value, as TensorBoard and the tracker get it; values that are None are left out.
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ from storage import write_text
 
 HISTORY_FILE = "metrics.jsonl"
 
+REMOVED_FILE = "removed.jsonl"
+"""File in the folder of a run with step and kind of the rows that were sent to the tracker and are
+no longer in `HISTORY_FILE`. A run that is interrupted twice would send them again without it.
+"""
+
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Read the rows that a run in `folder` has written, each with `step` and `kind`. An incomplete
@@ -43,7 +48,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file does not start with such a row, or rows follow a line that is none.
     """
-    path = folder / HISTORY_FILE
+    return _rows_in(folder / HISTORY_FILE)
+
+
+def _rows_in(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines(keepends=True)
     parsed = [_row_in(line) for line in lines]
     rows = [row for row in itertools.takewhile(lambda row: row is not None, parsed) if row]
@@ -61,6 +69,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
             "use --run NAME for another folder"
         )
     return rows
+
+
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def _row_in(line: bytes) -> dict[str, Any] | None:
@@ -82,7 +94,8 @@ class History:
     `tracker` receives the same scalars as TensorBoard.
 
     After an interruption, rows later than the last checkpoint are dropped, because resuming repeats
-    their steps. The tracker keeps such rows, so they are not sent to it again.
+    their steps. The tracker keeps such rows, so they are not sent to it again, also after further
+    interruptions.
     """
 
     def __init__(self, folder: Path, done: int, tracker: Tracker | None = None):
@@ -90,10 +103,13 @@ class History:
         self.path, self.tracker = folder / HISTORY_FILE, tracker
         self.sent: set[tuple[int, str]] = set()
         if self.path.exists():
-            rows = rows_of(folder)
-            kept = [f"{json.dumps(row)}\n" for row in rows if row["step"] <= done]
-            self.sent = {(row["step"], row["kind"]) for row in rows}
-            write_text(self.path, "".join(kept))
+            rows, removed = rows_of(folder), folder / REMOVED_FILE
+            before = _rows_in(removed) if removed.exists() else []
+            self.sent = {(row["step"], row["kind"]) for row in [*rows, *before]}
+            if later := sorted(key for key in self.sent if key[0] > done):
+                keys = ({"step": step, "kind": kind} for step, kind in later)
+                write_text(removed, _as_lines(keys))  # first: after a kill, both files have them
+            write_text(self.path, _as_lines(row for row in rows if row["step"] <= done))
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def __enter__(self) -> "History":

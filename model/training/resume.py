@@ -15,7 +15,8 @@ call it, and rank 0 writes.
 
 It writes the checkpoint folder `step_<done>` (seven digits) in the run's folder: weights,
 optimizer, random generators, order of samples, `gain`. Then it removes the run's other checkpoints
-except the best one. It raises `CheckpointError` (on rank 0) if the folder cannot be written.
+except the best one. It raises `CheckpointError` if the folder cannot be written, and `OSError` if
+an old checkpoint cannot be removed; both on rank 0 only.
 
 It returns the new `Best`, never None: the better one of `best` and this checkpoint. The better one
 has the higher `validation.selection`, a number from 0 to 1. If they are equal, this checkpoint is
@@ -25,8 +26,8 @@ this checkpoint is returned.
 `restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
 checkpoint `folder` (a `Path`) already, and sets the rest of it to the saved state; `done` is the
 number of steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing
-or damaged file. If the number of ranks has changed, random numbers are others (a warning is
-logged).
+or damaged file. If the number of ranks has changed, the random numbers differ from those of an
+uninterrupted run (a warning is logged).
 """
 
 import logging

@@ -11,7 +11,8 @@ On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
   file; None: those that the recipe says.
 - `stop_at`: the step to stop after, counted from the start of the run. It must be larger than the
-  number of steps already done (else one more is done). None: train to the end.
+  number of steps already done (else one more is done). None: train to the end. A fit
+  (`optim.solver` lbfgs) takes only None.
 - `dist`: a `DistEnv`, as `init_distributed()` yields it; None: one process.
 
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
@@ -28,13 +29,15 @@ data, runs).finished` of `model/training/plan.py` does. Errors:
   finite. Also, without waiting, if another training of this run is active (it holds the lock on
   `LOCK_FILE` in the folder).
 - `OSError`: a file cannot be read or written.
-- `Refused` (a `ValueError`, so catch it first): the gate refuses the checkpoint. At the end of the
-  training only rank 0 raises it.
-- `Interrupted` (no `ValueError`): after SIGINT or SIGTERM, once a checkpoint is saved.
+- `Refused` (a `ValueError`, so catch it first): the gate refuses the checkpoint. Every rank raises
+  it.
+- `Interrupted` (no `ValueError`): after SIGINT or SIGTERM, once a checkpoint is saved. A fit saves
+  none: the same call fits again.
 
 `run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the
 `TrainState` made from it. It returns a pair: a text that says why the run is finished, or "" if it
-only stopped at `stop_at`; and the best checkpoint (a `Best`).
+only stopped at `stop_at`; and the best checkpoint (a `Best`). `run_fit()` takes and returns the
+same; it fits the head to all stored features at once.
 """
 
 import contextlib

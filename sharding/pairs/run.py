@@ -24,14 +24,16 @@ to the number of real images without a partner. Files below `out`:
 
 Errors:
 
-- `ShardError`: the set is missing, damaged or without an image to pair; or `out` has pairs of
-  another set, decoder or `max_megapixels` (see started.json), or files of unknown origin.
-- `DecoderError`: the decoder fails.
+- `ShardError`: the set is missing, damaged or without an image to pair; or the name of a source is
+  no folder name; or `out` has pairs of another set, decoder or `max_megapixels` (see started.json),
+  or files of unknown origin.
+- `DecoderError`: the GPU has not enough memory, or the decoder's result is no image. Other errors
+  of torch are raised as they are.
 - `CatalogError`: a name is too long.
 - `OSError`: a file cannot be read or written, or another run writes the same pairs.
 
 Complete pairs are not made again. The two images of a pair are one group (related images, which
-stay in one split). All pairs form one set, which has the same split as the packed set.
+stay in one split). All pairs form one set, in the same split (train, ...) as the packed set.
 `real_samples(shards)` takes a `ShardSet` and returns the row numbers of its real images.
 """
 

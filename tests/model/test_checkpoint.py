@@ -27,7 +27,7 @@ from model.network import (
     load_backbone_file,
     load_weights,
 )  # fmt: skip
-from tests.builders import ROOT, TINY, small_recipe
+from tests.builders import ROOT, TINY, small_disk, small_recipe
 from tests.servers import Server
 
 
@@ -396,6 +396,12 @@ def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
         average(first, last, 1.5, tmp_path / "new")
     with pytest.raises(CheckpointError, match="exists; name another run"):
         average(first, last, 0.5, tmp_path / "one")
+    with (
+        small_disk(1000),
+        pytest.raises(CheckpointError, match=r"full could not be written .*free"),
+    ):
+        average(first, last, 0.5, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
     options = TINY.options | {"dims": [8, 8, 16, 24]}
     wider = build(replace(TINY, options=options), pretrained=False)
     with pytest.raises(CheckpointError, match="differ in names or shapes"):

@@ -25,6 +25,9 @@ def test_one_thread_computes_the_block_and_the_number_comes_back() -> None:
 def test_another_device_or_precision_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="no such device: gpu; use auto, cpu, cuda or cuda:N"):
         choose_device("gpu")
+    with pytest.raises(ValueError, match="no such device: cpu:7; use auto, cpu, cuda or cuda:N"):
+        choose_device("cpu:7")
+    assert choose_device("cpu") == CPU
     with pytest.raises(ValueError, match="no such precision: int8; use auto, bf16, fp16 or fp32"):
         choose_precision("int8", CPU)
     assert choose_precision("bf16", CPU) == (torch.bfloat16, "asked for")

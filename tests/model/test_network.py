@@ -1,5 +1,6 @@
 """Networks: heads on stages and class tokens, frozen backbones, empty networks."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from model.backbones.made_with import NetworkError
 from model.export.hub import write_hub
 from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution
-from model.network import build, load_backbone_file
+from model.network import Detector, build, check_backbone_file, load_backbone_file
 from model.recipe import Network, Optim
 from model.training.optim import make_optimizer
 from tests.builders import PREPROCESS, TINY, encode, photo, small_recipe
@@ -193,6 +194,17 @@ def test_an_imagenet_file_fills_the_body_of_a_network_with_a_stage_head(tmp_path
     assert torch.equal(net.backbone.conv_stem.weight, weights["conv_stem.weight"])
     assert torch.equal(net.backbone.blocks[6][0].bn1.bias, weights["blocks.6.0.bn1.bias"])
     assert torch.count_nonzero(net.backbone.stage_head.fc.weight) == 0
+
+
+@pytest.mark.parametrize("read", [load_backbone_file, check_backbone_file])
+def test_a_damaged_weights_file_is_refused_in_one_line(
+    read: Callable[[Detector, Path], None], tmp_path: Path
+) -> None:
+    net, path = build(MOBILE, pretrained=False), tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(99)}, path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(NetworkError, match=r"w.safetensors is no readable .*; get it again, or"):
+        read(net, path)
 
 
 def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:

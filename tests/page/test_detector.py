@@ -31,7 +31,10 @@ def test_environment_variables_take_only_local_folders(
                 loaded_detector.__wrapped__()
             monkeypatch.delenv(variable)
     monkeypatch.setenv("DETECTOR_RUNS", f"file://{tmp_path}/none")
-    with pytest.raises(ValueError, match=f"no checkpoint below {tmp_path}/none"):
+    with pytest.raises(ValueError, match=f"DETECTOR_RUNS: there is no folder {tmp_path}/none; set"):
+        loaded_detector.__wrapped__()
+    monkeypatch.setenv("DETECTOR_CHECKPOINT", str(tmp_path / "other"))  # then no run is chosen
+    with pytest.raises(ValueError, match=f"{tmp_path}/other"):
         loaded_detector.__wrapped__()
 
 
@@ -100,6 +103,7 @@ def test_a_missing_detector_says_what_to_do_on_the_page(
     shutil.copytree(ROOT / "detectors/clip", tmp_path / "detectors/clip")
     monkeypatch.setattr(backbone, "DETECTORS", tmp_path / "detectors")
     monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "runs").mkdir()
     monkeypatch.setenv("DETECTOR_RUNS", str(tmp_path / "runs"))
     with pytest.raises(MissingError) as caught:
         loaded_detector.__wrapped__()

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from model.evaluation.report import report as report_on
-from model.evaluation.scores import ScoreTable
+from model.evaluation.scores import ScoresError, ScoreTable
 from pipeline.perturb import PERTURBATIONS
 from report.charts import histogram_chart, reliability_chart, roc_chart
+from report.files import write_report
 from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
@@ -91,6 +92,18 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+def test_a_wrong_file_of_scores_changes_no_report(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("the report before")
+    (tmp_path / "wrong.parquet").write_text("no scores")
+    report, _ = made(rows("val", 5, 5), "val")
+    with pytest.raises(ScoresError, match="is not a file of scores"):
+        write_report(report, tmp_path / "wrong.parquet", tmp_path, tmp_path)
+    assert (tmp_path / "report.json").read_text() == "the report before"
+    with pytest.raises(FileNotFoundError):
+        write_report(report, tmp_path / "none.parquet", tmp_path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_recall_needs_a_false_positive_rate() -> None:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from model.inference.detector import ImageDetector
 from serve.__main__ import main
+from serve.server import bound_socket
 from tests.builders import ROOT, encode, photo
 
 PHOTO = encode(photo(1))
@@ -158,3 +159,9 @@ def test_the_command_line_is_checked_before_anything_heavy_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_does_not_exist_is_not_bound(port: int) -> None:
+    with pytest.raises(ValueError, match=f"there is no port {port}; use 0 to 65535"):
+        bound_socket("127.0.0.1", port)

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from imaging.decode import ImageFile
 from model.inference.detector import ImageDetector
+from serve import scoring
 from serve.api import Service, make_app
-from serve.limits import MB, Limits
+from serve.limits import MB, Limits, Refused
+from serve.metrics import Metrics
 from tests.builders import encode, photo
 from tests.serve.conftest import Gate, Serve
 
@@ -210,6 +214,35 @@ def test_a_body_that_never_arrives_is_408(detector: ImageDetector) -> None:
     assert ask(service, part) == 408
     assert service.held == service.in_flight == 0
     service.close()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_images_that_a_stop_drops_are_refused(
+    detector: ImageDetector, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """Two images wait for the only thread, which reads the first, or decodes it if it is large."""
+    held, decode = threading.Event(), ImageDetector.preprocess_file
+
+    def slow(_self: ImageDetector, image: ImageFile) -> np.ndarray:
+        held.wait(20)
+        return decode(detector, image)
+
+    monkeypatch.setattr(scoring, "threads", lambda: 1)
+    monkeypatch.setattr(scoring, "LARGE_PIXELS", 0 if large else 10**9)
+    monkeypatch.setattr(ImageDetector, "preprocess_file", slow)
+    scorer = scoring.Scorer(detector, Limits(), Metrics())
+    first, *others = scorer.submit(ImageFile(str(n), lambda: PHOTO) for n in range(3))
+    thread = scorer._large_reader if large else scorer._readers
+    wait_for(lambda: thread._work_queue.qsize() == 2)
+    closing = threading.Thread(target=scorer.close)
+    closing.start()
+    for job in others:
+        with pytest.raises(Refused, match="the server is stopping") as caught:
+            job.done.result(10)
+        assert caught.value.status == 503
+    held.set()
+    closing.join(10)
+    assert first.done.result(10)["verdict"] and scorer.waiting == scorer.unread == 0
 
 
 def test_a_disconnected_client_frees_its_queue_slots(detector: ImageDetector, gate: Gate) -> None:

@@ -16,7 +16,7 @@ import webdataset
 
 from sharding.build import Tolerance, build
 from sharding.catalog import CatalogError, read_catalog
-from sharding.format import FORMAT_VERSION, ShardError, open_shards, read_index
+from sharding.format import FORMAT_VERSION, ShardError, join_sets, open_shards, read_index
 from sharding.inventory import FACTS_VERSION
 from sharding.lock import locked
 from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
@@ -242,6 +242,13 @@ def test_a_folder_without_an_index_is_not_a_set(data: Path, tmp_path: Path) -> N
         open_shards([tmp_path / "out/old"])
     with pytest.raises(ShardError, match=r"no shard set at .*; .* has the sets new, val"):
         open_shards([tmp_path / "out/nowhere"])
+
+
+def test_no_sets_at_all_are_one_error() -> None:
+    with pytest.raises(ShardError, match="no shard sets to open; name at least one folder"):
+        open_shards([])
+    with pytest.raises(ShardError, match="no shard sets to join; expected at least one"):
+        join_sets([])
 
 
 def test_a_table_of_another_set_or_version_is_refused(data: Path, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from imaging.decode import decode, fingerprints, green_grid
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
-from sharding.dedupe import MAX_BITS, near_duplicates
+from sharding.dedupe import MAX_BITS, Decision, decide, near_duplicates
 from sharding.format import open_shards, read_index
 from tests.builders import encode, photo
 
@@ -169,6 +170,53 @@ def test_an_evaluation_set_is_the_same_built_alone_or_with_all_sets(tmp_path: Pa
     index = (tmp_path / "out/evalgen/index.json").read_bytes()
     pack(tmp_path)
     assert (tmp_path / "out/evalgen/index.json").read_bytes() == index
+
+
+BOTH = "the same bytes are labeled real and fake"
+
+
+def decided(*rows: tuple[str, bytes, int, int, str]) -> Decision:
+    """Decide on images given as (set, first byte of the bytes, pHash, label, group)."""
+    columns = {
+        "error": pa.array([""] * len(rows)),
+        "sha256": pa.array([row[1].ljust(32) for row in rows], pa.binary(32)),
+        "phash": pa.array([row[2] for row in rows], pa.uint64()),
+        "thumbnail": pa.array([bytes(256)] * len(rows), pa.binary(256)),
+        "group": pa.array([row[4] for row in rows]),
+        "label": pa.array([row[3] for row in rows], pa.int8()),
+        "destination": pa.array([f'{{"{row[0]}": 1}}' for row in rows]),
+    }
+    sets = {"first": "train", "second": "val", "third": "val", "last": "test"}
+    return decide(pa.table(columns), sets)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "of"),
+    [
+        # Of the copies in the two validation sets only that of the first set is kept.
+        ([("third", b"a", 0, 0, "x"), ("second", b"a", 0, 0, "y"), ("first", b"b", 0, 0, "z")],
+         [1], "near-duplicate of an image of second"),
+        ([("third", b"a", 0, 0, "x"), ("second", b"a", 0, 0, "y"), ("first", b"b", 2**40 - 1, 0,
+         "x")], [1], "belongs to the group of an image of second"),
+        # A near-duplicate that loses as well is not the image that is kept.
+        ([("first", b"a", 0, 0, "x"), ("second", b"b", 0, 0, "y"),
+          ("last", b"c", 2**40 - 1, 0, "y")], [2], "belongs to the group of an image of last"),
+        # Bytes that are labeled real and fake are not kept, so they exclude no other image.
+        ([("second", b"a", 0, 0, "x"), ("second", b"a", 0, 1, "y"), ("first", b"b", 0, 0, "z")],
+         [2], None),
+        ([("last", b"a", 0, 0, "x"), ("last", b"a", 0, 1, "y"), ("second", b"b", 0, 0, "z"),
+          ("first", b"c", 0, 0, "w")], [2], "belongs to the group of an image of second"),
+    ],
+)  # fmt: skip
+def test_the_image_named_instead_is_kept(
+    rows: list[tuple[str, bytes, int, int, str]], kept: list[int], of: str | None
+) -> None:
+    decision = decided(*rows)
+    assert np.flatnonzero(decision.sets != "").tolist() == kept
+    assert (decision.reasons != "").tolist() == (decision.sets == "").tolist()
+    for reason, other in zip(decision.reasons, decision.other.tolist(), strict=True):
+        assert reason in ("", BOTH) or (other in kept and decision.sets[other] in reason)
+    assert {r for r in decision.reasons if r.startswith(("near", "belongs"))} == ({of} - {None})
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3000])

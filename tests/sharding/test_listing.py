@@ -17,6 +17,7 @@ import pytest
 from sharding.build import Tolerance, build, find_sources
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.format import CLASSES, open_shards, read_index
+from sharding.listing import list_source
 from tests.builders import write_split_zip
 from tests.raw_copies import Row, image, parquet, put
 
@@ -343,6 +344,35 @@ def test_class_numbers_without_names_are_not_guessed(tmp_path: Path) -> None:
         CatalogError, match="has columns picture, label, but the catalog also expects im"
     ):
         pack(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["{", "[]", '{"info": null}', '{"info": {"features": {"label": {"names": 2}}}}', b"\xff"],
+)
+def test_damaged_class_names_are_named(tmp_path: Path, metadata: str | bytes) -> None:
+    path = tmp_path / "raw/julienlucas/data/train-0.parquet"
+    path.parent.mkdir(parents=True)
+    table = pa.table({"image": [image()], "label": [0]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+    with pytest.raises(CatalogError, match=r"data/train-0\.parquet: its `huggingface` metadata is"):
+        pack(tmp_path)
+
+
+def test_a_generator_is_the_name_of_its_class_number(tmp_path: Path) -> None:
+    """-1 stands for no label in Hugging Face; Python would take the last class for it."""
+    (tmp_path / "catalog.toml").write_text(
+        '[sets]\nt = "train"\n[sources.s]\nlicense = "x"\nset = "t"\n'
+        'fake = [{ column = "image", generator = "<model>" }]\n'
+    )
+    source = read_catalog([tmp_path / "catalog.toml"]).sources["s"]
+    path, names = tmp_path / "raw/s/a.parquet", {"model": ["GAN", "Flux"]}
+    parquet(path, {"image": [image() for _ in range(3)], "model": [1, -1, 0]}, names)
+    items = list_source("s", source, tmp_path / "raw").items
+    assert [item.generator for item in items] == ["flux", "fake", "gan"]
+    parquet(path, {"image": [image()], "model": [2]}, names)
+    with pytest.raises(CatalogError, match=r"a\.parquet: column model has the value 2, expected a"):
+        list_source("s", source, tmp_path / "raw")
 
 
 def test_evalgen_zip_and_its_reals(tmp_path: Path) -> None:

@@ -117,6 +117,16 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> 
     assert f"Error: {tmp_path}/raw/mine/{name} is damaged or not a table (" in output
 
 
+def test_a_table_that_ends_within_a_line_is_named(tmp_path: Path) -> None:
+    small_source(tmp_path, b"real", "real")
+    with (tmp_path / "catalog.toml").open("a") as stream:
+        stream.write('table = { name = "*.csv", key = "filename" }\n')
+    (tmp_path / "raw/mine/x.csv").write_text("label,filename\n1,a.png\n1")
+    status, output = build_command(tmp_path)
+    assert status == 1
+    assert f"Error: {tmp_path}/raw/mine/x.csv ends line 3 before the column 'filename'" in output
+
+
 def test_files_with_numbers_as_extensions_are_counted_in_one_line(tmp_path: Path) -> None:
     """Files that are named by numbers are counted in one line, not in a line per file."""
     (tmp_path / "raw/mine/real").mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""Tests of raw archives that are split, damaged, hostile or larger than 4 GiB, and of links."""
+"""Tests of raw archives that are split, damaged, hostile or larger than 4 GiB, of links, and of
+cells of parquet tables.
+"""
 
 import os
 import shutil
@@ -6,7 +8,10 @@ import stat
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imaging.decode import DecodeError
@@ -156,3 +161,46 @@ def test_links_and_devices_are_refused_by_name(tmp_path: Path) -> None:
         "loop": "a symbolic link, which is not followed",
         "pipe.png": "neither a file nor a folder",
     }
+
+
+def cells(*members: str) -> list[dict[str, Any]]:
+    facts = {"path": "s/t.parquet", "size": 0, "version": "", "excluded": ""}
+    return [{**facts, "member": member} for member in members]
+
+
+def write_cells(raw: Path, count: int = 50) -> Path:
+    """Write a parquet table of one row group; its cell in row n has the text of n as bytes."""
+    path = raw / "s/t.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": [b"%d" % n for n in range(count)]}), path)
+    return path
+
+
+def test_cells_are_read_in_ascending_order_only(tmp_path: Path) -> None:
+    write_cells(tmp_path)
+    rows = cells("0:1:image", "0:1:image", "0:40:image")
+    assert list(read_all(tmp_path, rows)) == [b"1", b"1", b"40"]
+    for members in (["0:40:image", "0:31:image"], ["0:-1:image"]):
+        with pytest.raises(
+            RawError, match=r"s/t\.parquet: row (31|-1) .*sort the cells by their row"
+        ):
+            list(read_all(tmp_path, cells(*members)))
+    with pytest.raises(RawError, match="has fewer rows than when it was listed"):
+        list(read_all(tmp_path, cells("0:50:image")))
+
+
+def test_a_damaged_table_is_one_error(tmp_path: Path) -> None:
+    path = write_cells(tmp_path)
+    whole = path.read_bytes()
+    name = r"s/t\.parquet is damaged, or not the table that was listed \(.+\); fetch it again"
+    for member in ("1:0:image", "0:0:picture"):
+        with pytest.raises(RawError, match=name):
+            list(read_all(tmp_path, cells(member)))
+    page = bytes(byte ^ 255 for byte in whole[4:20])  # pyarrow raises an OSError for these
+    for data in (b"", whole[:-9], whole[:4] + page + whole[20:], b"PAR1" + bytes(99) + b"PAR1"):
+        path.write_bytes(data)
+        with pytest.raises(RawError, match=name):
+            list(read_all(tmp_path, cells("0:0:image")))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(read_all(tmp_path, cells("0:0:image")))

@@ -48,7 +48,7 @@ def run(command: object, *arguments: object) -> Result:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("hf:a/b", "hf"), ("timm:x", "timm"), ("a/b.py", "file"), ("b.ONNX", "onnx"),
+    [("hf:a/b", "hf"), ("timm:x", "timm"), ("a/b.PY", "file"), ("b.ONNX", "onnx"),
      ("runs/x", "checkpoint"), ("clip", "checkpoint"), ("s3:x", "checkpoint")],
 )  # fmt: skip
 def test_the_kind_of_a_detector_comes_from_its_name(name: str, kind: str) -> None:
@@ -65,6 +65,12 @@ def test_a_program_runs_only_when_it_is_trusted(file: Path, tmp_path: Path) -> N
     with pytest.raises(DetectorError, match="no function `predict`"):
         open_file(file, trust=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_a_suffix_in_capitals_is_a_program_too(file: Path) -> None:
+    capitals = file.rename(file.with_suffix(".PY"))
+    detector = open_other(str(capitals), Opening(trust=True))
+    assert detector.predict(np.full((8, 8, 3), 51, np.uint8)).probability == pytest.approx(0.2)
 
 
 def test_options_without_a_meaning_are_refused(file: Path) -> None:

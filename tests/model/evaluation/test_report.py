@@ -254,6 +254,26 @@ def test_other_files_are_refused_with_one_clear_error(old: ShardSet, tmp_path: P
     pa.parquet.write_table(table.replace_schema_metadata({}), path)
     with pytest.raises(ScoresError, match="not a file of scores"):
         read_scores(path)
+    write_scores(path, [rows_of("old", old, scored(old), 1.0)], {})
+    whole = path.read_bytes()
+    page = bytes(byte ^ 255 for byte in whole[4:20])  # pyarrow raises an OSError for it
+    path.write_bytes(whole[:4] + page + whole[20:])
+    with pytest.raises(ScoresError, match="not a file of scores"):
+        read_scores(path)
+
+
+def test_a_missing_column_is_one_clear_error(old: ShardSet, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write_scores(path, [rows_of("old", old, scored(old), 1.0)], {})
+    table = pa.parquet.read_table(path)
+    text = table.column("key")
+    index = table.schema.get_field_index("logit")
+    for wrong in (table.drop_columns(["logit"]), table.set_column(index, "logit", text)):
+        pa.parquet.write_table(wrong, path)
+        with pytest.raises(
+            ScoresError, match=r"x\.parquet lacks a column of scores, or .*; measure"
+        ):
+            read_scores(path)
     pa.parquet.write_table(table.replace_schema_metadata({"evaluation": '{"a": 1}'}), path)
     with pytest.raises(ScoresError, match="version None"):
         read_scores(path)

@@ -163,4 +163,10 @@ def test_runs_that_cannot_be_compared() -> None:
     renamed = table_of([row | {"set": "val"} for row in rows(0.1)], ["other"], **ABOUT)
     with pytest.raises(ScoresError, match="no set in common"):
         side_by_side([Run("a", one), Run("b", renamed)])
+
+
+def test_names_of_runs_are_unique() -> None:
     assert named_runs(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+    assert named_runs(["a", "a (2)", "a"]) == ["a", "a (2)", "a (3)"]
+    assert named_runs(["a", "a", "a (2)", "a (2)"]) == ["a", "a (3)", "a (2)", "a (2) (2)"]
+    assert named_runs([MEAN]) == [f"{MEAN} (2)"]

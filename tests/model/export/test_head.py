@@ -23,7 +23,7 @@ from model.network import build, load_backbone_file
 from model.shipped import backbone
 from model.shipped.backbone import BackboneError, BackboneFile, BackboneSpec, HubPlace, cached_path
 from storage import sha256_of
-from tests.builders import CALIBRATION, PREPROCESS, TINY, encode, photo, small_recipe
+from tests.builders import CALIBRATION, PREPROCESS, TINY, encode, photo, small_disk, small_recipe
 
 IMAGES = [encode(photo(seed), "PNG") for seed in range(3)]
 HUB = HubPlace(repository="someone/tiny", revision="1" * 40, file="model.safetensors")
@@ -89,6 +89,12 @@ def shipped(trained: Path, file: Path, tmp_path: Path) -> Path:
 def scores(place: Path | str | None, **options: object) -> list[float | None]:
     detector = load_detector(place, device="cpu", backend="pil", **options)
     return [one.probability for one in detector.predict(IMAGES)]
+
+
+def test_a_full_disk_is_one_error(trained: Path, file: Path, tmp_path: Path) -> None:
+    with small_disk(50), pytest.raises(head.HeadError, match=r"out could not be written .*; free"):
+        head.save_head(trained, tmp_path / "out", spec_of(file))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["timm", "stages"])

@@ -25,7 +25,7 @@ from model.export import hub
 from model.export.card import card_of
 from model.export.license import ORIGINAL_BASE, license_of
 from model.network import normalization
-from tests.builders import CALIBRATION, TINY, encode, photo
+from tests.builders import CALIBRATION, TINY, encode, photo, small_disk
 
 REPO = "owner/detector"
 
@@ -242,6 +242,10 @@ def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: 
             f"has report version 99, expected {REPORT_VERSION}; measure the "
             "checkpoint again with evaluate.py",
         ),
+        (
+            f'{{"report_version": {REPORT_VERSION}, "run": "tiny", "sets": {{}}}}',
+            "has no step, threshold, so it is damaged",
+        ),
         (None, "is of tiny step 8, the checkpoint is tiny step 7"),
     ],
 )
@@ -255,6 +259,15 @@ def test_a_report_of_another_checkpoint_is_refused(
     result = CliRunner().invoke(main, [*arguments, "--report", str(path)])
     assert result.exit_code == 1 and said in result.output
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_full_disk_is_one_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        small_disk(10_000),
+        pytest.raises(hub.HubError, match=r"/out could not be written \(.*\); free space"),
+    ):
+        hub.write_hub(tiny_checkpoint, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 class Hub(ThreadingHTTPServer):

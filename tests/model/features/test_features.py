@@ -18,6 +18,7 @@ import recipes
 from model import checkpoint
 from model.__main__ import main as command
 from model.features import embed as embedding
+from model.features import prepare
 from model.features.embed import Embedder, embed
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.prepare import views_of
@@ -151,11 +152,13 @@ def test_views_equal_the_augmentation_of_training_from_pixels(
 def test_files_do_not_depend_on_the_batch_or_the_ranks(
     batch: int, net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
-    one = source_in(tmp_path / "one", net)
+    one, counted = source_in(tmp_path / "one", net), list[int]()
     embed(embedder(net), old, one, 1)
     many = source_in(tmp_path / "many", net)
-    counts = [embed(embedder(net, rank, 3, batch), old, many, 1) for rank in range(3)]
-    assert sum(counts) == len(old)
+    counts = [
+        embed(embedder(net, rank, 3, batch), old, many, 1, counted.append) for rank in range(3)
+    ]
+    assert sum(counts) == sum(counted) == len(old)
     assert min(counts) < len(old)
     table, other = (
         open_table(s.store, s.backbone, old, s.numbered(1)).rows(np.arange(len(old)))
@@ -370,6 +373,20 @@ def test_the_command_computes_the_features_that_training_reads(
     recipe = recipes.load(Recipe, tiny_recipe, words[11::2])
     train(recipe, data, tmp_path / "runs", init_from=weights)
     assert {path: path.stat().st_mtime_ns for path in arrow_files(tmp_path / "store")} == files
+
+
+def test_the_local_engine_computes_in_this_process_for_any_number_of_jobs(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr(prepare, "embed_part", lambda *_task: ran.append(os.getpid()) or 7)
+    words = [
+        "embed", "--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path),
+        "--jobs", "4", "--set", "features.views=0", "--set", "network.freeze_backbone=true",
+    ]  # fmt: skip
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 0, result.output
+    assert ran == [os.getpid()] and "features of 7 images were computed" in result.output
 
 
 def test_the_command_requires_a_features_table(

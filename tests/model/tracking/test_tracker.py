@@ -125,17 +125,18 @@ def test_a_tracker_gets_what_tensorboard_gets_and_no_row_twice(tmp_path: Path) -
             pass
 
     both = Both()
-    for done in (0, 1):  # row 2 was written after the last checkpoint, so it is repeated
+    # Rows after the last checkpoint are repeated; the second start is interrupted before row 3.
+    for done, last in ((0, 3), (1, 2), (1, 4)):
         with History(tmp_path, done, both) as history:
             history.writer.close()
             history.writer = both
-            for step in range(done + 1, 4 if done else 3):
+            for step in range(done + 1, last + 1):
                 history.write(step, "validate", {"auroc": 0.5 + step, "empty": None})
     assert scalars_of("train", {"a": 1.0, "b": None}) == {"train/a": 1.0}
-    values = {step: (step, {"validate/auroc": 0.5 + step}) for step in (1, 2, 3)}
-    assert both.tensorboard == [values[step] for step in (1, 2, 2, 3)]
-    assert both.tracker == [values[step] for step in (1, 2, 3)]
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    values = {step: (step, {"validate/auroc": 0.5 + step}) for step in range(1, 5)}
+    assert both.tensorboard == [values[step] for step in (1, 2, 3, 2, 2, 3, 4)]
+    assert both.tracker == [values[step] for step in (1, 2, 3, 4)]
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])

@@ -274,6 +274,17 @@ def test_two_ranks_learn_as_one_with_the_same_batch(
     agree(tmp_path / "one/tiny", tmp_path / "two/tiny")
 
 
+def test_a_refusal_ends_all_ranks_alike(
+    tiny_recipe: Path, small_runs: Path, data: Path, tmp_path: Path
+) -> None:
+    start = checkpoint.best_of(small_runs / "small")
+    line = command(tiny_recipe, data, tmp_path / "runs", "run.epochs=1", "gate.max_fpr=0.0")
+    ranks = forked.start_ranks(2, [*line, "--init-from", start], tmp_path)
+    ended = [running.wait() for running in ranks]
+    assert [one.status for one in ended] == [1, 1], ended
+    assert all("more than gate.max_fpr 0.0%" in one.stderr for one in ended), ended
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
     settings = ["network.drop_path_rate=0", "run.log_every=1"]
