@@ -21,9 +21,9 @@ with `hf auth login`, or set HF_TOKEN.
 
 `write_hub()` raises `HubError` if `out` is not empty, `report` is no report of this checkpoint or
 the weights cannot be written (such as on a full disk), `CheckpointError` if the checkpoint cannot
-be read, `ShardError` for a damaged set in `data`, and another `ValueError` if its weights do not fit
-or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder is
-incomplete or the upload fails. All of these are `ValueError`s. `write_hub()` raises `OSError` if
+be read, `ShardError` for a damaged set in `data`, and another `ValueError` if its weights do not
+fit or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder
+is incomplete or the upload fails. All of these are `ValueError`s. `write_hub()` raises `OSError` if
 `report`, `data` or `onnx` cannot be read, `out` cannot be created or another of its files cannot be
 written.
 
