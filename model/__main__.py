@@ -25,8 +25,9 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
   of `--hub` gets the ONNX files too. `--out` is by default `onnx/` in the run's folder; the other
   two folders must be new or empty. `--images FOLDER`, a folder of images or a shard set, is what
   ONNX and PyTorch are compared on (default: noise). `--report FILE` is the report.json for the
-  model card. `--hub-place OWNER/NAME@REVISION:FILE` is, for `--head`, the place on the Hugging Face
-  Hub of the same backbone file;
+  model card. For `--head`, `--left-out FILE` has the figures of `benchmarks.leave_out --json` for
+  the card, and `--hub-place OWNER/NAME@REVISION:FILE` is the place on the Hugging Face Hub of the
+  same backbone file;
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote; `--private` makes a new
   repository private.
 
@@ -267,6 +268,11 @@ def _say(folder: Path) -> None:
     help="The checkpoint's report.json, for the model card.",
 )
 @click.option(
+    "--left-out",
+    type=console.LocalPath(exists=True, dir_okay=False),
+    help="With --head: the figures of `python -m benchmarks.leave_out --json`, for the card.",
+)
+@click.option(
     "--out",
     type=console.LocalPath(file_okay=False),
     help="Folder for the ONNX files. Default: onnx/ in the run of the checkpoint.",
@@ -279,6 +285,7 @@ def export_command(
     hub_place: str | None,
     images: Path | None,
     report: Path | None,
+    left_out: Path | None,
     out: Path | None,
     checkpoint: Path | None,
     data: str,
@@ -287,6 +294,8 @@ def export_command(
     """Write a checkpoint as ONNX files, as a folder for the Hugging Face Hub, or its head only."""
     if not onnx and folder is None and head_folder is None:
         raise click.UsageError("nothing to write; give --onnx, --hub FOLDER or --head FOLDER")
+    if head_folder is None and (hub_place or left_out):
+        raise click.UsageError("--hub-place and --left-out are for --head FOLDER: give it too")
     place = _hub_place(hub_place) if hub_place else None
     from model.checkpoint import find
     from model.export import head, hub
@@ -306,7 +315,7 @@ def export_command(
         console.say(f"folder for the hub: {folder}; check {folder / hub.CARD_FILE} before you push")
     if head_folder:
         spec = head.backbone_of(chosen, place)
-        head.save_head(chosen, head_folder, spec, report=report, data=sets)
+        head.save_head(chosen, head_folder, spec, report=report, data=sets, left_out=left_out)
         console.say(f"head: {head_folder}; check {head_folder / hub.CARD_FILE} before it ships")
     if report is None and (folder or head_folder):
         console.log.warning("the model card has no evaluation: add one with --report report.json")

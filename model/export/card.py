@@ -1,6 +1,6 @@
 """Compose the model card of a checkpoint: the text of `README.md` for the Hugging Face Hub.
 
-Main entry: `card_of(meta, report, sources, *, onnx)` takes these arguments:
+Main entry: `card_of(meta, report, sources, *, onnx, left_out)` takes these arguments:
 
 - `meta`: the parsed `meta.json` of the checkpoint (a dict, from `read_meta(folder)`).
 - `report`: the parsed `report.json` of an evaluation (a dict), or None: the card says that there is
@@ -9,6 +9,8 @@ Main entry: `card_of(meta, report, sources, *, onnx)` takes these arguments:
   sources are a dict, source name -> {"license": text, "homepage": address without `https://`}.
   `sources_of(meta, data)` of `hub.py` makes it.
 - `onnx`: True if the folder of the card also has ONNX files in `onnx/`.
+- `left_out`: the figures of heads that were trained without single sources, a dict that
+  `read_left_out(path)` of `hub.py` reads, or None (default): the card has no section on them.
 
 It returns YAML and Markdown as one string, writes nothing and raises no errors of its own. `TAGS`
 are the search words on the hub; `LIMITS` is the section on what the detector cannot do.
@@ -98,11 +100,13 @@ def card_of(
     sources: Mapping[str, Mapping[str, Any] | None],
     *,
     onnx: bool,
+    left_out: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the text of `README.md` for the hub: YAML, then Markdown.
 
     `report` is the parsed `report.json`. `sources` are the sources of each training set, from its
-    index. `onnx`: the folder also contains an ONNX export in `onnx/`.
+    index. `onnx`: the folder also contains an ONNX export in `onnx/`. `left_out` are the figures
+    that `python -m benchmarks.leave_out --json` writes.
     """
     license = license_of(meta)
     preprocess = Preprocess(**meta["preprocess"])
@@ -121,6 +125,7 @@ def card_of(
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
         *(["## Sources left out of training", _left_out(meta)] if _sources(meta) else []),
+        *(["## New kinds, delivered, and by subject", _new_kinds(left_out)] if left_out else []),
         "## Evaluation",
         _evaluation(report),
         "## Training data",
@@ -253,6 +258,35 @@ def _left_out(meta: Mapping[str, Any]) -> str:
         "Each source was scored by a head that was trained without that source. Expect such rates "
         "for new kinds of images. They are much worse than the figures below, which are for images "
         "of the same kinds as the training images.\n\n" + "\n".join(rows)
+    )
+
+
+def _new_kinds(left_out: Mapping[str, Any]) -> str:
+    """Return what heads without each source reached together, within subjects and on images as web
+    sites and messengers deliver them.
+    """
+    pairs, inside = left_out["one left out"], left_out["within subjects"]
+    low, high = pairs["interval"]
+    worst = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in pairs["worst"].items())
+    text = (
+        f"Over all these images the AUROC is {left_out['pooled']:.3f}. The mean over pairs of a "
+        f"real and a fake source is {pairs['mean']:.3f} ({low:.3f} to {high:.3f}); the lowest are "
+        f"{worst}.\n\nWithin subjects (the mean over {inside['clusters']} clusters of similar "
+        f"images that hold both classes) it is {inside['auroc']:.2f}: a detector that knows only "
+        "the subject has 0.5 there."
+    )
+    if not left_out.get("perturbed"):
+        return text
+    rows = ["| delivered as | AUROC | fakes found | reals called fake |", "|---|---|---|---|"]
+    for name, of in left_out["perturbed"].items():
+        rows.append(
+            f"| {markdown(name)} | {of['auroc']:.3f} | {of['recall']:.2f} | "
+            f"{of['false_positive_rate']:.2f} |"
+        )
+    return (
+        f"{text}\n\nA few images of each source, changed before the detector sees them. AUROC is "
+        "the mean over pairs of sources, the shares are means over sources, at the threshold of "
+        "the verdict *likely AI*.\n\n" + "\n".join(rows)
     )
 
 

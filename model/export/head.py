@@ -1,8 +1,8 @@
 """Write the head (classifier) of a detector with a frozen backbone, to ship it without the
 backbone.
 
-Main entry: `save_head(checkpoint, target, backbone, *, report, data)` writes the new folder
-`target` and returns it.
+Main entry: `save_head(checkpoint, target, backbone, *, report, data, left_out)` writes the new
+folder `target` and returns it.
 
 - `checkpoint`: the checkpoint folder (`Path`).
 - `target`: the `Path` of the new folder. An existing one must be empty.
@@ -14,6 +14,8 @@ Main entry: `save_head(checkpoint, target, backbone, *, report, data)` writes th
   None (default).
 - `data`: the `Path` (or `UPath`) of the folder of the training sets, whose sources the card lists,
   or None (default).
+- `left_out`: the `Path` of the figures that `python -m benchmarks.leave_out --json` writes, for the
+  card, or None (default).
 
 The folder has the head's weights (`weights.safetensors`, kilobytes), `meta.json` with the places
 and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md`, the model card.
@@ -22,7 +24,8 @@ Errors, all of them `ValueError`s:
 
 - `HeadError`: the backbone was trained too, its file is in neither cache, the file has other
   weights, or the head cannot be written (such as on a full disk).
-- `HubError`: `target` is not empty, or `report` is no report of this checkpoint.
+- `HubError`: `target` is not empty, `report` is no report of this checkpoint, or `left_out` holds
+  no such figures.
 - other `ValueError`: the checkpoint cannot be read, or the file in the cache is damaged.
 
 `backbone_of(checkpoint, hub)` finds the `BackboneSpec` in the checkpoint, which records the weights
@@ -42,7 +45,14 @@ from safetensors.torch import load_file, save_file
 import recipes
 from model.checkpoint import META_FILE, WEIGHTS_FILE, read_meta, read_weights, seal
 from model.export.card import card_of
-from model.export.hub import CARD_FILE, read_report, refuse_if_there, sources_of, without_paths
+from model.export.hub import (
+    CARD_FILE,
+    read_left_out,
+    read_report,
+    refuse_if_there,
+    sources_of,
+    without_paths,
+)
 from model.export.license import first_of
 from model.network import build, head_prefixes, timm_license
 from model.recipe import Network
@@ -71,6 +81,7 @@ def save_head(
     *,
     report: Path | None = None,
     data: AnyPath | None = None,
+    left_out: Path | None = None,
 ) -> Path:
     """Write the head of a checkpoint with a frozen backbone into the new folder `target`.
 
@@ -87,6 +98,7 @@ def save_head(
     refuse_if_there(target)
     meta = read_meta(checkpoint)
     figures = read_report(report, meta) if report else None
+    new_kinds = read_left_out(left_out) if left_out else None
     network = recipes.build(Network, meta["recipe"]["network"], str(checkpoint / META_FILE))
     if not network.freeze_backbone:
         raise HeadError(
@@ -108,7 +120,8 @@ def save_head(
                 f"{target} could not be written ({error}); free space, or name another folder"
             ) from error
         seal(partial, meta)
-        card = card_of(meta, figures, sources_of(meta, data), onnx=False)
+        sources = sources_of(meta, data)
+        card = card_of(meta, figures, sources, onnx=False, left_out=new_kinds)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return target
 

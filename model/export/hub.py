@@ -29,8 +29,9 @@ written.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
 preprocess)` a dict of the preprocessing in timm's terms (without a detail crop), `sources_of(meta,
-data)` a dict, training set -> its data sources (None if not known), and `read_report(path, meta)` a
-checked `report.json`. `refuse_if_there()` raises `HubError` if a folder exists and is not empty.
+data)` a dict, training set -> its data sources (None if not known), `read_report(path, meta)` a
+checked `report.json`, and `read_left_out(path)` the checked figures of `benchmarks.leave_out`.
+`refuse_if_there()` raises `HubError` if a folder exists and is not empty.
 """
 
 import json
@@ -132,6 +133,32 @@ def _let_transformers_in(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_left_out(path: Path) -> dict[str, Any]:
+    """Read the figures that `python -m benchmarks.leave_out --json` writes.
+
+    Raises:
+        HubError: the file holds no such figures.
+    """
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        pairs, inside = figures["one left out"], figures["within subjects"]
+        whole = [figures["pooled"], pairs["mean"], *pairs["interval"], inside["auroc"]]
+        shares = [of[key] for of in figures.get("perturbed", {}).values() for key in _SHARES]
+        ok = len(pairs["interval"]) == 2 and all(0 <= value <= 1 for value in [*whole, *shares])
+        ok = ok and isinstance(pairs["worst"], dict) and isinstance(inside["clusters"], int)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HubError(
+            f"{path} is no file of figures on left-out sources ({type(error).__name__}: {error}); "
+            "write one with `python -m benchmarks.leave_out --recipe FILE --json FILE`"
+        ) from error
+    if not ok:
+        raise HubError(f"{path} has figures that are no shares from 0 to 1; write it again")
+    return figures
+
+
+_SHARES = "auroc", "recall", "false_positive_rate"
 
 
 def refuse_if_there(out: Path) -> None:

@@ -81,6 +81,49 @@ def test_the_folder_is_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None
     assert outputs == expected
 
 
+LEFT_OUT = {
+    "one left out": {"mean": 0.9, "interval": [0.85, 0.94], "worst": {"a | <b>": 0.192}},
+    "within subjects": {"auroc": 0.7, "clusters": 28},
+    "pooled": 0.913,
+    "perturbed": {"jpeg-60": {"auroc": 0.864, "recall": 0.59, "false_positive_rate": 0.06}},
+}
+
+
+def test_the_card_has_the_figures_of_left_out_sources(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "left_out.json"
+    path.write_text(json.dumps(LEFT_OUT))
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    card = card_of(meta, None, {}, onnx=False, left_out=hub.read_left_out(path))
+    assert "AUROC is 0.913. The mean over pairs of a real and a fake source is 0.900" in card
+    assert "(0.850 to 0.940)" in card and "<b>" not in card
+    assert "28 clusters" in card and "it is 0.70" in card
+    assert "| jpeg\\-60 | 0.864 | 0.59 | 0.06 |" in card or "| jpeg-60 | 0.864 | 0.59" in card
+    assert "New kinds" not in card_of(meta, None, {}, onnx=False)
+    alone = {key: value for key, value in LEFT_OUT.items() if key != "perturbed"}
+    assert "delivered as" not in card_of(meta, None, {}, onnx=False, left_out=alone)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pooled": 1.5}, "no shares from 0 to 1"),
+        ({"pooled": "high"}, "no file of figures on left-out sources"),
+        ({"within subjects": {}}, "no file of figures on left-out sources"),
+        ({"perturbed": {"a": {"auroc": 1}}}, "no file of figures on left-out sources"),
+        (None, "no file of figures on left-out sources"),
+    ],
+)
+def test_other_figures_of_left_out_sources_are_refused(
+    changed: dict | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "left_out.json"
+    path.write_text("[" if changed is None else json.dumps(LEFT_OUT | changed))
+    with pytest.raises(hub.HubError, match=said):
+        hub.read_left_out(path)
+
+
 def report_of(meta: dict, **changes: object) -> dict:
     figures = {
         "count": 4, "reals": 2, "fakes": 2, "recall": 0.75, "false_positive_rate": 0.25,
