@@ -183,8 +183,8 @@ class Optim:
     lr: float
     """Peak learning rate of the head. Range: above 0"""
     weight_decay: float = 0.02
-    """Weight decay of AdamW. For `lbfgs`: factor of half the sum of squared weights in the loss.
-    Range: at least 0"""
+    """Weight decay of AdamW. For `lbfgs`: factor of half the sum of squared changes of the weights
+    from the first ones (0 in a new head). Range: at least 0"""
     layer_decay: float = 1.0
     """Factor on the learning rate from one group of layers to the next, starting at the head.
     Range: above 0, at most 1"""

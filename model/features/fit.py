@@ -8,8 +8,9 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 - `samples`: the `Samples` of this rank, from `gather()`.
 - `optim`: the recipe's `Optim` settings, of which `weight_decay`, `label_smoothing` and
   `iterations` (the most) are used. The loss is the mean cross entropy plus `weight_decay` / 2 times
-  the sum of the squared weights of the layer (without its bias). It has one minimum, so the first
-  weights do not matter.
+  the sum of the squared changes of the layer's weights from their first values (without the bias).
+  A new head begins at 0, so this is the usual penalty. In phase 2 it keeps the head near that of
+  phase 1 where the new images say nothing (L2-SP, Li et al. 2018).
 - `dist`: this process's rank, a `DistEnv` (default: a single process). On several ranks, each calls
   it with its own samples, and all get the same head.
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
@@ -146,8 +147,8 @@ def fit_head(
     """Fit the head of `net` to `samples` and return the result of the fit. Every rank calls this
     function, with its own samples.
 
-    The two rows of a head with two classes are opposite at the minimum, so one vector is fitted:
-    the logit of fake minus that of real. Features are centered on the fly, which speeds up the fit.
+    Only the difference of the two rows of the layer matters, so one vector is fitted: the logit of
+    fake minus that of real. Features are centered on the fly, which speeds up the fit.
 
     Raises:
         FitError: a class has no sample, or the loss is not finite.
@@ -162,8 +163,9 @@ def fit_head(
     smoothing = optim.label_smoothing
     targets = samples.labels * (1 - smoothing) + smoothing / 2
     shares = samples.weights / total
-    vector = torch.zeros(samples.features.shape[1], device=mean.device, requires_grad=True)
-    offset = torch.zeros(1, device=mean.device, requires_grad=True)
+    first, bias = ((rows[1] - rows[0]).detach().float() for rows in (head.weight, head.bias))
+    vector = first.clone().requires_grad_()
+    offset = (bias + mean @ first).reshape(1).requires_grad_()
     solver = torch.optim.LBFGS(
         [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
         history_size=HISTORY, tolerance_grad=1e-7, tolerance_change=1e-10,
@@ -176,8 +178,8 @@ def fit_head(
         on_evaluation()
         with torch.no_grad():
             sums = torch.zeros(2 + len(vector), device=mean.device)
-            for first in range(0, len(targets), ROWS):
-                rows = slice(first, first + ROWS)
+            for start in range(0, len(targets), ROWS):
+                rows = slice(start, start + ROWS)
                 features = samples.features[rows].float()
                 logits = features @ vector + (offset - mean @ vector)
                 sums[0] += shares[rows] @ (softplus(logits) - targets[rows] * logits)
@@ -185,10 +187,11 @@ def fit_head(
                 sums[1] += slopes.sum()
                 sums[2:] += slopes @ features
             sums = all_reduce_sum(dist, sums)
-            # Two opposite rows of half the vector: half of its squared length.
-            vector.grad = sums[2:] - sums[1] * mean + optim.weight_decay / 2 * vector
+            # Two opposite rows of half the change: half of its squared length.
+            moved = vector - first
+            vector.grad = sums[2:] - sums[1] * mean + optim.weight_decay / 2 * moved
             offset.grad = sums[1:2].clone()
-            last = sums[0] + optim.weight_decay / 4 * (vector @ vector)
+            last = sums[0] + optim.weight_decay / 4 * (moved @ moved)
         if not math.isfinite(loss := float(last)):
             raise FitError(
                 f"the loss of the fit is {loss}; use run.precision=fp32 for the features"
@@ -213,8 +216,8 @@ def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor
     weights = samples.weights
     sums = torch.zeros(2 + samples.features.shape[1], device=weights.device)
     sums[0], sums[1] = weights.sum(), weights @ samples.labels
-    for first in range(0, len(weights), ROWS):
-        rows = slice(first, first + ROWS)
+    for start in range(0, len(weights), ROWS):
+        rows = slice(start, start + ROWS)
         sums[2:] += weights[rows] @ samples.features[rows].float()
     sums = all_reduce_sum(dist, sums)
     return float(sums[0]), float(sums[1]), sums[2:] / sums[0].clamp(min=1)

@@ -90,13 +90,13 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
+    set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
     if recipe.optim.solver == "lbfgs":
         try:
             fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
         except FitError as error:
             raise CalibrationError(f"without {', '.join(without)} {error}") from error
         return
-    set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
     state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs

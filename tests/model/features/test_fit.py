@@ -99,11 +99,29 @@ def test_a_weight_counts_as_copies_and_a_smoothed_label_is_less_sure(recipe: Rec
         (samples, replace(optim, label_smoothing=0.2)),
         (samples, replace(optim, weight_decay=0.5)),
     ):
+        with torch.no_grad():
+            head.weight.zero_()
         fit_head(net, given, settings)
         found.append(head.weight.detach().clone())
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=0)
     sizes = [weight.norm().item() for weight in found]
     assert sizes[2] < 0.9 * sizes[0] and sizes[3] < 0.5 * sizes[0]
+
+
+def test_a_trained_head_stays_where_the_samples_say_nothing(recipe: Recipe) -> None:
+    """As phase 2 begins with the head of phase 1."""
+    net, optim = build(recipe.network, pretrained=False), Optim(lr=1, label_smoothing=0.0)
+    head, samples = net.backbone.stage_head.fc, random_samples(net)
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([torch.full((head.in_features,), s) for s in (-0.3, 0.3)]))
+    constant = samples.features.clone()
+    constant[:, -4:] = 5.0
+    fit_head(net, replace(samples, features=constant), replace(optim, weight_decay=0.02))
+    vector = (head.weight[1] - head.weight[0]).detach()
+    torch.testing.assert_close(vector[-4:], torch.full((4,), 0.6), atol=1e-3, rtol=0)
+    assert (vector[6:-4] - 0.6).abs().min() > 0.3
+    fit_head(net, samples, replace(optim, weight_decay=1e4))
+    torch.testing.assert_close(head.weight[1] - head.weight[0], vector, atol=1e-3, rtol=0)
 
 
 def test_samples_of_one_class_are_refused(recipe: Recipe) -> None:
