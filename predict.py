@@ -16,23 +16,27 @@ Main entry: `main()`, the click command. Options:
 - `--detector`: any detector: what `--checkpoint` takes, an .onnx file, hf:OWNER/NAME, timm:NAME or
   a Python file, which `--trust` (no value) allows to run.
 - `--fake-label`: the label of an hf: or timm: detector that means fake; may be repeated.
-- `--onnx FILE`: the same as `--detector FILE`, for an .onnx file of `python -m model export`.
-- `--out FILE`: file for the results, which are then not printed. If it exists, `--resume` is needed
-  (else exit code 2). Its name ends in .partial until it is complete.
+- `--onnx FILE`: the same as `--detector FILE`, meant for an .onnx file of `python -m model export`.
+- `--out FILE`: file for the results, which are then not printed. If it, or FILE.partial, exists,
+  `--resume` is needed (else exit code 2). Its name ends in .partial until it is complete.
 - `--format`: table, csv or jsonl (default: by the suffix of FILE, else table).
 - `--resume`: if FILE exists (csv or jsonl, complete or interrupted), continue it. It must be of the
-  same detector and threshold.
+  same detector, calibration, threshold and format.
 - `--threshold`: probability (0 to 1) from which an image is *likely AI*; below it is *no sign of
   AI*, and nothing is *uncertain*. Default: the thresholds of the detector.
 - `--max-fpr`, `--max-miss`: instead, the highest share of real images that may be called *likely
   AI*, and of fakes that may be called *no sign of AI* (each above 0 and below 0.5).
 - `--watch FOLDER`: instead of PATH, score images as they appear, until Ctrl-C.
 - `--heatmap FOLDER`: write PNGs of the regions that changed the score (only with a checkpoint).
-- `--trust-list FILE`: PEM file with the certificates of trusted C2PA signers.
+- `--trust-list FILE`: PEM file with the certificates of trusted C2PA signers (default: the file in
+  the variable DETECTOR_TRUST_LIST, else the list of `python -m model fetch --trust-list`, if
+  fetched).
 - `--report-mistake LABEL`: the true label of all images, `real` or `fake`. Each verdict that
-  contradicts it is recorded in the folder `--mistakes`, with `--keep-image` also the image.
-- `--runs`, `--device`, `--backend` (decoder) and `--batch-size` say where and how to run: see
-  `--help`.
+  contradicts it is recorded in the folder `--mistakes` (default: the variable DETECTOR_MISTAKES,
+  else `mistakes`); with `--keep-image` (no value), the image is stored there, too.
+- `--runs`: the folder of training runs (default `runs`).
+- `--device`: auto (default), cpu, cuda or cuda:N. `--backend`: the decoder, auto (default), dali or
+  pil. `--batch-size`: images per batch (default 32).
 
 `CONFLICTS` lists options that exclude each other, by the names of their parameters.
 """

@@ -6,12 +6,12 @@ returns a dict: file name of each page -> its Markdown text. recipe-keys.md desc
 writes both pages to `docs/` and returns nothing. `pages()` and `main()` raise ValueError if a field
 of a class has no docstring.
 
-The other functions take a type (`kind`): a dataclass, a TypedDict or a type annotation.
-`fields_of(kind)` returns a tuple of the `Field`s of a class (`key`, `kind`: its type, `default`,
-`meaning`: its docstring, `may_be_absent`), or raises the same ValueError. `sections(kind)` yields
-the classes with fields inside a type, itself included. `words(kind)` returns the type in plain
-words, such as "list of numbers". `split_range(meaning)` takes a docstring and returns a pair: the
-text before " Range: ", and the range after it ("" if none).
+The other functions take a type (`kind`): a dataclass, a TypedDict (without a base) or a type
+annotation. `fields_of(kind)` returns a tuple of the `Field`s of a class (`key`, `kind`: its type,
+`default`, `meaning`: its docstring, `may_be_absent`), or raises the same ValueError.
+`sections(kind)` yields the classes with fields inside a type, itself included. `words(kind)`
+returns the type in plain words, such as "list of numbers". `split_range(meaning)` takes a docstring
+and returns a pair: the text before " Range: ", and the range after it ("" if none).
 """
 
 import ast

@@ -1,10 +1,10 @@
 """Find the orientation of an image (1 to 8, as in EXIF) and make its pixels upright.
 
 Main entries: `orientation_of(data, image_format)` takes the bytes of a file and its format, "JPEG",
-"PNG" or "WEBP". It returns the orientation that EXIF, else XMP, states, and 1 (upright) if none is
-valid; damaged bytes raise no error. `upright(pixels, orientation)` takes pixels, an array (height,
-width, channels) of any dtype, and an orientation, and returns the pixels rotated and mirrored, as a
-NumPy view. Only this module reads the orientation.
+"PNG" or "WEBP" (else KeyError). It returns the orientation that EXIF, else XMP, states, and 1
+(upright) if none is valid; damaged bytes raise no error. `upright(pixels, orientation)` takes
+pixels, an array (height, width, channels) of any dtype, and an orientation, and returns the pixels
+rotated and mirrored, as a NumPy view. Only this module reads the orientation.
 
 `orientation_left(image)` is for all other formats: it takes an image opened by Pillow and returns
 the orientation that Pillow has not applied when decoding. `carries_exif(data, image_format)`

@@ -11,9 +11,9 @@ Main entries, which take `data`, the bytes of a PNG file:
 - `is_plain(data)` returns True if every decoder reads the same pixels: at most 8 bits per sample,
   not animated, no unknown, damaged or incomplete chunk.
 - `texts(data)` yields (keyword, content) of each text chunk: a str, and bytes as in the file. These
-  are UTF-8 in a chunk iTXt, else Latin-1. The pair does not say which: the keyword must tell.
-  Compressed content is unpacked, at most `MAX_TEXT_BYTES` of it; a chunk that cannot be unpacked is
-  skipped.
+  are UTF-8 in a chunk iTXt, else Latin-1. The pair does not say which encoding it is; the caller
+  must know it from the keyword. Compressed content is unpacked, at most `MAX_TEXT_BYTES` of it; a
+  chunk that cannot be unpacked is skipped.
 """
 
 import zlib

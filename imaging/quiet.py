@@ -2,8 +2,8 @@
 
 Main entries, all without arguments: `silence_pillow()` stops Pillow and its libtiff from printing,
 for the rest of the process. `without_warnings()` and `without_chatter()` are context managers that
-yield nothing and act until their block ends; several threads may use them at once. The first hides
-Python's warnings. The second drops the lines that native decoders (libjpeg, libpng, OpenCV,
+yield nothing. They act on all threads, until the last open block of any thread ends. The first
+hides Python's warnings. The second drops the lines that native decoders (libjpeg, libpng, OpenCV,
 nvImageCodec) write to standard error, and empty lines; other lines are printed.
 """
 

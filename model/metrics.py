@@ -8,9 +8,10 @@ Main entry: `measure(labels, probabilities, threshold)` returns a `Metrics`.
 
 The fields of `Metrics` are `count`, `reals`, `fakes` (numbers of images), `accuracy`,
 `balanced_accuracy`, `recall`, `false_positive_rate`, `precision`, `f1`, `auroc`,
-`average_precision`, `eer`, `tpr_at_fpr_1`, `tpr_at_fpr_5` (recall at 1 % and 5 % false positives),
-`nll`, `brier` and `ece`. Rates are 0 to 1. A metric that cannot be computed, such as AUROC with one
-class only, is None; accuracy is then the accuracy on one class.
+`average_precision`, `eer` (equal error rate), `tpr_at_fpr_1`, `tpr_at_fpr_5` (recall at 1 % and 5 %
+false positives), `nll` (negative log-likelihood), `brier` (mean squared error of the probability)
+and `ece` (expected calibration error). Rates are 0 to 1. A metric that cannot be computed, such as
+AUROC with one class only, is None; accuracy is then the accuracy on one class.
 
 `measure_sources(labels, probabilities, sources, threshold)` also takes a list with the name of each
 image's source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes)` takes the

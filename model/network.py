@@ -3,15 +3,16 @@ its own input.
 
 Main entry: `build(network, *, pretrained, empty)` returns a `Detector` (a torch module) on the CPU.
 
-- `network`: the recipe's `Network` settings, such as `Network(name="resnet50.a1_in1k")`, a name of
+- `network`: a `Network` of `model/recipe.py`, such as `Network(name="resnet50.a1_in1k")`, a name of
   timm.
 - `pretrained`: True takes timm's weights (downloaded if not in the cache). It has no default.
 - `empty`: True leaves the weights uninitialized, to be loaded next (default: False).
 
 If both are False, the weights are random. Do not set both to True: the head may stay uninitialized.
 `build()` raises `NetworkError` (a `ValueError`) if timm does not know the network or one of its
-`options`, the network lacks the class token or the `blocks` that the settings ask for, or the
-weights cannot be fetched.
+`options`, the network lacks the class token or the `blocks` that the head `class_tokens` needs, or
+the weights cannot be fetched. If the connection breaks during the download, an error of the library
+that downloads can pass through.
 
 The detector's `forward()` takes uint8 images (B, 3, H, W), or features (B, D), and returns float
 logits (B, 2), real and fake. With `network.crops` 2, an image is two square crops, one below the

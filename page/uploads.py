@@ -1,9 +1,10 @@
 """Show the uploader of the web page: images are browsed for, dropped or pasted.
 
-Main entry: `uploads()` takes nothing, puts the uploader and its buttons ("Paste from the
-clipboard", "Remove all") on the page (Streamlit), and returns the list of uploaded files
-(Streamlit's `UploadedFile`), empty if there are none. `announce(text)` makes screen readers speak a
-text, and returns nothing. Uploaded files stay in memory.
+Main entry: `uploads()` takes nothing, puts the uploader and its buttons on the page (Streamlit),
+and returns the list of uploaded files (Streamlit's `UploadedFile`), empty if there are none. The
+button "Paste from the clipboard" is shown if the browser allows it, "Remove all" while there are
+files. `announce(text)` makes screen readers speak a text, and returns nothing. Uploaded files stay
+in memory.
 """
 
 from pathlib import Path

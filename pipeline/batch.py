@@ -2,9 +2,9 @@
 and DALI).
 
 Main entry: `Batch`, which `Loader.batches()` of `pipeline/loader.py` yields for each step, with B
-images. Three fields are tensors on the device:
+images of (height, width) = `preprocess.shape`. Three fields are tensors on the device:
 
-- `images`: uint8 (B, 3, size, size), RGB.
+- `images`: uint8 (B, 3, height, width), RGB.
 - `labels`: int64 (B,), 0 real, 1 fake.
 - `valid`: bool (B,). False for padding and for images that cannot be decoded, which must not count.
 
@@ -20,7 +20,7 @@ The others are on the CPU, the first three as NumPy arrays:
   (DALI). Near 0: loading is slower than the use of the batches.
 
 A backend takes a `Request`, the encoded images of one batch, and returns `Pixels`: `images`, a
-tensor uint8 (B, size, size, 3) RGB, black where an image failed, and `failures` and `timing` as
+tensor uint8 (B, height, width, 3) RGB, black where an image failed, and `failures` and `timing` as
 above. A `Request` has
 
 - `data`: a list of B image files as bytes.
@@ -91,8 +91,8 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Decoded batch: `images` uint8 (B, size, size, 3) RGB, black in the rows of `failures` (row ->
-    reason).
+    """Decoded batch: `images` uint8 (B, height, width, 3) RGB, black in the rows of `failures` (row
+    -> reason).
     """
 
     images: torch.Tensor
@@ -108,7 +108,7 @@ class Pixels:
 class Batch:
     """Images of one step, on one device.
 
-    - `images`: uint8 (B, 3, size, size), channels_last strides. The network normalizes them.
+    - `images`: uint8 (B, 3, height, width), channels_last strides. The network normalizes them.
     - `labels`: int64 (B,), 0 real, 1 fake.
     - `valid`: bool (B,), False for padding and for images that could not be decoded. Those images
       are black (padding repeats sample 0) and must not count.

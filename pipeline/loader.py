@@ -6,14 +6,15 @@ lengths of the tars on this machine, chooses the backend that decodes and augmen
 for Pillow) and returns a `Loader`.
 
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns.
-- `preprocess`: a `Preprocess` (pipeline/preprocess.py); its `shape` is that of the images.
+- `preprocess`: a `Preprocess` (pipeline/preprocess.py); its `shape` is the (height, width) of the
+  images.
 - `loading`: the settings, `Loading()` or such as `Loading(batch_size=64)` (pipeline/loading.py).
 - `device`: the `torch.device` on which the images are used.
 - `rank`, `world_size`: this process's rank and the number of ranks (defaults 0 and 1).
 
 `Loader.batches(epoch, params_for, start)` yields a `Batch` for each step: images uint8 (B, 3,
-crop_size, crop_size), labels and more (pipeline/batch.py). An image that cannot be decoded is black
-and named in `Batch.failures`.
+height, width), labels and more (pipeline/batch.py). An image that cannot be decoded is black and
+named in `Batch.failures`.
 
 - `epoch`: the order of the samples, an `Epoch` of `training_epoch()` or `evaluation_epoch()`
   (pipeline/order.py), made with `global_batch=loader.global_batch`.
@@ -22,9 +23,9 @@ and named in `Batch.failures`.
   augmentation parameters.
 - `start`: the step to begin with (default 0).
 
-`open_loader()` raises `LoadError` if the backend is not installed, a tar is missing or has another
-length, or shared memory has no room for even one of the workers that `loading` asks for. The errors
-of `batches()` come with the first batch or a later one:
+`open_loader()` raises `LoadError` (a `ValueError`) if the backend is not installed, a tar is
+missing or has another length, or shared memory has no room for even one of the workers that
+`loading` asks for. The errors of `batches()` come with the first batch or a later one:
 
 - `LoadError`: the batch size of `epoch` is not `loader.global_batch`.
 - `LoadError`: a worker died, or no batch came in `loading.stall_error_s` seconds.

@@ -6,8 +6,9 @@ and yields the same batches, counted and timed. Three methods return figures sin
 
 - `row()`: a dict, name -> number, with those of `rates()`, waits in ms, `images/SOURCE` and more,
   as in `metrics.jsonl`. It sets all counts to 0.
-- `rates()`: a dict with `images_per_s` and the shares of the time (0 to 1) that the consumer
-  waited: `wait_share` in all, `wait_read` for bytes and `wait_decode` for pixels.
+- `rates()`: a dict with `images_per_s` and the shares (0 to 1) of the time in which the consumer
+  waited: for anything (`wait_share`), for bytes to be read (`wait_read`), for pixels to be decoded
+  (`wait_decode`).
 - `note()`: the same as a short text for a progress bar.
 
 `WorkerStatus(workers, *, shared=False)` is a table of the workers' stages.
@@ -28,7 +29,8 @@ watchdog.waiting(step):`.
 
 `StallError` means that no batch came within a longer limit. This module does not raise it:
 `ReadAhead` (`pipeline/read_ahead.py`) does, and the loader turns it into a `LoadError`.
-`stalled(seconds, status)` returns its message; `status` is the text of `describe()`.
+`stalled(seconds, status)` returns its message. Here `status` is the text that `describe()`
+returned.
 """
 
 import contextlib

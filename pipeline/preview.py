@@ -12,9 +12,9 @@ Main entry: `write_preview(folder, out, recipe, policy, count, seed)` writes the
 - `seed`: int from 0 on, which selects the samples and the augmentations.
 
 It returns a pair: N, the number of samples shown (fewer than `count` in a smaller set), and the
-absolute difference of the backends in gray levels, an int16 array (N, size, size, 3), where `size`
-is the recipe's `crop_size`. Without DALI, the difference is None, and only Pillow's images are
-shown.
+absolute difference of the backends in gray levels, an int16 array (N, height, width, 3), with the
+`shape` of the recipe's `Preprocess`. Without DALI, the difference is None, and only Pillow's images
+are shown.
 
 It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded or
 the recipe does not describe a policy that is used, and `RecipeError` if the recipe is missing or

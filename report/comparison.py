@@ -8,8 +8,9 @@ were left out.
 - `paths`: a list of `Path`s, each the folder of a report, or a file in it.
 - `intersect`: whether to go on with the shared images if the runs scored different images.
 
-It raises ValueError if a path has no scores, if the images differ and `intersect` is false, or if
-no image is in all runs.
+It raises ValueError if a path has no scores, if the images differ and `intersect` is false, if no
+image is in all runs, or if an image is real in one run and fake in another. It raises OSError if a
+file cannot be read.
 
 `side_by_side()` of `model/evaluation/side_by_side.py` takes the list of `Run`s and returns the dict
 `sets` (name of a set -> figures of each run), which the other functions take.

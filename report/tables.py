@@ -1,10 +1,11 @@
 """Write the figures of an evaluation report as CSV tables.
 
 Main entry: `write_tables(report, folder)` takes the report (a dict, the content of `report.json`)
-and the `Path` of an existing folder. It writes `figures.csv` (metrics of each set, class, source
-and generator) and, if perturbations were measured, `robustness.csv` (metrics after each
-perturbation and codec swap), and returns a list of the paths. Values are not rounded; missing ones
-are empty. OSError is raised if a file cannot be written.
+and the `Path` of an existing folder. It writes `figures.csv` (metrics of each set, alone and with
+reals of its reference set, and of each class, source and generator) and, if perturbations were
+measured, `robustness.csv` (metrics after each perturbation and codec swap), and returns a list of
+the paths. Values are not rounded; missing ones are empty. OSError is raised if a file cannot be
+written.
 
 `figures_csv(report)` and `robustness_csv(report)` return the text of these files.
 `table_csv(columns, rows)` takes a list of column names and a list of dicts, one for each row, and

@@ -8,17 +8,19 @@ options may be left out:
 - `--checkpoint`: folder of a checkpoint or run, or name of a shipped detector. Default: the newest
   run in the folder `--runs`, else the shipped detector.
 - `--runs`: the folder of training runs (default: `runs` in the current folder).
-- `--device` (auto, cpu, cuda or cuda:N) and `--batch-size` (images scored at once, default 32).
+- `--device`: auto (default: a GPU if there is one), cpu, cuda or cuda:N.
+- `--batch-size`: the largest number of images that are scored at once (default 32).
 - `--max-fpr`: the allowed share of real images that are called likely AI.
 - `--max-miss`: the allowed share of AI images that are called no sign of AI. Both shares are above
   0 and below 0.5. The scores at which the verdict changes are computed from them. Default: those of
   the checkpoint.
-- `--max-mb`: the largest size of one request, 1 to 512 (default 50).
+- `--max-mb`: the largest size of one request in MiB, 1 to 512 (default 50).
 - `--max-files`: the largest number of images of one request (default 64).
 - `--queue`: the largest number of images that wait, over all requests (default 256).
 - `--timeout`: seconds until a request must be answered, at most 3600 (default 60).
-- `--allow-urls`: the server downloads images from URLs in a request. With `--allow-private-urls`,
-  which needs `--allow-urls`, the URLs may be of private hosts.
+- `--allow-urls` (no value; default: off): the server downloads images from URLs in a request. With
+  `--allow-private-urls`, which needs `--allow-urls`, the URLs may be of private hosts.
+- `--verbose`: more log lines.
 
 The environment variable DETECTOR_API_KEY (`KEY`) has the API key; unset, none is required. A host
 outside `LOOPBACK` without a key gets a warning. A wrong option, a `--max-files` above `--queue`, or

@@ -10,9 +10,10 @@ Main entry: `fetch(url, limits, allowance, until)` returns the body as bytes.
   some, and raises `FetchError` if fewer are left.
 - `until`: the deadline, in seconds of `time.monotonic()`.
 
-It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (status 403) for a URL that is not
-http or https, or whose host is not public. It raises `FetchError` (a `DecodeError`) for any other
-URL that gives no body, too many bytes, or not in time.
+It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (serve/limits.py, status 403) for a
+URL that is not http or https, or whose host is not public. It raises `FetchError` (a `DecodeError`)
+if the URL is damaged, has a user or password, gives no body, sends too many bytes, or does not
+answer in time. The look-up of the host name has no limit of time, so this error can come late.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
 name is resolved once, all its IP addresses are checked (`is_public(address)`, a text) unless

@@ -19,8 +19,15 @@ While its attribute `stopping` is true, new requests are refused. `close()` stop
 
 The coroutine `Service.predict(request)` takes a FastAPI request. Its body is a form with image
 files, one image, or (with `limits.allow_urls`) JSON with a list of URLs: `{"urls": [...]}`. It
-returns a JSON response: the `Answer`, with a `Row` (probability of AI, verdict, or error) for each
-image. If the only image cannot be read, the status is 422.
+returns a JSON response, an `Answer`. If the only image cannot be read, the status is 422. Fields of
+an `Answer`:
+
+- `images`: a list with a `Row` for each image: `path` (the name that was sent), `probability` of AI
+  (null if unreadable), `verdict`, `error` (""), `provenance` (a list of `Statement`: what the file
+  says about its origin) and `checkpoint` (identity of the detector).
+- `band`: [low, high], between which a verdict is "uncertain". `threshold`: the decision threshold.
+- `calibrated`: whether the detector is calibrated (else the probability is only a score).
+- `notices`: a list of `Reason`s not to rely on the detector: `kind` and `text`.
 
 It raises `Refused` with the HTTP status if the request is invalid, too large or not allowed, or the
 server is busy, too slow or stopping. The application turns this into a JSON response (`Problem`).

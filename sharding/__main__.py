@@ -4,8 +4,8 @@ Main entry: `main()`, a click group. Each command parses its options, calls func
 and prints the result. An error is one line and exit code 1, a wrong command line 2, Ctrl-C 130.
 Shared options (defaults in parentheses):
 
-- --raw (`RAW`), for `build` and `list`: folder or address of the raw datasets (data/raw). `fetch`
-  has its own --raw, only a folder.
+- --raw, for `fetch`, `build`, `list`: folder of the raw datasets (data/raw). In `build` and `list`
+  (`RAW`), it may be an address.
 - --catalog (`CATALOG`), for `fetch`, `build`, `list`: a TOML file to add (may be repeated).
 - --jobs (`JOBS`), for `build` and `verify`: number of parallel tasks (one per core).
 

@@ -6,9 +6,10 @@ Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolera
 - `tolerance`: default `Tolerance(max_bad=0.01, allow_incomplete=False)`: largest share of
   unreadable images; whether catalog rules without files and training sets of one class are allowed.
 - `progress(what, total)`: optional; gives a context manager that yields `advance(n)`: n more done.
-It writes `out/<set>/`, `out/.build`. It returns a `SourceScan` (`missing` sources) and a list of
-`BuiltSet`. `CatalogError`: files contradict the catalog. `RawError`: broken file. `ShardError`: bad
-images, one class, lost images. `ValueError`: no Ray, big `jobs`. `OSError`: no access, other build.
+It writes `out/<set>/`, `out/.build`. It returns a `SourceScan` (`missing`: names of sources without
+images) and a list of `BuiltSet` (`name`, `index`: the dict of index.json, `shards_written`).
+`CatalogError`: files contradict the catalog. `RawError`: broken file. `ShardError`: bad images, one
+class, lost images. `ValueError`: no Ray, big `jobs`. `OSError`: no access, other build.
 """
 
 import contextlib
@@ -109,10 +110,7 @@ class SourceScan:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits of a build. `max_bad` is the maximum fraction of a set's unreadable images, 0 to 1.
-
-    `allow_incomplete` accepts rules that match no file, and training sets of one class.
-    """
+    """Limits of a build: `tolerance` of `build()`."""
 
     max_bad: float = 0.01
     allow_incomplete: bool = False

@@ -5,9 +5,10 @@ Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all fil
 if a file is missing, cannot be read, or has a wrong key, name, value, set or share. `SHIPPED` are
 this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command passes
 them first. A later file overrides an earlier one key by key: to change one setting of a source,
-write only the header of its table and that key. A file may name only sets of its own or of earlier
-files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a set of texts), and
-`sets`, `suites` and `reference`, which are dicts like the tables of the same names:
+write only `[sources.NAME]` and that key. A file may name only sets of its own or of earlier files.
+The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a frozenset of the hashes in
+all `exclude` files), and the dicts `sets` (set -> split), `suites` (name -> list of sets) and
+`reference` (set -> set). A file:
 
     exclude = ["kept-for-testing.txt"]      # files of hashes, in the folder of this catalog
 
@@ -32,9 +33,10 @@ files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a 
         { column = "image", where = { label = 1 }, generator = "<model>" },  # parquet tables
     ]
 
-An `exclude` file has a hash on each line: 16 or more hexadecimal digits, the first ones of the
-SHA-256 of an image that no set may contain. Names of sets and sources have lower-case letters,
-digits, `-` and `_`. A source must have `license`, `set`, and `real` or `fake`. All its keys:
+An `exclude` file has a hash on each line: 16 to 64 hexadecimal digits, the first ones of the
+SHA-256 of an image that no set may contain. `#` starts a comment. Names of sets and sources have
+lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and have at most
+`LONGEST_NAME` characters. A source must have `license`, `set`, and `real` or `fake`. All its keys:
 
 - `real`, `fake`, `ignore` (files of no class): lists of rules. A rule is a folder, or a table with
   any keys of `Rule`: `folder`, `name` (pattern of the file name), `where` (column -> value in the
@@ -48,8 +50,8 @@ digits, `-` and `_`. A source must have `license`, `set`, and `real` or `fake`. 
 - `table`: CSV files with one row per image: `name` (their pattern) and `key` (column of file
   names).
 - `fetch`: the download, with exactly one of `hub`, `kaggle`, `urls`, `git` and `by_hand`.
-- `cap`, `expected`: numbers of images, `{ real = 1, fake = 1 }`: the most to take; those of a
-  complete download, which a build checks.
+- `cap`: the most images to take, such as `{ real = 1, fake = 1 }`. `expected`: the numbers of a
+  complete download, in the same form; a build checks them.
 - `policy`: name of the augmentation policy. `replay` (default true): phase 2 may replay it.
 - `test_only`: only for sets of the split test. `synthetic`: drawn to try out the commands.
 - `homepage` (without `https://`), `size`, `facts` (a list): texts for people, like `license`.

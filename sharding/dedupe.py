@@ -6,8 +6,8 @@ Main entry: `decide(inventory, split_of, exclude)` changes nothing and returns a
   `finish_source()` in sharding/inventory.py. The columns `error`, `sha256`, `phash`, `thumbnail`,
   `group`, `label` and `destination` (JSON, a dict from set to share) are used.
 - `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`. It
-  must have every set that a `destination` names (else `KeyError`).
-- `exclude`: a Python `set` of texts, the first hexadecimal digits (lower case) of the SHA-256 of
+  must have every set that a `destination` names (`KeyError` if an image goes to a missing one).
+- `exclude`: a collection of texts, the first hexadecimal digits (lower case) of the SHA-256 of
   images that may go to no shard set; `exclude` of a `Catalog`. Default: empty.
 
 A `Decision` has five NumPy arrays with one value per row:
@@ -23,8 +23,9 @@ A row with an `error` (an image that cannot be decoded) keeps its set: the calle
 
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split
-(`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake;
-images that are not kept for this reason exclude no others.
+(`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake.
+Images excluded for these labels do not count as images of a split, but still join the groups of the
+images that resemble them.
 
 `near_duplicates(phash, thumbnails)` takes uint64 (n,) and uint8 (n, 256) and returns pairs of rows,
 (m, 2). Both rows have equal perceptual hashes, or hashes that differ in at most `MAX_BITS` bits and

@@ -6,8 +6,9 @@ Main entries: two functions. They return nothing and leave the file as it is. Th
 
 - `check_content(path, suffix)` checks that the file is of the type that `suffix` names, such as
   ".zip"; "" means the suffix of `path`. It looks at the first bytes (in a zip archive, at the end).
-  A web page, which some servers send instead of the file, is refused, except as ".html" or ".htm".
-  If the type is unknown, anything else is accepted.
+  A web page (a file that begins with `<html` or `<!doctype html`), which some servers send instead
+  of the file, is refused, except as ".html" or ".htm". If the type of the suffix is unknown, every
+  file except a web page is accepted.
 - `check_hash(path, digest)` compares the file's SHA-256 with `digest`, the 64 hexadecimal digits
   (lower case) in the catalog.
 """

@@ -8,6 +8,13 @@ table with the columns `SAMPLES_SCHEMA`. There is one difference: instead of `sh
 tar, the table has `shard_code`, the position of this name in the tuple `shards`. `column(name)`
 returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake), `codes(name)` a
 column of names as (int32 codes, names), and `text(name, sample)` one value of a text column.
+`names(column, samples)` returns the names of some samples, `shard_path(sample)` the path of the tar
+with a sample, and `take(samples)` a `ShardSet` of these samples. A `ShardSet` also has:
+
+- `folders`, `shards`, `shard_samples`, `shard_bytes`, `shard_sha256`: one entry per tar: folder,
+  file name, number of samples, size and hash.
+- `sources`: a dict, source -> its entry in the index (license, policy, ...).
+- `sha256`: a hash of the indexes.
 
 `read_index(folder)` takes such a folder of one set and returns its `index.json` as a dict
 (sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set

@@ -14,14 +14,15 @@ and returns nothing.
   size in whole MiB, or None if it is not known; `f(n)` is called for n more MiB (a float).
 
 A `Remote` has the three last arguments of `ask()`, `size` (bytes, None if not known), `version`
-(the ETag, "" if there is none) and `partial` (the `Path` of the incomplete file). `download()`
-resumes any incomplete file that it finds. So the caller must keep the `version` of a download that
-was begun, and delete `partial` before the next one if the version is another or "".
+(the strong ETag, "" if there is none) and `partial` (the `Path` of the incomplete file).
+`download()` resumes any incomplete file that it finds. So the caller must keep the `version` of a
+download that was begun, and delete `partial` before the next one if the version is another or "".
 
-`download()` raises `FetchError` if bytes are missing, the content is wrong (the file is then
-deleted), or the response has no length and is not chunked. Errors of requests (no connection, an
-HTTP error) and `OSError` pass through. `ask()` raises only errors of requests, and of the HTTP
-errors only 429, 500, 502, 503 and 504.
+`download()` raises `FetchError` (a `ValueError`) if bytes are missing, the content is wrong (the
+file is then deleted), or the response has no length and is not chunked. Errors of requests (no
+connection, an HTTP error) and `OSError` pass through. `ask()` raises errors of requests. After an
+HTTP error other than 429, 500, 502, 503 and 504 it returns a `Remote` with `size` None and
+`version` "".
 
 `size_of(path)` returns the size of a file in bytes, or 0 if there is none. `MIB` is 2**20.
 """

@@ -13,7 +13,8 @@ Main entries; nothing is printed or written:
 Their arguments:
 
 - `catalog`: a `Catalog`, from `read_catalog([BUILT_IN])` of sharding/catalog.py, or of other files.
-- `raw`: the folder of the unpacked sources, a `Path`, or a `UPath` for an address.
+- `raw`: the raw folder, with a folder for each source as it was downloaded. A `Path`, or a `UPath`
+  for an address.
 - `packed`: a dict from the name of a source to a list of texts, one per shard set with images of
   this source, such as "val 1,200". Sources that are not packed may be absent.
 - `source`: a `Source`, `catalog.sources[name]`.

@@ -1,7 +1,7 @@
 """Write one shard of a set: a tar of images, its `.idx` file for DALI, and its rows of the index.
 
-Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` returns a `Written`
-(`name`, number of `samples`, `bytes`, `sha256`).
+Main entry: `write_shard(raw, folder, marks, name, fingerprint, samples)` returns a `Written` about
+the tar (`name`, number of `samples`, size in `bytes`, `sha256`).
 
 - `raw`, `folder` and `marks`: three existing folders as texts: of the raw data, of the set, and of
   the marks of finished shards.

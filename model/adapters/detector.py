@@ -22,10 +22,11 @@ folder or file, without its path. Further keywords, such as `sha256="..."`, iden
 `model/adapters/open.py` opens a detector by name.
 
 `predict(images, batch_size)`, inherited from `AnyDetector`, takes one image and returns a
-`Prediction`, or takes several and returns a list. `batch_size` (default 32) is how many are scored
-at a time. `stream()` takes several and yields one at a time. An image is a path, the bytes of a
-file, a Pillow image, an `ImageFile`, or a uint8 array (height, width, 3) in RGB or (height, width)
-in gray. Another type raises `TypeError`, another array `ValueError`.
+`Prediction`, or takes an iterable of images and returns a list. `batch_size` (default 32) is how
+many are scored at a time. `stream(images, batch_size, start)` takes an iterable and yields one at a
+time; `start` (default 0) is the number of images that the caller has left out. An image is a path,
+the bytes of a file, a Pillow image, an `ImageFile`, or a uint8 array (height, width, 3) in RGB or
+(height, width) in gray. Another type raises `TypeError`, another array `ValueError`.
 
 Fields of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of AI" below the band,
 "uncertain" in it, "likely AI" from its upper end on) and `error` ("": none). For an unreadable

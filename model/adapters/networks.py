@@ -13,11 +13,12 @@ of that name. All arguments but `name` may be left out:
   may have "uncertain" verdicts.
 
 Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(images)` takes one image
-or several (paths, bytes, Pillow images or uint8 arrays), and returns a `Prediction` (name,
-probability, verdict, error), or a list of them. An image that cannot be read has the verdict
-"unreadable". Its network is in a `NetworkJudge`: `prepare(image)` converts a Pillow image to the
-network's input, `score(prepared)` a list of such inputs to the probabilities of AI-generated,
-float64 (B,).
+(a path, the bytes of a file, a Pillow image or a uint8 RGB array) and returns a `Prediction` (name,
+probability of fake, verdict, error), or takes an iterable of images and returns a list. Its
+`stream(images)` takes an iterable and yields the predictions. An image that cannot be read has an
+`error`, the verdict "unreadable" and the probability None. Its network is in a `NetworkJudge`:
+`prepare(image)` converts a Pillow image to the network's input, `score(prepared)` a list of such
+inputs to the probabilities of AI-generated, float64 (B,).
 
 They raise `DetectorError` if the classifier cannot be downloaded or opened or has no safetensors
 file, if its labels do not say which of them mean AI-generated, or if a label of `fake_labels` does

@@ -1,7 +1,7 @@
 """Open any detector by its name: a checkpoint, an ONNX file or a third-party detector.
 
 Main entry: `load_any(name, checkpoint, opening, *, device, backend, threshold, heatmap)`. The last
-four may be left out.
+four, by keyword only, may be left out.
 
 - `name` (text or None): the value of `--detector`: `hf:OWNER/NAME`, `timm:NAME`, `hf:FOLDER` or
   `timm:FOLDER` (a local folder), `FILE.py` (with a function `predict`), `FILE.onnx`, or a
@@ -19,9 +19,17 @@ four may be left out.
   keeps it.
 - `heatmap` (bool, default False): True if heatmaps are wanted, which need a checkpoint.
 
-It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. Their `predict()` takes one image
-and returns a `Prediction` (name, probability, verdict, error), or takes several and returns a list;
-`stream()` yields the predictions.
+It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. An image is a path, the bytes of a
+file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height, width) in gray, or an
+`ImageFile`. Methods:
+
+- `predict(images, batch_size=32)` takes one image and returns a `Prediction`, or takes an iterable
+  of images and returns a list.
+- `stream(images, batch_size=32)` takes an iterable and yields the `Prediction`s one by one.
+
+A `Prediction` has `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI", "uncertain"
+or "likely AI") and `error` (""). An unreadable image has the reason as `error`, the verdict
+"unreadable" and the probability None.
 
 It raises `DetectorError` (a `ValueError`) if both `name` and `checkpoint` are given, if an option
 does not fit the kind, or if the detector cannot be used. It raises other kinds of `ValueError` for

@@ -9,10 +9,11 @@ Main entry: `open_file(path, *, trust, threshold)` runs a Python file and return
 - `threshold`: from 0 to 1. An image with this probability or more is "likely AI", any other "no
   sign of AI". None (the default) means 0.5; a calibration that is loaded later replaces it.
 
-The detector's `predict(images)` takes one image (path, bytes of a file, Pillow image or uint8
-array) and returns a `Prediction` (name, probability, verdict, error), or takes several and returns
-a list. An image that cannot be read, or for which the function returns NaN, has an `error`, the
-verdict "unreadable" and the probability None.
+The detector's `predict(images)` takes one image (a path, the bytes of a file, a Pillow image or a
+uint8 RGB array) and returns a `Prediction` (name, probability of fake, verdict, error), or takes an
+iterable of images and returns a list. Its `stream(images)` takes an iterable and yields the
+predictions. An image that cannot be read, or for which the function returns NaN, has an `error`,
+the verdict "unreadable" and the probability None.
 
 `open_file()` raises `DetectorError` if `trust` is false, or if the file is missing, fails or has no
 such function, and `ValueError` for a threshold outside 0 to 1.

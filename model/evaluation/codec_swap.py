@@ -29,14 +29,14 @@ It writes nothing and returns the entry `robustness` of `report.json`, a dict:
 - `containers`: a dict, "real" and "fake" -> the usual compression of this class, or None. The
   compression is a dict: the fields of `Container`, and `name`, such as "JPEG 90 420".
 
-A `Container` is the most common lossy format of a class (JPEG or WebP, with quality).
-`container_of(shards, samples)` returns the `Container` of these images (row numbers, int64), or
-None if none is lossy (images converted by the build do not count); then the other class is not
-re-encoded in this way. A `Swap` is one re-encoding. `plan_swaps(shards, samples)` returns the
-containers (a dict by class) and the list of swaps. `measure_swaps(perturbed, swaps, groups, *,
-temperature, threshold)` takes the `PerturbedScores`, the swaps and the `group_codes()` of the set.
-It returns a list with a dict per swap: `name`, `what`, `images`, `shift` per class, and the metrics
-`before` and `after`.
+A `Container` is the most common lossy compression of a class: `format` ("JPEG" or "WEBP"), `chroma`
+(such as "420"), `quality` and `share` (of the images of the class). `container_of(shards, samples)`
+returns the `Container` of these images (row numbers, int64), or None if none is lossy (images
+converted by the build do not count); then the other class is not re-encoded in this way. A `Swap`
+is one re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the
+list of swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
+`PerturbedScores`, the swaps and the `group_codes()` of the set. It returns a list with a dict per
+swap: `name`, `what`, `images`, `shift` per class, and the metrics `before` and `after`.
 """
 
 from collections.abc import Callable, Sequence

@@ -27,8 +27,9 @@ images (reference reals).
 
 `flips(before, after)` takes the same two tables. It returns a list with a `Flip` for each image
 whose verdict (fake or not, at each table's own threshold) changed, the largest change of the
-probability first. The fields `before` and `after` of a `Flip` are its probabilities; `fixed` is
-True if the verdict was wrong and is right now.
+probability first. A `Flip` has the texts `set`, `key`, `source` and `generator`; `label` (0 real, 1
+fake); `before` and `after`, the probabilities of fake; and `fixed`, True if the verdict was wrong
+and is right now.
 
 `count_flips(before, changed)` takes the earlier table and the list from `flips()`. It returns a
 list with a tuple per set and class: (set, "real" or "fake", images, flips to wrong, flips to

@@ -28,9 +28,10 @@ All fields of `Options` are set by keyword:
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default).
 
-A `PlannedSet` is one set to score: its samples, hash and split. `Reals` is a dict about the set
-whose real images give the false-positive rate of others: `set` (its name), `why` (a text) and
-`for_all` (True if it was asked for, so that it is used for all sets). `choose_reference(data,
+A `PlannedSet` is one set: `shards` (the samples to score, a `ShardSet`), `index_sha256` and `split`
+of the whole set, and `measured` (False if only its real images are used). `Reals` is a dict about
+the set whose real images give the false-positive rate of others: `set` (its name), `why` (a text)
+and `for_all` (True if it was asked for, so that it is used for all sets). `choose_reference(data,
 opened, asked)` returns the `Reals`, or None if none is needed or known: `opened` is a dict, name ->
 opened set, `asked` is as `reference_reals`. `trained_on(meta, hashes)` takes a checkpoint's meta
 and a dict, set name -> hash, and returns the names of sets that the checkpoint was trained on.

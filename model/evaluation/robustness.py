@@ -25,8 +25,9 @@ It returns `PerturbedScores`. An image that cannot be read or decoded is no erro
 the result of `group_codes(shards)`, the temperature (1.0: none), and the decision threshold on
 probabilities after the temperature. It returns a list with one dict per perturbation for
 `report.json`: `name`, `images`, the metrics (`FIGURES`) and their `intervals`, `flip_rate` (the
-share of changed verdicts), `shift` and more. `shift` is, per class, the mean change of the logit
-with its interval (a `Shift` as a dict). It raises `ValueError` without `ORIGINAL`.
+share of changed verdicts), `shift` and more. `shift` is, per class, a `Shift` as a dict: `images`,
+the `mean` change of the logit, its interval `low` to `high`, and `of_gap`, the change as a share of
+the gap between the classes. It raises `ValueError` without `ORIGINAL`.
 
 A `VariantScorer` has `dist` (a `DistEnv`) and two methods. `prepare(pixels)` preprocesses an image,
 uint8 (height, width, 3), after each perturbation; several threads call it. `column(variants)` takes
@@ -119,7 +120,7 @@ class Scorer:
     dist: DistEnv = field(default_factory=DistEnv)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """Preprocess an image, uint8 (height, width, 3), to uint8 (size, size, 3) RGB."""
+        """Preprocess an image, uint8 (height, width, 3), to uint8 (*preprocess.shape, 3)."""
         return pil.preprocess(pixels, self.preprocess)
 
     def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:

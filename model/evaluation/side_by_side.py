@@ -22,6 +22,7 @@ of a set from different sets (its reference reals).
            "generators": {generator: {run: recall at 5 % false positives, or null}},
            "stability": {"sources": n, "mean": rho, "least": rho} or null}}
 
+- `best`: may be `MEAN`.
 - `common`: thresholds that are the same for all runs. Each is the lowest at which at most 1 % (5 %)
   of the real images, counted over all runs together, are called fake; a single run can have more.
   It is null if the set has no real images. `MEAN` does not count.
@@ -35,9 +36,9 @@ class), `images_per_s` or null, and:
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
   the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
   "behind"}. `value` is null if the set lacks a class that the figure needs. `low` and `high` are
-  the ends of its interval, null if it depends on fewer than two groups of images. `behind` is the
-  interval [low, high] of this value minus that of the best run. It is null for the best run itself,
-  and where `low` is null;
+  the ends of its interval, null if it depends on fewer than two groups (images that are resampled
+  together). `behind` is the interval [low, high] of this value minus that of the best run. It is
+  null for the best run itself, and where `low` is null;
 - `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null where
   there are no images;
 - `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value"} or null;

@@ -373,7 +373,7 @@ def _preprocessed(
     images: Path | None, settings: Preprocess, unreadable: list[str]
 ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
     """Yield batches of preprocessed images: (by torch's resize, by Pillow's resize), each uint8
-    (B, size, size, 3). Without `images`, yield noise and None, because noise is not resized.
+    (B, *shape, 3). Without `images`, yield noise and None, because noise is not resized.
     """
     if images is None:
         noise = np.random.default_rng(0).integers(0, 256, (NOISE, *settings.shape, 3), np.uint8)

@@ -15,7 +15,8 @@ It writes the missing Arrow files, one per shard, and `backbone.json`. It return
 images computed on this rank (0 if no file is missing). A shard is written when it is complete, so
 an interrupted run resumes there. It raises `FeatureError` if a feature is not finite, or if the
 shard set contains only some samples of one of its shards; `LoadError` if the set cannot be loaded
-or too many images cannot be decoded; and `OSError` if a file cannot be written.
+or too many images cannot be decoded (both are `ValueError`s); and `OSError` if a file cannot be
+written.
 
 The fields of an `Embedder` are passed by keyword:
 

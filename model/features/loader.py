@@ -12,8 +12,8 @@ Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)`
 - `rank`, `world_size`: this process's rank (default 0) and the number of processes (default 1).
 - `epoch`: the order of the samples, an `Epoch` from `training_epoch()` or `evaluation_epoch()` in
   `pipeline/order.py`, made with the loader's `global_batch` (samples per step over all ranks).
-- `params_for`: an `EvalParams` or a `TrainParams` (`pipeline/params.py`). An `EvalParams`
-  selects the stored view 0, a `TrainParams` of epoch e the view e + 1.
+- `params_for`: an `EvalParams` or a `TrainParams` (`pipeline/params.py`). An `EvalParams` selects
+  the stored view 0, a `TrainParams` of epoch e the view e + 1.
 - `start`: the number of the step to begin with (default 0).
 
 `batches()` yields a `Batch` of `pipeline/batch.py` for each step, with B samples: `images` (the
@@ -22,13 +22,14 @@ could not be decoded, which must not count), `samples` (row numbers in `shards`)
 positions in `shards.codes("source")[1]`), `replayed` (True for samples of an old set, which phase 2
 mixes in and which count like the others), and `failures` (a dict, position in the batch -> reason).
 Errors are raised when the first batch is taken: `FeatureError` if features are missing or damaged,
-`LoadError` if the epoch has another batch size, and `TypeError` for another kind of `params_for`.
+`LoadError` if the epoch has another batch size (both are `ValueError`s), and `TypeError` for
+another kind of `params_for`.
 
 `open_scored(shards, preprocess, loading, device, *, dist, features)` returns a loader for
 evaluation, with the same `batches()`. It is a `FeatureLoader` if `features`, a `FeatureSource`, is
-given; else a loader of images, which are preprocessed by `preprocess` (a `Preprocess`). `dist` is
-this process's rank, a `DistEnv`, or None for a single process. `dist` and `features` default to
-None. It raises `LoadError` if the images cannot be loaded.
+given; else a loader of images, which are preprocessed by `preprocess` (a `Preprocess`). `dist` is a
+`DistEnv` (rank and number of processes), or None for a single process. `dist` and `features`
+default to None. It raises `LoadError` if the images cannot be loaded.
 """
 
 from collections.abc import Iterator

@@ -20,17 +20,18 @@ It returns an `ImageDetector`. It raises `CheckpointError` or `BackboneError` if
 the backbone of a shipped detector cannot be used, and another `ValueError` for weights that do not
 fit, or an impossible device, backend or threshold.
 
-The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
-array) and returns a `Prediction`, or takes several and returns a list; `batch_size` is 32 by
-default. A `Prediction` has the `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI",
-"uncertain" or "likely AI"), and `error`; an unreadable image has an `error`, the verdict
-"unreadable" and the probability None. Another type raises TypeError, an array of another shape or
-dtype ValueError.
+The detector's `predict(images, batch_size)` takes one image and returns a `Prediction`, or takes an
+iterable of images and returns a list; `batch_size` is 32 by default. An image is a path, the bytes
+of a file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height, width) in gray, or an
+`ImageFile`. A `Prediction` has the `name`, `probability` of fake (0 to 1), `verdict` ("no sign of
+AI", "uncertain" or "likely AI"), and `error` (""); an unreadable image has the reason as `error`,
+the verdict "unreadable" and the probability None. Another type raises TypeError, an array of
+another shape or dtype ValueError.
 
-`stream(images, batch_size, start)` takes any number of images and yields one `Prediction` at a
-time. To continue an interrupted list, pass only the remaining images, and as `start` how many were
-done (default 0). A batch must begin there, else ValueError: the first batches have 1, 4, 16, 64,
-... images, until `batch_size` is reached, and all later ones have `batch_size`.
+`stream(images, batch_size, start)` takes an iterable, which may be endless, and yields one
+`Prediction` at a time. To continue an interrupted list, pass only the remaining images, and as
+`start` how many were done (default 0). A batch must begin there, else ValueError: the first batches
+have 1, 4, 16, 64, ... images, until `batch_size` is reached, and all later ones have `batch_size`.
 
 `preprocess_file(image)` returns the network's input, uint8 (*shape, 3) with `shape` of
 `detector.preprocess`, and raises `DecodeError` or OSError if the image cannot be read.
@@ -114,7 +115,7 @@ class ImageDetector(AnyDetector):
             yield from self._score(names, pixels, failures)
 
     def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
-        """Return the network's input for an image: uint8 (size, size, 3) RGB.
+        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB.
 
         Raises:
             DecodeError, OSError: the image cannot be read.
@@ -123,9 +124,9 @@ class ImageDetector(AnyDetector):
             return pil.preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the probability of fake of preprocessed images, uint8 (B, size, size, 3): float64
-        (B,), NaN where the network's output is not finite. Equal to `predict` to the last bit, for
-        a batch of the same size.
+        """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
+        float64 (B,), NaN where the network's output is not finite. Equal to `predict` to the last
+        bit, for a batch of the same size.
         """
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         with evaluating(self.net):
@@ -216,7 +217,7 @@ class ImageDetector(AnyDetector):
 
 
 class _Group(NamedTuple):
-    """Images scored together: uint8 (B, size, size, 3). The rows in `failures` are black."""
+    """Images scored together: uint8 (B, height, width, 3). The rows in `failures` are black."""
 
     names: Sequence[str]
     pixels: torch.Tensor

@@ -1,11 +1,12 @@
 """Compute a heatmap of an image: which parts raised the detector's score for AI.
 
 Main entry: `heatmap(detector, image)` takes an `ImageDetector` (a loaded checkpoint, from
-`load_detector()`) and an image: a path, the bytes of a file, a Pillow image, or a uint8 array
-(height, width, 3) in RGB. It returns uint8 (*detector.preprocess.shape, 3) RGB: the network's input
-in gray, with red where it raised the score. A detail crop is below the first crop. It raises
-`DecodeError` or `OSError` for an unreadable image, and `ExplainError` if the network has no feature
-map or patches, or captum is not installed. `MEANING` is the explanation to show with a heatmap.
+`load_detector()`) and an image: a path, the bytes of a file, a Pillow image, a uint8 array (height,
+width, 3) in RGB or (height, width) in gray, or an `ImageFile`. It returns uint8
+(*detector.preprocess.shape, 3) RGB: the network's input in gray, with red where it raised the
+score. A detail crop is below the first crop. It raises `DecodeError` or `OSError` for an unreadable
+image, and `ExplainError` if the network has no feature map or patches, or captum is not installed.
+`MEANING` is the explanation to show with a heatmap.
 
 `attribution(detector, image)` returns the network's input and the raw values per cell, float32
 (rows, columns), positive where the cell raised the score; `overlay(preprocessed, cells)` takes

@@ -1,26 +1,27 @@
 """Find the images to predict in files, folders, patterns, archives and shard sets.
 
-Main entries, two generators of `ImageFile`s:
+Main entries, two generators:
 
 - `find_images(paths, excluded)` takes an iterable of paths or patterns as texts, such as a list.
-  The iterable may be endless, such as the lines of a pipe. Images are yielded one by one. A file
-  that is itself one of the paths is yielded whatever its suffix, unless it is an archive.
-- `watch(folder, excluded)` takes the path of one folder as text. It yields a list of images, once a
-  second without end: those that are new or changed, complete (unchanged for 2 seconds) and not
-  empty. The first list has those already there. A list may be empty.
+  The iterable may be endless, such as the lines of a pipe. It yields `ImageFile`s one by one. Each
+  match of a pattern is treated like a path of its own. A file that is one of the paths is yielded
+  whatever its suffix, unless it is an archive.
+- `watch(folder, excluded)` takes the path of one folder as text. It yields a list of `ImageFile`s,
+  once a second without end: those that are new or changed, complete (unchanged for 2 seconds) and
+  not empty. The first list has those already there. A list may be empty.
 - `excluded`: an empty `Counter` that the caller gives. Both count skipped files in it: reason
   (text) -> number of files. A hidden folder counts as one file; what is skipped in a shard set is
   not counted. `watch()` counts anew in each scan.
 
 An `ImageFile` has a `name`, a text, and `read()`, which takes no arguments and returns the bytes.
-The name is the path: of a file that is itself one of the paths, as it was given; of a file in a
-folder, the folder and the path below it; of an image in an archive, the archive, `/` and the path
-in it.
+The name is: of a file that is one of the paths, this path as it was given; of a match of a pattern,
+the path that was found; of a file in a folder, the folder and the path below it; of an image in an
+archive, the archive, `/` and the path in it.
 
 Folders are searched with their subfolders. Hidden files and links to folders are skipped. An
 archive in a folder is skipped, except that `find_images()` reads the tars of a shard set. It also
-reads an archive that is itself one of the paths. `watch()` yields no image of an archive, except
-that a damaged tar of a shard set is yielded as a file that cannot be read.
+reads an archive that is one of the paths, or a match. `watch()` yields no image of an archive,
+except that a damaged tar of a shard set is yielded as a file that cannot be read.
 
 A file that cannot be read is yielded too: its `read()` raises `DecodeError` or `OSError`. So is a
 path of `find_images()` that does not exist, or a pattern that matches nothing. If the folder of
@@ -28,7 +29,7 @@ path of `find_images()` that does not exist, or a pattern that matches nothing. 
 
 `is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
 whether a path has the suffix of a compressed tar, and `is_image(name)` whether a name has the
-suffix of an image. The names of a folder are sorted in portions of `RUN`.
+suffix of an image. At most `RUN` names of a folder are sorted at a time.
 """
 
 import glob

@@ -12,9 +12,10 @@ It returns an `OnnxDetector`. It raises `OnnxError` (a `ValueError`) if ONNX Run
 there is no such file, or if the file cannot be read or is no such export. It raises another
 `ValueError` for an impossible device or threshold.
 
-The detector's `predict(images, batch_size)` takes one image (path, bytes, Pillow image or uint8 RGB
-array) and returns a `Prediction`, or takes several and returns a list. `stream(images, batch_size,
-start)` takes several and yields one `Prediction` at a time.
+The detector's `predict(images, batch_size)` takes one image and returns a `Prediction`, or takes an
+iterable of images and returns a list. `stream(images, batch_size, start)` takes an iterable and
+yields one `Prediction` at a time. An image is a path, the bytes of a file, a Pillow image, a uint8
+array (height, width, 3) in RGB or (height, width) in gray, or an `ImageFile`.
 
 - `batch_size`: the largest number of images that are scored together (default 32). The batches have
   1, 4, 16, ... images, then always `batch_size`.
@@ -114,7 +115,7 @@ class OnnxDetector(AnyDetector):
             yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 
     def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
-        """Return the network's input for an image: uint8 (size, size, 3) RGB.
+        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB.
 
         Raises:
             DecodeError, OSError: the image cannot be read.
@@ -123,8 +124,8 @@ class OnnxDetector(AnyDetector):
             return preprocess(pixels, self.preprocess)
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the probability of fake of preprocessed images, uint8 (B, size, size, 3): float32
-        (B,).
+        """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
+        float32 (B,).
         """
         return self.session.run(["probability"], {"images": pixels})[0]
 

@@ -12,13 +12,15 @@ that of `load_detector()` (see `docs/python.md`).
 It returns a `Prediction`, or a list of them for an iterable: `name`, `probability` of fake (0 to 1,
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (the
 reason why an image is unreadable, else ""). A wrong type raises `TypeError`, a wrong array
-`ValueError`. Subclasses define `stream()`, which yields the predictions one by one.
+`ValueError`. Subclasses define `stream(images, batch_size)`, which takes an iterable and yields the
+predictions one by one.
 
-`DecisionRule` has the threshold, band and verdict of a detector. Its `at_rates(max_fpr, max_miss)`
-returns a copy of the detector with the band for these highest error rates. None, the default of
-both, keeps that end of the band in use. `at_rates()` raises `ValueError` if a rate is not above
-0 and below 0.5, or if the detector has no threshold for it. `band_from(threshold)` returns the band
-(threshold, threshold), without *uncertain*, and None for None.
+`DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
+`verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
+detector with the band for these highest error rates. None, the default of both, keeps that end of
+the band in use. `at_rates()` raises `ValueError` if a rate is not above 0 and below 0.5, or if the
+detector has no threshold for it. `band_from(threshold)` returns the band (threshold, threshold),
+without *uncertain*, and None for None.
 
 `as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded `Pixels`. An
 image that has no name is called `image <index>`. `as_file(image, index)` turns a path or bytes into

@@ -21,9 +21,9 @@ It returns a locked `ResultsFile`. On disk it is named `partial_of(path)`; `fini
 `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
 `line()`, and in a new table first `write(header("table"))`. A new CSV file has its header already,
 JSON lines need none. `name in file` says whether an image of this name had a row when the file was
-opened. `ResultsError` is raised if the file exists (without `resume`), another process writes it,
-its folder is missing, or it was made by another detector, threshold or format; `OSError` if it
-cannot be written.
+opened, and `unreadable` is the number of those rows without a verdict. `ResultsError` is raised if
+the file exists (without `resume`), another process writes it, its folder is missing, or it was made
+by another detector, threshold or format; `OSError` if it cannot be written.
 """
 
 import csv

@@ -13,19 +13,24 @@ new ones as they appear, without end.
 A `Run` takes:
 
 - `detector`: a loaded detector, such as that of `load_detector()`,
-- `output`: the format of the lines, "table", "csv" or "jsonl"; with `out`, it must be the format
-  that `open_results()` got,
+- `output`: the format of the lines, "table", "csv" or "jsonl"; if `out` is given, the same as was
+  given to `open_results()`,
 - `out`: a `ResultsFile` from `open_results()` of `model/inference/results.py`, which the caller
   finishes and closes; None (the default) for standard output, without a header,
 - `heatmaps`: `Path` of the folder for heatmaps (made if missing), for an `ImageDetector` only; None
   (the default) for no heatmaps,
 - `trust`: the `TrustList` of C2PA signers; None (the default): no signer is trusted.
 
-Both functions return nothing; the `Run` counts the images by verdict (`verdicts`), the files left
-out, by reason (`excluded`), the images already in the results file (`skipped`) and the heatmaps not
-written (`undrawn`). An unreadable image, or a path that does not exist, gets a line with the
-reason. `OSError` is raised if a result cannot be written, and `ExplainError` if a heatmap cannot be
-computed.
+`predict_all()` returns nothing; `predict_as_they_come()` never returns. An unreadable image, or a
+path that does not exist, gets a line with the reason. `OSError` is raised if a result cannot be
+written, or a heatmap for another reason than that of `undrawn` (a full disk), and `ExplainError` if
+a heatmap cannot be computed. Errors of the detector pass through. The `Run` counts:
+
+- `verdicts`: images by verdict.
+- `excluded`: files left out, by reason.
+- `skipped`: images already in the results file.
+- `undrawn`: heatmaps that could not be written because the image's name is not possible as a file
+  name. This is logged as a warning, and raises no error.
 
 `draw_heatmap(detector, name, data, folder)` takes the name and the bytes of an image, and writes
 its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `named(paths)` yields these

@@ -20,7 +20,9 @@ list that cannot be used. Anybody can make a certificate in any name, for exampl
 a list of trust anchors (certificates of authorities that verify their signers) shows which signer
 is genuine.
 
-Three functions return a `TrustList` or raise `TrustListError`:
+A `TrustList` has `name`, `pem` (the certificates as text), `anchors` (their number), `sha256` (of
+the file), `fetched` (day of the download; None for a file that the user named) and `describe()`,
+which returns one line. Three functions return one or raise `TrustListError`:
 
 - `read_trust_list(path, origin)` reads a PEM file. `origin` is the name of the option with the path
   (default `--trust-list`), for error messages.

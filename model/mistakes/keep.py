@@ -19,7 +19,7 @@ nothing.
 
 It returns a `Kept`: `kept` (whether there is an entry now), `label_was` (the former label if it has
 changed, else None) and `text` (one line). `read_mistakes(folder)` returns all entries as a list of
-`Mistake`.
+`Mistake`; it and `Verdict` have the fields of the JSON below.
 
 Both functions raise `OSError` if the folder cannot be read or written, and `MistakeError` (a
 `ValueError`) if an entry is damaged or there are too many entries. `keep_mistake()` also raises

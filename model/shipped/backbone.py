@@ -3,9 +3,9 @@
 Main entries: `locate(spec, folder)` returns the path of the backbone in the cache and its SHA-256.
 `read_backbone(spec, folder)` verifies this file and returns its tensors, a dict by name.
 
-- `spec`: a `BackboneSpec`: the files that contain the backbone. `spec_of(meta, where)` makes it
-  from a checkpoint's parsed `meta.json`; it is None if the weights include the backbone. The text
-  `where` names the file in errors.
+- `spec`: a `BackboneSpec`: a list of files, each with the whole backbone, of which one is needed.
+  `spec_of(meta, where)` makes it from a checkpoint's parsed `meta.json`; it is None if the weights
+  include the backbone. The text `where` names the file in errors.
 - `folder`: the `Path` of the checkpoint, which is named in errors.
 
 Both raise `MissingError` if the file must be fetched first (`model/shipped/fetch.py`); its
@@ -28,10 +28,10 @@ in the entry replace those of `meta.json`; {} replaces none.
 `with_calibration(meta, spec, sha256)` returns the meta with the calibration for the backbone file
 of this hash. `recalibrated(meta, changes, spec, folder)` returns the meta with `changes` (a dict,
 key -> new value). If the cached backbone file has its own values in `tested`, changes of the
-calibration go there. `with_backbone_inside(meta)` returns the meta for a copy that includes the
-backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files about a
-checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are backbones that
-can be fetched by timm's name.
+calibration go there. It raises the errors of `locate()`. `with_backbone_inside(meta)` returns the
+meta for a copy that includes the backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns
+the folder for files about a checkpoint: that of its run, or for a shipped detector one below
+`runs`. `KNOWN` are backbones that can be fetched by timm's name.
 """
 
 import re

@@ -2,10 +2,11 @@
 
 Main entry: `convert(data)` takes the bytes of the ONNX file and returns a dict, name -> float32
 array. It raises `ConvertError` (a `ValueError`) if the bytes are no ONNX file or lack a parameter,
-also one of a layer. The number of layers is not checked. The input is ONNX Runtime's dynamic
-quantization of transformers' `CLIPVisionModel`: each linear layer has int8 weights (in, out) with a
-scale and a zero point per output channel; all other parameters are float32. The output has the
-names of timm's `VisionTransformer`, without the projection to the joint image-text space.
+inside or outside of the layers. A file with fewer layers is not noticed. The input is ONNX
+Runtime's dynamic quantization of transformers' `CLIPVisionModel`: each linear layer has int8
+weights (in, out) with a scale and a zero point per output channel; all other parameters are
+float32. The output has the names of timm's `VisionTransformer`, without the projection to the joint
+image-text space.
 
 `dequantized(whole, scale, zero)` converts the integers (in, out) of one layer to float32 (out, in).
 `timm_names(arrays)` takes all arrays by transformers' names and returns them by timm's; it raises

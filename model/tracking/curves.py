@@ -2,11 +2,12 @@
 
 Main entry: `draw(run, out)` takes the `Path` of a run's folder (it reads `metrics.jsonl` there) and
 the `Path` of a PNG file, in an existing folder. It writes the PNG and returns the last logged step,
-an int. A dotted line in the plot marks the best checkpoint.
+an int. A dotted line in the plot marks the best checkpoint, if there is one.
 
 It raises `CurvesError` (a `ValueError`) if the folder is no run or no training step is logged yet,
-and another `ValueError` if `metrics.jsonl`, `baseline_metrics.json` or the `meta.json` of the best
-checkpoint is damaged.
+and another `ValueError` if `metrics.jsonl`, `baseline_metrics.json` or the `meta.json` of a
+checkpoint is damaged. It raises `KeyError` if a row lacks a figure, and `OSError` if the PNG cannot
+be written.
 """
 
 import json

@@ -16,9 +16,10 @@ the rows to the disk. On several ranks, only rank 0 makes a `History`.
 
 `rows_of(folder)` returns the rows of `metrics.jsonl` as a list of dicts, each also with `step` and
 `kind`. It raises `FileNotFoundError` if there is no file. It and `History` raise `ValueError` if
-the file does not begin with a row with `step` and `kind`, or if rows follow a damaged line. An
-incomplete end, left by a kill, is ignored. `scalars_of(kind, row)` returns a dict, `kind/name` ->
-value, as TensorBoard and the tracker get it; values that are None are left out.
+the file does not begin with a row with `step` and `kind`, or if rows follow a damaged line;
+`History` also for such a `removed.jsonl`. An incomplete end, left by a kill, is ignored.
+`scalars_of(kind, row)` returns a dict, `kind/name` -> value, as TensorBoard and the tracker get it;
+values that are None are left out.
 """
 
 import itertools

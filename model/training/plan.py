@@ -13,6 +13,7 @@ Main entry: `plan(recipe, data, runs, *, init_from, device, dist)`. The last thr
 It returns a `RunPlan`, which has these and more fields:
 
 - `resumed`: the `Path` of the run's last undamaged checkpoint, to resume from; None for a new run.
+- `folder`: the `Path` of the run's folder. `finished`: whether the run is over (bool).
 - `done`: the number of steps that were made before `resumed` was saved; 0 for a new run.
 - `steps`: the number of steps of the whole run.
 - `weights`: the `Weights` that are loaded first, with their `kind` and `path`.

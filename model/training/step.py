@@ -23,8 +23,9 @@ stops the run.
 `not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
 EMA, that is not finite, or None; frozen weights are not checked. `average_of(net)` returns a copy
 of a network for the EMA. `wrap_ddp(train_state)` returns the network, wrapped in
-`DistributedDataParallel` on several ranks. `TrainState.shown` is the network that is validated and
-saved: the EMA, or without one the network.
+`DistributedDataParallel` on several ranks. A `TrainState` has `net`, `optimizer`, `scaler`,
+`device`, `dtype`, `dist`, `ema` and `teacher` (networks, or None), and `bad_step` (-1: none). Its
+`shown` is the network that is validated and saved: the EMA, or without one the network.
 """
 
 import contextlib

@@ -31,7 +31,8 @@ as above. The last four may be left out.
   only for their metrics.
 
 Both main entries raise `ValueError` or a subclass for sets or scores that cannot be used. `Gain`
-has the highest `selection` so far and counts validations since then.
+has the `highest` selection so far, the `step` that reached it first, and `validations_since`. Its
+`after(step, selection)` returns the `Gain` after one more validation.
 
 `remembered(path, find, first)` returns the `Validation` in a JSON file (`Path`). If there is no
 file, it calls `find()`, which returns a `Validation`, and returns that. `first` is True on rank 0

@@ -1,12 +1,24 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet`. `seed` determines folds and
-trees. It calls `on_step(1)` `steps_of(shards)` times, and raises ValueError without scikit-learn.
-It returns an `Audit` of AUROCs (`Estimate`; None: too few groups in a class): `pooled` (all
-images), `across` (each source, by a classifier of the others), `source_name` (by the name alone),
-dicts `sources` (`within` it; `from_others` as `across`) and `features` (`alone`; `drop`: loss when
-shuffled); `shortcuts` (values that predict the label), `notes`, `verdict` (little, some, strong,
-unknown). `write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
+Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` and returns an `Audit`.
+`seed` determines folds and trees. `on_step` is a function that is called with 1 after each of at
+most `steps_of(shards)` steps (default: does nothing). ValueError is raised without scikit-learn.
+
+An `Estimate` is an AUROC (`auroc`, 0.5 for guessing) with its 95 % interval (`low`, `high`), or
+None if a class has too few groups. Fields of an `Audit`:
+
+- `samples`, `reals`, `fakes`: numbers of images.
+- `pooled`: the `Estimate` over all images.
+- `across`: the same, each source scored by a classifier fitted on the others.
+- `source_name`: the `Estimate` of the source's name. It and `across` are None for a single source.
+- `sources`: dict, source -> `SourceAudit`: `reals`, `fakes`, `within` (classifier of this source),
+  `from_others` (as `across`), `note` (why `within` is None). Names after the 250 most frequent
+  share the entry "others".
+- `features`: dict, feature -> `FeatureAudit`: `alone`, and `drop`, the AUROC lost by shuffling it.
+- `shortcuts`: values that predict the label: `feature`, `value`, `images`, `fake_share` (0 to 1).
+- `verdict`: little, some, strong or unknown. `notes`: texts on how to read the figures.
+
+`write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
 """
 
 import functools
@@ -37,12 +49,10 @@ from storage import AnyPath, write_text
 AUDIT_VERSION = 3
 """Version of `report.json`. It increases when a name or its meaning changes."""
 
-
 MIN_GROUPS = 30
 """Groups per class below which guessing cannot be distinguished from a shortcut. An AUROC on fewer
 groups is given only if it is above 0.5 and its interval is no wider than that of guessing on this
-many groups.
-"""
+many groups."""
 
 NAMED_SOURCES = 6
 """Number of sources of one class that a note names. Further ones are counted."""
@@ -58,8 +68,8 @@ _PERMUTED = 20_000  # largest number of held-out samples per fold for permutatio
 
 @dataclass(frozen=True)
 class Estimate:
-    """AUROC, 0 to 1 (0.5 for guessing), and its 95 % interval. The interval ignores the variation
-    between splits into folds, so on a few hundred images it is somewhat too narrow.
+    """AUROC and its 95 % interval, which ignores the variation between splits into folds: on a few
+    hundred images it is somewhat too narrow.
     """
 
     auroc: float
@@ -73,9 +83,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceAudit:
-    """One source: the AUROC of metadata within it, and of a classifier fitted on all other sources.
-    `note` is the reason if an AUROC is None, else empty.
-    """
+    """Result for one source. `note` is the reason if `within` is None, else empty."""
 
     reals: int
     fakes: int
@@ -86,8 +94,7 @@ class SourceAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureAudit:
-    """One feature: the AUROC of a classifier of this feature alone, and `drop`, how much AUROC the
-    full classifier loses on held-out folds when the feature's values are shuffled. The drop is
+    """Result for one feature. `drop` is measured with the full classifier on held-out folds. It is
     small if other features have the same information.
     """
 
@@ -97,9 +104,7 @@ class FeatureAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class Shortcut:
-    """A metadata value that predicts the label, and its share of fakes, 0 to 1. Only common values
-    are listed, those whose share differs most from that of the set.
-    """
+    """A common value whose share of fakes differs much from that of the set."""
 
     feature: str
     value: str
@@ -118,12 +123,7 @@ class Shortcut:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Report on one set.
-
-    `pooled` is the AUROC of metadata over all samples, `across` that on sources that the classifier
-    was not fitted on, `source_name` that of the source's name alone. An estimate is None if a class
-    is missing or too small, and `notes` give the reason.
-    """
+    """Report on one set."""
 
     samples: int
     reals: int

@@ -25,11 +25,12 @@ to the number of real images without a partner. Files below `out`:
 Errors:
 
 - `ShardError`: the set is missing, damaged or without an image to pair; or the name of a source is
-  no folder name; or `out` has pairs of another set, decoder or `max_megapixels` (see started.json),
-  or files of unknown origin.
+  no folder name; or `out` has pairs of another set, decoder, `max_megapixels` or `VERSION` (see
+  started.json), or files of unknown origin; or started.json is damaged.
 - `DecoderError`: the GPU has not enough memory, or the decoder's result is no image. Other errors
   of torch are raised as they are.
-- `CatalogError`: a name is too long.
+- `CatalogError`: a name is too long. This is found at the end, when all images are made.
+- `DecodeError`: this machine does not decode a packed image.
 - `OSError`: a file cannot be read or written, or another run writes the same pairs.
 
 Complete pairs are not made again. The two images of a pair are one group (related images, which
