@@ -16,7 +16,8 @@ Main entry: `main()`, the click command. Options:
 - `--detector`: any detector: what `--checkpoint` takes, an .onnx file, hf:OWNER/NAME, timm:NAME or
   a Python file, which `--trust` (no value) allows to run.
 - `--fake-label`: the label of an hf: or timm: detector that means fake; may be repeated.
-- `--onnx FILE`: the same as `--detector FILE`, meant for an .onnx file of `python -m model export`.
+- `--onnx FILE`: the same as `--detector FILE`, for an ONNX file of `python -m model export` whose
+  name may end in anything.
 - `--out FILE`: file for the results, which are then not printed. If it, or FILE.partial, exists,
   `--resume` is needed (else exit code 2). Its name ends in .partial until it is complete.
 - `--format`: table, csv or jsonl (default: by the suffix of FILE, else table).
@@ -51,7 +52,7 @@ import console
 import interrupts
 from model.inference import fitness, inputs, results
 from model.inference.run import Run, predict_all, predict_as_they_come
-from model.inference.signatures import read_trust_list, usual_trust_list
+from model.inference.signatures import TrustList, read_trust_list, usual_trust_list
 
 if TYPE_CHECKING:
     from model.inference.run import Loaded
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 CONFLICTS = {
     "threshold": ("max_fpr", "max_miss"),
-    "onnx": ("checkpoint", "detector", "heatmap"),
+    "onnx": ("checkpoint", "detector", "heatmap", "trust", "fake_labels"),
     "label": ("output", "out", "resume", "heatmap", "watch", "trust_list", "batch_size"),
 }
 """Parameter of an option -> parameters of the options that it cannot be combined with."""
@@ -174,19 +175,21 @@ def main(
     """
     output = output or _format_of(out)
     _check(output)
-    try:
-        anchors = read_trust_list(trust_list) if trust_list else usual_trust_list()
-    except ValueError as error:
-        raise NotStarted(str(error)) from error
+    anchors = _trust_list(trust_list)
     console.log.info("loading the detector")
     try:
         from model.adapters.open import Opening, load_any
 
         opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
-        loaded = load_any(
-            str(onnx) if onnx else detector, checkpoint, opening, device=device, backend=backend,
-            threshold=threshold, heatmap=heatmap is not None,
-        )  # fmt: skip
+        if onnx:
+            from model.inference.onnx_detector import load_onnx
+
+            loaded: Loaded = load_onnx(onnx, device=device, threshold=threshold)
+        else:
+            loaded = load_any(
+                detector, checkpoint, opening, device=device, backend=backend, threshold=threshold,
+                heatmap=heatmap is not None,
+            )  # fmt: skip
         if max_fpr is not None or max_miss is not None:
             loaded = loaded.at_rates(max_fpr, max_miss)
         file = results.open_results(out, output, loaded.identity, resume) if out else None
@@ -218,6 +221,14 @@ def _format_of(out: Path | None) -> str:
     """Return the output format for the suffix of the results file: `csv`, `jsonl` or `table`."""
     suffix = out.suffix.lower() if out else ""
     return {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "table")
+
+
+def _trust_list(file: Path | None) -> TrustList | None:
+    """Read the trust list `file`, or the usual one, before a detector is loaded."""
+    try:
+        return read_trust_list(file) if file else usual_trust_list()
+    except ValueError as error:
+        raise NotStarted(str(error)) from error
 
 
 def _report_mistakes(

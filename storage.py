@@ -10,7 +10,7 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 - `write_atomically(path, write)` calls `write(partial)` with the `Path` of a temporary file, which
   `write` fills, then renames or uploads the file, so that `path` is missing, old or complete, never
   partial. The folder of `path` must exist, except in an object store. `OSError` is raised if
-  writing fails (for an address also other errors of its client), and what `write` raises.
+  writing fails (for an address also for other errors of its client), and what `write` raises.
 - `write_text(path, text)` and `write_bytes(path, data)` write a whole file in this way.
 - `atomic_folder(path, *, replace=False)` is a context manager for a `Path`: it yields a temporary
   folder to fill, and publishes it as `path` if the block ends without an error.
@@ -124,11 +124,14 @@ def check_reachable(path: AnyPath) -> None:
     try:
         path.exists()
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(
-            f"{path} does not answer: {reason}; check the address, your credentials for it and the "
-            "network"
-        ) from error
+        raise _remote_error(path, "does not answer", error) from error
+
+
+def _remote_error(path: AnyPath, fault: str, error: Exception) -> OSError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return OSError(
+        f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
+    )
 
 
 def is_local(path: AnyPath) -> "TypeIs[Path]":
@@ -194,7 +197,7 @@ def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     Its mode follows the umask.
 
     Raises:
-        OSError: from `write`; if the disk is full, the message names `path`.
+        OSError: from `write`, or an upload failed; if the disk is full, the message names `path`.
     """
     with naming(path):
         _write_atomically(path, write)
@@ -218,7 +221,12 @@ def _write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
             partial = Path(folder) / path.name
             write(partial)
             # An object store shows an object only when its upload is complete.
-            path.fs.put_file(str(partial), path.path)
+            try:
+                path.fs.put_file(str(partial), path.path)
+            except OSError:
+                raise
+            except Exception as error:  # such as botocore's NoCredentialsError
+                raise _remote_error(path, "could not be written", error) from error
         return
     partial = partial_of(path)
     try:

@@ -8,7 +8,7 @@ Main entry: `main()`, this click command. A small network with random weights is
 it, and `predict.py` scores images on the device and on the CPU. The scores themselves mean nothing:
 the network trains for seconds. A script that fails does not stop the other steps. After the last
 step, the command then fails with the names of the failed steps. If `predict.py` wrote no CSV file,
-it ends with FileNotFoundError at the comparison. Start it in the root folder of the project, or
+nothing is compared. Start it in the root folder of the project, or
 with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
@@ -25,9 +25,8 @@ it prints its next line. `stop_at` is the number of a training step, or None: on
 logged, the script gets SIGTERM, and the dict has `seconds_to_stop`, from the signal to the end.
 
 `compare(device_csv, cpu_csv)` takes the `Path`s of two CSV files of `predict.py` on the same
-images, of which at least one has a probability in both. It returns a dict: how far the
-probabilities are apart (mean, p99, max), how many verdicts differ, and which files only one of the
-two could read.
+images. It returns a dict: how far the probabilities are apart (mean, p99, max; None if no image has
+one in both), how many verdicts differ, and which files only one of the two could read.
 """
 
 import csv
@@ -84,19 +83,20 @@ def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
         with path.open(newline="", encoding="utf-8") as stream:
             tables.append({row["path"]: row for row in csv.DictReader(stream)})
     device, cpu = tables
-    scored = [path for path in device if device[path]["probability"] and cpu[path]["probability"]]
-    apart = np.array(
+    both = [path for path in device if path in cpu]  # one run may have ended early
+    scored = [path for path in both if device[path]["probability"] and cpu[path]["probability"]]
+    apart = np.abs(
         [float(device[path]["probability"]) - float(cpu[path]["probability"]) for path in scored]
     )
     differs = [path for path in scored if device[path]["verdict"] != cpu[path]["verdict"]]
-    one_side = [path for path in device if bool(device[path]["error"]) != bool(cpu[path]["error"])]
+    one_side = [path for path in both if bool(device[path]["error"]) != bool(cpu[path]["error"])]
     return {
         "files": len(device),
         "scored by both": len(scored),
         "probability apart": {
-            "mean": float(np.abs(apart).mean()),
-            "p99": float(np.percentile(np.abs(apart), 99)),
-            "max": float(np.abs(apart).max()),
+            "mean": float(apart.mean()) if scored else None,
+            "p99": float(np.percentile(apart, 99)) if scored else None,
+            "max": float(apart.max()) if scored else None,
         },
         "verdicts differ": len(differs),
         "refused on one side": {
@@ -158,7 +158,9 @@ def main(
             "predict.py", *files, "--checkpoint", str(checkpoint), "--device", device,
             "--out", str(work / f"{device}.csv"),
         ))  # fmt: skip
-    keep("device beside CPU", compare(work / "auto.csv", work / "cpu.csv"))
+    tables = work / "auto.csv", work / "cpu.csv"
+    if all(path.exists() for path in tables):
+        keep("device beside CPU", compare(*tables))
     if bad := [name for name, row in rows.items() if row.get("rc") not in (None, 0)]:
         expected = rows["train until SIGTERM"]["rc"] == 130
         if bad != ["train until SIGTERM"] or not expected:

@@ -32,6 +32,7 @@ Functions (paths must be absolute, because stages run in the project's folder):
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from pathlib import Path
 import click
 
 import console
+import interrupts
 from benchmarks.loader import SOURCE
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
@@ -138,6 +140,8 @@ def pack(images: Path, work: Path, count: int, jobs: int) -> None:
         folder = work / "raw" / f"part{index // 2 % parts:02d}" / label
         (folder / f"{index:06d}.jpg").write_bytes(data[:2] + segment + data[2:])
 
+    for old in (work / "raw").glob("part[0-9]*/*/[0-9][0-9][0-9][0-9][0-9][0-9].jpg"):
+        old.unlink()  # of an earlier call, which may have written more
     for part in range(parts):
         for label in ("real", "fake"):
             (work / "raw" / f"part{part:02d}" / label).mkdir(parents=True, exist_ok=True)
@@ -171,9 +175,11 @@ def run(stage: Stage, out: Path, limit_s: float, cpu: bool) -> int:
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             code = 124
+        finally:
+            if process.poll() is None:  # also after Ctrl-C: the stage has its own session
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     seconds = round(time.monotonic() - began, 1)
     # DALI prints a line for each damaged file; these are dropped.
     text = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -233,7 +239,9 @@ def main(
         if left < stage.least_s:
             failed.append(f"{stage.name} (no time)")
             continue
-        if run(stage, out, min(stage.limit_s, left), cpu):
+        with interrupts.sigterm_interrupts():
+            code = run(stage, out, min(stage.limit_s, left), cpu)
+        if code:
             failed.append(stage.name)
     if failed:
         raise click.ClickException(f"not done: {', '.join(failed)}; run the same command again")

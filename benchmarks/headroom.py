@@ -170,7 +170,8 @@ def main(
         recipe = replace(recipe, data=names, replay=Replay())
     # Nothing is validated or saved, so the training set can stand in for the validation set.
     trained = replace(recipe.data, validate=recipe.data.train, allow_shared_images=True)
-    unsaved = replace(recipe, data=trained, name="headroom")
+    # A new name: a run of this name in the folder of runs would be resumed.
+    unsaved = replace(recipe, data=trained, name=f"headroom-{time.time_ns()}")
     planned = plan(unsaved, data, Path("runs"), device=device)
     place, stream = planned.device, planned.stream
     stats = LoaderStats(stream.pool.shards.codes("source")[1])

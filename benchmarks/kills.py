@@ -17,7 +17,8 @@ Main entry: `kill_often(name, command, work, times, rng)` kills one command and 
 
 - `command`: the argument `name`.
 - `seconds`: duration of an undisturbed run, within which the moments are drawn.
-- `landed`: kills of a running process. `restarts` is the same number.
+- `landed`: kills of a running process.
+- `restarts`: starts after such a kill. There is none if the command had already done its work.
 - `late`: starts that ended before the kill came.
 - `folders`: new folders used for the killed runs.
 - `files`: number of compared files of one run.
@@ -153,7 +154,8 @@ class Command:
 @dataclass
 class Row:
     """Result for one command. `landed` counts kills of a running process, `late` kills after its
-    end. `differing` lists the differences from the undisturbed run.
+    end, `restarts` the starts after a kill that landed. `differing` lists the differences from the
+    undisturbed run.
     """
 
     command: str
@@ -418,14 +420,16 @@ def kill_often(name: str, command: Command, work: Path, times: int, rng: random.
 
 def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.Random) -> None:
     """Kill a command in `folder` up to `wanted` times, while it has work; then let it finish."""
+    killed = False
     for number in range(wanted):
+        row.restarts += killed
         began = time.monotonic()
         child = start(command, folder)
         code = ended(child, rng.uniform(0, row.seconds))
+        killed = code is None
         if code is None:
             kill(child)
             row.landed += 1
-            row.restarts += 1
         else:
             row.late += 1
             if not number:  # an undisturbed run; its duration is newer than the one in `row`
@@ -435,6 +439,7 @@ def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.R
         if code is not None or (command.done and (folder / command.done).exists()):
             break
     if not (command.done and (folder / command.done).exists()):
+        row.restarts += killed
         finish(command, folder)
 
 

@@ -164,8 +164,9 @@ def perturbed_features(
                 continue
             there = [not isinstance(image, str) for image in images]
             pixels = np.stack([image for image in images if not isinstance(image, str)])
+            tensor = torch.from_numpy(pixels).to(planned.device).permute(0, 3, 1, 2)
             with torch.inference_mode():
-                own = state.net.features(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+                own = state.net.features(tensor).float().cpu()
             features[sample] = np.full((len(images), own.shape[1]), np.nan, np.float32)
             features[sample][there] = own.numpy()
     return features
@@ -246,9 +247,9 @@ def main(
     def score_perturbed(members: Sequence[str]) -> None:
         for name in set(members) & subset.keys():
             own = np.stack([perturbed[row] for row in subset[name].tolist() if row in perturbed], 1)
-            flat = torch.from_numpy(own.reshape(-1, own.shape[-1]))
-            logits = logits_of(state.net, flat, planned.device, torch.float32).numpy()
-            perturbed_logits[name] = logits.reshape(own.shape[:2])
+            flat = torch.from_numpy(own.reshape(-1, own.shape[-1])).to(planned.device)
+            logits = logits_of(state.net, flat, planned.device, torch.float32)
+            perturbed_logits[name] = logits.cpu().numpy().reshape(own.shape[:2])
 
     scored = leave_one_out(planned, state, source, score_perturbed)
     real = {n: z for n, (y, z) in scored.items() if not y.any()}

@@ -124,6 +124,15 @@ def fetch_command(
     also be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
     original project's published checkpoint (1 GB), which becomes a run.
     """
+    if trust_list and what:
+        raise click.UsageError(f"--trust-list fetches no detector: leave out {what}")
+    named = click.get_current_context().get_parameter_source("name")
+    if named is click.core.ParameterSource.COMMANDLINE and (trust_list or what != "original"):
+        raise click.UsageError("--run names the run of the original's checkpoint: add original")
+    if file and what == "original":
+        raise click.UsageError(
+            f"--file is not for original: type `python -m model import {file}` instead"
+        )
     if trust_list:
         from model.shipped.trust_list import fetch_trust_list
 
@@ -175,6 +184,8 @@ def embed_command(
 
     Training computes missing features itself. This command computes them before, or on a cluster.
     """
+    if jobs > 1 and engine != "ray":
+        raise click.UsageError("--jobs is the number of tasks of a Ray cluster: add --engine ray")
     import recipes
     from model.recipe import Recipe
 
@@ -299,6 +310,10 @@ def export_command(
         raise click.UsageError("nothing to write; give --onnx, --hub FOLDER or --head FOLDER")
     if head_folder is None and (hub_place or left_out):
         raise click.UsageError("--hub-place and --left-out are for --head FOLDER: give it too")
+    if not onnx and (images or out):
+        raise click.UsageError("--images and --out are for --onnx: give it too")
+    if folder is None and head_folder is None and report:
+        raise click.UsageError("--report is for --hub FOLDER or --head FOLDER: give one too")
     place = _hub_place(hub_place) if hub_place else None
     from model.checkpoint import find
     from model.export import head, hub

@@ -79,7 +79,8 @@ class Calibration:
     """Result of a calibration. Thresholds and the band are probabilities of fake, after the
     temperature.
 
-    `threshold` is the decision threshold. `threshold_fpr_1` and `threshold_fpr_5` are the lowest
+    `threshold` is the decision threshold, `threshold_at` the rule that chose it: `max_fpr` if it is
+    from `calibrate_sources`. `threshold_fpr_1` and `threshold_fpr_5` are the lowest
     thresholds at which at most 1 % and 5 % of real images are called fake (`threshold_fpr_1` is
     None if there are fewer than 99 real images).
 
@@ -99,7 +100,7 @@ class Calibration:
 
     temperature: float
     threshold: float
-    threshold_at: ThresholdAt
+    threshold_at: ThresholdAt | Literal["max_fpr"]
     reals: int
     fakes: int
     threshold_fpr_1: float | None
@@ -261,6 +262,7 @@ def calibrate_sources(
     return replace(
         fitted,
         threshold=high,
+        threshold_at="max_fpr",
         band=(low, high),
         method=f"{origin}, {calibrating.threshold}",
         sources=sources,

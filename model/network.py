@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -224,18 +225,8 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         options["drop_path_rate"] = network.drop_path_rate
     if pretrained:
         check_pretrained(network)
-    try:
-        with _SkipInit() if empty else contextlib.nullcontext():
-            backbone = timm.create_model(
-                network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
-            )
-    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        if not pretrained or "nknown model" in str(error):
-            said = f"with the options {options}: {error}" if options else str(error)
-            raise NetworkError(f"timm cannot build {network.name!r} {said}") from error
-        raise NetworkError(_how_to_get_weights(network, error)) from error
-    except OSError as error:
-        raise NetworkError(_how_to_get_weights(network, error)) from error
+    with _SkipInit() if empty else contextlib.nullcontext():
+        backbone = _create(network, options, pretrained)
     if network.init == "fan_in" and not pretrained and not empty:
         _init_by_fan_in(backbone)
     if pretrained:
@@ -255,6 +246,26 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
             parameter.requires_grad_(name.startswith(head))
     net = Detector(backbone, network)
     return net.to(memory_format=torch.channels_last)
+
+
+def _create(network: Network, options: dict[str, Any], pretrained: bool) -> Backbone:
+    """Build the backbone by timm.
+
+    Raises:
+        NetworkError: as `build`.
+    """
+    try:
+        return timm.create_model(
+            network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
+        )
+    except (OSError, HTTPError) as error:
+        raise NetworkError(_how_to_get_weights(network, error)) from error
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        if pretrained:
+            _create(network, options, False)  # fails too if the name or an option is wrong
+            raise NetworkError(_how_to_get_weights(network, error)) from error
+        said = f"with the options {options}: {error}" if options else str(error)
+        raise NetworkError(f"timm cannot build {network.name!r} {said}") from error
 
 
 def _put_stage_head(backbone: Backbone, crops: int) -> None:
@@ -351,7 +362,6 @@ def check_pretrained(network: Network) -> None:
     if config is None or not config.hf_hub_id:
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     repository, _, revision = config.hf_hub_id.partition("@")
     files = ("model.safetensors", "pytorch_model.bin")
@@ -367,8 +377,9 @@ def check_pretrained(network: Network) -> None:
 
 
 def _how_to_get_weights(network: Network, error: Exception) -> str:
+    fault = "do not fit network.options" if "state_dict" in str(error) else "could not be fetched"
     return (
-        f"the weights of {network.name} could not be fetched ({first_line(error)}); give a file "
+        f"the weights of {network.name} {fault} ({first_line(error)}); give a file "
         "with --init-from weights.safetensors, or train from random weights with --no-pretrained"
     )
 

@@ -231,7 +231,10 @@ def print_calibration(calibration: Calibration) -> None:
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
     low, high = calibration.band
     at_1 = "-" if calibration.threshold_fpr_1 is None else f"{calibration.threshold_fpr_1:.3f}"
-    console.say(f"decision threshold {calibration.threshold:.3f} ({calibration.threshold_at})")
+    rule: str = calibration.threshold_at
+    if rule == "max_fpr":
+        rule += f", {calibration.method}"
+    console.say(f"decision threshold {calibration.threshold:.3f} ({rule})")
     console.say(
         f"threshold for at most 1 % false positives: {at_1}, 5 %: {calibration.threshold_fpr_5:.3f}"
     )

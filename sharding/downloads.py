@@ -6,9 +6,9 @@ Main entries: two functions. They return nothing and leave the file as it is. Th
 
 - `check_content(path, suffix)` checks that the file is of the type that `suffix` names, such as
   ".zip"; "" means the suffix of `path`. It looks at the first bytes (in a zip archive, at the end).
-  A web page (a file that begins with `<html` or `<!doctype html`), which some servers send instead
-  of the file, is refused, except as ".html" or ".htm". If the type of the suffix is unknown, every
-  file except a web page is accepted.
+  A web page (`<html` or `<!doctype html`, also behind comments or an XML declaration), which some
+  servers send instead of the file, is refused, except as ".html", ".htm" or ".xhtml". If the type
+  of the suffix is unknown, every file except a web page is accepted.
 - `check_hash(path, digest)` compares the file's SHA-256 with `digest`, the 64 hexadecimal digits
   (lower case) in the catalog.
 """
@@ -44,7 +44,13 @@ _MAGIC = {
     ".xz": (b"\xfd7zXZ\0",), ".zst": (b"\x28\xb5\x2f\xfd",), ".7z": (b"7z\xbc\xaf\x27\x1c",),
     ".rar": (b"Rar!",), ".png": (b"\x89PNG",), ".jpg": (b"\xff\xd8",), ".jpeg": (b"\xff\xd8",),
 }  # fmt: skip
-_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)", re.IGNORECASE)
+_PAGE = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*"
+    rb"(?:(?:<!--(?:(?!-->).)*-->|<\?xml(?:(?!\?>).)*\?>)\s*)*"  # comments, an XML declaration
+    rb"<(?:!doctype\s+html|html)",
+    re.IGNORECASE | re.DOTALL,
+)
+_PAGES = (".html", ".htm", ".xhtml")
 
 
 def check_content(path: Path, suffix: str) -> None:
@@ -57,8 +63,8 @@ def check_content(path: Path, suffix: str) -> None:
     """
     suffix = (suffix or path.suffix).lower()
     with path.open("rb") as stream:
-        start = stream.read(1024)
-    wrong = "a web page" if _PAGE.match(start) and suffix not in (".html", ".htm") else ""
+        start = stream.read(16_384)
+    wrong = "a web page" if _PAGE.match(start) and suffix not in _PAGES else ""
     if suffix == ".zip" and not wrong:
         wrong = "" if zipfile.is_zipfile(path) else "not a complete zip archive"
     elif suffix == ".tar" and not wrong:

@@ -192,6 +192,20 @@ def test_an_object_is_uploaded_only_when_complete() -> None:
     assert path.read_text() == "new"
 
 
+def test_an_upload_error_of_a_client_names_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        pass
+
+    path = UPath("memory://bucket/b.txt")
+
+    def refused(*_arguments: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(type(path.fs), "put_file", refused)
+    with pytest.raises(OSError, match=r"bucket/b\.txt could not be written: Unable to locate"):
+        write_text(path, "new")
+
+
 def test_an_fsync_error_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_descriptor: int) -> None:
         raise OSError(5, "input/output error")

@@ -107,7 +107,9 @@ def check_all(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
             assert "━" in "\n".join(lines) and not lines[-1].startswith("left out")
 
 
-def test_tables_of_a_report(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_a_report(
+    calls: list[Call], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     report, scores = made(
         [*rows("val", 60, 80), *rows("evalgen", 0, 60, seed=1)], "val", "evalgen",
         reference_reals={"set": "val", "why": "named", "for_all": False},
@@ -119,6 +121,9 @@ def test_tables_of_a_report(calls: list[Call], monkeypatch: pytest.MonkeyPatch) 
     settings = {name: value for name, value in fitted.items() if value is not None}
     more = {"temperature": 1.5, "threshold": 0.6, "roc": [], "threshold_fpr_1": None}
     print_calibration(Calibration(**settings | more))
+    by_rate = {"threshold_at": "max_fpr", "method": "sources left out, pooled"}
+    print_calibration(Calibration(**settings | more | by_rate))
+    assert "decision threshold 0.600 (max_fpr, sources left out, pooled)" in capsys.readouterr().out
     assert len(calls) >= 7
     check_all(calls, monkeypatch)
 

@@ -22,10 +22,9 @@ inputs to the probabilities of AI-generated, float64 (B,).
 
 They raise `DetectorError` if the classifier cannot be downloaded or opened or has no safetensors
 file, if its labels do not say which of them mean AI-generated, or if a label of `fake_labels` does
-not exist. `open_transformers()` also raises it if the library transformers is missing. A value of
-the wrong type in `config.json` may raise TypeError. They raise `ValueError` for an impossible
-device or threshold; `DetectorError` is a `ValueError` too. Only files that match `TAKEN` are
-downloaded: nothing is unpickled, and no code of a repository is run.
+not exist. `open_transformers()` also raises it if the library transformers is missing. They raise
+`ValueError` for an impossible device or threshold; `DetectorError` is a `ValueError` too. Only
+files that match `TAKEN` are downloaded: nothing is unpickled, and no code of a repository is run.
 """
 
 import hashlib
@@ -121,7 +120,7 @@ def open_transformers(
         net, loading = transformers.AutoModelForImageClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **common
         )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, LookupError, RuntimeError, SafetensorError) as error:
         raise DetectorError(
             f"{name} is not an image classifier that transformers opens: {_one_line(error)}"
         ) from error
@@ -161,24 +160,48 @@ def open_timm(
     repository = name if "/" in name or Path(name).is_dir() else f"timm/{name}"
     folder, revision = _files_of(repository, name)
     config = _json_of(folder / "config.json", name)
-    settings = config.get("pretrained_cfg", config)
-    names = settings.get("label_names") or config.get("label_names") or []
-    count = int(settings.get("num_classes", config.get("num_classes", len(names))))
-    labels = dict(enumerate(map(str, names or [f"LABEL_{i}" for i in range(count)])))
+    labels, count = _timm_labels(config, name)
     fake = fake_indices(labels, fake_labels, name)
     where = choose_device(device)
     try:
         net = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=count)
         net.load_state_dict(load_file(_weights_of(folder, name)[0]))
-    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        transform = create_transform(
+            **resolve_data_config(pretrained_cfg=net.pretrained_cfg, model=net)
+        )
+    # timm checks some values by assertions, and a value of a wrong type may lack an attribute.
+    except (
+        RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError,
+        SafetensorError,
+    ) as error:  # fmt: skip
         raise DetectorError(f"{name} is not a model that timm opens: {_one_line(error)}") from error
     net.to(where)
     keep_freed_memory(where)
-    transform = create_transform(
-        **resolve_data_config(pretrained_cfg=net.pretrained_cfg, model=net)
-    )
     judge = NetworkJudge(net, transform, net, fake, where)
     return _detector("timm", name, (folder, revision), labels, judge, threshold)
+
+
+def _timm_labels(config: Mapping[str, Any], name: str) -> tuple[dict[int, str], int]:
+    """Return the labels and the number of outputs, from timm's `config.json`.
+
+    Raises:
+        DetectorError: a value is not of the type that timm writes.
+    """
+    settings = config.get("pretrained_cfg", config)
+    if not isinstance(settings, dict):
+        raise DetectorError(
+            f"{name} has pretrained_cfg {settings!r:.60} in config.json, expected an object of JSON"
+        )
+    names = settings.get("label_names") or config.get("label_names") or []
+    count = settings.get("num_classes", config.get("num_classes", "none"))
+    if isinstance(names, list) and count == "none":
+        count = len(names)
+    if not isinstance(names, list) or not isinstance(count, int) or isinstance(count, bool):
+        raise DetectorError(
+            f"{name} has label_names {names!r:.60} and num_classes {count!r:.20} in config.json, "
+            "expected a list and a whole number; correct them in a local copy of its folder"
+        )
+    return dict(enumerate(map(str, names or [f"LABEL_{i}" for i in range(count)]))), count
 
 
 def _detector(
@@ -210,7 +233,7 @@ def _files_of(repository: str, name: str) -> tuple[Path, str]:
         _weights_of(Path(repository), name)
         return Path(repository), ""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     owner, _, revision = repository.partition("@")
     try:
@@ -219,7 +242,7 @@ def _files_of(repository: str, name: str) -> tuple[Path, str]:
         raise DetectorError(
             f"{name} is neither a folder nor OWNER/NAME of a repository on the hub"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
         raise DetectorError(
             f"{name} could not be downloaded from the hub ({_one_line(error)}); check its name and "
             "the network, or name a local folder"

@@ -15,6 +15,8 @@ an exception's text.
 import difflib
 from dataclasses import dataclass
 
+from huggingface_hub.errors import HTTPError
+
 from model.lean_import import lean_import
 from model.recipe import Triple
 
@@ -93,7 +95,7 @@ def pretrained_config(name: str) -> PretrainedCfg:
             config = PretrainedCfg(**load_model_config_from_path(where)[0])
         else:
             config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+    except (OSError, HTTPError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise NetworkError(f"timm cannot build {name!r}: {first_line(error)}") from error
     if config is None:
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)

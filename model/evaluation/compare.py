@@ -5,8 +5,8 @@ Main entries: `shared_samples(*tables, intersect=False)` takes two or more `Scor
 argument each (from `read_scores(path)` of `scores.py`: a row per image, with label and
 probability). It returns a tuple with a reduced copy of each table. The copies have the same images
 in the same order: those that every evaluation could read. It raises `ScoresError` (a `ValueError`)
-if the tables have different images and `intersect` is false, no image in common, or different
-labels.
+if the tables have different images and `intersect` is false, no image in common that all
+evaluations could read, or different labels.
 
 `compare(before, after)` takes two of these copies. It returns a list with a `Line` for each set
 that both evaluations measured, for each of its sources (if it has several) and for each generator.
@@ -99,7 +99,8 @@ def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreT
 
     Raises:
         ScoresError: the tables have different samples and `intersect` is off, the tables share no
-            sample, or an image is real in one table and fake in another.
+            sample or none that all runs could read, or an image is real in one table and fake in
+            another.
     """
     runs = {2: "the two runs"}.get(len(tables), f"the {len(tables)} runs")
     keys = [
@@ -128,6 +129,10 @@ def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreT
         first = common[int(np.argmax((labels != labels[0]).any(axis=0)))]
         raise ScoresError(f"{first[0]}:{first[1]} is real in one run and fake in {other}")
     kept = valid.astype(bool).all(axis=0)
+    if not kept.any():
+        raise ScoresError(
+            f"{runs} have no image that all of them could read; nothing can be compared"
+        )
     return tuple(
         ScoreTable(table.table.take(of[kept]), table.evaluation)
         for table, of in zip(tables, rows, strict=True)

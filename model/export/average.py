@@ -13,13 +13,16 @@ al., "Robust fine-tuning of zero-shot models", 2022).
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
+from model.export.license import first_of
 from model.recipe import STEP_FOLDER
 from model.score import DEFAULT_THRESHOLD
 from model.shipped.backbone import with_backbone_inside
@@ -61,7 +64,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "threshold": DEFAULT_THRESHOLD,
         "calibration": None,
         "calibrated_metrics": None,
-        "first_weights": None,
+        "first_weights": _first_weights(first, last),
         "metrics": {"sets": {}, "sources": {}},
         "selection": None,
         "compared": None,
@@ -82,3 +85,15 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
             ) from error
         seal(folder, meta)
     return run / name
+
+
+def _first_weights(first: Path, last: Path) -> Mapping[str, Any]:
+    """Return the record of the first weights of an average: that of both checkpoints if they began
+    from the same weights, else one of the kind `average`, whose license is not certain.
+    """
+    one, other = (first_of(read_meta(folder)["first_weights"]) for folder in (first, last))
+    if one and one == other:
+        return one
+    names = (f"{path.absolute().parent.name}/{path.absolute().name}" for path in (first, last))
+    name = " and ".join(names)
+    return {"kind": "average", "name": name, "sha256": "", "license": None, "first_weights": None}

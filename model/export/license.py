@@ -12,10 +12,11 @@ Main entry: `license_of(meta)` takes the parsed `meta.json` (a dict, from `read_
   the license is not certain.
 
 Trained weights keep the license of the first weights; a shipped head has that of its backbone. If
-the record does not reach the first weights (an old run, an average), and the recipe has
-`network.pretrained`, timm's weights count as these, and the license as certain. Without
-`network.pretrained`, and if the first weights were a file, the license is that of timm's weights
-for the same network, and `text` says that this is not certain. Licenses of training images are not
+the record does not reach the first weights (an old run), and the recipe has `network.pretrained`,
+timm's weights count as these, and the license as certain. Without `network.pretrained`, if the
+first weights were a file, and for an average of checkpoints with different first weights, the
+license is that of timm's weights for the same network, and `text` says that this is not certain.
+Licenses of training images are not
 included. It raises no errors of its own.
 
 `first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through
@@ -67,7 +68,9 @@ def license_of(meta: Mapping[str, Any]) -> License:
     if first and first["kind"] == "random":
         text = "chosen by whoever trained it, because training started from random weights"
         return License("other", text, "")
-    is_timm = first["kind"] == "timm" if first else network["pretrained"]
+    # An average without a record can be of a run that began from a file.
+    assumed = network["pretrained"] and "average" not in meta
+    is_timm = first["kind"] == "timm" if first else assumed
     name = first["name"] if first and is_timm else network["name"]
     config = timm.models.get_pretrained_cfg(ORIGINAL_BASE if imported else name)
     if config is None or not config.license:

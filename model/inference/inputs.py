@@ -89,7 +89,7 @@ def is_image(name: str) -> bool:
 
 def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     lower = path.lower()
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():  # `Path("")` is the current folder
         yield from _in_folder(path, excluded)
     elif lower.endswith(".zip") and Path(path).is_file():
         yield from _in_zip(path, excluded)
@@ -171,8 +171,10 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         if zip.is_hidden(name):
             excluded[zip.HIDDEN] += 1
             return False
-        excluded[NO_IMAGE] += not is_image(name)
-        return is_image(name)
+        if not is_image(name):
+            excluded[NO_IMAGE] += 1
+            return False
+        return True
 
     try:
         for member in tar.members(Path(path), wanted):

@@ -42,6 +42,7 @@ written; callers do not need it.
 
 import contextlib
 import errno
+import hashlib
 import os
 import sys
 import threading
@@ -209,12 +210,15 @@ def draw_heatmap(detector: "Loaded", name: str, data: bytes, folder: Path) -> No
 
 
 def heatmap_path(name: str, folder: Path) -> Path:
-    """Return `<folder>/<path of the image>.png`. A name that is too long for a file is shortened to
-    its beginning and a hash.
+    """Return `<folder>/<path of the image>.png`. The root and `..` are left out of the path; then a
+    hash of it is added to the name, because another image can have the rest of it as its path. A
+    name that is too long for a file is shortened to its beginning and a hash.
     """
-    parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
-    path = folder.joinpath(*parts)
-    return path.with_name(file_name(path.name, ".png"))
+    path = PurePath(name)
+    parts = [part for part in path.parts if part not in (path.anchor, "..")]
+    left_out = len(parts) < len(path.parts)
+    mark = f"-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}" if left_out else ""
+    return folder.joinpath(*parts[:-1], file_name(f"{path.name}{mark}", ".png"))
 
 
 def named(paths: Iterable[str]) -> Iterator[str]:

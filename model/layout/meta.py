@@ -66,8 +66,10 @@ class CalibrationEntry(TypedDict):
     """Real images."""
     fakes: int
     """Fake images."""
-    threshold_at: Literal["auto", "fpr5", "fpr1", "0.5"]
-    """Rule that chose the decision threshold (`evaluate.py calibrate --threshold`)."""
+    threshold_at: Literal["auto", "fpr5", "fpr1", "0.5", "max_fpr"]
+    """Rule that chose the decision threshold: that of `evaluate.py calibrate --threshold`, or
+    `max_fpr`, which is `calibration.max_fpr` of the recipe. Older files have `0.5` for `max_fpr`,
+    with a `method` other than `validation`."""
     threshold_fpr_1: float | None
     """Threshold at which at most 1 % of further real images are called fake. Null with fewer than
     99 real images."""
@@ -146,9 +148,10 @@ class FirstWeights(TypedDict):
     """Origin of the weights of the run's first step."""
 
     kind: str
-    """`timm`, `random`, `imagenet` (a weights file) or `checkpoint`."""
+    """`timm`, `random`, `imagenet` (a weights file), `checkpoint`, or `average` (two checkpoints
+    that did not begin from the same recorded weights)."""
     name: str
-    """Name of timm's network, of the file, or of the run and checkpoint."""
+    """Name of timm's network, of the file, or of each run and checkpoint."""
     sha256: str
     """SHA-256 of the weights file. Empty for timm's and random weights."""
     license: str | None

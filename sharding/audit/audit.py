@@ -34,6 +34,7 @@ import numpy as np
 from installed import command, install_extra
 from sharding.audit.metadata import (
     FEATURES,
+    MAX_NAMES,
     NAMED,
     NO_JPEG,
     SOURCE,
@@ -205,7 +206,7 @@ def audit(
 
 def steps_of(shards: ShardSet) -> int:
     """Return how many times `audit` calls `on_step`."""
-    return len(shards.codes("source")[1]) + len(FEATURES) + 3
+    return min(np.unique(shards.codes("source")[0]).size, MAX_NAMES + 1) + len(FEATURES) + 3
 
 
 def verdict_of(pooled: Estimate | None) -> str:

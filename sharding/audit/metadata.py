@@ -57,7 +57,8 @@ FOLDS = 5
 NO_JPEG = "no JPEG"
 """Name of the tables and the chroma of other formats."""
 
-_MAX_NAMES = 250  # scikit-learn's limit for one column is 255; the rarest names share one code
+MAX_NAMES = 250
+"""Names of a column with their own code; the rarer ones share one. scikit-learn's limit is 255."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +137,8 @@ def _frequent(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
     counts = np.bincount(codes, minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     rank = np.empty(len(names), np.int64)
-    rank[order] = np.minimum(np.arange(len(names)), _MAX_NAMES)
-    kept = [names[code] or NO_JPEG for code in order[:_MAX_NAMES]]
+    rank[order] = np.minimum(np.arange(len(names)), MAX_NAMES)
+    kept = [names[code] or NO_JPEG for code in order[:MAX_NAMES]]
     return rank[codes], [*kept, "others"]
 
 

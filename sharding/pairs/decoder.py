@@ -89,14 +89,14 @@ def find_decoder(name: str) -> Path:
 def _from_hub(name: str) -> Path:
     """Fetch the two files of a decoder into the hub library's cache; returns their folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     owner, repository, *inside = name.split("/")
     below = "/".join(inside)
     files = [f"{below}/{file}" if below else file for file in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
         snapshot = snapshot_download(f"{owner}/{repository}", allow_patterns=files)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DecoderError(
             f"{name} is no folder here and did not come from the hub ({reason}); check the name "

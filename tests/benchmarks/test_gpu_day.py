@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_day import ROOT, Stage, done_in, run
+from benchmarks.gpu_day import ROOT, Stage, done_in, pack, run
 from benchmarks.images import write_images
+from sharding.format import open_shards
 
 
 def stage(code: str, name: str = "stage") -> Stage:
@@ -20,6 +21,38 @@ def test_output_of_a_stage_over_its_time_limit_is_kept(tmp_path: Path) -> None:
     assert run(stage(code), tmp_path, 1.0, cpu=False) == 124
     assert "a row" in (tmp_path / "log.txt").read_text()
     assert done_in(tmp_path, cpu=False) == set()
+
+
+def test_a_stage_ends_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage has its own session, so Ctrl-C does not reach it."""
+    wait, stages = subprocess.Popen.wait, []
+
+    def interrupted(process: subprocess.Popen, timeout: float | None = None) -> int:
+        stages.append(process)
+        if len(stages) == 1:
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage("import time; time.sleep(60)"), tmp_path, 30, cpu=False)
+    assert stages[0].returncode == -9
+
+
+def test_files_of_an_earlier_call_are_not_packed(tmp_path: Path) -> None:
+    jpegs = tmp_path / "images/jpeg"
+    jpegs.mkdir(parents=True)
+    for path in write_images(tmp_path / "made", 8):
+        path.rename(jpegs / path.name)
+    work = tmp_path / "work"
+    old = work / "raw/part00/real/000999.jpg"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(next(jpegs.iterdir()).read_bytes())
+    mine = work / "raw/mine.jpg"
+    mine.write_bytes(b"precious")
+    pack(tmp_path / "images", work, 16, 1)
+    assert len(open_shards([work / "shards/bench"])) == 16
+    assert not old.exists() and mine.exists()
 
 
 def test_only_a_stage_with_exit_code_0_is_done(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import predict
 from benchmarks import kills
 from tests.builders import ROOT
 
@@ -41,3 +43,15 @@ def test_two_kills_of_predict_change_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "x.json").read_text())
     assert (row["command"], row["landed"], row["differing"]) == ("predict", 2, [])
+
+
+def test_restarts_are_starts_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none if the kill came after the work was done."""
+    for name in ("start", "ended", "kill", "finish"):
+        monkeypatch.setattr(kills, name, lambda *_arguments: None)
+    for done, landed, restarts in (("", 3, 3), ("out", 1, 0)):
+        (tmp_path / "out").touch()
+        row = kills.Row("made", 1.0)
+        command = kills.Command(predict.main, [], done)
+        kills.kill_in(tmp_path, command, 3, row, random.Random(0))
+        assert (row.landed, row.restarts) == (landed, restarts)

@@ -19,6 +19,7 @@ from model.__main__ import main
 from model.checkpoint import CheckpointError
 from model.device import choose_device, choose_precision
 from model.export.average import average
+from model.export.license import license_of
 from model.network import (
     Detector,
     Network,
@@ -339,6 +340,28 @@ def test_an_unreachable_hub_is_asked_only_once(
         build(Network(name=WEIGHTS), pretrained=True)
 
 
+def test_a_broken_download_and_a_wrong_option_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub.errors import HTTPError
+
+    def broken(*_args: object, **_options: object) -> None:
+        raise HTTPError("peer closed connection")
+
+    monkeypatch.setattr("model.network.check_pretrained", lambda _network: None)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", broken)
+    with pytest.raises(NetworkError, match=r"could not be fetched \(peer closed connection\)"):
+        build(Network(name=WEIGHTS), pretrained=True)
+    with pytest.raises(NetworkError, match=r"timm cannot build .* with the options .*'depth'"):
+        build(Network(name=WEIGHTS, options={"depth": 3}), pretrained=True)
+    smaller = timm.create_model(WEIGHTS, pretrained=False).state_dict
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf", lambda *_args, **_options: smaller()
+    )
+    with pytest.raises(NetworkError, match=r"do not fit network\.options"):
+        build(Network(name=WEIGHTS, options={"dims": [8] * 4}), pretrained=True)
+
+
 def test_weights_from_the_hub_log_their_license_once(
     server: Server, logged: list[str]
 ) -> None:  # fmt: skip
@@ -388,6 +411,26 @@ def test_average_interpolates_between_two_checkpoints(tmp_path: Path) -> None:
     said = CliRunner().invoke(main, ["average", *arguments, "--runs", str(tmp_path)])
     assert said.exit_code == 0, said.output
     assert checkpoint.read_meta(tmp_path / "half" / last.name)["average"]["weight"] == 0.5
+
+
+def test_an_average_keeps_the_first_weights_that_both_began_from(tmp_path: Path) -> None:
+    first, last = save(tmp_path / "one"), save(tmp_path / "two", step=2)
+    nothing = {"sha256": "", "license": None, "first_weights": None}
+    file = nothing | {"kind": "imagenet", "name": "a.safetensors", "sha256": "a"}
+    later = nothing | {"kind": "checkpoint", "name": "one/step_0000001", "first_weights": file}
+    network = checkpoint.read_meta(last)["recipe"]["network"] | {"name": WEIGHTS}
+    recipe = checkpoint.read_meta(last)["recipe"] | {"network": network | {"pretrained": True}}
+    for number, (one, other, kind) in enumerate(
+        ((file, later, "imagenet"), (None, None, "average"), (file, None, "average"),
+         (file, file | {"sha256": "b"}, "average"))
+    ):  # fmt: skip
+        checkpoint.annotate(first, {"first_weights": one})
+        checkpoint.annotate(last, {"first_weights": other})
+        meta = checkpoint.read_meta(average(first, last, 0.5, tmp_path / f"mean{number}"))
+        assert meta["first_weights"]["kind"] == kind
+        for record in (meta["first_weights"], None):  # None: an average of an earlier version
+            license = license_of(meta | {"recipe": recipe, "first_weights": record})
+            assert not license.base and " if training started from timm's" in license.text
 
 
 def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:

@@ -322,6 +322,9 @@ def zipped(**members: bytes) -> bytes:
     ("name", "body", "said"),
     [
         ("x.zip", PAGE, "a web page"), ("x.bin", b"\xef\xbb\xbf\n <HTML>", "a web page"),
+        ("x.bin", b"<!-- a --> <!-- b\n -->\n<html>", "a web page"),
+        ("x.bin", b'<?xml version="1.0"?>\n<!DOCTYPE html>', "a web page"),
+        ("x.bin", b"<!--" + b" " * 2000 + b"--><html>", "a web page"),
         ("x.zip", b"quota exceeded", "not a complete zip archive"),
         ("x.zip", zipped(a=BODY)[:-30], "not a complete zip archive"),
         ("x.tar", b"quota exceeded" * 99, "not a tar archive"),

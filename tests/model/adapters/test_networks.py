@@ -199,3 +199,36 @@ def test_damaged_weights_are_a_one_line_error(tmp_path: Path, make: Callable[...
     with pytest.raises(DetectorError, match="opens") as refused:
         opened(str(folder))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_classes": None}, "num_classes None in"),
+        ({"label_names": 5}, "label_names 5 and"),
+        ({"pretrained_cfg": None}, "pretrained_cfg None in"),
+        ({"pretrained_cfg": {"num_classes": 2, "mean": None, "input_size": "x"}}, "timm opens"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_in_the_config_of_timm_is_refused(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    folder = timm_model(tmp_path / "made", **settings)
+    config = json.loads((folder / "config.json").read_text())
+    if settings.keys() == {"num_classes"}:
+        del config["pretrained_cfg"]["num_classes"]
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DetectorError, match=said):
+        open_timm(str(folder), fake_labels=["LABEL_1"])
+
+
+def test_a_broken_download_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def broken(*_args: object, **_options: object) -> str:
+        raise HTTPError("peer closed connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(DetectorError, match=r"could not be downloaded .*peer closed connection"):
+        open_timm(MODEL)

@@ -74,6 +74,24 @@ def test_figures_are_those_of_each_report() -> None:
             assert entry["sources"][source][run.name] == of_source
 
 
+def unread(table: list[dict[str, Any]], *sets: str) -> list[dict[str, Any]]:
+    return [row | ({"valid": False} if row["set"] in sets else {}) for row in table]
+
+
+def test_images_that_no_run_could_read() -> None:
+    """A set without any other image is empty; without any image, the comparison is refused."""
+    table = rows(0.5)
+    other = [{**row, "set": "other"} for row in table]
+    first = table_of(table + other, ["val", "other"], **ABOUT)
+    half = table_of(unread(table, "val") + other, ["val", "other"], **ABOUT)
+    shared = shared_samples(first, half)
+    compared = side_by_side([Run(f"run {i}", table) for i, table in enumerate(shared)])
+    assert (compared["val"]["images"], compared["other"]["images"]) == (0, 240)
+    none = table_of(unread(table + other, "val", "other"), ["val", "other"], **ABOUT)
+    with pytest.raises(ScoresError, match="no image that all of them could read"):
+        side_by_side([Run("run", table) for table in shared_samples(first, none)])
+
+
 def test_differences_to_the_best_are_paired() -> None:
     """A small loss on every image is significant in the paired interval."""
     entry = side_by_side(runs(0.0, 0.9))["val"]

@@ -216,7 +216,14 @@ predict.main()
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--checkpoint", "x"], ["--heatmap", "x"], ["--backend", "dali"]]
+    "arguments",
+    [
+        ["--checkpoint", "x"],
+        ["--heatmap", "x"],
+        ["--backend", "dali"],
+        ["--trust"],
+        ["--fake-label", "x"],
+    ],
 )
 def test_options_that_need_torch_are_refused_with_onnx(
     arguments: list[str], exported: Path, images: Path
@@ -313,6 +320,38 @@ def test_no_image_is_an_error(exported: Path, tiny_checkpoint: Path, tmp_path: P
 def test_export_needs_an_option_for_the_format() -> None:
     result = CliRunner().invoke(main, ["export"])
     assert result.exit_code == 2 and "--onnx, --hub FOLDER or --head FOLDER" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("export --hub NEW --images DIR", "--images and --out are for --onnx"),
+        ("export --hub NEW --out DIR", "--images and --out are for --onnx"),
+        ("export --onnx --report FILE", "--report is for --hub FOLDER or --head FOLDER"),
+        ("embed --recipe FILE --jobs 2", "add --engine ray"),
+        ("fetch original --file FILE", "type `python -m model import FILE` instead"),
+        ("fetch clip --trust-list", "--trust-list fetches no detector: leave out clip"),
+        ("fetch clip --run mine", "--run names the run of the original's checkpoint"),
+        ("fetch --trust-list --run mine", "--run names the run of the original's checkpoint"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("DIR").mkdir()
+    Path("FILE").write_text("[[")  # nothing reads it
+    result = CliRunner().invoke(main, arguments.split())
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.split())
+
+
+def test_onnx_is_opened_whatever_its_suffix(exported: Path, images: Path, tmp_path: Path) -> None:
+    for name in ("detector", "detector.py"):
+        file = tmp_path / name
+        file.write_bytes((exported / "detector.onnx").read_bytes())
+        result = CliRunner().invoke(predict.main, ["--onnx", str(file), str(images / "00.jpeg")])
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ def test_the_band_keeps_both_error_rates() -> None:
         assert np.mean(reals >= fitted.band[1]) <= rate
         assert np.mean(fakes < fitted.band[0]) <= rate
         assert fitted.threshold == fitted.band[1]
+        assert fitted.threshold_at == "max_fpr"
         assert fitted.sources["odd"]["false_positive_rate"] == pytest.approx(
             np.mean(probability(scores["odd"][1], fitted.temperature) >= fitted.threshold)
         )

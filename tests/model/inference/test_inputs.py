@@ -8,7 +8,7 @@ import pytest
 
 from model import load_detector
 from model.inference import inputs
-from tests.builders import encode, photo
+from tests.builders import encode, photo, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -63,3 +63,20 @@ def test_an_endless_list_is_read_only_as_needed(small_runs: Path, tmp_path: Path
         next(predictions)
     assert len(taken) < 201 + 4 * 32
     predictions.close()
+
+
+def test_an_empty_path_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(photo(1)))
+    monkeypatch.chdir(tmp_path)
+    (file,) = inputs.find_images([""], Counter())
+    assert file.name == ""
+    with pytest.raises(FileNotFoundError):
+        file.read()
+
+
+def test_what_is_not_skipped_is_not_counted(tmp_path: Path) -> None:
+    for names, skipped in ((("a.jpg", "b.png"), {}), (("a.jpg", "b.txt"), {inputs.NO_IMAGE: 1})):
+        excluded = Counter[str]()
+        path = write_tar(tmp_path / "x.tar", dict.fromkeys(names, encode(photo(1))))
+        assert len(list(inputs.find_images([str(path)], excluded))) == 2 - len(skipped)
+        assert dict(excluded) == skipped

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 import predict
 from model.inference import detector, results
+from model.inference.run import heatmap_path
 from tests.builders import encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -148,3 +149,13 @@ def test_results_are_written_immediately(
     monkeypatch.setattr(results.ResultsFile, "write", write)
     assert ask(photos, "--out", out, "--resume").exit_code == 0
     assert len(out.read_bytes().splitlines()) == 3
+
+
+def test_heatmaps_of_images_with_similar_paths_have_different_names(tmp_path: Path) -> None:
+    names = ["a/x.jpg", "/a/x.jpg", "../a/x.jpg", "../../a/x.jpg", "a/../a/x.jpg", "/../a/x.jpg"]
+    paths = [heatmap_path(name, tmp_path) for name in names]
+    assert paths[0] == tmp_path / "a/x.jpg.png"
+    assert len(set(paths)) == len(names)
+    assert all(path.is_relative_to(tmp_path) and ".." not in path.parts for path in paths)
+    assert paths[1] == heatmap_path("/a/x.jpg", tmp_path)
+    assert heatmap_path("./a//x.jpg", tmp_path) == paths[0]

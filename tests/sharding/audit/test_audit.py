@@ -261,6 +261,24 @@ def test_too_many_names_share_one_code() -> None:
     assert names[-1] == "others"
 
 
+def test_the_steps_are_those_of_the_sources_that_are_there(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = shards_of(sets, "planted")
+    codes, names = shards.codes("source")
+    one = shards.take(np.flatnonzero(codes == names.index("mixed")))
+    for module in (facts, audit):
+        monkeypatch.setattr(module, "MAX_NAMES", 1)
+    for some, sources in ((one, 1), (shards, 2), (shards_of(sets, "videos"), 1)):
+        steps: list[int] = []
+        audit.audit(some, on_step=steps.append)
+        assert audit.steps_of(some) == sum(steps) == sources + len(facts.FEATURES) + 3
+    many = (np.arange(300, dtype=np.int32), [str(n) for n in range(300)])
+    assert len(set(facts._frequent(*many)[0])) == 2
+    shards._columns["source"] = many
+    assert audit.steps_of(shards) == 2 + len(facts.FEATURES) + 3
+
+
 def test_a_match_balances_the_classes(sets: Path) -> None:
     shards = shards_of(sets, "partly")
     matched = match.match_classes(shards)

@@ -75,6 +75,7 @@ def test_only_two_files_are_downloaded_from_the_hub(
     monkeypatch: pytest.MonkeyPatch, kl: Path
 ) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import HTTPError
 
     asked: list[tuple] = []
 
@@ -88,12 +89,14 @@ def test_only_two_files_are_downloaded_from_the_hub(
     with pytest.raises(DecoderError, match="has no folder other"):
         find_decoder("owner/name/other")
 
-    def offline(*_args: object, **_options: object) -> str:
-        raise OSError("no route")
+    for kind in (OSError, HTTPError):  # the second: a download that breaks off
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(DecoderError, match=r"did not come from the hub \(no route\)"):
-        find_decoder("owner/name")
+        def offline(*_args: object, kind: type[Exception] = kind, **_options: object) -> str:
+            raise kind("no route")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+        with pytest.raises(DecoderError, match=r"did not come from the hub \(no route\)"):
+            find_decoder("owner/name")
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:

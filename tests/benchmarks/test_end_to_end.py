@@ -1,0 +1,23 @@
+"""Comparison of the scores of two devices by `benchmarks.end_to_end`."""
+
+from pathlib import Path
+
+from benchmarks.end_to_end import compare
+
+HEADER = "path,probability,verdict,error\n"
+
+
+def table(path: Path, *rows: str) -> Path:
+    path.write_text(HEADER + "".join(f"{row}\n" for row in rows))
+    return path
+
+
+def test_tables_with_other_or_without_scored_images_are_compared(tmp_path: Path) -> None:
+    device = table(tmp_path / "a.csv", "a,0.5,likely AI,", "b,,unreadable,cut off", "c,0.1,x,")
+    cpu = table(tmp_path / "b.csv", "a,0.25,likely AI,", "b,0.5,likely AI,")
+    row = compare(device, cpu)
+    assert row["scored by both"] == 1
+    assert row["probability apart"] == {"mean": 0.25, "p99": 0.25, "max": 0.25}
+    assert row["refused on one side"] == {"b": ["cut off", ""]}
+    row = compare(device, table(tmp_path / "c.csv"))
+    assert row["probability apart"] == {"mean": None, "p99": None, "max": None}
