@@ -49,7 +49,7 @@ from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
 from pipeline.dali_graph import HW_DECODER_LOAD, columns_of, graph
 from pipeline.loading import STALL_ERROR_S
 from pipeline.monitor import WorkerStatus
-from pipeline.pil import apply_whole, encode_jpeg, refuse_crop_outside, webp_round_trip
+from pipeline.pil import JPEG_SIDE, apply_whole, encode_jpeg, refuse_crop_outside, webp_round_trip
 from pipeline.read_ahead import DECODER, ReadAhead
 
 
@@ -111,7 +111,7 @@ class DaliBackend:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    if self._device_failed(error):
+                    if self._device_failed(error) or fed.empty():  # no batch: `requests` failed
                         raise
                     images, failures = self._one_by_one(fed.queue[0])
                 request = fed.get()
@@ -169,7 +169,9 @@ class DaliBackend:
             return None
         if params.whole_jpeg and not params.whole_webp:
             pixels = apply_whole(pixels, params._replace(whole_jpeg=0))
-            return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
+            if max(pixels.shape) <= JPEG_SIDE:
+                return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
+            return png_of(pixels)
         return png_of(apply_whole(pixels, params))
 
     @staticmethod

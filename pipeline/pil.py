@@ -59,6 +59,9 @@ from pipeline.preprocess import Preprocess
 _PILLOW = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 """Pillow's names of `FILTERS`."""
 
+JPEG_SIDE, WEBP_SIDE = 65_500, 16_383
+"""Longest sides in pixels that libjpeg and libwebp encode."""
+
 
 def decode_request(request: Request, shape: tuple[int, int]) -> Pixels:
     """Decode and augment one batch: uint8 (B, *shape, 3) on the CPU. An image that fails is
@@ -96,16 +99,20 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
 
 def apply_whole(pixels: np.ndarray, params: AugmentParams) -> np.ndarray:
     """Apply the steps of `params` for the whole image, before its crop: resizing, JPEG and WebP.
-    Takes and returns an upright image, uint8 (height, width, 3) RGB.
+    Takes and returns an upright image, uint8 (height, width, 3) RGB. An image that is too long for
+    a format is not compressed to it, as no web site would.
     """
     if params.whole_height:
         shape = (params.whole_height, params.whole_width, 3)
         resized = torch.empty(shape, dtype=torch.uint8)
         resize(_tensor_of(pixels), resized, params.whole_filter)
         pixels = resized.numpy()
-    if params.whole_jpeg:
+    longer = max(pixels.shape[:2])
+    if params.whole_jpeg and longer <= JPEG_SIDE:
         pixels = _decode_jpeg(encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma]))
-    return webp_round_trip(pixels, params.whole_webp) if params.whole_webp else pixels
+    if params.whole_webp and longer <= WEBP_SIDE:
+        pixels = webp_round_trip(pixels, params.whole_webp)
+    return pixels
 
 
 def _tensor_of(pixels: np.ndarray) -> torch.Tensor:

@@ -36,6 +36,7 @@ reasons not to rely on the detector, as a dict.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -363,7 +364,7 @@ def _difference(
 ) -> Difference:
     change = np.abs(expected - exported)
     verdicts = [
-        verdict(reference, band) != verdict(converted, band)
+        not math.isfinite(converted) or verdict(reference, band) != verdict(converted, band)
         for reference, converted in zip(expected.tolist(), exported.tolist(), strict=True)
     ]
     return Difference(max=float(change.max()), mean=float(change.mean()), verdicts=sum(verdicts))

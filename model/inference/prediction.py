@@ -321,8 +321,10 @@ def group_sizes(batch_size: int, start: int = 0) -> Iterator[int]:
     `start` skips that many images; a batch must begin there.
 
     Raises:
-        ValueError: no batch begins at `start`.
+        ValueError: no batch begins at `start`, or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     position, size = 0, 1
     while True:
         if position >= start:

@@ -69,7 +69,10 @@ def fetch_trust_list(by_hand: Path | None = None) -> TrustList:
         "sha256": trust.sha256,
         "pem": data.decode("utf-8", "surrogateescape"),
     }
-    write_text(path, json.dumps(kept, indent=1) + "\n")
+    text = json.dumps(kept, indent=1) + "\n"
+    if len(text) > MAX_BYTES:  # reading it back would refuse it, and the good list would be gone
+        raise TrustListError(f"{origin} is too large to keep: more than {MAX_BYTES:,} bytes")
+    write_text(path, text)
     return read_cached(path)
 
 

@@ -8,8 +8,7 @@ An `Estimate` is an AUROC (`auroc`, 0.5 for guessing) with its 95 % interval (`l
 None if a class has too few groups. Fields of an `Audit`:
 
 - `samples`, `reals`, `fakes`: numbers of images.
-- `pooled`: the `Estimate` over all images.
-- `across`: the same, each source scored by a classifier fitted on the others.
+- `pooled`: the `Estimate` over all images. `across`: each source scored by a fit on the others.
 - `source_name`: the `Estimate` of the source's name. It and `across` are None for a single source.
 - `sources`: dict, source -> `SourceAudit`: `reals`, `fakes`, `within` (classifier of this source),
   `from_others` (as `across`), `note` (why `within` is None). Names after the 250 most frequent

@@ -121,6 +121,7 @@ pretrained = false
         "crop_size": SIZE,
         "resize_size": int(SIZE / config.crop_pct),
         "interpolation": config.interpolation,
+        "detail_crop": False,
     }
     detector, image = load_detector(saved, backend="pil"), encode(photo(1), "PNG")
     (prediction,) = detector.predict([image])
@@ -243,10 +244,13 @@ def test_the_plan_warns_of_preprocessing_other_than_the_weights(
 
 
 def test_a_size_that_a_network_cannot_take_is_refused() -> None:
+    def sized(side: int) -> Preprocess:
+        return Preprocess(crop_size=side, resize_size=side)
+
     network = family("clip")
-    check_size(build(network, pretrained=False, empty=True), network.name, SIZE)
+    check_size(build(network, pretrained=False, empty=True), network.name, sized(SIZE))
     with pytest.raises(NetworkError) as caught:
-        check_size(build(network, pretrained=False, empty=True), network.name, 40)
+        check_size(build(network, pretrained=False, empty=True), network.name, sized(40))
     assert "does not accept 40 x 40 images" in str(caught.value)
     assert "set preprocess.crop_size=224, the size of its pretrained weights" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ because one gray level of difference before a JPEG quantizer may become forty af
 """
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from imaging.jpeg import CHROMAS
 from pipeline.augment import AugmentParams, stack
 from pipeline.batch import PLACEHOLDER, Request
 from pipeline.dali import DaliBackend, _reason
-from pipeline.pil import decode_request
+from pipeline.pil import JPEG_SIDE, WEBP_SIDE, decode_request
 from tests.builders import ORIENTED_PLACES, color_matrix, encode, oriented, photo
 
 SIZE = 64
@@ -471,3 +472,28 @@ def test_the_jpeg_stage_is_libjpeg(device: torch.device) -> None:
     for quality, pixels in zip((40, 60, 80, 95), dali, strict=True):
         stored = encode(SCENES["plain"], quality=quality, subsampling="4:2:0")
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(stored))))
+
+
+@pytest.mark.parametrize(
+    ("longer", "field"), [(WEBP_SIDE, "whole_webp"), (JPEG_SIDE, "whole_jpeg")]
+)
+def test_an_image_too_long_for_a_format_is_not_compressed(longer: int, field: str) -> None:
+    """libwebp and libjpeg have a longest side; an error would end the run."""
+    plain = AugmentParams(top=0, left=0, height=8, width=40)
+    for width, changes in ((longer, True), (longer + 1, False)):
+        image = encode(photo(4, width, 8), "PNG")
+        params = [plain, plain._replace(**{field: 30})]
+        for images in both([image] * 2, params, (8, 8)):
+            assert (np.abs(images[0] - images[1]).mean() > 0.5) == changes
+
+
+def test_an_error_of_the_requests_is_not_taken_for_a_bad_batch() -> None:
+    def failing() -> Iterator[Request]:
+        yield Request(
+            [encode(IMAGE, "PNG")], ["PNG"], [1], stack([AugmentParams(0, 0, SIZE, SIZE)])
+        )
+        raise RuntimeError("the disk is gone")
+
+    seen = []
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        seen.extend(DaliBackend((SIZE, SIZE), 1, CPU, threads=1).run(failing()))

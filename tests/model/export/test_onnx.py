@@ -277,6 +277,11 @@ def test_a_wrong_device_or_threshold_is_refused(exported: Path) -> None:
         load_onnx(exported / "detector.onnx", threshold=1.5)
 
 
+def test_a_result_that_is_not_finite_is_far_from_every_verdict() -> None:
+    apart = export._difference(np.array([0.2, 0.9]), np.array([0.2, np.nan]), (0.4, 0.6))
+    assert np.isnan(apart.max) and apart.verdicts == 1
+
+
 def test_a_file_that_differs_too_much_is_not_written(
     exported: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

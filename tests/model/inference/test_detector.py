@@ -72,6 +72,11 @@ def test_shards_and_files_give_the_same_scores(old: ShardSet, raw: Path, detecto
     np.testing.assert_allclose(probabilities, evaluated, rtol=0, atol=1e-6)
 
 
+def test_a_batch_size_below_one_is_refused(detector) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        detector.predict([encode(photo(1)), encode(photo(2))], batch_size=0)
+
+
 def test_the_batch_size_changes_scores_only_by_rounding(detector) -> None:
     files = [encode(photo(n), "PNG") for n in range(40)]
     one, many = (

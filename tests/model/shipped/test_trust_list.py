@@ -111,6 +111,12 @@ def test_a_list_given_by_hand_is_stored(
     assert result.exit_code == 0, result.output
     assert json.loads(kept.read_text())["pem"].encode() == body
     assert not server.got(PATH)
+    before = kept.read_bytes()
+    long = body + b"#" * (signatures.MAX_BYTES - len(body))
+    (tmp_path / "long.pem").write_bytes(long)
+    result = fetch("--file", tmp_path / "long.pem")
+    assert result.exit_code == 1 and "too large to keep" in result.stderr
+    assert kept.read_bytes() == before  # the good list stays
     (tmp_path / "photo.pem").write_bytes(b"\xff\xd8")
     result = fetch("--file", tmp_path / "photo.pem")
     assert result.exit_code == 1 and "photo.pem holds no certificate" in result.stderr
