@@ -16,10 +16,11 @@ options:
 - `--host` and `--port`: the address of the page (default 127.0.0.1 and 8501).
 - `--checkpoint`: the detector, as a checkpoint folder, a run's folder, or the name of a shipped
   detector.
-- `--runs`: the folder of the runs. Without `--checkpoint`, its newest run is used. If neither
-  option is given: the detector that the environment variable DETECTOR_CHECKPOINT names, else the
-  newest run in the folder that DETECTOR_RUNS names, else in `runs`. If that folder has no run: the
-  shipped detector.
+- `--runs`: the folder of the runs. Without `--checkpoint`, its newest run is used, or the shipped
+  detector if the folder has no run. If the folder does not exist, the page says so. If neither
+  option is given, the environment variables DETECTOR_CHECKPOINT (first) and DETECTOR_RUNS mean the
+  same as the options. Without them: the newest run in `runs`, or the shipped detector if there is
+  none.
 - `--verbose`: more log lines, with tracebacks.
 
 `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported

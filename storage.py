@@ -21,9 +21,10 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
   without a folder at `path`. Without `replace`, a folder with files at `path` is kept, and
   `OSError` is raised (by `atomic_folder()` at the end of its block).
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
-  removes it at the end. At the start it removes the older temporary folders of `path`,
-  `<name>.<number>.partial` and `<name>.old.<number>.partial`: killed processes left them. Those of
-  other paths stay. So `path` must have one writer at a time; this holds for `atomic_folder()` too.
+  removes it at the end. At the start it removes the older temporary folders of `path`, which killed
+  processes left: `<name>.<number>.partial` and `<name>.old.<number>.partial`. If there is nothing
+  at `path`, the latter is not removed: it gets the name `path` back. Those of other paths stay. So
+  `path` must have one writer at a time; this holds for `atomic_folder()` too.
 
 `partial_of(path)` takes a `Path` and returns its temporary path. `file_name(stem, suffix)` joins
 both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the

@@ -12,13 +12,13 @@ differences and the seconds of all rounds. All ways are in memory at once (ConvN
 Main entry: `ways_of(name, folder)`.
 
 - `name`: the timm name of a network that takes images of 256 x 256 pixels.
-- `folder`: an empty folder (Path), which gets the checkpoint `step_0000000/`, the ONNX files of
-  fp32 and fp16 in `onnx/`, and `int8.onnx`.
+- `folder`: an empty folder (Path). It gets the checkpoint `step_0000000/` and, in `onnx/`, the
+  files of `export_onnx()` (ONNX in fp32, fp16 and int8, and `parity.json`).
 
 It returns a dict from the name of a way (the first is "PyTorch") to its scoring function. Such a
-function takes RGB images, uint8 (N, 256, 256, 3), and returns the probability that each is fake, a
-float array (N,). The packages of the extra `export` must be installed, or importing this module
-fails.
+function takes RGB images, a NumPy array uint8 (N, 256, 256, 3), and returns the probability that
+each is fake, a float array (N,). The packages of the extra `export` must be installed, or importing
+this module fails.
 """
 
 import json

@@ -17,7 +17,8 @@ FILE as a JSON object:
 
 The options:
 
-- `--images`: number of feature vectors, at least `--batch-size`. A file has up to 4,000 of them.
+- `--images`: number of feature vectors, more than 4,000 and at least `--batch-size`. A file has up
+  to 4,000 of them, all of one class, and the fit needs both classes.
 - `--width`: float16 numbers per vector.
 - `--batch-size`: vectors per batch.
 - `--json`: the file; without it, the figures are only printed.

@@ -1,13 +1,13 @@
 """Measure what `predict.py` adds to the network's time: reading, decoding, provenance and writing.
 
-    python -m benchmarks.predict [--originals FOLDER] [--images N] [--rounds N] [--json FILE]
+    python -m benchmarks.predict [--originals FOLDER] [--images 200] [--rounds 3] [--json FILE]
 
 Main entry: `measure(detector, folder, images, batch_size, rounds)`.
 
 - `detector`: an `ImageDetector`, such as `model.load_detector(run_folder)` returns.
 - `folder`: a folder (Path) of JPEG files, also in subfolders. The JSON lines of `predict.py` are
   written next to it, to `FOLDER.jsonl`, which is replaced. The folder's name must have no dot.
-- `images`: the number of these files.
+- `images`: how many JPEG files `folder` has. All are scored.
 - `batch_size`: images per batch.
 - `rounds`: how often each way runs.
 
@@ -19,11 +19,11 @@ a dict with the `seconds` and CPU seconds (`cpu`) per image.
 
 The command makes the JPEGs (synthetic, or variants of those in FOLDER) and networks with random
 weights, which are as fast as trained ones. It prints a table with a row per network: images/s and
-CPU milliseconds per image of both ways, and two ratios. One is the time per image of the network
-alone, divided by that of `predict.py`; the other is the same for the CPU time. A ratio below 1
-means that `predict.py` needs more. `--network` chooses one (`convnextv2_base` or `mobilenetv2_100`;
-default: both); `--device`, `--backend` and `--batch-size` are as in `predict.py`. FILE gets the
-figures of all rounds as JSON.
+CPU milliseconds per image of both ways, and two ratios: the time per image of the network alone
+divided by that of `predict.py`, once in elapsed time and once in CPU time. A ratio below 1 means
+that `predict.py` needs more. `--network` (may be repeated) chooses the networks (`convnextv2_base`
+or `mobilenetv2_100`; default: both); `--device`, `--backend` and `--batch-size` are as in
+`predict.py`. FILE gets the figures of all rounds as JSON.
 
 Compare ratios, not the speeds of different runs. While other programs use the CPU, the ratio of CPU
 times is more reliable than the other one. On an idle machine without a GPU the two are about equal,

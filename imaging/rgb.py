@@ -1,4 +1,5 @@
-"""Convert an image that Pillow has decoded, of any mode, to 8-bit RGB pixels.
+"""Convert an image that Pillow has decoded, of any mode that `Image.open()` gives, to 8-bit RGB
+pixels.
 
 Main entry: `to_rgb(image)` takes a `PIL.Image.Image` (from `Image.open()`, after `load()`) and
 returns uint8 (height, width, 3). It is not turned upright. Alpha is dropped. ICC profiles of RGB
@@ -8,10 +9,10 @@ usable profile by Pillow (docs/design.md explains why).
 Values of more than 8 bits are scaled to gray levels from 0 to 255 (in parts of `BAND_PIXELS`
 pixels, to save memory):
 
-- Floats: 255 is the largest value; 0 is zero or the smallest negative value.
+- Floats: 255 is the largest finite value; 0 is zero or the smallest negative one.
 - Integers of a file that declares a white level (a TIFF): 255 is this level; 0 is the declared
-  black level, or zero. A white level that is not above the black level, or that is below a value of
-  the image, does not count as declared.
+  black level, or zero. A white level counts as not declared if it is not above the black level, or
+  if a value of the image is above it.
 - Other integers: 255 is 65,535; 0 is zero.
 - In a TIFF that stores white as 0, the gray levels are then inverted.
 

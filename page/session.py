@@ -5,12 +5,12 @@ Main entries: `this_session()` takes nothing, returns the id (text) of the visit
 session, and makes Streamlit call `close_soon()` with this id when the page is closed. It is called
 while Streamlit draws the page. `close_soon(session)` takes such an id, returns at once, and deletes
 the session after `GRACE_S` seconds (environment variable `DETECTOR_GRACE_S`, default 30) unless the
-page has reconnected.
+page is connected again at that moment.
 
 `forget(files)` takes a list of uploaded files (`UploadedFile`), deletes them at once, and returns
 nothing. The uploader is empty the next time `page.uploads.uploads()` draws it; this function must
-have drawn it in this session before, else `forget()` raises KeyError. It is called while Streamlit
-draws the page, or by a button of the page (`on_click`).
+have drawn it in this session before, else `forget()` raises KeyError after the files are deleted.
+It is called while Streamlit draws the page, or by a button of the page (`on_click`).
 
 `script_context()` returns Streamlit's context of the page that is being drawn.
 """

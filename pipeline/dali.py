@@ -3,7 +3,7 @@ Importing this module needs DALI.
 
 Main entry: `DaliBackend(shape, batch_size, device, threads, hw_decoder_load, stall_error_s)`.
 
-- `shape`: height and width of the output images in pixels: `preprocess.shape`.
+- `shape`: (height, width) of the output images in pixels, the field `shape` of a `Preprocess`.
 - `batch_size`: largest number of images in a batch.
 - `device`: `torch.device`, a GPU or the CPU.
 - `threads`: number of CPU threads.
@@ -12,16 +12,16 @@ Main entry: `DaliBackend(shape, batch_size, device, threads, hw_decoder_load, st
 
 Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, *shape, 3) RGB on
 the device; `failures`, a dict, position in the batch -> reason, for images that cannot be read or
-decoded (these are black); and `timing`, a `BatchTiming`.
+decoded, or whose crop reaches outside the image (these are black); and `timing`, a `BatchTiming`.
 
 - `requests`: an iterable of `Request`s of pipeline/batch.py (encoded images of one batch and their
   augmentation parameters), which a background thread reads ahead.
 - `start`: number of the first step, which only messages show (default 0).
 
 `run()` raises `StallError` (pipeline/monitor.py) if no request comes in `stall_error_s` seconds,
-and RuntimeError if the GPU is lost or has no memory left. A bad sample does not end a batch. The
-DALI operators are in `pipeline/dali_graph.py`. What they cannot do is done here on the CPU: the
-steps for the whole image before them, and WebP after them.
+and RuntimeError if the GPU is lost or has no memory left. An image that fails does not end a batch.
+Errors of `requests` pass through. The DALI operators are in `pipeline/dali_graph.py`. What they
+cannot do is done here on the CPU: the steps for the whole image before them, and WebP after them.
 """
 
 import gc

@@ -3,17 +3,18 @@ DALI.
 
 Main entry: `graph(feed, shape, on_gpu, hw_decoder_load)` returns a DALI pipeline that is not built
 yet. Its output is the batch, uint8 (B, *shape, 3) RGB. The order of operations is that of
-`pipeline/augment.py`, without the steps that `pipeline/dali.py` does on the CPU (those for the
-whole image, and WebP).
+`pipeline/augment.py`, without the steps for the whole image and WebP: `pipeline/dali.py` does these
+on the CPU.
 
 - `feed`: a function without arguments, which DALI calls for each batch; it returns what
   `columns_of()` returns, or raises StopIteration at the end.
-- `shape`: height and width of the output images in pixels: `preprocess.shape`.
+- `shape`: (height, width) of the output images in pixels, the field `shape` of a `Preprocess`.
 - `on_gpu`: whether the operators run on the GPU.
 - `hw_decoder_load`: share of the JPEGs, 0 to 1, that the GPU's JPEG engine decodes (default 0.65).
 
-The keyword arguments of every DALI pipeline (`batch_size`, `num_threads`, `device_id`, ...) may be
-given too.
+Keyword arguments of every DALI pipeline are taken, too. Two must be given, or the pipeline cannot
+be built: `batch_size` (the largest number of images in a batch) and `num_threads` (CPU threads).
+`device_id` is the number of the GPU (None, the default: the current one, if `on_gpu`).
 
 `columns_of(data, orientations, params, shape)` returns the inputs of one batch, a tuple in the
 order of `columns_for(shape)`, which returns the columns that images of this shape need.

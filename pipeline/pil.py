@@ -4,7 +4,7 @@ Main entry: `decode_request(request, shape)`.
 
 - `request`: a `Request` (pipeline/batch.py): encoded images of a batch with their formats,
   orientations and augmentation parameters.
-- `shape`: height and width of the output in pixels: `preprocess.shape`.
+- `shape`: (height, width) of the output images in pixels, the field `shape` of a `Preprocess`.
 
 It returns `Pixels`, whose fields are:
 
@@ -20,14 +20,15 @@ if a crop reaches outside the image.
 - `pixels`: an upright image, NumPy uint8 (height, width, 3) RGB.
 - `params`: its `AugmentParams`, such as `batch.row(0)` of an `AugmentBatch`.
 - `out`: the tensor for the result, torch uint8 (size, size, 3), on the CPU. With a detail crop it
-  has 2 * size rows: the resized crop, then the detail.
+  is (2 * size, size, 3): the resized crop above, the detail below.
 
 `preprocess(pixels, settings)` takes such an image and the settings of evaluation (`Preprocess`),
 and returns the center crop, NumPy uint8 (*settings.shape, 3). `apply_whole(pixels, params)` does
-the steps for the whole image alone (resizing, JPEG, WebP) and returns the image.
-`refuse_crop_outside()` raises the ValueError of `apply()`. The other functions are single steps on
-NumPy images; `resize(image, out, kind)` takes two tensors, `kind` is a position in `FILTERS`
-(pipeline/preprocess.py), and `encode_jpeg()` returns the JPEG as bytes.
+the steps for the whole image alone (resizing, JPEG, WebP) and returns the image. JPEG or WebP is
+left out if a side is longer than `JPEG_SIDE` or `WEBP_SIDE`. `refuse_crop_outside()` raises the
+ValueError of `apply()`. The other functions are single steps on NumPy images; `resize(image, out,
+kind)` takes two tensors, `kind` is a position in `FILTERS` (pipeline/preprocess.py), and
+`encode_jpeg()` returns the JPEG as bytes.
 
 JPEG is decoded by simplejpeg (exact inverse DCT) and encoded by Pillow, because simplejpeg's
 encoder always takes the fast DCT below quality 96, and libjpeg's default is the exact one. Bilinear

@@ -18,7 +18,7 @@ are shown.
 
 It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be read or decoded or
 the recipe does not describe a policy that is used, and `RecipeError` if the recipe is missing or
-wrong, or names no policy while `policy` is None.
+wrong, or names no policy while `policy` is None. It raises `OSError` if the PNG cannot be written.
 
 `picture_of(rows)` arranges `Row`s, one per sample, in one picture. `Policies` is the part of the
 recipe that is read, and `words_of(params)` describes the parameters of one image in lines of text.

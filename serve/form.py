@@ -4,8 +4,8 @@ Main entry: `Form(content_type, max_files)` takes the header Content-Type of the
 the boundary), and the largest number of files. `feed(data)` takes the next bytes of the body and
 returns nothing. `finish()`, called after the last bytes, returns a list of the files as (name,
 bytes); a file without a name is called `image N` (N: its position, from 0). The class and its
-methods raise `Refused` (status 400 or 413) if the form is invalid or incomplete, has no file, has a
-field that is no file, or has too many files. The caller limits the total size.
+methods raise `Refused` (serve/limits.py; status 400 or 413) if the form is invalid or incomplete,
+has no file, has a field that is no file, or has too many files. The caller limits the total size.
 `too_many(max_files)` returns the error for too many files, for other callers to raise.
 """
 

@@ -13,13 +13,14 @@ It returns a `Listing` with these fields:
   image must not be read, else "") and more.
 - `excluded`: other files, a dict, reason -> {"files": number, "first": first `NAMED` names}.
 - `read_as`: a dict, rule (or note that a table or row is missing) -> number of images.
-- `unmatched`: rules without a file (an optional one only if its class has none).
+- `unmatched`: rules that match no image (an optional one only if no rule of its class does).
 
 A label comes from whole parts of the path, ignoring case, or from the columns of a table. Of
 several matching rules, the one with the deepest folder is used; for parquet cells, the first.
 `CatalogError` is raised if an image matches a real and a fake rule of equal depth, or a parquet
-cell matches both; if there are images but no rule matches any; if a table is damaged, or lacks the
-key column (CSV) or a column of a rule (parquet); `RawError` or `OSError` for unreadable files.
+cell matches both; if there are images but no rule matches any; if a table is damaged, breaks off,
+or lacks a column or a class that the catalog names. `RawError` or `OSError` is raised for
+unreadable files.
 
 `capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in whole groups, in
 place. `choose_set(group, share_of)` returns the set of a group (related images), chosen by its hash

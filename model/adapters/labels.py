@@ -6,10 +6,10 @@ output (index -> text), `asked`, a list of the labels that the user named with `
 be empty), and `where`, the name of the classifier for messages. It returns the list of indices of
 the outputs that mean AI-generated.
 
-If `asked` has labels, exactly these mean AI-generated; case is ignored. If it is empty, the words
-of each label decide. `meaning_of(label)` returns "fake" or "real" for a label with words of either
-`FAKE_WORDS` or `REAL_WORDS`. It returns "" for a label with words of both or neither, or with one
-of `NEGATIONS` ("not real").
+If `asked` has labels, exactly these mean AI-generated. Case is ignored, so labels must differ in
+more than case. If it is empty, the words of each label decide. `meaning_of(label)` returns "fake"
+or "real" for a label with words of either `FAKE_WORDS` or `REAL_WORDS`. It returns "" for a label
+with words of both or neither, or with one of `NEGATIONS` ("not real").
 
 `fake_indices()` raises `DetectorError` if a named label does not exist, if no label is named and
 the words of a label do not decide, or if all of several outputs are of one class. A classifier with

@@ -1,7 +1,8 @@
 """Plan an evaluation: open the shard sets (packed images) and check all input before any network is
 loaded.
 
-Main entry: `plan(subject, data, names, options, dist)` opens and checks everything.
+Main entry: `plan(subject, data, names, options, dist)` opens and checks everything. One check comes
+later: whether the backbone is frozen, which `features` needs.
 
 - `subject`: the folder of a checkpoint (a `Path`, not a text), or an `OtherDetector` or
   `OnnxDetector` from `open_other()` of `model/adapters/open.py`.
@@ -22,8 +23,9 @@ All fields of `Options` are set by keyword:
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
 - `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
 - `reference_reals`: the name of a set, on whose real images the false-positive rate of all sets is
-  measured. None (default): each set is measured on its own real images. For sets without any, the
-  catalog names a set, which is used if it is packed in `data`.
+  measured. None (default): each set is measured on its own real images. For a set without any, this
+  program's catalogs may name a set. The first such set that is packed in `data` is used for all
+  sets without real images.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default).

@@ -15,14 +15,17 @@ Main entry: `export_onnx(checkpoint, out, images, on_images)` writes the three `
 It returns the content of `PARITY_FILE`, a dict. `compared` is the number of images, `unreadable` a
 list with one text, name and reason, per image that could not be read. `files` is a list of dicts,
 one per ONNX file, with the fields of `Parity`: `file`, `precision`, `same_pixels` (the networks on
-equal pixels) and `from_files` (the preprocessing included; None for noise). Each of the last two is
-a dict, a `Difference` in the probability of fake: `max`, `mean`, and `verdicts`, the number of
-images with another verdict.
+equal pixels) and `from_files` (the preprocessing included; None for noise). The last two are dicts
+with the fields of `Difference`: `max` and `mean` difference of the probability of fake, and
+`verdicts`, the number of images with another verdict.
 
-It writes nothing and raises `ExportError` if a library is missing, no image can be read, or a
-difference on equal pixels is above `TOLERANCE` (int8: only if it is NaN). For a checkpoint that
-cannot be used it raises `CheckpointError`, `BackboneError` or `NetworkError`, for an unusable shard
-set `ShardError`, and if `out` cannot be written `OSError`.
+Errors, all `ValueError`s except `OSError`:
+
+- `ExportError`: a library is missing, no image can be read, or a difference on equal pixels is
+  above `TOLERANCE` or NaN (int8: only NaN). No file is written.
+- `CheckpointError`, `BackboneError`, `NetworkError`, `RecipeError`: the checkpoint cannot be used.
+- `ShardError`: the shard set cannot be used.
+- `OSError`: `out` cannot be written.
 
 The graph takes `images`, uint8 (batch, height, width, 3) RGB, with height and width of
 `Preprocess.shape` (a detail crop is below the first crop). It gives `probability` (of fake),

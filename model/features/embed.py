@@ -13,21 +13,23 @@ Main entry: `embed(embedder, shards, source, number, on_images)` computes the fe
 
 It writes the missing Arrow files, one per shard, and `backbone.json`. It returns the number of
 images computed on this rank (0 if no file is missing). A shard is written when it is complete, so
-an interrupted run resumes there. It raises `FeatureError` if a feature is not finite, or if the
-shard set contains only some samples of one of its shards; `LoadError` if the set cannot be loaded
-or too many images cannot be decoded (both are `ValueError`s); and `OSError` if a file cannot be
-written.
+an interrupted run resumes there. Errors:
+
+- `FeatureError` (a `ValueError`): a feature is not finite, or the shard set contains only some
+  samples of one of its shards.
+- `LoadError` (a `ValueError`): the set cannot be loaded, or too many images cannot be decoded.
+- `OSError`: a file cannot be written.
 
 The fields of an `Embedder` are passed by keyword:
 
-- `net`: a `Detector` (a torch module) with a frozen backbone, on `device`. It is the first of the
-  values that `load_network(folder)` of `model/checkpoint.py` returns for a checkpoint, or comes
-  from `build()` of `model/network.py`.
+- `net`: a `Detector` (a torch module) with a frozen backbone, on `device`. It comes from
+  `load_network(folder)[0]` of `model/checkpoint.py` (of a checkpoint), or from `build()` of
+  `model/network.py` (new).
 - `device`: a `torch.device`.
 - `dtype`: the precision, such as `torch.float32`.
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
-- `rank`, `world_size`: this process (default 0) and the number of processes (default 1). Rank r
-  computes every `world_size`-th shard.
+- `rank`, `world_size`: the number of this process, from 0 (the default), and how many processes
+  there are (default 1). Rank r computes every `world_size`-th shard.
 """
 
 from collections.abc import Callable, Iterator

@@ -22,12 +22,13 @@ A `Run` takes:
 - `trust`: the `TrustList` of C2PA signers; None (the default): no signer is trusted.
 
 `predict_all()` returns nothing; `predict_as_they_come()` never returns. An unreadable image, or a
-path that does not exist, gets a line with the reason. `OSError` is raised if a result cannot be
-written, or a heatmap for another reason than that of `undrawn` (a full disk), and `ExplainError` if
-a heatmap cannot be computed. Errors of the detector pass through. The `Run` counts:
+path that does not exist, gets a line with the reason. A `folder` that does not exist is waited for.
+`OSError` is raised if a result or a heatmap cannot be written (a full disk; a bad file name only
+counts in `undrawn`), and `ExplainError` if a heatmap cannot be computed. Errors of the detector
+pass through. The `Run` counts:
 
 - `verdicts`: images by verdict.
-- `excluded`: files left out, by reason.
+- `excluded`: files left out, by reason (of `predict_as_they_come()`: in its last scan).
 - `skipped`: images already in the results file.
 - `undrawn`: heatmaps that could not be written because the image's name is not possible as a file
   name. This is logged as a warning, and raises no error.

@@ -1,14 +1,14 @@
 """Describe an evaluation's `report.json`: every field with its type and meaning, as `TypedDict` and
 data classes.
 
-Main entry: `Report`, the type of the whole file: main results, checkpoint, thresholds, and a
-`SetReport` (metrics of all images, by class, source and generator, and robustness) for each set.
-The other classes are objects inside it. The string below each field is its meaning. The classes are
-for annotations, such as `report: Report = json.loads(text)`: the value is a plain dict, also where
-the type of a field is a data class. There are no functions, and nothing is checked at run time:
-`model/evaluation/report.py` computes the report as a dict, and `docs/reference.py` makes a page of
-documentation from these classes. A field `..._at_0_5` has the key `..._at_0.5` in the file.
-`Interval` is (low, high) at 95 %.
+Main entry: `Report`, the type of the whole file: main results, checkpoint, thresholds, and `sets`,
+a dict from the name of each set to its `SetReport` (metrics of all images, by class, source and
+generator, and robustness). The other classes are objects inside it. The string below each field is
+its meaning. The classes are for annotations, such as `report: Report = json.loads(text)`: the value
+and all objects inside are plain dicts, also where the type of a field is a data class. There are no
+functions, and nothing is checked at run time: `model/evaluation/report.py` computes the report as a
+dict, and `docs/reference.py` makes a page of documentation from these classes. A field `..._at_0_5`
+has the key `..._at_0.5` in the file. `Interval` is (low, high) at 95 %.
 """
 
 from dataclasses import dataclass

@@ -7,11 +7,12 @@ Main entry: `keep_wrong(detector, paths, label, folder, *, keep_image)`, a gener
   `a/*.jpg`.
 - `label`: the true label of all these images, "real" or "fake".
 - `folder`: a `Path`, the folder of the records (made if missing).
-- `keep_image`: whether a copy of each recorded image is stored there, too.
+- `keep_image`: whether to store a copy of each recorded image in `folder`, too (bool).
 
 It yields a `Reported` for every image, whatever the verdict: `text`, one line, and `failed`,
 whether the image could not be read or recorded (the next images are still scored). Nothing happens
-until the result is iterated. It raises `OSError` if the folder cannot be written.
+until the result is iterated. `OSError` of reading or writing the folder ends it. Errors of the
+detector pass through.
 
 A verdict is wrong if it is the opposite of `label`; "uncertain" is not wrong. A wrong verdict is
 written to `folder/<SHA-256 of the image>.json`. Later verdicts on the same image are added to this

@@ -7,15 +7,16 @@ Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all ca
 - `planned`: the `RunPlan` of the run, made by `plan()` in `plan.py`.
 - `best`: the run's best checkpoint, a `Best` of `plan.py`.
 - `baseline`: the `Validation` (metrics) of the initial detector; None if the run did not start from
-  a trained detector. Then, or if `best` has no validation, nothing is compared.
+  a trained detector. In this case, or if `best` has no validation, nothing is compared or refused;
+  the checkpoint is only calibrated.
 - `start`: the verdicts of the initial detector on the kept mistakes, which `start_on_mistakes()`
-  returns before training: a dict, hash of an image -> `Verdict`; None without kept mistakes, and on
-  all ranks but 0.
+  returns before training: a dict, hash of an image -> `Verdict`; None if there are no kept
+  mistakes. On every rank but 0 it is always None.
 
-It writes the calibration, the comparison (`compared`) and the reasons to refuse (`refused`, a list
-of texts) into the checkpoint's `meta.json`, and returns nothing. It raises `Refused` (a
-`ValueError`) on every rank if the gate refuses the checkpoint. Scores that cannot be calibrated are
-only logged as a warning.
+It writes the calibration (if there is none yet), the comparison (`compared`) and the reasons to
+refuse (`refused`, a list of texts) into the checkpoint's `meta.json`, and returns nothing. It
+raises `Refused` (a `ValueError`) on every rank if the gate refuses the checkpoint. Scores that
+cannot be calibrated are only logged as a warning. Other errors of files and records pass through.
 
 `conclude_again(planned, best)` does what is missing when a finished run is started again. It raises
 `Refused` on each rank for a checkpoint that was refused before.

@@ -10,27 +10,27 @@ On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 - `runs`: the `Path` of the folder of all runs.
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
   file; None: those that the recipe says.
-- `stop_at`: the step to stop after, counted from the start of the run. It must be larger than the
-  number of steps already done (else one more is done). None: train to the end. A fit
-  (`optim.solver` lbfgs) takes only None.
+- `stop_at`: the step to stop after, counted from the start of the run. If it is not larger than the
+  number of steps already done, one more is done. None: train to the end. A fit (`optim.solver`
+  lbfgs) takes only None.
 - `dist`: a `DistEnv`, as `init_distributed()` yields it; None: one process.
 
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
 `runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. A
-finished run is not trained again. It gets the calibration and the gate that it lacks, and its path
-is returned, or `Refused` is raised again.
+finished run is not trained again. If its calibration or the verdict of the gate is missing, this is
+done now. Then the path of its best checkpoint is returned, or `Refused` is raised.
 
 A run that stops at `stop_at`, before its end, is neither calibrated nor judged by the gate. It
 saves a checkpoint, and the path is that of the best checkpoint so far (before the first validation:
 the one just saved). The path does not show whether the run is finished; the bool `plan(recipe,
 data, runs).finished` of `model/training/plan.py` does. Errors:
 
-- `ValueError`: wrong input, a run of another recipe in the folder, or a loss or weight that is not
-  finite. Also, without waiting, if another training of this run is active (it holds the lock on
-  `LOCK_FILE` in the folder).
-- `OSError`: a file cannot be read or written.
-- `Refused` (a `ValueError`, so catch it first): the gate refuses the checkpoint. Every rank raises
-  it.
+- `ValueError`: wrong input, a run of another recipe in the folder, a checkpoint that is damaged or
+  cannot be written (a full disk), or a loss or weight that is not finite. Also, without waiting, if
+  another training of this run is active (it holds the lock on `LOCK_FILE` in the folder).
+- `OSError`: another file cannot be read or written.
+- `Refused` of `model/training/conclude.py` (a `ValueError`, so catch it first): the gate refuses
+  the checkpoint. Every rank raises it.
 - `Interrupted` (no `ValueError`): after SIGINT or SIGTERM, once a checkpoint is saved. A fit saves
   none: the same call fits again.
 

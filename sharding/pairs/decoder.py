@@ -2,21 +2,22 @@
 
 Main entry: `load_decoder(name, device)` returns a `Decoder`. `name` is a text: a folder, or
 OWNER/NAME or OWNER/NAME/FOLDER (mostly OWNER/NAME/vae) on the Hugging Face hub. `device` is "cpu",
-"cuda" or "auto" (default: the GPU if there is one). The fields of a `Decoder`:
+"cuda" or "auto" (the default: the GPU if there is one, else the CPU). The fields of a `Decoder`:
 
 - `reconstruct`: a function that takes pixels, uint8 (height, width, 3) RGB, and returns the pixels
   after encoding and decoding, of the same shape and type.
-- `name`: the last part of the argument `name`, without a final `/vae`, in lower case. Characters
-  other than letters, digits, `_`, `.` and `-` become `_`.
+- `name`: the last part of the argument `name`, without a final `/vae`, in lower case. Each run of
+  characters other than a-z, 0-9, `_`, `.` and `-` becomes one `_`.
 - `kind`: one of `CLASSES`, the supported autoencoders.
 - `sha256`: hash of the weights.
 - `factor`: image pixels per latent pixel, in each direction.
 
 `DecoderError` (a `ValueError`) is raised if the files, the libraries or the device cannot be used,
-and by `reconstruct` if the GPU memory is too small or the result is not an image.
-`find_decoder(name)` returns the folder of the files, after a download to the cache of the hub
-library if needed. Only `config.json` and a `.safetensors` file are read: no pickles, and no code of
-a repository.
+and by `reconstruct` if the GPU memory is too small or the result is not an image. `OSError` is
+raised if `config.json` may not be read, and another `ValueError` for a name that the hub does not
+allow. `find_decoder(name)` returns the folder of the files, after a download to the cache of the
+hub library if needed. Only `config.json` and a `.safetensors` file are read: no pickles, and no
+code of a repository.
 """
 
 import json
