@@ -140,6 +140,29 @@ def test_the_whole_image_is_compressed_as_often_and_as_much_as_the_policy_says()
     assert len({left for _, left, _, _ in crops}) > 60
 
 
+def test_the_whole_image_is_resized_and_compressed_as_the_policy_says() -> None:
+    """As a web site does: the crop is one of the resized image, of 500 x 375 pixels here."""
+    policy = AugmentPolicy(
+        whole_resize=0.6, whole_resize_scale=(0.3, 1.0), resample_filters=("bilinear", "lanczos"),
+        whole_webp=0.3, whole_webp_quality=(40, 90),
+    )  # fmt: skip
+    params = many_params(policy)
+    resized = [d for d in params if d.whole_height]
+    assert abs(len(resized) / len(params) - 0.6) < 0.03
+    assert abs(sum(d.whole_webp > 0 for d in params) / len(params) - 0.3) < 0.03
+    assert {d.whole_webp for d in params if d.whole_webp} == set(range(40, 91))
+    assert {d.whole_filter for d in resized} == {0, 2}
+    assert all(abs(d.whole_width / d.whole_height - 500 / 375) < 0.02 for d in resized)
+    smallest = min(d.whole_height for d in resized)
+    assert smallest == Preprocess().crop_size  # not 0.3 of 375: small images are left alone
+    assert max(d.whole_height for d in resized) > 365
+    for d in params:
+        height, width = (d.whole_height or 375), (d.whole_width or 500)
+        assert d.height == d.width == height and d.top == 0 and d.left + d.width <= width
+    plain = many_params(AugmentPolicy())
+    assert all(d.whole_height == d.whole_width == d.whole_webp == 0 for d in plain)
+
+
 def test_operations_happen_independently_of_each_other() -> None:
     policy = replace(
         PHASE1, hflip=0.5, color_jitter=0.5, resample=0.5, jpeg=0.5, blur=0.5, grayscale=0.5,

@@ -1,6 +1,7 @@
 """The fit of a head to stored features: the minimum, its weights, runs, and refusals."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import recipes
 from model import checkpoint
+from model.distributed import DistEnv
 from model.features.fit import FitError, Samples, check_fit, fit_head, gather, linear_of
 from model.features.leave_out import leave_one_out
 from model.features.prepare import source_of, with_features
@@ -22,6 +24,7 @@ from model.training.assemble import assemble
 from model.training.history import rows_of
 from model.training.plan import plan
 from model.training.run import Interrupted, train
+from tests.builders import broken_copy
 
 SETTINGS = [
     "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",
@@ -167,6 +170,24 @@ def test_a_run_fits_its_head_once(
     assert row["loss"] < 0.7
     with pytest.raises(ValueError, match="has no steps to stop at"):
         train(replace(recipe, name="b"), data, tmp_path / "runs", init_from=weights, stop_at=1)
+
+
+def test_ranks_gather_every_row_once_and_no_undecodable_image(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "val", tmp_path / "data/val")
+    broken = broken_copy(data, tmp_path / "data", [3], "all")
+    planned = plan(recipe, tmp_path / "data", tmp_path / "runs", init_from=weights)
+    planned = with_features(planned, assemble(planned))
+    stream = planned.stream
+    whole = gather(stream, 3)
+    assert len(whole.labels) == 2 * (len(broken) - 1)  # two views, and one image is broken
+    parts = [gather(stream, 3, DistEnv(rank=rank, world_size=3)) for rank in range(3)]
+    assert sum(len(part.labels) for part in parts) == len(whole.labels)
+    rows = torch.cat([torch.cat([p.features.float(), p.labels[:, None]], 1) for p in parts])
+    expected = torch.cat([whole.features.float(), whole.labels[:, None]], 1)
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, expected.tolist()))
+    assert sum(part.weights.sum() for part in parts) == whole.weights.sum()
 
 
 def test_phase_2_fits_replayed_images_too(
