@@ -6,12 +6,11 @@ COMMAND is `build`, `train`, `predict`, `fetch`, `evaluate` or `export`; default
 command runs twice undisturbed on small inputs made for it, which must give the same files. Then the
 command is started in a new folder; at a random time within the duration of an undisturbed run, all
 its processes get SIGKILL, and the command is started again if it has work left. After up to four
-such kills in one folder, it runs to its end. The names and bytes of all files are then compared
-with the undisturbed run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER`
-(times, speeds). This is repeated in new folders until `--times` kills have hit a running process.
-`--seed` (default 0) draws the times. `--work` is a folder for all files, new or with `inputs` only
-(default: a temporary one). A table with a `Row` per command is printed, and written to `--json`.
-The exit code is 1 if a file differs or a restarted command fails.
+kills in one folder, it runs to its end. The names and bytes of all files are then compared with the
+undisturbed run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER`. This is
+repeated in new folders until `--times` kills have hit a running process. `--seed` (default 0) draws
+the times. `--work` is a folder for all files, new or with `inputs` only (default: temporary). A
+table with a `Row` per command is printed, and written to `--json`. The exit code is 1 on a failure.
 
 Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
 
@@ -22,8 +21,8 @@ Main entry: `kill_often(name, command, work, times, rng)` kills one command and 
 - `late`: starts that ended before the kill came.
 - `folders`: new folders used for the killed runs.
 - `files`: number of compared files of one run.
-- `differing`: list of texts, the differences and the failures of restarted commands (empty: all is
-  well).
+- `differing`: list of texts (empty: all is well), the failures of restarted commands and the
+  differences, also those of the two undisturbed runs (marked `undisturbed: `).
 
 Its arguments:
 

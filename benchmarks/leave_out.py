@@ -33,7 +33,8 @@ A dict is printed as JSON. Its keys:
   sources; in every source. Each has `temperature`, `threshold`, `band` ([low, high]: the
   probabilities called uncertain) and `sources` (source -> `false_positive_rate`, `recall`,
   `uncertain` and numbers of images).
-- "perturbed", with `--robustness`: perturbation -> `auroc`, `false_positive_rate`, `recall`.
+- "perturbed", with `--robustness`: perturbation -> `auroc`, `false_positive_rate`, `recall`. The
+  rates are at the threshold of the recipe's own calibration.
 - "pairs left out", with `--pairs`: like "one left out", by heads trained without either source.
 """
 
@@ -263,6 +264,7 @@ def main(
     codes, names = pool.shards.codes("source")
     table = FeatureLoader(pool.shards, source, recipe.loading, planned.device).table(0)
     rows = np.concatenate([pool.new[codes[pool.new] == names.index(name)] for name in scored])
+    rows = np.delete(rows, list(table.failures(rows)))  # as `scored`, without unreadable images
     last = table.rows(rows)[:, -768:].astype(np.float32)
     labels, logits = (np.concatenate([pair[part] for pair in scored.values()]) for part in (0, 1))
     inside, clusters = within_subjects(last, labels, logits)

@@ -68,7 +68,9 @@ def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str
         raise ValueError(f"no such precision: {asked}; use auto, bf16, fp16 or fp32")
     if device.type != "cuda":
         return torch.float32, f"no mixed precision on {device.type}"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    with torch.cuda.device(device):  # the check below asks the current GPU
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if has_bf16:
         return torch.bfloat16, "the GPU computes in bf16"
     if torch.cuda.get_device_capability(device) >= (7, 0):
         return torch.float16, "the GPU has tensor cores but no bf16"

@@ -13,7 +13,7 @@ Every command has --verbose (more log lines), and the arguments and options belo
 be at an address.
 
     fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
-                       --git-mirror: folder of local Git repositories named OWNER+NAME
+                       --git-mirror: folder of Git copies OWNER+NAME to read instead (none)
     build              pack raw images into shard sets (tars with an index), one subfolder each of
                        --out (data/shards); --set: name of a set, to build no other (may be
                        repeated); --engine: local (processes, the default) or ray (a Ray cluster);

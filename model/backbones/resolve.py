@@ -45,12 +45,17 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
     made = made_with(network.name)
     options = dict(network.options)
     built_for = options.get("img_size")
-    crop_size = stated.crop_size or (built_for if isinstance(built_for, int) else made.height)
+    crop_size = stated.crop_size
+    if crop_size is None:
+        crop_size = built_for if isinstance(built_for, int) else made.height
+    resize_size = stated.resize_size
+    if resize_size is None:
+        resize_size = math.floor(crop_size / min(1, made.crop_pct))
     if made.fixed and not options.keys() & {"img_size", "dynamic_img_size"}:
         options |= {} if (made.height, made.width) == (crop_size,) * 2 else {"img_size": crop_size}
     preprocess = Preprocess(
         crop_size=crop_size,
-        resize_size=stated.resize_size or math.floor(crop_size / min(1, made.crop_pct)),
+        resize_size=resize_size,
         interpolation=stated.interpolation or nearest_filter(made.interpolation),
         detail_crop=stated.detail_crop,
     )

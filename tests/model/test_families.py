@@ -195,6 +195,9 @@ def test_stated_settings_are_kept_and_described() -> None:
     assert recipe.network.options == {"img_size": 336}
     assert recipe.preprocess == Preprocess(crop_size=336, resize_size=373, interpolation="lanczos")
     assert resolved(recipe) == recipe
+    for zero in ({"crop_size": 0}, {"resize_size": 0}):
+        with pytest.raises(ValueError, match="must satisfy 16 <= crop_size <= resize_size"):
+            small_recipe(network=network, preprocess=PreprocessSettings(**zero))
     (warned,) = normalization_warnings(recipe)
     assert warned == (
         "network.mean is [0.5, 0.5, 0.5], but timm's weights of "

