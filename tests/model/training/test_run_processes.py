@@ -213,7 +213,10 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
         before = len(losses_of(run)) if run.exists() else 0
         if real:
             words = [sys.executable, "train.py", *map(str, arguments)]
-            running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+            one = os.environ | {
+                "OMP_NUM_THREADS": "1"
+            }  # as many threads as the run in this process
+            running = subprocess.Popen(words, cwd=ROOT, env=one, stderr=subprocess.DEVNULL)
         else:
             running = forked.start(arguments, tmp_path / "answer.json")
         process = getattr(running, "process", running)
