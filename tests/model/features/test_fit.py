@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import recipes
 from model import checkpoint
@@ -36,15 +36,6 @@ SETTINGS = [
 @pytest.fixture
 def recipe(tiny_recipe: Path, tmp_path: Path) -> Recipe:
     return recipes.load(Recipe, tiny_recipe, [*SETTINGS, f'features.store="{tmp_path / "store"}"'])
-
-
-@pytest.fixture
-def weights(recipe: Recipe, tmp_path: Path) -> Path:
-    torch.manual_seed(11)
-    state = build(recipe.network, pretrained=False).backbone.state_dict()
-    path = tmp_path / "w.safetensors"
-    save_file({n: w.contiguous() for n, w in state.items() if "stage_head" not in n}, path)
-    return path
 
 
 def head_of(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import recipes
 from model import checkpoint
@@ -17,7 +17,6 @@ from model.evaluation.scores import read_scores
 from model.features.leave_out import leave_one_out
 from model.features.prepare import source_of, with_features
 from model.features.store import FeatureError
-from model.network import build
 from model.recipe import Calibrating, Recipe
 from model.score import probability
 from model.training.assemble import assemble
@@ -36,15 +35,6 @@ SETTINGS = [
 def recipe(tiny_recipe: Path, tmp_path: Path) -> Recipe:
     store = f'features.store="{tmp_path / "store"}"'
     return recipes.load(Recipe, tiny_recipe, [*SETTINGS, store])
-
-
-@pytest.fixture
-def weights(recipe: Recipe, tmp_path: Path) -> Path:
-    torch.manual_seed(11)
-    state = build(recipe.network, pretrained=False).backbone.state_dict()
-    path = tmp_path / "w.safetensors"
-    save_file({n: w.contiguous() for n, w in state.items() if "stage_head" not in n}, path)
-    return path
 
 
 def test_each_source_is_scored_by_a_head_that_never_saw_it(
