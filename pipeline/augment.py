@@ -364,10 +364,10 @@ def sample_params(
     """
     ranges = policies.of(policy)
     numbers = uniform(keys.seed, keys.epoch, keys.samples, _NUMBERS[-1], keys.repeat_index)
-    areas, ratios, position, chance, color, within, more, whole, detail, delivered = np.split(
+    areas, ratios, position, chance, color, within, more, whole, detail, extra = np.split(
         numbers, _NUMBERS[:-1], axis=1
     )
-    resized = _whole_sizes(ranges, preprocess, widths, heights, delivered)
+    resized = _whole_sizes(ranges, preprocess, widths, heights, extra)
     widths, heights = np.where(np.array(resized) > 0, resized, (widths, heights))
     crops = random_crops(
         ranges["scale"], ranges["ratio"], widths, heights, (areas, ratios, position)
@@ -417,10 +417,10 @@ def sample_params(
         whole_chroma=np.where(whole_jpeg > 0, whole_chroma, 0),
         whole_width=resized[0],
         whole_height=resized[1],
-        whole_filter=np.where(resized[0] > 0, policies.filter(policy, delivered[:, 2]), 0),
+        whole_filter=np.where(resized[0] > 0, policies.filter(policy, extra[:, 2]), 0),
         whole_webp=np.where(
-            delivered[:, 3] < ranges["whole_webp"],
-            _whole(ranges["whole_webp_quality"], delivered[:, 4]),
+            extra[:, 3] < ranges["whole_webp"],
+            _whole(ranges["whole_webp_quality"], extra[:, 4]),
             0,
         ),
         vflip=more[:, 9] < ranges["vflip"],

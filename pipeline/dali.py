@@ -127,14 +127,14 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """Do on the CPU what the graph cannot do (see `_delivered` and `_by_host`), before the
+        """Do on the CPU what the graph cannot do (see `_apply_whole` and `_by_host`), before the
         graph. Other damaged images are left to the graph, and then to the reference decoder, which
         gives the reason.
         """
         params = request.params
         work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
         whole = params.whole_jpeg | params.whole_height | params.whole_webp
-        work = dict.fromkeys(np.flatnonzero(whole).tolist(), self._delivered)
+        work = dict.fromkeys(np.flatnonzero(whole).tolist(), self._apply_whole)
         for row, encoded in enumerate(request.data):
             if not _may_reach_graph(encoded, request.formats[row]):
                 work[row] = self._by_host
@@ -157,7 +157,7 @@ class DaliBackend:
         )
 
     @staticmethod
-    def _delivered(request: Request, row: int) -> bytes | None:
+    def _apply_whole(request: Request, row: int) -> bytes | None:
         """Apply the first steps of a policy, those for the whole image. DALI's JPEG operator
         supports only one chroma subsampling, and only images of one size. If a JPEG is the last of
         these steps, it is the result: the graph decodes a fake exactly as it decodes its partner.

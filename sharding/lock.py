@@ -93,8 +93,8 @@ def _content(token: str) -> bytes:
 def _take_over(path: UPath, token: str, busy: str) -> None:
     """Replace an expired lease.
 
-    Other processes may have found it expired too. The one that creates `takeover.json` goes on,
-    and reads the lease again, because another may have replaced it just before.
+    Several processes may try this at once. Only the one that creates `takeover.json` continues. It
+    reads the lease again, because another process may have replaced it just before.
 
     Raises:
         OSError: the lease is not expired, another process replaces it, or it is damaged.

@@ -5,7 +5,8 @@ Early layers keep traces of generation; the last layers describe the content of 
 entries: two torch modules. `StageHead(channels)` reads the feature maps of all stages (their mean
 and standard deviation per channel); `channels` is a list of the number of channels of each stage.
 `ClassTokenHead(width)` reads the class token of a transformer after chosen blocks; `width` (int) is
-the number of blocks times the size of a token.
+the number of blocks times the size of a token. For a network that reads two crops of an image, both
+arguments are twice as large, and the features of its crops are joined before `forward()`.
 
 The static method `features()` of each takes the list of maps, float (B, C_i, H_i, W_i), or of
 tokens, float (B, C). It normalizes each token vector, or each map's means and its standard

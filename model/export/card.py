@@ -125,7 +125,7 @@ def card_of(
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
         *(["## Sources left out of training", _left_out(meta)] if _sources(meta) else []),
-        *(["## New kinds, delivered, and by subject", _new_kinds(left_out)] if left_out else []),
+        *(["## Robustness and subjects", _new_kinds(left_out)] if left_out else []),
         "## Evaluation",
         _evaluation(report),
         "## Training data",
@@ -262,8 +262,8 @@ def _left_out(meta: Mapping[str, Any]) -> str:
 
 
 def _new_kinds(left_out: Mapping[str, Any]) -> str:
-    """Return what heads without each source reached together, within subjects and on images as web
-    sites and messengers deliver them.
+    """Return the metrics of the left-out sources together, within subjects, and after each
+    perturbation.
     """
     pairs, inside = left_out["one left out"], left_out["within subjects"]
     low, high = pairs["interval"]
@@ -277,7 +277,7 @@ def _new_kinds(left_out: Mapping[str, Any]) -> str:
     )
     if not left_out.get("perturbed"):
         return text
-    rows = ["| delivered as | AUROC | fakes found | reals called fake |", "|---|---|---|---|"]
+    rows = ["| perturbation | AUROC | recall | reals called fake |", "|---|---|---|---|"]
     for name, of in left_out["perturbed"].items():
         rows.append(
             f"| {markdown(name)} | {of['auroc']:.3f} | {of['recall']:.2f} | "

@@ -16,8 +16,7 @@ the record does not reach the first weights (an old run), and the recipe has `ne
 timm's weights count as these, and the license as certain. Without `network.pretrained`, if the
 first weights were a file, and for an average of checkpoints with different first weights, the
 license is that of timm's weights for the same network, and `text` says that this is not certain.
-Licenses of training images are not
-included. It raises no errors of its own.
+Licenses of training images are not included. It raises no errors of its own.
 
 `first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through
 earlier checkpoints to the first weights, and returns their record, or None if a record on the way

@@ -26,10 +26,14 @@ stored features and returns this rank's `Samples`: `features`, float16 (N, D), `
 fake) and `weights`, float32 (N,). An image that comes several times in one view is one row; its
 weight is how many times. It raises `FeatureError` for missing or damaged features.
 `check_fit(recipe, net)` raises `FitError` if a `ResolvedRecipe` and its network cannot be fitted.
+
+`head_weights(train_state)` returns a copy of the weights that learn (`HeadWeights`, name ->
+tensor), `set_head(train_state, weights)` restores such a copy, and `reset_head(train_state)` sets
+these weights to 0. Each takes a `TrainState`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +46,7 @@ from model.distributed import DistEnv, all_reduce_sum
 from model.features.loader import FeatureLoader
 from model.network import Detector
 from model.recipe import Optim, ResolvedRecipe
+from model.training.step import TrainState
 from pipeline.stream import Stream
 
 ROWS = 1024
@@ -221,3 +226,25 @@ def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor
         sums[2:] += weights[rows] @ samples.features[rows].float()
     sums = all_reduce_sum(dist, sums)
     return float(sums[0]), float(sums[1]), sums[2:] / sums[0].clamp(min=1)
+
+
+HeadWeights = Mapping[str, torch.Tensor]
+
+
+def head_weights(train_state: TrainState) -> HeadWeights:
+    """Copy the weights that learn."""
+    parameters = train_state.net.backbone.named_parameters()
+    return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
+
+
+def set_head(train_state: TrainState, weights: HeadWeights) -> None:
+    """Restore weights that `head_weights` has copied."""
+    with torch.no_grad():
+        for name, parameter in train_state.net.backbone.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+def reset_head(train_state: TrainState) -> None:
+    """Set the weights that learn to 0."""
+    set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})

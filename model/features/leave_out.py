@@ -33,11 +33,10 @@ that this head was trained without; the network has this head during the call.
 `refit(planned, train_state, without)` trains the head in `train_state` from zero on the stored
 features of `planned` (from `with_features()`), without the sources `without` (names): in steps, or
 by `fit_head()` with `optim.solver` lbfgs. It raises `CalibrationError` if the other images fill no
-batch. `head_weights(train_state)` returns a copy of the weights that learn (`HeadWeights`, name ->
-tensor), and `set_head(train_state, weights)` puts such a copy back.
+batch, or lack a class.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from model.calibrate import Calibration, CalibrationError, calibrate_sources
 from model.checkpoint import load_network
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object
-from model.features.fit import FitError, fit_head, gather
+from model.features.fit import FitError, fit_head, gather, head_weights, reset_head, set_head
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.prepare import embed_run, source_of
 from model.score import score_set
@@ -59,22 +58,6 @@ from model.training.plan import RunPlan
 from model.training.step import TrainState, train_step
 from model.training.validation import calibrate_checkpoint
 from pipeline.stream import Stream
-
-HeadWeights = Mapping[str, torch.Tensor]
-
-
-def head_weights(train_state: TrainState) -> HeadWeights:
-    """Copy the weights that learn."""
-    parameters = train_state.net.backbone.named_parameters()
-    return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
-
-
-def set_head(train_state: TrainState, weights: HeadWeights) -> None:
-    """Put weights copied by `head_weights` back into the network."""
-    with torch.no_grad():
-        for name, parameter in train_state.net.backbone.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
 
 
 def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -> None:
@@ -90,7 +73,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
-    set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
+    reset_head(train_state)
     if recipe.optim.solver == "lbfgs":
         try:
             fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)

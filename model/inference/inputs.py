@@ -15,7 +15,7 @@ Main entries, two generators:
 
 An `ImageFile` has a `name`, a text, and `read()`, which takes no arguments and returns the bytes.
 The name is: of a file that is one of the paths, this path as it was given; of a match of a pattern,
-the path that was found; of a file in a folder, the folder and the path below it; of an image in an
+the path of the match; of a file in a folder, the folder and the path below it; of an image in an
 archive, the archive, `/` and the path in it.
 
 Folders are searched with their subfolders. Hidden files and links to folders are skipped. An

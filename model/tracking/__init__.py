@@ -1,1 +1,3 @@
-"""Experiment trackers that receive the figures of runs. Main entry: `tracker.Tracker`."""
+"""Show the history of a run: experiment trackers that receive its figures, and plotted curves. Main
+entries: `tracker.Tracker` and `curves.draw`.
+"""

@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import torch
 
+from console import counted
 from installed import command
 from model import checkpoint
 from model.backbones.resolve import describe_preprocess, normalization_warnings, resolved
@@ -150,11 +151,13 @@ class RunPlan:
         """Describe the run and every automatic choice, a line each."""
         recipe, stream, loader = self.recipe, self.stream, self.stream.loader
         least, most = self.learning_rates[0], self.learning_rates[-1]
-        rates = (
-            f"{len(self.learning_rates)} learning rates from {least:.2g} to {most:.2g}"
-            if least < most
-            else f"learning rate {most:.2g}"
-        )
+        if recipe.optim.solver == "lbfgs":
+            how = f"L-BFGS of at most {recipe.optim.iterations} iterations"
+            work = "fitted together"
+        else:
+            many = f"{len(self.learning_rates)} learning rates from {least:.2g} to {most:.2g}"
+            how = many if least < most else f"learning rate {most:.2g}"
+            work = f"{self.steps:,} steps of {loader.global_batch}"
         labels = stream.pool.shards.column("label")[stream.new(0)]
         counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
         left = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
@@ -164,15 +167,11 @@ class RunPlan:
             f"first weights: {_words_for(self.first_weights)}",
             f"{describe(self.dtype)} on {self.device} ({self.dtype_reason})",
             f"{recipe.name}: {recipe.network.name}, {self.parameters / 1e6:.1f} M parameters, "
-            f"{rates}",
+            f"{how}",
             *describe_preprocess(recipe),
             f"per epoch {len(labels):,} new samples ({counts}) and {stream.replayed_per_epoch:,} "
-            f"old ones, without the last {left} that fill no batch; {recipe.run.epochs} epochs, "
-            + (
-                f"fitted together by L-BFGS, at most {recipe.optim.iterations} iterations"
-                if recipe.optim.solver == "lbfgs"
-                else f"{self.steps:,} steps of {loader.global_batch}"
-            ),
+            f"old ones, without the last {left} that fill no batch; "
+            f"{counted(recipe.run.epochs, 'epoch')}, {work}",
             f"images through {loader.backend} ({loader.reason})",
             f"torch.compile {'on' if self.compiled else 'off'} ({self.compiled_reason})",
         ]

@@ -53,8 +53,7 @@ import interrupts
 from model import checkpoint
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
-from model.features.fit import fit_head, gather
-from model.features.leave_out import head_weights, set_head
+from model.features.fit import fit_head, gather, reset_head
 from model.features.prepare import with_features
 from model.recipe import Recipe, flat_settings
 from model.tracking.tracker import Tracker
@@ -248,7 +247,7 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
     recipe, dist, done = planned.recipe, planned.dist, planned.steps
     samples = gather(planned.stream, recipe.run.epochs, dist)
     if planned.weights.kind != "checkpoint":  # a new head may be random: begin at 0
-        set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
+        reset_head(train_state)
     with (
         interrupts.stop_signals() as received,
         _tracker(planned) as tracker,

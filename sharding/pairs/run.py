@@ -29,7 +29,7 @@ Errors:
   started.json), or files of unknown origin; or started.json is damaged.
 - `DecoderError`: the GPU has not enough memory, or the decoder's result is no image. Other errors
   of torch are raised as they are.
-- `CatalogError`: a name is too long. This is found at the end, when all images are made.
+- `CatalogError`: a name is too long. This is checked at the end, after all images were written.
 - `DecodeError`: this machine does not decode a packed image.
 - `OSError`: a file cannot be read or written, or another run writes the same pairs.
 

@@ -100,9 +100,9 @@ def test_the_card_has_the_figures_of_left_out_sources(
     assert "(0.850 to 0.940)" in card and "<b>" not in card
     assert "28 clusters" in card and "it is 0.71" in card
     assert "| jpeg\\-60 | 0.864 | 0.59 | 0.06 |" in card or "| jpeg-60 | 0.864 | 0.59" in card
-    assert "New kinds" not in card_of(meta, None, {}, onnx=False)
+    assert "Robustness and subjects" not in card_of(meta, None, {}, onnx=False)
     alone = {key: value for key, value in LEFT_OUT.items() if key != "perturbed"}
-    assert "delivered as" not in card_of(meta, None, {}, onnx=False, left_out=alone)
+    assert "| perturbation |" not in card_of(meta, None, {}, onnx=False, left_out=alone)
 
 
 @pytest.mark.parametrize(
