@@ -64,6 +64,11 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
             "preprocess.detail_crop needs a head that reads two crops: set network.head to stages "
             "or class_tokens, or leave detail_crop out"
         )
+    if network.crops > preprocess.crops:
+        raise ValueError(
+            "network.crops is 2 without preprocess.detail_crop; leave crops out, and set "
+            "preprocess.detail_crop=true for a second crop"
+        )
     network = replace(
         network,
         mean=network.mean or made.mean,

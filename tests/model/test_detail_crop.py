@@ -86,6 +86,8 @@ def test_a_recipe_says_that_the_network_has_a_second_input() -> None:
 def test_timms_own_head_cannot_read_two_crops() -> None:
     with pytest.raises(ValueError, match="detail_crop needs a head that reads two crops"):
         recipe_of(replace(CONV, head="timm"))
+    with pytest.raises(ValueError, match=r"crops is 2 without preprocess\.detail_crop"):
+        recipe_of(replace(VIT, crops=2), detail=False)
     with pytest.raises(ValueError, match="crops is 1 or 2, got 3"):
         replace(VIT, crops=3)
 
