@@ -8,8 +8,7 @@ Main entry: `main()`, this click command. A small network with random weights is
 it, and `predict.py` scores images on the device and on the CPU. The scores themselves mean nothing:
 the network trains for seconds. A script that fails does not stop the other steps. After the last
 step, the command then fails with the names of the failed steps. If `predict.py` wrote no CSV file,
-nothing is compared. Start it in the root folder of the project, or
-with absolute paths.
+nothing is compared. Start it in the root folder of the project, or with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.

@@ -317,7 +317,7 @@ def _report(
             f"the head is fitted, not trained in steps: at most {recipe.optim.iterations} "
             f"iterations over about {rows:,} features; the estimate does not include the fit"
         )
-        seconds, parts = 0.0, ["reading stored features"]
+        seconds, parts = 0.0, []
     if trial.missing:
         seconds += trial.missing * trial.image_s
         parts.append(f"the features of {trial.missing:,} images ({1 / trial.image_s:.3g} a second)")
@@ -325,7 +325,10 @@ def _report(
         count = _validations_left(planned)
         seconds += count * trial.validation_s
         parts.append(f"{count} validations of {_duration(trial.validation_s)}")
-    yield f"estimate: {_duration(seconds)} for {', '.join(parts)}"
+    estimate = (
+        f"{_duration(seconds)} for {', '.join(parts)}" if parts else "all features are stored"
+    )
+    yield f"estimate: {estimate}"
     yield (
         f"batches measured for the estimate: {max(1, trial.timed)}. The disk cache, other programs "
         "and the temperature of the machine change the speed; saving checkpoints and calibrating "
