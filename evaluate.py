@@ -84,6 +84,7 @@ CONFLICTS = {
         "device",
         "backend",
     ),
+    "checkpoint": ("detector",),
     "suite": ("names", "subset"),
     "regressions": (
         "names",

@@ -112,7 +112,7 @@ def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
 )
 @click.option("--batch-size", default=256, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")
 @console.options()
 def main(
     shards: Path,

@@ -180,16 +180,16 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 @click.option("--scores", default=400_000, show_default=True, help="Scores to report on.")
 @click.option("--network", default="mobilenetv2_100", show_default=True, help="timm name.")
 @click.option("--detector", is_flag=True, help="Measure only adapters against direct calls.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for all figures.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options()
-def main(images: int, scores: int, network: str, detector: bool, json_file: Path | None) -> None:
+def main(images: int, scores: int, network: str, detector: bool, out: Path | None) -> None:
     """Measure what evaluation adds to the network's time."""
     if detector:
         with tempfile.TemporaryDirectory() as name:
             figures = adapters.costs(pack(images, Path(name)), Path(name), network)
         adapters.print_costs(figures, images)
-        if json_file:
-            json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if out:
+            out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         return
     with tempfile.TemporaryDirectory() as name:
         report = cost_of_report(scores, Path(name))
@@ -211,9 +211,9 @@ def main(images: int, scores: int, network: str, detector: bool, json_file: Path
         ]
         title = f"scoring {images:,} small images with {network}"
         console.table(title, ["", "seconds", "processor seconds"], rows)
-    if json_file:
+    if out:
         figures = {"report": report, "scoring": scoring}
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def write_store(store: Path, backbone: BackboneId, shards: ShardSet, width: int)
 @click.option("--images", default=400_000, show_default=True)
 @click.option("--width", default=768, show_default=True, help="Numbers per image.")
 @click.option("--batch-size", default=256, show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options()
 def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
     """Measure reading stored features against memory, and training a head on stored features."""

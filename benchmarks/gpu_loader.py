@@ -237,7 +237,7 @@ PARTS = ("settings", "jpeg step", "memory")
 @click.option("--batches", default=1500, show_default=True, help="Batches of the part `memory`.")
 @click.option("--memory-s", default=90.0, show_default=True, help="Seconds for the part `memory`.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
 @console.options()
 def main(

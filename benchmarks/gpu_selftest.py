@@ -401,7 +401,7 @@ def read_folder(folder: Path) -> list[bytes]:
     "--images", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
     help="Folder with jpeg/ and, optionally, other/.",
 )  # fmt: skip
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the answers here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the answers.")
 @click.option("--only", multiple=True, type=click.Choice(list(CHECKS)), help="Only this check.")
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
 @console.options()

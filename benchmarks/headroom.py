@@ -151,8 +151,14 @@ def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
 )
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--seconds", default=60.0, show_default=True, help="Seconds per mode and round.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds of the three modes.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Rounds of the three modes.",
+)
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     data: Path,
     device: str,

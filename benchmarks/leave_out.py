@@ -217,7 +217,7 @@ def robustness(
     type=click.IntRange(min=1),
     help="Images of each source to score after each perturbation as well.",
 )
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options("data", "runs")
 def main(
     recipe_path: Path,

@@ -268,7 +268,7 @@ def measure(
 )
 @click.option("--peers-python", help="Interpreter for loaders that this project does not install.")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options()
 def main(
     images: int,

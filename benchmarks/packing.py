@@ -146,7 +146,7 @@ def measure(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, i
     help="Real JPEGs to pack, with copies at other qualities. Default: synthetic ones.",
 )
 @click.option("--img2dataset", default="", help="Path of its command. Default: not run.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     images: int,
     repeats: int,

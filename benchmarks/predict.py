@@ -148,7 +148,7 @@ def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
     type=click.Choice(list(NETWORKS)),
     help="Measure only this.",
 )
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options("device", "backend", "batch_size")
 def main(
     images: int,

@@ -102,7 +102,7 @@ def grow_index(folder: Path, rows: int) -> None:
     "--rows", default=420_000, show_default=True, help="Samples in the set that is opened."
 )
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> None:
     """Measure packing and opening, and print a table of each."""
     packed = []

@@ -232,7 +232,7 @@ def row_of(
 @click.option("--hostile", "bad", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--images", default=128, show_default=True, help="Images per round.")
 @click.option("--rounds", default=2, show_default=True, help="Rounds of each way.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options("checkpoint", "runs", "device", "batch_size")
 def main(
     folder: Path, bad: Path | None, images: int, rounds: int, out: Path | None,

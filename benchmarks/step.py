@@ -224,7 +224,7 @@ def measure(
 @click.option("--seconds", default=10.0, show_default=True, help="Seconds per row and round.")
 @click.option("--rounds", default=2, show_default=True, help="Rounds of all rows.")
 @click.option("--only", multiple=True, help="Measure the first row and this; may be repeated.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     device: str,
     recipe_path: Path,

@@ -70,6 +70,10 @@ RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 """Error rates whose thresholds are stored, for `--max-fpr` and `--max-miss` of a later command."""
 
 
+LEFT_OUT = "sources left out"
+"""Start of the `method` of a calibration by heads that had not seen the source."""
+
+
 class CalibrationError(ValueError):
     """Scores that no calibration can be fitted to. The message names the cause."""
 
@@ -218,7 +222,7 @@ def calibrate_by(
 def calibrate_sources(
     scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
     calibrating: Calibrating,
-    origin: str = "sources left out",
+    origin: str = LEFT_OUT,
 ) -> Calibration:
     """Fit to scores source by source. `scores` maps a source to (labels 0 real, 1 fake; logits of
     fake minus real). `origin` describes the scores; by default, each source was left out of

@@ -244,7 +244,7 @@ def verify(folder: Path) -> dict[str, Any]:
     meta = _read_meta(folder)
     for name in meta["sha256"]:
         # A copy may lack files such as state.pt on purpose; loading them reports it.
-        if name != META_FILE and ((folder / name).exists() or name == _weights_name(meta)):
+        if name != META_FILE and ((folder / name).exists() or name == weights_name(meta)):
             _verify(folder, meta, name)
     return meta
 
@@ -316,7 +316,7 @@ def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
         net = build(network, pretrained=False, empty=True)
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     others = backbone.locate(spec, folder)[0] if spec else None
-    check_weights_file(net, folder / _weights_name(meta), str(folder), others)
+    check_weights_file(net, folder / weights_name(meta), str(folder), others)
     return _meta_in_use(folder, meta)
 
 
@@ -329,11 +329,12 @@ def check_weights(folder: Path) -> str:
     """
     with _suggest_undamaged(folder):
         meta = _read_meta(folder)
-        _verify(folder, meta, _weights_name(meta))
-    return meta["sha256"][_weights_name(meta)]
+        _verify(folder, meta, weights_name(meta))
+    return meta["sha256"][weights_name(meta)]
 
 
-def _weights_name(meta: Mapping[str, Any]) -> str:
+def weights_name(meta: Mapping[str, Any]) -> str:
+    """Return the name of the weights file of a checkpoint or an exported folder."""
     return HUB_WEIGHTS_FILE if HUB_WEIGHTS_FILE in meta["sha256"] else WEIGHTS_FILE
 
 
@@ -347,8 +348,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     with _suggest_undamaged(folder):
         meta = _read_meta(folder)
-        _verify(folder, meta, _weights_name(meta))
-    weights = load_file(folder / _weights_name(meta))
+        _verify(folder, meta, weights_name(meta))
+    weights = load_file(folder / weights_name(meta))
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     return backbone.read_backbone(spec, folder) | weights if spec else weights
 

@@ -133,16 +133,16 @@ class RemoteShards:
             except (FileNotFoundError, PermissionError):
                 raise  # another try would fail too
             except Exception as error:  # each file system and its client raise other errors
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if getattr(error, "status", None) in (401, 403):
+                    raise PermissionError(f"{self._names[code]}: {reason}") from error
                 if delay is None:
                     tries, passed = len(DELAYS_S) + 1, time.monotonic() - started
                     raise RemoteError(
                         f"{self._names[code]} did not answer in {tries} tries over {passed:.0f} s: "
-                        f"{' '.join(str(error).split()) or type(error).__name__}"
+                        f"{reason}"
                     ) from error
-                log.warning(
-                    "%s: %s; trying again in %g s",
-                    *(self._names[code], " ".join(str(error).split()) or repr(error), delay),
-                )
+                log.warning("%s: %s; trying again in %g s", self._names[code], reason, delay)
                 time.sleep(delay)
         raise AssertionError("unreachable")
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import console
 from escape import without_secrets
-from model.evaluation.scores import read_scores
+from model.evaluation.scores import ScoresError, read_scores
 from report.page import write_page
 from sharding.format import open_shards
 from storage import AnyPath, write_text
@@ -45,6 +45,8 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
         OSError: a file cannot be read or written.
     """
     table = read_scores(scores)  # first, so that a wrong file leaves an earlier report whole
+    if missing := sorted(report["sets"].keys() - set(table.codes("set")[1])):
+        raise ScoresError(f"{scores} has no images of {', '.join(missing)}, which the report names")
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_text(out / REPORT_FILE, text)

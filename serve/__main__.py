@@ -16,7 +16,7 @@ options may be left out:
   the checkpoint.
 - `--max-mb`: the largest size of one request in MiB, 1 to 512 (default 50).
 - `--max-files`: the largest number of images of one request (default 64).
-- `--queue`: the largest number of images that wait, over all requests (default 256).
+- `--queue`: the largest number of images that wait or are scored, over all requests (default 256).
 - `--timeout`: seconds until a request must be answered, at most 3600 (default 60).
 - `--allow-urls` (no value; default: off): the server downloads images from URLs in a request. With
   `--allow-private-urls`, which needs `--allow-urls`, the URLs may be of private hosts.
@@ -66,7 +66,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
     type=click.IntRange(min=1),
     default=Limits.queue,
     show_default=True,
-    help="Maximum number of images that wait, over all requests. Further requests get status 429.",
+    help="Maximum number of images that wait or are scored, over all requests. Further requests "
+    "get status 429.",
 )
 @click.option(
     "--timeout",

@@ -57,9 +57,11 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
 - `homepage` (without `https://`), `size`, `facts` (a list): texts for people, like `license`.
 
 `shares(destination)` converts the `set` of a source or `Rule` to a dict, set -> share. The methods
-of `Source` return its rules, group patterns and sets in one form.
+of `Source` return its rules, group patterns and sets in one form. `toml_string(text)` returns a
+TOML string, in quotes.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -392,6 +394,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise CatalogError(str(error)) from error
 
 
+def toml_string(text: str) -> str:
+    """Return a TOML string in quotes. JSON has the same syntax, except that it does not escape DEL,
+    and escapes characters beyond 16 bits in a form that TOML forbids.
+    """
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _check_name(kind: str, name: str, file: Path) -> None:
     """Check that a name is safe as a file or folder name: catalogs may come from other people."""
     if not _NAME.fullmatch(name):
@@ -405,7 +414,7 @@ def _check_name(kind: str, name: str, file: Path) -> None:
         )
 
 
-def _leaves_raw(root: str) -> bool:
+def leaves_raw(root: str) -> bool:
     """Return whether a source's root is not a relative path below the raw folder."""
     strange = any(ord(character) < 32 for character in root) or "://" in root
     return strange or leaves_archive(root) or not PurePosixPath(root).parts
@@ -414,7 +423,7 @@ def _leaves_raw(root: str) -> bool:
 def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> None:
     """Check that the name and the root are safe as paths, and that every set has a split."""
     _check_name("source", name, file)
-    if source.root and _leaves_raw(source.root):
+    if source.root and leaves_raw(source.root):
         raise CatalogError(
             f"{file}: source {name}: root {source.root!r} is not a folder below the raw folder; "
             "give a relative path without '..'"

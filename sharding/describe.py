@@ -18,7 +18,6 @@ part is undecided. The catalog has two lines for it, one under each class, both 
 person removes the `#` of the right one. A person has to check the whole catalog.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.zip import printable
-from sharding.catalog import CatalogError
+from sharding.catalog import LONGEST_NAME, CatalogError, leaves_raw, toml_string
 from sharding.format import CLASSES
 from sharding.raw import nfc, walk
 
@@ -63,6 +62,8 @@ def describe(folder: Path) -> Description:
     folder = folder.absolute()
     if printable(folder.name) != folder.name:
         raise CatalogError(f"{printable(str(folder))} has a name that is not UTF-8; rename it")
+    if leaves_raw(folder.name):
+        raise CatalogError(f"{folder.name!r} cannot be the root of a source; rename the folder")
     unread: Counter[str] = Counter()
     images: Counter[str] = Counter()
     for file in walk(folder.parent, folder.name):
@@ -109,10 +110,11 @@ def _catalog(
     undecided: dict[str, int],
     nested: Counter[str],
 ) -> str:
-    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower()).strip("_-") or "mine"
+    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[: LONGEST_NAME - len("-test")]
+    name = name.strip("_-") or "mine"
     lines = [
-        f"# Proposed from the folder names of {folder.name}. Check every line: the labels of",
-        "# the images come only from this file.",
+        f"# Proposed from the folder names of {toml_string(folder.name)}. Check every line: the",
+        "# labels of the images come only from this file.",
         "",
         "[sets]",
         f'{name} = "train"',
@@ -120,7 +122,7 @@ def _catalog(
         f'{name}-test = "test"  # held out: `evaluate.py --shards {name}-test` measures on it',
         "",
         f"[sources.{name}]",
-        f"root = {json.dumps(folder.name)}",
+        f"root = {toml_string(folder.name)}",
         'license = "mine"',
         f"set = {{ {name} = 0.7, {name}-val = 0.15, {name}-test = 0.15 }}",
         "# Optional: keep files of one scene, prompt or video in one set; (...) names the group:",
@@ -134,14 +136,14 @@ def _catalog(
             whole = kind == "fake" and nested[path] == count
             generator = _generator(path) if kind == "fake" else "camera"
             entry = (
-                f"{{ folder = {json.dumps(path + '/<generator>')} }}"
+                f"{{ folder = {toml_string(path + '/<generator>')} }}"
                 if whole
-                else f"{{ folder = {json.dumps(path)}, generator = {json.dumps(generator)} }}"
+                else f"{{ folder = {toml_string(path)}, generator = {toml_string(generator)} }}"
             )
             lines.append(f"    {entry},  # {counted(count, 'image')}")
         for path, count in undecided.items():
             lines.append(
-                f"    # {{ folder = {json.dumps(path)} }},  # {counted(count, 'image')}: {kind}?"
+                f"    # {{ folder = {toml_string(path)} }},  # {counted(count, 'image')}: {kind}?"
             )
         lines.append("]")
     return "\n".join(lines) + "\n"

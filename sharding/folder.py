@@ -37,7 +37,6 @@ set. Files below `data`:
 """
 
 import hashlib
-import json
 import re
 import tomllib
 from collections import Counter
@@ -49,7 +48,14 @@ import recipes
 from console import counted
 from imaging.zip import printable
 from sharding.build import Progress, Tolerance, build, no_progress
-from sharding.catalog import BUILT_IN, Catalog, CatalogError, read_catalog
+from sharding.catalog import (
+    BUILT_IN,
+    LONGEST_NAME,
+    Catalog,
+    CatalogError,
+    read_catalog,
+    toml_string,
+)
 from sharding.format import CLASSES
 from sharding.listing import list_source
 from storage import AnyPath, make_folder, write_text
@@ -101,7 +107,8 @@ def pack_folder(
     """
     folder = folder.resolve()
     sides = _class_folders(folder)
-    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower()).strip("_-") or "images"
+    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[: LONGEST_NAME - len("-val")]
+    name = name.strip("_-") or "images"
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     place = data / PLACE / f"{name}-{digest}"
     text = _catalog_text(name, folder, sides)
@@ -163,14 +170,15 @@ def _class_folders(folder: Path) -> list[list[str]]:
 def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
     """Return the catalog of a folder as TOML."""
     lines = [
-        f"# Made from the folders of {folder}; overwritten each time the folder is packed.",
+        f"# Made from the folders of {toml_string(str(folder))};",
+        "# overwritten each time the folder is packed.",
         "",
         "[sets]",
         f'{name} = "train"',
         f'{name}-val = "val"',
         "",
         f"[sources.{name}]",
-        f"root = {json.dumps(folder.name, ensure_ascii=False)}",
+        f"root = {toml_string(folder.name)}",
         'license = "mine"',
         f"set = {{ {name} = {1 - HELD_OUT:g}, {name}-val = {HELD_OUT:g} }}",
     ]
@@ -178,10 +186,10 @@ def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
         lines.append(f"{kind} = [")
         for path in side:
             if kind == "fake":  # a subfolder names the generator
-                within = json.dumps(f"{path}/<generator>")
+                within = toml_string(f"{path}/<generator>")
                 lines.append(f"    {{ folder = {within}, optional = true }},")
             generator = "unknown" if kind == "fake" else "camera"
-            rule = f'folder = {json.dumps(path)}, generator = "{generator}"'
+            rule = f'folder = {toml_string(path)}, generator = "{generator}"'
             lines.append(f"    {{ {rule}, optional = true }},")
         lines.append("]")
     return "\n".join(lines) + "\n"

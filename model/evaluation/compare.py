@@ -149,7 +149,7 @@ def compare(before: ScoreTable, after: ScoreTable) -> list[Line]:
         if name not in after.evaluation["sets"]:
             continue
         rows = rows_of_set(before, name), rows_of_set(after, name)
-        if not np.array_equal(rows[0].own, rows[1].own):
+        if not rows[0].same_references(rows[1]):
             raise ScoresError(
                 f"{name} has different reference reals in the second run; measure both runs with "
                 "the same --reference-reals"

@@ -93,7 +93,8 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
 class Rows:
     """Readable rows of one set, followed by the reference reals of another set where needed.
 
-    Each array has one value per row. `own` (bool) is True for rows of the set itself.
+    Each array has one value per row. `own` (bool) is True for rows of the set itself. `reference`
+    is the name of the other set, or "".
     """
 
     own: np.ndarray
@@ -103,6 +104,11 @@ class Rows:
     generator: tuple[np.ndarray, list[str]]
     origin: Sequence[str]
     groups: Groups
+    reference: str
+
+    def same_references(self, other: "Rows") -> bool:
+        """Return whether both have the same number of images, and references of the same set."""
+        return self.reference == other.reference and np.array_equal(self.own, other.own)
 
     def where(self, chosen: np.ndarray) -> Images:
         """Return the rows where the mask `chosen` is True, by class."""
@@ -120,7 +126,8 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     count = len(rows)
     chosen = scores.evaluation["reference_reals"]
     needed = chosen and (chosen["for_all"] or not (labels[rows] == REAL).any())
-    if needed and chosen["set"] in names and chosen["set"] != name:
+    other = needed and chosen["set"] in names and chosen["set"] != name
+    if other:
         reference = (sets == names.index(chosen["set"])) & valid & (labels == REAL)
         rows = np.concatenate([rows, np.flatnonzero(reference)])
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
@@ -134,6 +141,7 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
         generator=(generator[0][rows], generator[1]),
         origin=scores.table.column("origin").take(rows).to_pylist(),
         groups=group_rows(apart[1], apart[0], labels[rows]),
+        reference=chosen["set"] if other else "",
     )
 
 

@@ -52,7 +52,7 @@ import console
 from installed import command
 from model.adapters.detector import OtherDetector
 from model.adapters.open import Opening, as_checkpoint, open_other
-from model.checkpoint import WEIGHTS_FILE, find, git_commit, load_network
+from model.checkpoint import find, git_commit, load_network, weights_name
 from model.device import choose_device, describe, keep_freed_memory
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation import report
@@ -282,7 +282,7 @@ def _identity_of(planned: EvaluationPlan) -> dict[str, Any]:
         return {"kind": "onnx", "name": name, "sha256": meta["sha256"]}
     if planned.detector:
         return meta["detector"]
-    weights = meta["sha256"][WEIGHTS_FILE]
+    weights = meta["sha256"][weights_name(meta)]
     return {"kind": "checkpoint", "name": planned.checkpoint.name, "sha256": weights}
 
 

@@ -126,7 +126,7 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
     for name in runs[0].scores.evaluation["sets"]:
         if all(name in run.scores.evaluation["sets"] for run in runs):
             rows = [rows_of_set(run.scores, name) for run in runs]
-            if any(not np.array_equal(rows[0].own, other.own) for other in rows[1:]):
+            if not all(rows[0].same_references(other) for other in rows[1:]):
                 raise ScoresError(
                     f"{name} has different reference reals in some of the runs; measure all runs "
                     "with the same --reference-reals"

@@ -23,6 +23,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from escape import markdown
+from model.calibrate import LEFT_OUT
 from model.export.license import License, license_of
 from model.inference.fitness import notices
 from model.shipped.backbone import KEY
@@ -238,7 +239,9 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
 
 def _sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the rates of sources that were left out of training, if the calibration has them."""
-    return (meta["calibration"] or {}).get("sources") or {}
+    calibration = meta["calibration"] or {}
+    left_out = calibration.get("method", "").startswith(LEFT_OUT)
+    return calibration["sources"] if left_out else {}
 
 
 def _left_out(meta: Mapping[str, Any]) -> str:
@@ -248,12 +251,12 @@ def _left_out(meta: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, rates in _sources(meta).items():
-        is_real = rates["recall"] is None
-        share = rates["false_positive_rate"] if is_real else rates["recall"]
-        label, count = ("real", rates["reals"]) if is_real else ("fake", rates["fakes"])
-        rows.append(
-            f"| {markdown(name)} ({label}) | {count:,} | {share:.3f} | {rates['uncertain']:.3f} |"
-        )
+        for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
+            if rates[metric] is not None:
+                rows.append(
+                    f"| {markdown(name)} ({label}) | {rates[label + 's']:,} | {rates[metric]:.3f} "
+                    f"| {rates['uncertain']:.3f} |"
+                )
     return (
         "Each source was scored by a head that was trained without that source. Expect such rates "
         "for new kinds of images. They are much worse than the figures below, which are for images "

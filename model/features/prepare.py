@@ -96,6 +96,20 @@ def views_of(recipe: Recipe) -> range:
     return range(min(recipe.features.views + 1, recipe.run.epochs))
 
 
+def check_teacher(train_state: TrainState, source: FeatureSource) -> None:
+    """Refuse a teacher that cannot read the stored features of `source`.
+
+    Raises:
+        FeatureError: its backbone is another one, or not frozen.
+    """
+    teacher = train_state.teacher
+    if teacher is not None and frozen_sha256(teacher) != source.backbone.sha256:
+        raise FeatureError(
+            "replay.distill_weight: the teacher has another backbone than this run, so it cannot "
+            "read the stored features; set features.stored=false"
+        )
+
+
 def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
     """Compute missing features and return the plan with a loader of stored features. If the recipe
     asks for none, the plan is returned unchanged.
@@ -108,12 +122,7 @@ def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
     if recipe.features is None or not recipe.features.stored:
         return planned
     source = source_of(recipe, train_state.net, planned.dtype)
-    teacher = train_state.teacher
-    if teacher is not None and frozen_sha256(teacher) != source.backbone.sha256:
-        raise FeatureError(
-            "replay.distill_weight: the teacher has another backbone than this run, so it cannot "
-            "read the stored features; set features.stored=false"
-        )
+    check_teacher(train_state, source)
     embed_run(planned, train_state, source)
     all_gather_object(planned.dist, None)  # barrier: read only after all ranks have written
     loader = FeatureLoader(

@@ -35,7 +35,7 @@ import torch
 import console
 from model.distributed import DistEnv, all_gather_object, all_reduce_any
 from model.features.loader import FeatureLoader, FeatureSource, open_scored
-from model.features.prepare import source_of, views_of
+from model.features.prepare import check_teacher, source_of, views_of
 from model.features.store import missing_of
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of
@@ -95,7 +95,10 @@ def dry_run(
     for line in (*(f"{line}; it is not used" for line in planned.damaged), *planned.warnings):
         console.log.warning("%s", line)
     if planned.finished:
-        say(f"{planned.folder} is finished: training would change nothing")
+        say(
+            f"{planned.folder} is finished: training would only repeat what is missing of the "
+            "calibration and the gate"
+        )
         return
     train_state = assemble(planned)
     trial = _try(planned, train_state)
@@ -140,6 +143,7 @@ def _try(planned: RunPlan, train_state: TrainState) -> Trial:
         trial = _try_steps(planned, train_state)
         return replace(trial, validation_s=_validation_s(planned, train_state))
     source = source_of(recipe, train_state.net, planned.dtype)
+    check_teacher(train_state, source)
     missing = _missing(planned, source)
     if missing:
         return replace(_try_features(planned, train_state), missing=missing)

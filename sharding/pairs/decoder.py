@@ -142,7 +142,10 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
         ) from error
     if (channels := (vae.config.in_channels, vae.config.out_channels)) != (3, 3):
         raise DecoderError(f"{name} has {channels} channels in and out, expected (3, 3) for RGB")
-    vae = vae.eval().to(device)
+    try:
+        vae = vae.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        raise DecoderError(f"{name} does not fit on {device}; use --device cpu") from error
     levels = "block_out_channels" if kind == "AutoencoderKL" else "encoder_block_out_channels"
     factor = 2 ** (len(vae.config[levels]) - 1)
     return Decoder(

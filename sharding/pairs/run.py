@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 
 from imaging.decode import DecodeError, Facts, prepare
-from sharding.catalog import read_catalog
+from sharding.catalog import read_catalog, toml_string
 from sharding.format import IMAGE_FORMATS, ShardError, ShardSet, open_shards, read_index
 from sharding.lock import locked
 from sharding.pairs.decoder import Decoder
@@ -246,21 +246,16 @@ def _catalog_text(
         lines += [
             "",
             f"[sources.{name}-{source}]",
-            f"root = {_quoted(f'{name}/{source}')}",
-            f"license = {_quoted(facts['license'])}",
-            f"homepage = {_quoted(facts['homepage'])}",
+            f"root = {toml_string(f'{name}/{source}')}",
+            f"license = {toml_string(facts['license'])}",
+            f"homepage = {toml_string(facts['homepage'])}",
             f'set = "{name}"',
             'policy = "dda"          # crop and flip only, so that pairs stay alike',
             "group = '/(?:real|fake)/([^/]+)[.][a-z]+$'",
             f"expected = {{ real = {count}, fake = {count} }}",
-            f'real = [{{ folder = "real", generator = {_quoted(source)} }}]',
-            f'fake = [{{ folder = "fake", generator = {_quoted(decoder.name)} }}]',
+            f'real = [{{ folder = "real", generator = {toml_string(source)} }}]',
+            f'fake = [{{ folder = "fake", generator = {toml_string(decoder.name)} }}]',
         ]
         lines += ["synthetic = true"] if facts.get("synthetic") else []
         lines += ["test_only = true"] if index["split"] == "test" else []
     return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """Return a TOML string. JSON uses the same syntax, except that it does not escape DEL."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -97,8 +97,8 @@ class Flaky(http.server.BaseHTTPRequestHandler):
             whole, data, status = len(data), data[begin : end + 1], 206
             type(self).asked += 1
             how = self.wrong.pop(0) if self.wrong else ""
-            if how == "busy":
-                self.send_error(503)
+            if how in ("busy", "forbidden"):
+                self.send_error({"busy": 503, "forbidden": 403}[how])
                 return
             if how == "drops":
                 self.send_response(206)
@@ -158,6 +158,16 @@ def test_a_remote_that_fails_is_asked_again(
     asked = web.handler.asked
     assert reader.read(range(len(old))) == expected
     assert web.handler.asked == asked  # everything is cached now
+
+
+def test_a_remote_that_refuses_is_not_asked_again(
+    web: Callable, tmp_path: Path, logged: list[str]
+) -> None:
+    (image,) = ShardReader(web("forbidden"), cache=Cache(folder=tmp_path)).read([0])
+    assert isinstance(image, ReadError)
+    assert "403" in str(image)
+    assert web.handler.asked == 1
+    assert not [line for line in logged if "trying again" in line]
 
 
 class Hub(Flaky):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from model.evaluation.report import report as report_on
-from model.evaluation.scores import ScoresError, ScoreTable
+from model.evaluation.scores import ScoresError, ScoreTable, write_scores
 from pipeline.perturb import PERTURBATIONS
 from report.charts import histogram_chart, reliability_chart, roc_chart
 from report.files import write_report
@@ -104,6 +104,11 @@ def test_a_wrong_file_of_scores_changes_no_report(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_report(report, tmp_path / "none.parquet", tmp_path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    _, other = made(rows("test", 5, 5), "test")
+    write_scores(tmp_path / "scores.parquet", [other.table], other.evaluation)
+    with pytest.raises(ScoresError, match="has no images of val, which the report names"):
+        write_report(report, tmp_path / "scores.parquet", tmp_path, tmp_path)
+    assert (tmp_path / "report.json").read_text() == "the report before"
 
 
 def test_a_recall_needs_a_false_positive_rate() -> None:

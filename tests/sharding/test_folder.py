@@ -126,6 +126,12 @@ def test_a_folder_that_cannot_be_trained_on_is_a_one_line_error(
     assert not list((tmp_path / "shards").rglob("index.json"))
 
 
+def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:
+    packed = pack(mine.rename(mine.with_name("x" * 200)), tmp_path / "shards")
+    assert packed.name == "x" * 74
+    assert len(open_shards([tmp_path / "shards" / packed.train])) > 0
+
+
 def test_copies_of_one_image_are_too_few(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     write_images(mine / "real", 25, 0)

@@ -7,10 +7,12 @@ from unicodedata import normalize
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from sharding.__main__ import main
 from sharding.build import find_sources
-from sharding.catalog import BUILT_IN, read_catalog
+from sharding.catalog import BUILT_IN, CatalogError, read_catalog
+from sharding.describe import describe
 from sharding.format import open_shards
 from sharding.verify import verify
 from tests.builders import encode, photo
@@ -80,6 +82,21 @@ def test_describe_counts_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "excluded: 5 images: a name that is not UTF-8; rename it" in result.output
     assert list(read_catalog([BUILT_IN, catalog]).sources["mine"].fake)
+
+
+def test_describe_writes_odd_names_so_that_the_catalog_can_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / ("odd \U0001f600 \x7f" + "long" * 30)
+    for part in ("photos \U0001f4f7", "generated \x7f"):
+        (folder / part).mkdir(parents=True)
+        Image.new("RGB", (300, 300)).save(folder / part / "0.png")
+    (tmp_path / "my.toml").write_text(describe(folder).text, encoding="utf-8")
+    (source,) = read_catalog([tmp_path / "my.toml"]).sources.values()
+    assert source.root == folder.name
+    assert [rule.folder for rule in source.real] == ["photos \U0001f4f7"]
+    assert [rule.folder for rule in source.fake] == ["generated \x7f"]
+    folder.rename(tmp_path / "two\nlines")
+    with pytest.raises(CatalogError, match=r"'two\\nlines' cannot be the root of a source; rename"):
+        describe(tmp_path / "two\nlines")
 
 
 def test_files_without_an_extension_are_counted_in_one_line(tmp_path: Path) -> None:

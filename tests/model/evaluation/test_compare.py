@@ -140,3 +140,7 @@ def test_reference_reals_are_compared() -> None:
     assert lines[0].changes["false_positive_rate"].low > 0
     assert lines[0].changes["recall"].before == lines[0].changes["recall"].after
     assert {row[0] for row in count_flips(before, flips(before, after))} == {"evalgen"}
+    both = fakes + reals + [row | {"set": "others"} for row in reals]
+    others = {"reference_reals": about["reference_reals"] | {"set": "others"}}
+    with pytest.raises(ScoresError, match="different reference reals"):
+        compare(*(table_of(both, ["evalgen"], **ABOUT | one) for one in (about, others)))

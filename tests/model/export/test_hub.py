@@ -20,7 +20,10 @@ from click.testing import CliRunner
 
 from model import checkpoint, load_detector
 from model.__main__ import main
+from model.evaluation.plan import Options
 from model.evaluation.report import REPORT_VERSION
+from model.evaluation.run import evaluate
+from model.evaluation.scores import read_scores
 from model.export import hub
 from model.export.card import card_of
 from model.export.license import ORIGINAL_BASE, license_of
@@ -173,12 +176,24 @@ def test_the_card_lists_sources_left_out_of_training(
                   "uncertain": 0.7},
         "x|y": {"reals": 0, "fakes": 1700, "false_positive_rate": None, "recall": 0.05,
                 "uncertain": 0.9},
+        "both": {"reals": 7, "fakes": 8, "false_positive_rate": 0.1, "recall": 0.6,
+                 "uncertain": 0.2},
     }  # fmt: skip
-    meta["calibration"] = meta["calibration"] | {"sources": rates}
+    known = meta["calibration"] | {"sources": rates, "method": "validation sets by source, pooled"}
+    meta["calibration"] = known  # the head has seen these sources
+    assert "## Sources left out" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
+    meta["calibration"] = known | {"method": "sources left out, pooled"}
     card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
     assert "| faces (real) | 376 | 0.260 | 0.700 |" in card
     assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
+    assert "| both (real) | 7 | 0.100 | 0.200 |\n| both (fake) | 8 | 0.600 | 0.200 |" in card
     assert card.index("## Sources left out") < card.index("## Evaluation")
+
+
+def test_a_hub_folder_can_be_evaluated(folder: Path, data: Path, tmp_path: Path) -> None:
+    evaluate(folder, data, ["val"], tmp_path, options=Options(device="cpu"))
+    detector = read_scores(tmp_path / "scores.parquet").evaluation["detector"]
+    assert detector["sha256"] == checkpoint.read_meta(folder)["sha256"]["model.safetensors"]
 
 
 def test_no_path_of_this_machine_reaches_the_folder(
