@@ -17,11 +17,12 @@ options:
 - `--checkpoint`: the detector, as a checkpoint folder, a run's folder, or the name of a shipped
   detector.
 - `--runs`: the folder of the runs. Without `--checkpoint`, its newest run is used, or the shipped
-  detector if the folder has no run. If the folder does not exist, the page says so. If neither
-  option is given, the environment variables DETECTOR_CHECKPOINT (first) and DETECTOR_RUNS mean the
-  same as the options. Without them: the newest run in `runs`, or the shipped detector if there is
-  none.
+  detector if the folder has no run. If the folder does not exist, the page says so.
 - `--verbose`: more log lines, with tracebacks.
+
+If neither `--checkpoint` nor `--runs` is given, the environment variable DETECTOR_CHECKPOINT is
+used like the first, else DETECTOR_RUNS like the second. If neither is set: the newest run in
+`runs`, or the shipped detector if there is none.
 
 `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported
 only when it is called.

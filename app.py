@@ -4,7 +4,8 @@ Streamlit runs this script: `streamlit run app.py`. `make app` runs it by `app_s
 limits the memory for uploads. Main entry: `page.draw.main()`, which takes and returns nothing and
 draws the page; the code of the page is in `page/`. The detector is the checkpoint in the
 environment variable DETECTOR_CHECKPOINT, or else the newest run in the folder DETECTOR_RUNS
-(default `runs`), or else the shipped one. If it cannot be loaded, the page says why.
+(default `runs`), or else the shipped one. If it cannot be loaded, the page says why, also if
+DETECTOR_RUNS names a folder that does not exist.
 
 Uploaded files and their results are kept in memory only (Streamlit's uploader and
 `st.session_state`), until the image is removed or the page is closed. The page writes a file only

@@ -4,9 +4,9 @@ Main entry: `app`, the ASGI application that Streamlit starts: its own server fo
 the middleware `Guard`. `Guard(app)` takes the ASGI application that it protects. For each HTTP
 request:
 
-- An upload is a PUT request to a path that contains `UPLOADS`. If the uploads of all visitors,
-  together with this one, would exceed `MAX_HELD_BYTES`, it is answered with status 503, and its
-  body is not read.
+- An upload is a PUT request to a path that contains `UPLOADS`. It is refused if all uploads
+  together would exceed `MAX_HELD_BYTES`: those in memory, those being received, and this one. Then
+  it gets status 503, and its body is not read.
 - The size of an upload is its Content-Length. Without one, the largest size that Streamlit accepts
   is assumed. A size below `LEAST_BYTES` counts as `LEAST_BYTES`.
 - Other uploads and all other requests are passed on.

@@ -2,19 +2,19 @@
 
 Main entries: `@click.command(cls=Command)` (groups: `Group`) prints a `ValueError` or `OSError` as
 one line and exits with code 1. The decorator `options("data", "runs")` adds these shared options
-(keys of `OPTIONS`), and --verbose, for which the function gets no argument. The decorator
+(keys of `OPTIONS`). It also adds --verbose, for which the function gets no argument. The decorator
 `listen(port, lowest)` adds --host and --port: `port` is the default, `lowest` the smallest allowed
 (default 1; 0: any free port). `say(text)` prints a result to standard output, `say_data(text)` a
 line of CSV or JSON. `table(title, columns, rows, drop)` prints names of columns, and rows of values
-(formatted by `cell()`). In a narrow terminal the columns in `drop` (default: none) are left out,
-the first one first. `progress(label, total, shown)` is a context manager that shows a bar on
+(formatted by `cell()`). In a narrow terminal the columns named in `drop` (default: none) are left
+out, the first one first. `progress(label, total, shown)` is a context manager that shows a bar on
 standard error (`total` None: unknown; `shown` false: none). It yields `advance(done=1, note="",
 total=None)`. This counts `done` more, shows `note` and sets a given `total`. `log` is the logger.
 
 Types of options: `LocalPath` (a path on this machine; keywords of click.Path), `AnyAddress` (a
-folder or an address like s3://; with `writes`, no read-only address), `FiniteRange(min, max)` and
-`Device` (auto, cpu, cuda or cuda:N). `Command` and `Group` use `plain_errors()`, a context manager;
-`one_line(error)` is the line that it prints. `counted(2, "image")` is "2 images".
+folder or an address like s3://; `writes=True` refuses one that can only be read), `FiniteRange(min,
+max)` and `Device` (auto, cpu, cuda or cuda:N). `Command` and `Group` use `plain_errors()`, a
+context manager; `one_line(error)` is the line that it prints. `counted(2, "image")` is "2 images".
 """
 
 import contextlib

@@ -1,12 +1,13 @@
 """Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets from text.
 
 Main entries: every function takes one `text` (str) and returns a new str; none raises an error.
-`printable()` replaces control characters, which a terminal would execute, by visible escapes;
-newlines stay. `spreadsheet_cell()` puts a `'` before a text that would run as a formula, and
-`from_spreadsheet_cell()` takes its result and returns the original text. `markdown()` returns one
-line in which markup is escaped and addresses do not become links; all words stay readable.
-`without_secrets()` replaces the logins, queries and fragments of web addresses (passwords, tokens,
-signatures) by `***`.
+`printable()` replaces control characters, which a terminal would execute, and characters that it
+cannot show by visible escapes; newlines stay. `spreadsheet_cell()` puts a `'` before a text that
+would run as a formula, and `from_spreadsheet_cell()` takes its result and returns the original
+text. `markdown()` returns one line in which markup is escaped and addresses do not become links;
+all words stay readable. (A text that is only a number with a full stop, such as `7.`, is not
+escaped: it can show as a list item.) `without_secrets()` replaces the logins, queries and fragments
+of web addresses (passwords, tokens, signatures) by `***`.
 """
 
 import re

@@ -2,14 +2,14 @@
 
     python evaluate.py --shards SET [--checkpoint RUN | --detector NAME] [--out FOLDER]
 
-Main entry: `main()`, a click group that runs without a subcommand too. What is scored, one of:
+Main entry: `main()`, a click group, also without a subcommand. One of these says what is scored:
 
 - `--shards SET` (may be repeated): a shard set, a folder of packed images below `--data` (default
   `data/shards`). Every sample is scored exactly once, on any number of ranks (processes);
 - `--suite NAME`: all packed sets of a suite of the catalog, such as `wild` or `all`. If some are
   not packed, the report on the others is written, and the exit code is 1;
 - `--subset FILE`: a CSV file with the columns set and key. Only the samples that it lists are
-  scored. It may go with `--shards`;
+  scored. `--shards` may be given, too: then only the listed samples of these sets are scored;
 - `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
   images, to `--out` or the folder of FILE;
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
@@ -20,7 +20,8 @@ Main entry: `main()`, a click group that runs without a subcommand too. What is 
 With which detector, and how:
 
 - `--checkpoint RUN`: a run's folder, a checkpoint folder or the name of a shipped detector.
-  Default: the newest run below `--runs` (default `runs`);
+  Default: the newest run below `--runs` (default `runs`). If there is none: an error, but with
+  `--regressions` the shipped detector;
 - `--detector NAME`: any detector: what `--checkpoint` takes, FILE.onnx, `hf:OWNER/NAME`,
   `timm:NAME` or FILE.py (only with `--trust`). `--fake-label LABEL` (repeatable): a label of a
   classifier that means fake;
@@ -31,9 +32,9 @@ With which detector, and how:
   Missing ones are computed.
 
 `--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`.
-Default: `evaluation/<sets>` inside the run's folder; inside `RUNS/<its name>` for a detector that
-is not from a run. With `--regressions` it gets only `regressions.json` (default: no file). An error
-is one line and exit code 1; wrong options (see `CONFLICTS`) give 2.
+Default: `<run's folder>/evaluation/<sets>`, or `<folder of --runs>/<name>/evaluation/<sets>` for a
+detector NAME that is not from a run. With `--regressions` it gets only `regressions.json` (default:
+no file). An error is one line and exit code 1; wrong options (see `CONFLICTS`) give 2.
 
 Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores
 them with the detector. `compare RUN RUN...` prints the differences between reports. See `--help`.

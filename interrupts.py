@@ -1,12 +1,12 @@
 """Handle Ctrl-C (SIGINT) and SIGTERM with three context managers, which take no arguments.
 
 `stop_signals()` yields a list to which each received signal (`signal.Signals`) is added, so that a
-loop can save its state and stop. After one signal was received, the next Ctrl-C is not added: it
-raises `KeyboardInterrupt`. `resumable()` yields nothing; if its block raises `KeyboardInterrupt`,
-it prints that the same command resumes the job, and raises SystemExit with exit code 130.
-`sigterm_interrupts()` yields nothing; in its block, SIGTERM raises `KeyboardInterrupt`. At the end
-of a block, the earlier signal handlers are restored. Outside the main thread, `stop_signals()` and
-`sigterm_interrupts()` do not react to signals.
+loop can save its state and stop. A Ctrl-C that comes after any earlier signal raises
+`KeyboardInterrupt` and is not added. `resumable()` yields nothing; if its block raises
+`KeyboardInterrupt`, it prints that the same command resumes the job, and raises SystemExit with
+exit code 130. `sigterm_interrupts()` yields nothing; in its block, SIGTERM raises
+`KeyboardInterrupt`. At the end of a block, the earlier signal handlers are restored. Outside the
+main thread, `stop_signals()` and `sigterm_interrupts()` do not react to signals.
 """
 
 import contextlib

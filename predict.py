@@ -25,8 +25,9 @@ Main entry: `main()`, the click command. Options:
   same detector, calibration, threshold and format.
 - `--threshold`: probability (0 to 1) from which an image is *likely AI*; below it is *no sign of
   AI*, and nothing is *uncertain*. Default: the thresholds of the detector.
-- `--max-fpr`, `--max-miss`: instead, the highest share of real images that may be called *likely
-  AI*, and of fakes that may be called *no sign of AI* (each above 0 and below 0.5).
+- `--max-fpr`, `--max-miss`: one or both in place of `--threshold`. The thresholds are chosen so
+  that at most this share of real images is called *likely AI*, or of fakes *no sign of AI* (above 0
+  and below 0.5; on images like those of the calibration).
 - `--watch FOLDER`: instead of PATH, score images as they appear, until Ctrl-C.
 - `--heatmap FOLDER`: write PNGs of the regions that changed the score (only with a checkpoint).
 - `--trust-list FILE`: PEM file with the certificates of trusted C2PA signers (default: the file in
@@ -37,7 +38,7 @@ Main entry: `main()`, the click command. Options:
   else `mistakes`); with `--keep-image` (no value), the image is stored there, too.
 - `--runs`: the folder of training runs (default `runs`).
 - `--device`: auto (default), cpu, cuda or cuda:N. `--backend`: the decoder, auto (default), dali or
-  pil. `--batch-size`: images per batch (default 32).
+  pil. `--batch-size`: images per batch (default 32). `--verbose`: a longer log.
 
 `CONFLICTS` lists options that exclude each other, by the names of their parameters.
 """

@@ -7,24 +7,27 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
   returns a `Path` and refuses addresses, except `file://`, which is this machine.
   `writable_path(text)` refuses addresses that can only be read (http, https). All three raise
   `ValueError` for what they refuse, also for an empty text.
-- `write_atomically(path, write)` calls `write(partial)` with the `Path` of a temporary file, which
-  `write` fills, then renames or uploads the file, so that `path` is missing, old or complete, never
-  partial. The folder of `path` must exist, except in an object store. `OSError` is raised if
-  writing fails (for an address also for other errors of its client), and what `write` raises.
+- `write_atomically(path, write)` writes a file, whose folder must exist (except in an object
+  store). It calls `write(partial)` with the `Path` of a temporary file, which `write` fills, then
+  renames or uploads the file, so that `path` is missing, old or complete, never partial. `OSError`
+  is raised if writing fails (for an address also for other errors of its client), and what `write`
+  raises.
 - `write_text(path, text)` and `write_bytes(path, data)` write a whole file in this way.
 - `atomic_folder(path, *, replace=False)` is a context manager for a `Path`: it yields a temporary
   folder to fill, and publishes it as `path` if the block ends without an error.
 - `publish(partial, path, *, replace=False)` takes two `Path`s. It syncs the file or folder
   `partial` to the disk and renames it to `path`. A file replaces an older file. A folder replaces
   an empty folder, and with `replace` any folder: the old one is renamed away just before, and
-  removed at the end. A kill between the two renames leaves it as `<name>.old.<number>.partial`,
-  without a folder at `path`. Without `replace`, a folder with files at `path` is kept, and
-  `OSError` is raised (by `atomic_folder()` at the end of its block).
+  removed at the end. If the process is killed between the two renames, there is no folder at
+  `path`, and the old one has the name `<name>.old.<number>.partial`. Without `replace`, a folder
+  with files at `path` is kept, and `OSError` is raised (by `atomic_folder()` at the end of its
+  block).
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
   removes it at the end. At the start it removes the older temporary folders of `path`, which killed
   processes left: `<name>.<number>.partial` and `<name>.old.<number>.partial`. If there is nothing
-  at `path`, the latter is not removed: it gets the name `path` back. Those of other paths stay. So
-  `path` must have one writer at a time; this holds for `atomic_folder()` too.
+  at `path`, the `.old.` folder is not removed but renamed to `path`. Temporary folders of other
+  paths are not touched. So `path` must have one writer at a time; this holds for `atomic_folder()`
+  too.
 
 `partial_of(path)` takes a `Path` and returns its temporary path. `file_name(stem, suffix)` joins
 both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the

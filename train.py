@@ -2,16 +2,16 @@
 
     python train.py [--phase 1|2] [--recipe FILE] [--folder DIR] [--set KEY=VALUE] [--dry-run]
 
-Main entry: `main()`, the click command with these options. Exactly one of `--phase` and `--recipe`
-is given; with `--folder` both may be absent.
+Main entry: `main()`, the click command with these options. Give either `--phase` or `--recipe`;
+with `--folder`, one of them or neither.
 
-- `--phase`: 1 is the recipe `recipes/phase1.toml`, which trains on images of older generators. 2
-  starts from the best checkpoint of phase 1 and trains on images of newer generators plus a few old
-  ones.
+- `--phase`: 1 is the recipe `recipes/phase1.toml`, which trains on images of older generators. 2 is
+  `recipes/phase2.toml`, which starts from the best checkpoint of phase 1 and trains on images of
+  newer generators plus a few old ones.
 - `--recipe`: a recipe (TOML file, or name of a built-in one). It names the shard sets (packed
   images) and all settings.
 - `--folder`: packs the images in DIR/real and DIR/fake first, as sets below `--data`, and trains on
-  them with `recipes/clip-phase1.toml` or the recipe that is given.
+  them with the recipe of `--recipe` or `--phase`, or else `recipes/clip-phase1.toml`.
 - `--set`: changes a value of the recipe, such as optim.lr=1e-4; may be repeated.
 - `--dry-run`: tries a few steps and prints the plan. No checkpoint is written. With `--folder`, the
   images are packed nevertheless.

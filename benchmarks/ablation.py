@@ -2,12 +2,12 @@
 
     python -m benchmarks.ablation --images IMAGES --init-from WEIGHTS.safetensors --work FOLDER
 
-`IMAGES/manifest.csv` has path (below IMAGES), label (real, fake), source, generator. Phase 1 starts
-from WEIGHTS (MobileNetV2). Each variant (`Cell`) of `STAR`, with `--candidates` also `CANDIDATES`,
-or only each `--cell NAME`, is trained once per `--seed` (0, 1, 2). `--set KEY=VALUE` changes all
-recipes, `--threads N` is for torch, `--table` trains nothing. FOLDER gets sets, runs (finished:
-skipped), `rows.jsonl` (all metrics) and `tables.md` (also printed). The first error ends it.
-"""
+`IMAGES/manifest.csv` has path (below IMAGES), label (real, fake), source, generator. The names and
+their phases (`unseen`: the test) are in `benchmarks/ablation-catalog.toml` and `_source()`. Phase 1
+starts from WEIGHTS (MobileNetV2). `STAR` is trained; `--candidates` adds `CANDIDATES`; `--cell
+NAME` trains only NAME. `--cell` and `--seed` (default 0, 1 and 2) are repeatable. `--set KEY=VALUE`
+changes all recipes, `--threads N` is for torch, `--table` trains nothing. FOLDER gets sets, runs
+(finished: skipped), `rows.jsonl`, `tables.md` (also printed). The first error ends it."""
 
 import csv
 import fcntl

@@ -10,10 +10,11 @@
 - WORKERS: the number of the loader's processes or threads. `read` always has one process.
 - OUT: a file that gets the result as JSON, or `{"missing": package}` if the library is not
   installed.
-- BATCH and EPOCHS: images per batch, and how often all images are loaded. `read` loads at least
-  `READ_IMAGES` images instead.
-- `--prepare`: measure nothing, but write the files that the library needs to PLACE, once before the
-  first measurement (`litdata`, `streaming`, `energon`). OUT gets `{}`.
+- BATCH and EPOCHS: images per batch, and how often all images are loaded. `read` loads about
+  `READ_IMAGES` images instead, in whole epochs (a little less if BATCH does not divide the number
+  of images).
+- `--prepare`: measure nothing, but write to PLACE the files that the library needs, once before the
+  first measurement (`litdata`, `streaming`, `energon`). OUT gets `{}` if the library is installed.
 
 Main entry: `measure(contender, place, workers)` times one loader in this process. It takes a
 `Contender` (a value of `CONTENDERS`), PLACE (Path) and WORKERS (int). If the contender has

@@ -5,15 +5,19 @@
 
 Main entry: `main()`, this click command.
 
-- `--images`: how many small JPEGs are made and scored (default 10000). 0: only the report; not with
-  `--detector`.
+- `--images`: how many small JPEGs are made and scored (default 10000). 0: only the report (an error
+  with `--detector`).
 - `--scores`: how many random scores the report is written on (default 400000, at least 50).
 - `--network`: a network of timm (default `mobilenetv2_100`), with random weights, which does not
   change the speed.
-- `--detector`: measure only `benchmarks.adapters.costs()` on the JPEGs, and print its table.
+- `--detector`: measure only how much longer `evaluate.py --detector` takes for a third-party
+  detector than a direct call of this detector (`costs()` of `benchmarks.adapters`), on the JPEGs. A
+  table is printed, with a row for each kind of detector: a Python file, a timm model, and a model
+  of transformers (if installed).
 - `--json`: a file for the figures (default: none). It gets {"report": the dict of
-  `cost_of_report()`, "scoring": the dict of `cost_of_scoring()`, or null if `--images` is 0}; with
-  `--detector`, the dict of `costs()`.
+  `cost_of_report()`, "scoring": the dict of `cost_of_scoring()`, or null if `--images` is 0}. With
+  `--detector` it gets the dict of `costs()`: kind (`file`, `timm`, `hf`) -> the times `by_hand`
+  (direct calls) and `adapter`, their `ratio`, and more.
 
 Without `--detector`, a line on the report and a table of the scoring are printed, whether there is
 a `--json` or not.
@@ -27,8 +31,9 @@ its ended workers), which are less affected by other programs.
   the peak memory of this process in GB, `peak_gb`, and before the report, `peak_before_gb`.
 - `cost_of_scoring(count, network, folder)` evaluates `count` JPEGs on the CPU, from opening the
   shards to the report (`evaluation`). Before and after that it runs the network alone on as many
-  images in memory (`network`, a list of two times). `ratio_seconds` and `ratio_processor_s` are the
-  evaluation's time divided by the mean of the network's.
+  images, rounded up to batches of 32: one batch in memory, again and again (`network`, a list of
+  two times). `ratio_seconds` and `ratio_processor_s` are the evaluation's time divided by the mean
+  of the network's.
 """
 
 import json

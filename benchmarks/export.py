@@ -17,8 +17,8 @@ Main entry: `ways_of(name, folder)`.
 
 It returns a dict from the name of a way (the first is "PyTorch") to its scoring function. Such a
 function takes RGB images, a NumPy array uint8 (N, 256, 256, 3), and returns the probability that
-each is fake, a float array (N,). The packages of the extra `export` must be installed, or importing
-this module fails.
+each is fake, a float array (N,). The packages of the extra `export` are needed; without ONNX
+Runtime, importing this module fails.
 """
 
 import json

@@ -20,8 +20,8 @@ run), and `seconds`:
 - `settings(shards, device, seconds)`: images/s of reading, decoding and augmenting. The keys are
   `batch` (batch size), `threads` (of DALI), `share` (of the JPEGs that the GPU's JPEG engine
   decodes; DALI's `hw_decoder_load`), `policy`, and `images_per_s`, or `error` (a text). `policy` is
-  "phase 1" (the recipe's augmentation) or the name of one that omits operations (`WITHOUT`). The
-  first dict is for the settings that training uses (`OWN`).
+  "phase 1" (the recipe's augmentation) or the name of one that omits operations (`WITHOUT`). On a
+  GPU, the first dict is for the settings that training uses (`OWN`).
 - `jpeg_step(device, seconds)`: images/s of three ways to compress images as JPEG and decode them.
   The keys are `way` and `images_per_s`. `way` is "none" (no JPEG), "libjpeg on the host" (as in
   training) or "DALI's GPU operator" (only on a GPU).

@@ -7,8 +7,9 @@ that stay on the device, which is the upper limit; `loader` takes batches and do
 them; `full` is training as by `train.py`, with its functions, precision and compilation. A table
 with images/s, ms per step and waiting times is printed. So are the GPU memory of the loader and the
 AU (accelerator utilization of MLPerf Storage): the time of a step in `step` divided by that in
-`full`. An AU of 1 means that the loader costs nothing; more than 1 is noise. Below `ENOUGH` the
-loader is the limit. No run is saved.
+`full`, the median of the rounds. An AU of 1 means that the loader costs nothing; more than 1 is
+noise. Beside the AU the limit is printed: "step-bound" if the AU is at least `ENOUGH` (0.95), else
+"loader-bound". No run is saved.
 
 - `--shards`: the folder of the only packed set to use, without replay (default: the sets of the
   recipe, below `--data`).
@@ -17,7 +18,8 @@ loader is the limit. No run is saved.
   repeated.
 - `--seconds`: the time per mode and round (default 60). `--rounds`: default 3.
 - `--device`: `auto` (default: a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
-- `--json`: a file for the figures of every mode and round, and the AU.
+- `--json`: a file for the figures of every mode and round (`runs`), the AU of each round (`au`),
+  and the limit (`verdict`).
 
 `run(batches, use, stats, device, seconds)` measures one mode. It calls `use(batch)` for each
 `Batch` of the iterable `batches` until `seconds` have passed or the batches end. `stats` is a

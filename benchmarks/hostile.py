@@ -8,6 +8,9 @@ killed if it makes no progress for S seconds (default 60; ten times as long in s
 decoding), or if it uses more memory than GB, in units of 2^30 bytes (default 8). After a kill or a
 crash, the decoding stage goes on with the next file; any other stage is over.
 
+In the packed set, the files, sorted by path, count as real and as fake in turn. Each class needs a
+file that can be decoded; otherwise packing and loading count as crashes.
+
 Outcomes are compared between the backends and with Pillow's own decoding. A difference that matches
 none of `EXPLANATIONS` is unexplained. Tables of crashes, slow files and differences are printed;
 `--json` gets the results of all stages. The exit code is 1 after a crash, a kill, an unexplained

@@ -3,26 +3,25 @@
     python -m benchmarks.kills [COMMAND...] [--times 30] [--seed N] [--work FOLDER] [--json FILE]
 
 COMMAND is `build`, `train`, `predict`, `fetch`, `evaluate` or `export`; default: all. First, each
-command runs twice undisturbed on small inputs made for it, which must give the same files. Then the
-command is started in a new folder; at a random time within the duration of an undisturbed run, all
-its processes get SIGKILL, and the command is started again if it has work left. After up to four
-kills in one folder, it runs to its end. The names and bytes of all files are then compared with the
-undisturbed run, except for folders in `LEFT_OUT` and JSON entries in `MEANT_TO_DIFFER`. This is
-repeated in new folders until `--times` kills have hit a running process. `--seed` (default 0) draws
-the times. `--work` is a folder for all files, new or with `inputs` only (default: temporary). A
-table with a `Row` per command is printed, and written to `--json`. The exit code is 1 on a failure.
+command runs twice undisturbed on small inputs made for it. Files that differ between these two runs
+count as differences, too. Then the command is started in a new folder; at a random time within the
+duration of an undisturbed run, all its processes get SIGKILL, and the command is started again if
+it has work left. After up to four kills in one folder, it runs to its end. The names and bytes of
+all files are then compared with the undisturbed run, except for folders in `LEFT_OUT` and JSON
+entries in `MEANT_TO_DIFFER`. This is repeated in new folders until `--times` kills have hit a
+running process. `--seed` (default 0) draws the times. `--work` is a folder for all files, new or
+with `inputs` only (default: temporary). A table with a `Row` per command is printed, and written to
+`--json`. The exit code is 1 on a failure.
 
 Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
 
-- `command`: the argument `name`.
-- `seconds`: duration of an undisturbed run, within which the moments are drawn.
-- `landed`: kills of a running process.
-- `restarts`: starts after such a kill. There is none if the command had already done its work.
-- `late`: starts that ended before the kill came.
-- `folders`: new folders used for the killed runs.
-- `files`: number of compared files of one run.
-- `differing`: list of texts (empty: all is well), the failures of restarted commands and the
-  differences, also those of the two undisturbed runs (marked `undisturbed: `).
+- `command`: the argument `name`. `seconds`: duration of an undisturbed run, within which the
+  moments are drawn.
+- `landed`: kills of a running process. `late`: starts that ended before the kill came.
+- `restarts`: starts after a kill that landed. There is none if the command had done its work.
+- `folders`: new folders used for the killed runs. `files`: number of compared files of one run.
+- `differing`: a list of texts, empty if all is well. Each is a failure of a killed command, or a
+  difference between files; `undisturbed: ` marks those between the two undisturbed runs.
 
 Its arguments:
 
@@ -31,8 +30,9 @@ Its arguments:
   paths are in the folder of the run), and a file or folder that exists once it has finished ("": it
   can always run again).
 - `work`: an existing folder (Path), in which the folders of the runs are made. If one of them
-  exists, FileExistsError is raised. Only folders of killed runs that end with the same files are
-  deleted. The output of the command is in `FOLDER.log` next to each folder.
+  exists, FileExistsError is raised. The folder of a killed run is deleted if its files are the same
+  as those of the undisturbed run; all others stay. The output of the command is in `FOLDER.log`
+  next to each folder.
 - `times`: the number of kills that must hit a running process.
 - `rng`: a random.Random, which draws the moments.
 

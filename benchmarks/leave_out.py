@@ -5,10 +5,11 @@
 Main entry: `main()`, this click command. For each source, a head is trained without it (and without
 the sources that the recipe's `calibration.together` groups with it). This head scores the source.
 Missing features are first computed and written to the recipe's feature store. No run is written. An
-error in the input is printed in one line, with exit code 1.
+error in the input is printed in one line, with exit code 1 (2 for a wrong option, or if the file of
+`--recipe` or `--init-from` does not exist).
 
 - `--recipe`: a recipe file with a table `[features]` (a head on a frozen backbone), such as
-  `recipes/clip-all.toml`. `--set KEY=VALUE` changes it; may be repeated.
+  `recipes/clip-all.toml`. `--set KEY=VALUE` changes a value of it; may be repeated.
 - `--init-from`: a `.safetensors` file or a checkpoint folder with the backbone's weights (default:
   what the recipe says).
 - `--pairs`: also train a head without both sources of each pair, which is harder and takes minutes.
@@ -18,23 +19,24 @@ error in the input is printed in one line, with exit code 1.
   of training runs, where the recipe's starting checkpoint may be (default `runs`).
 - `--json`: a file for what is printed (default: none).
 
-A dict is printed as JSON. Its keys:
+A dict is printed as JSON. Its keys (the first two leave out sources that have both classes):
 
 - "one left out": `mean`, 95 % `interval` and `worst` (the ten lowest) of the AUROCs of all pairs of
   a source of reals and a source of fakes. The interval is from 200 resamples of the sources.
 - "at 5 % over all": source -> share of its images called fake, at the threshold for 5 % false
   positives over all sources of reals together.
-- "within subjects": `auroc`, the mean over `clusters` clusters of similar images (by their
-  features), those with at least 8 images of each class. A head that recognizes nothing but the
-  subject gets 0.5.
+- "within subjects": `auroc`, the mean, weighted by images, over `clusters` clusters of similar
+  images (by their features), those with at least 8 images of each class. A head that recognizes
+  nothing but the subject gets 0.5.
 - "pooled": the AUROC of all images.
-- "threshold pooled", "threshold most_sources", "threshold worst_source": three calibrations. They
-  keep the recipe's error rates, in this order: over all images together; in three quarters of the
-  sources; in every source. Each has `temperature`, `threshold`, `band` ([low, high]: the
-  probabilities called uncertain) and `sources` (source -> `false_positive_rate`, `recall`,
-  `uncertain` and numbers of images).
-- "perturbed", with `--robustness`: perturbation -> `auroc`, `false_positive_rate`, `recall`. The
-  rates are at the threshold of the recipe's own calibration.
+- "threshold pooled", "threshold most_sources", "threshold worst_source": three calibrations, which
+  keep the recipe's error rates: "pooled" over all images together, "most_sources" in three quarters
+  of the sources, "worst_source" in every source. Each has `temperature`, `threshold`, `band` ([low,
+  high]: the probabilities called uncertain) and `sources` (source -> `false_positive_rate`,
+  `recall`, `uncertain` and numbers of images).
+- "perturbed", with `--robustness`: perturbation -> `auroc` (mean over pairs of sources),
+  `false_positive_rate` and `recall` (means over sources) at the threshold of the recipe's own
+  calibration, one of the three above.
 - "pairs left out", with `--pairs`: like "one left out", by heads trained without either source.
 """
 

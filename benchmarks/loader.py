@@ -12,30 +12,31 @@ the same for all. The speed is measured from the first batch to the last; the ti
 batch is the start-up. Once a second, the memory of a loader's processes is added up (PSS, which
 counts shared pages once); the largest sum is reported.
 
-A run is calm if other programs used at most `CALM` of the CPU time (measured on Linux). The printed
-table has a row per loader, from its calm runs, if any; `--json` gets the figures of all runs.
-Compare only the ratios to torchvision's loader (`BASE`) within one call. The exit code is 1 if a
-loader failed.
+A run is calm if other programs used at most `CALM` of the CPU time. This share is measured on Linux
+only; elsewhere it is 0, and every run is calm. Memory is 0 there, too. The printed table has a row
+per loader, from its calm runs, if any; `--json` gets the figures of all runs. Compare only the
+ratios to torchvision's loader (`BASE`) within one call. The exit code is 1 if a loader failed.
 
 Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs each loader until it
 has `repeats` calm runs, but at most `2 * repeats` times in all.
 
 - `names`: a list of keys of `benchmarks.contenders.CONTENDERS`, such as `["pil", "torchvision"]`.
-- `place`: an absolute folder (Path) that `pack()` or `unpack()` has filled, see below; logs are
-  written there.
-- `workers`: processes or threads of each loader.
+- `place`: an absolute folder (Path) that `pack()` or `unpack()` has filled; it gets logs, too.
+- `workers`: processes or threads of each loader (int). `repeats`: calm runs of each (int).
 - `pythons`: a dict with the path of a Python interpreter for each name, such as `sys.executable`.
 - `size`: the pair (batch size, epochs).
 - `keep`: called with the result so far after each run, such as `lambda runs: None`.
 
 It returns a dict, name -> list of runs. A run is a dict with `images_per_s`, `start_s` (seconds),
-`bytes` (memory), `version` and `others` (share of CPU time of other programs), or with `missing`
-(the package) or `failed` (the reason); such a loader is not run again.
+`bytes` (memory), `version` (of the library, "" if none is used) and `others` (the share of the CPU
+time that other programs used, 0 to 1). It has `missing` (the package) instead if the loader is not
+installed, or `failed` (the reason), also after `TIMEOUT_S` seconds; such a loader is not run again.
 
-First call one of these, which return nothing. `pack(place, images, originals, workers)` makes the
-images and packs them with `workers` processes; `images` is their number, `originals` the folder of
-real JPEGs (Path), or None to draw the images. `unpack(place, folder)` takes those of a packed set
-(Path of its folder); it raises ValueError if not all are JPEGs.
+First fill `place`, an empty folder, by one of these, which return nothing. `pack(place, images,
+originals, workers)` makes the images and packs them with `workers` processes; `images` is their
+number, `originals` the folder of real JPEGs (Path), or None to draw the images. `unpack(place,
+folder)` takes those of a packed set (Path of its folder); it raises ValueError if not all are
+JPEGs.
 """
 
 import contextlib

@@ -11,8 +11,9 @@ workers)` loads the images with one library, as its documentation shows.
 
 It is a generator of ints: the number of images of each batch, for `EPOCHS` epochs (default 1) in
 batches of `BATCH` (default 30). To change these two constants, assign to the module before the
-call, as `benchmarks.contenders` does: `peers.BATCH = 256`. Incomplete batches at the end are left
-out. At the first batch, ImportError is raised if the library is not installed.
+call, as `benchmarks.contenders` does: `peers.BATCH = 256`. The incomplete batch at the end of an
+epoch is left out (with some libraries, that of each worker). At the first batch, ImportError is
+raised if the library is not installed.
 
 LitData, Streaming and Energon read their own format: `prepare_litdata(place)`,
 `prepare_streaming(place)` or `prepare_energon(place)` must be called once before. It writes a

@@ -12,9 +12,9 @@ Main entry: `main()`, this click command. Its options:
 - `--jobs` (default 2): processes that pack;
 - `--json` (`out`; default: none): a JSON file that gets the figures of every run.
 
-All other files are temporary. A table of each is printed: for packing, seconds and the memory of
-the largest process; for opening, the median of the seconds and the largest memory that it added. If
-packing or opening fails, `subprocess.CalledProcessError` is raised.
+All other files are temporary. Two tables are printed: one for packing (seconds, and the memory of
+the largest process), and one for opening (the median of the seconds, and the largest memory that it
+added). If packing or opening fails, `subprocess.CalledProcessError` is raised.
 
 `write_archive(path, count)` writes the zip file `path` (a `Path`) with `count` JPEGs. It makes the
 folder of `path`, which must not exist yet. `grow_index(folder, rows)` changes the index of the

@@ -17,14 +17,16 @@ Main entry: `main()`, this click command. Its arguments and options:
 Each round runs the loop of `predict.py` over the files. Then the files are sent to `python -m
 serve` on this machine three times: by 1 client, by 8 and by 32 at the same time. Each client has
 its own connection and sends one file per request. After the rounds, each file below `--hostile` is
-sent alone: the status must be 200, 422 (unreadable) or 413 (too large), with the same error as in
-`predict.py`. At the end the server gets SIGTERM during 16 requests.
+sent alone. The status must be 422, with the error of `predict.py`, if `predict.py` cannot read the
+file. Otherwise it must be 413 for more than 50 MiB, else 200. At the end the server gets SIGTERM
+during 16 requests.
 
 A table of images/s, CPU milliseconds per image and response times is printed. `ratio` is the
 server's images per second divided by those of `predict.py`. `CPU ratio` is the CPU time per image
 of `predict.py` divided by the server's (without the clients); it is more reliable next to other
 programs. The largest difference of a probability is printed too. The exit code is 1 if an image got
 no answer with status 200, a hostile file is answered wrongly, or the server ends with an error.
+This needs Linux (`/proc`).
 
 The parts: `started(arguments, log)` starts the server with these options and returns (process,
 port). `files` is a dict, path -> bytes. `predict(detector, files, batch_size, out)`, `load(port,

@@ -10,20 +10,19 @@ as one with EXIF, XMP or a color profile, or with a damaged header. A `Header` h
 
 `describe_tables(tables)` takes these tables and returns the nearest libjpeg quality, 1 to 100, and
 a hash of 8 hex digits (0 and "" without tables). All other functions take the bytes of a JPEG,
-`data`. None raises an error for damaged bytes:
+`data`. Damaged bytes raise no error:
 
 - `segments()` yields each `Segment`: `marker`, `start` and `end` in `data`, and `filled` (True if
-  fill bytes precede it). The first invalid one is the last that is yielded, and its `end` may have
-  any value. Pixels are in no segment, so a caller must end its loop at the first start of scan
-  (`SOS`).
+  fill bytes precede it). It stops after the first invalid one, whose `end` may have any value.
+  Pixels are in no segment, so a caller must end its loop at the first start of scan (`SOS`).
 - `lenient_segments()` yields (marker, start, end) to the end of the image. It skips bytes between
   segments as libjpeg does, and gives the pixels of a scan the pseudo-marker `PIXELS`.
 - `before_scan()` returns the bytes before the first scan, or all bytes if there is no scan.
 - `has_end()` returns False for a cut-off file.
 - `mended()` returns the JPEG with only the segments that its pixels need.
-- `count_scans()` returns an upper bound of the number of scans if this is at most `MAX_SCANS`, else
-  the exact number, which takes longer. Callers refuse a file with more scans than that, which would
-  be slow.
+- `count_scans()` first finds an upper bound of the number of scans. If the bound is at most
+  `MAX_SCANS`, it returns the bound; else it returns the exact number, which takes longer. Callers
+  refuse a file with more than `MAX_SCANS` scans, which would be slow.
 """
 
 import hashlib

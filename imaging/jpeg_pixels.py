@@ -18,8 +18,8 @@ Three functions take the bytes, return nothing and raise `PixelError`:
   Call it before `jpeg_pixels()`: that function counts the scans only when the strict mode fails.
   `odd_jpeg_pixels()` calls this function and `refuse_cut_off()` itself.
 - `refuse_damaged_cmyk()` for a CMYK JPEG with missing or damaged pixels. Call it for a CMYK file,
-  then decode the file with Pillow, as `imaging/decode.py` does. `jpeg_pixels()` finds such damage,
-  too, but ignores the color profile of the file.
+  then decode the file with Pillow, as `imaging/decode.py` does. `jpeg_pixels()` also finds such
+  damage, but its colors can be wrong for CMYK, because it ignores the color profile of the file.
 """
 
 import io

@@ -2,9 +2,10 @@
 
 Main entries, all without arguments: `silence_pillow()` stops Pillow and its libtiff from printing,
 for the rest of the process. `without_warnings()` and `without_chatter()` are context managers that
-yield nothing. They act on all threads, until the last open block of any thread ends. The first
-hides Python's warnings. The second drops the lines that native decoders (libjpeg, libpng, OpenCV,
-nvImageCodec) write to standard error, and empty lines; other lines are printed.
+yield nothing. Each acts on the whole process; if several threads have its block open, it ends with
+the last of these blocks. The first hides Python's warnings. The second drops the lines that native
+decoders (libjpeg, libpng, OpenCV, nvImageCodec) write to standard error, and empty lines; other
+lines are printed.
 """
 
 import contextlib

@@ -21,27 +21,39 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
 - `average FIRST LAST --run NAME` writes the average of two checkpoints as the new run NAME. FIRST
   and LAST are checkpoint folders, or run folders, which stand for the best checkpoint of the run.
   `--weight`, 0 to 1, is the share of LAST (default 0.5);
-- `export` writes a checkpoint (`--checkpoint`; default: the best of the newest run) as ONNX files
-  (`--onnx`, into the folder `--out`), as a folder for the Hugging Face Hub (`--hub FOLDER`), or its
-  head without the backbone (`--head FOLDER`); at least one of the three. With `--onnx`, the folder
-  of `--hub` gets the ONNX files too. `--out` and `--images` need `--onnx`. `--out` is by default
-  `onnx/` in the run's folder (of a shipped detector: in the folder of its name in `--runs`); the
-  other two folders must be new or empty. `--images FOLDER`, the path of a folder of images or of a
-  shard set, is what ONNX and PyTorch are compared on (default: noise). `--report FILE` is the
-  report.json for the model card of `--hub` or `--head` (default: the card has no figures). For
-  `--head`, `--left-out FILE` has the figures of `benchmarks.leave_out --json` for the card, and
-  `--hub-place OWNER/NAME@REVISION:FILE` is the place on the Hugging Face Hub of the same backbone
-  file;
+- `export` writes a checkpoint for other programs, see below;
 - `push FOLDER OWNER/NAME` uploads a folder that `export --hub` wrote; `--private` makes a new
   repository private (default: public).
 
-`--runs` (default `runs`; not of `curves` and `push`) is the folder of all runs. `--data` (default
-`data/shards`; of `embed` and `export`) is that of the shard sets: those whose features `embed`
-computes, and the training sets whose sources and licenses the cards of `export --hub` and `--head`
-list (none if they are not there). `--verbose` adds details to the log lines. Each command prints
-its result, such as the path of a written file. An error is printed in one line, with exit code 1 (2
-for a wrong option, 130 after Ctrl-C). The constant `NAME` is the click option `--run` of `import`
-and `fetch`. `RunName` is its click type, which refuses names outside the folder of all runs.
+The options of `export`, at least one of the first three:
+
+- `--onnx`: write ONNX files to the folder `--out`. Its default is `onnx/` in the run's folder, or,
+  for a shipped detector, `NAME/onnx/` in `--runs`.
+- `--hub FOLDER`: write this folder for the Hugging Face Hub, with `--onnx` also with the ONNX
+  files.
+- `--head FOLDER`: write the head without the backbone to this folder. The folders of `--hub` and
+  `--head` must be new or empty.
+- `--checkpoint`: what to export (default: the best checkpoint of the newest run).
+- `--images FOLDER`, only with `--onnx`: the path of a folder of images or of a shard set, on which
+  ONNX and PyTorch are compared (default: noise).
+- `--report FILE`, only with `--hub` or `--head`: the report.json for the model card (default: the
+  card has no figures).
+- `--left-out FILE`, only with `--head`: the figures of `benchmarks.leave_out --json` for the card.
+- `--hub-place OWNER/NAME@REVISION:FILE`, only with `--head`: the place on the Hugging Face Hub of
+  the same backbone file.
+
+Shared options:
+
+- `--runs` (not of `curves` and `push`): the folder of all runs (default `runs`).
+- `--data` (of `embed` and `export`): the folder of the shard sets (default `data/shards`). `embed`
+  reads there the sets whose features it computes. `export` reads there the training sets, to list
+  their sources and licenses on the card of `--hub` or `--head`; it lists none if they are missing.
+- `--verbose`: more details in the log lines.
+
+Each command prints its result, such as the path of a written file. An error is printed in one line,
+with exit code 1 (2 for a wrong option, 130 after Ctrl-C). The constant `NAME` is the click option
+`--run` of `import` and `fetch`. `RunName` is its click type, which refuses names outside the folder
+of all runs.
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@
 Main entries, which write nothing:
 
 - `calibrate(labels, logits, threshold_at)` fits to all images together. The band ends at the
-  decision threshold. It begins at the smallest of three: 0.5, the decision threshold, and about the
-  score below which 5 % of the fakes lie.
+  decision threshold. It begins at the smallest of three: 0.5; the decision threshold; the score
+  that about 5 % of the fakes are below.
 - `calibrate_sources(scores, calibrating, origin)` fits to two error rates. `scores` is a dict,
   source -> (labels, logits).
 - `calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is one of the texts for
@@ -23,19 +23,19 @@ Their arguments:
   the highest share of fakes below the lower end (both above 0 and below 0.5). Its `threshold` is
   one of three texts, which says for which images the two shares hold: `"pooled"`: for all images
   together; `"worst_source"`: for every source; `"most_sources"`: for three quarters of the sources.
-  Small sources do not count for a class: those with fewer than `FEWEST` images of it (if all are
-  that small, they count together as one source), and, except for `"pooled"`, those with too few
-  images for the rate.
+  A source is left out for a class if it has fewer than `FEWEST` images of that class. If all
+  sources are so small, they are joined as one source. Except for `"pooled"`, a source is also left
+  out if it has too few images for the rate.
 - `origin`: a text for the record that says how the scores were made (default "sources left out").
 
 All three return a `Calibration`: `temperature`, `threshold`, `band` (low, high: "likely AI" from
-high on, "no sign of AI" below low) and tables of error rates (`roc`, `at_fpr`, `at_miss`).
-Thresholds and band are probabilities of fake, after the temperature. Its `entries(fitted_on)` takes
-a dict, set name -> hash of the set's index, and returns the dict for a checkpoint's `meta.json`.
-All three raise `CalibrationError` (a `ValueError`) if a class has fewer than `FEWEST` images or too
-few for a rate that is asked for, if a score is not finite, or if no temperature fits.
-`check_validation_sets(folders)` takes the paths (`Path` or `UPath`) of packed sets and raises this
-error if a set is not of the split `val`.
+high on, "no sign of AI" below low) and tables, lists of tuples: `roc` (threshold, false-positive
+rate, recall), `at_fpr` and `at_miss` (error rate, threshold). Thresholds and band are probabilities
+of fake, after the temperature. Its `entries(fitted_on)` takes a dict, set name -> hash of the set's
+index, and returns the dict for a checkpoint's `meta.json`. All three raise `CalibrationError` (a
+`ValueError`) if a class has fewer than `FEWEST` images or too few for a rate that is asked for, if
+a score is not finite, or if no temperature fits. `check_validation_sets(folders)` takes the paths
+(`Path` or `UPath`) of packed sets and raises this error if a set is not of the split `val`.
 
 `TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the range of temperatures, the tabulated error
 rates and the points of the ROC curve. The other functions compute single parts of the result.

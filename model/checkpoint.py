@@ -2,20 +2,19 @@
 
 A checkpoint has `weights.safetensors` (timm's names), `state.pt` (only to resume training) and
 `meta.json` with the SHA-256 of every file (fields: `model/layout/meta.py`). A run is a folder of
-checkpoints, named `step_` and at least seven digits. All folders, also `named`, are `Path`s.
+checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main entries:
 
-Main entries: `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, in place
-of an existing one, and returns nothing: a `Detector` (of `network.py`), its `ResolvedRecipe`, a
-`Record`, the dict for `state.pt` or None, and pairs (epoch, key) of the replayed samples, or None
-(default). A `Record` has `step`, `epoch`, `selection` (highest in the best checkpoint; or None) and
-JSON dicts `metrics` and `data` (may be empty); the rest has defaults. `CheckpointError` is raised
-if writing fails. `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess`
-and meta (dict). It raises `CheckpointError` without a usable checkpoint, its subclass
-`DamagedError` for a missing or changed file, another `ValueError` if weights do not fit or a
-backbone is not fetched. `find(runs, named=None, *, shipped=False)` returns a folder. `named`: a
-checkpoint, a run (its best) or a shipped detector, `Path("clip")`; else `CheckpointError`. None:
-the best of the newest run in `runs`; without one, the default shipped one if `shipped`, else
-`NoCheckpointError`. `check()` raises if weights do not fit, `verify()` for a changed file.
+- `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, also over an older
+  one. `net`: `Detector` of `network.py`. `recipe`: `resolved(Recipe)` of `backbones/resolve.py`.
+  `record`: a `Record` (`step`, `epoch`, `selection`: highest in the best one, or None; dicts for
+  JSON `metrics`, `data`). `state`: the dict for `state.pt`, or None. `replayed`: pairs (epoch, key
+  of a replayed sample), default None. `CheckpointError`: writing failed.
+- `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta
+  (dict). `CheckpointError`: no usable checkpoint. `DamagedError`, its subclass: a missing or
+  changed file. Another `ValueError`: weights do not fit, or a backbone is not fetched.
+- `find(runs, named=None, *, shipped=False)` returns a folder. `named`: a `Path` of a checkpoint or a
+  run (gives its best), or a shipped detector, `Path("clip")`; else `CheckpointError`. None: the
+  best of the newest run in `runs`, else the shipped detector if `shipped`, or `NoCheckpointError`.
 """
 
 import contextlib

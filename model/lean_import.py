@@ -9,8 +9,8 @@ stand-in and blocks wandb (which creates a temporary folder on import) until the
 package that is already loaded is left as it is.
 
 The compiler is imported in two places. `torchvision.ops.roi_align` tests for compilation when
-determinism is on; no classifier here calls `roi_align`. timm also marks functions of two models
-(`naflexvit`, `gemma4`) as not to be compiled; the marks matter only if such a model is compiled.
+determinism is on; no classifier here calls `roi_align`. timm also marks functions of one model
+(`naflexvit`) as not to be compiled; the marks matter only if this model is compiled.
 `torch.compile` loads the compiler when it is called. wandb is imported by `timm.utils.summary`,
 which works without wandb.
 """

@@ -11,8 +11,7 @@ Main entry: `build(network, *, pretrained, empty)` returns a `Detector` (a torch
 If both are False, the weights are random. Do not set both to True: the head may stay uninitialized.
 `build()` raises `NetworkError` (a `ValueError`) if timm does not know the network or one of its
 `options`, the network lacks the class token or the `blocks` that the head `class_tokens` needs, or
-the weights cannot be fetched. If the connection breaks during the download, an error of the library
-that downloads can pass through.
+the weights cannot be fetched or do not fit the `options`.
 
 The detector's `forward()` takes uint8 images (B, 3, H, W), or features (B, D), and returns float
 logits (B, 2), real and fake. With `network.crops` 2, an image is two square crops, one below the
@@ -22,17 +21,18 @@ other. `features()` returns the input of the head, (B, D), and `classify()` appl
 `load_weights(net, weights, where, *, assign=False)` fills a `Detector` with `weights`, a dict from
 timm's names to tensors. The text `where` names their file in an error; with `assign`, the tensors
 are used without a copy. `load_backbone_file(net, path)` fills it from an ImageNet `.safetensors`
-file, without its classifier. Both raise `NetworkError` for wrong names or shapes, and the second
-for a damaged file. Four checks raise it before any work starts:
+file (`Path`), without its classifier. Both raise `NetworkError` for wrong names or shapes, and the
+second for a damaged file (`OSError` for a missing one). Four checks raise `NetworkError` before any
+work starts:
 
-- `check_size(net, name, preprocess)`: the network `name` does not accept the image size of a
+- `check_size(net, name, preprocess)`: if the network `name` does not accept the image size of a
   `Preprocess`. `net` is unusable afterward.
-- `check_weights_file(net, path, where, backbone)`: the file does not fit `load_weights()`.
+- `check_weights_file(net, path, where, backbone)`: if the file does not fit `load_weights()`.
   `backbone` is the file with the other weights if `path` has only the head (default None). Only
   headers are read. `net` is unusable afterward.
-- `check_backbone_file(net, path)`: the file does not fit `load_backbone_file()`. Only its header is
-  read.
-- `check_pretrained(network)`: timm's weights are not in the cache, and their Hub does not answer.
+- `check_backbone_file(net, path)`: if the file does not fit `load_backbone_file()`. Only its header
+  is read.
+- `check_pretrained(network)`: if timm's weights are not in the cache and their Hub does not answer.
 
 `normalization(network)` takes the `Network` settings and returns mean and std, three numbers each.
 `classifier_names(backbone)` returns the names of the modules of timm's head, `head_prefixes(net)`

@@ -6,8 +6,8 @@ whose tables are its fields. Every field is passed by keyword; the first six are
 
 - `name`: a text, the name of the run and of its folder (a slash makes a subfolder).
 - `data`: a `Data`: `train` and `validate`, lists of names of shard sets (packed images); `policy`,
-  a key of `augment`; and options. `policy` is the default augmentation policy. It holds for each
-  source to which the index of its set gives no policy.
+  a key of `augment`; and options. `policy` is the default augmentation policy, used for every
+  source that has no policy in the index of its set.
 - `augment`: a dict, policy name -> `AugmentPolicy` (`pipeline/augment.py`).
 - `network`: a `Network`: `name` (of a timm network), first weights, trained part; all have
   defaults.

@@ -11,11 +11,12 @@ is NaN or infinite (`NOT_FINITE` is the reason as text).
 Without a calibration, low and high are both its decision threshold.
 
 `band_at(meta, band, max_fpr, max_miss)` returns the (low, high) for chosen error rates. `max_fpr`
-is the largest share of real images that may be called likely AI (sets high), and `max_miss` the
-largest share of fakes that may be called no sign of AI (sets low). None, the default of both, keeps
-that end of `band`, the band in use. If low would be above high, it is set to high. It raises
-`ValueError` for a rate that is not above 0 and below 0.5, or if the checkpoint has no threshold for
-the rate, such as without a calibration.
+is the largest share of real images that may be called likely AI; it sets high. `max_miss` is the
+largest share of fakes that may be called no sign of AI; it sets low. The checkpoint stores
+thresholds for some rates; of these, the next smaller one counts. With None (the default), this end
+stays as in `band`, the band in use until now. If low would be above high, it is set to high. It
+raises `ValueError` for a rate that is not above 0 and below 0.5, or if the checkpoint has no
+threshold for the rate, such as without a calibration.
 
 `percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
 `capital(text)` makes the first letter upper case.

@@ -1,9 +1,9 @@
 """Load the detector of the web page once for all visitors, or explain why it cannot be loaded.
 
-Main entry: `loaded_detector()` takes nothing and returns the `ImageDetector` of the checkpoint or
-run that the environment variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`) names, or else of
-the newest run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or else the shipped one.
-Streamlit keeps it, so later calls return the same object.
+Main entry: `loaded_detector()` takes nothing and returns the `ImageDetector` of the checkpoint, run
+or shipped detector that the environment variable `DETECTOR_CHECKPOINT` (constant `CHECKPOINT`)
+names, or else of the newest run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or else
+the shipped one. Streamlit keeps it, so later calls return the same object.
 
 It raises an error if there is no detector or it cannot be read: `NoCheckpointError`, `MissingError`
 (shipped weights not downloaded), ValueError (also for an unusable list of trusted signers, or if

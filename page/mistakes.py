@@ -24,8 +24,9 @@ Three more conditions must hold for the control to be shown:
 - The image is not an example.
 
 `keep(folder, data, label, given, name)` writes these files without the page. It returns a `Report`:
-`html` (what was kept or why not) and a `sentence`. A right or uncertain verdict is kept only if the
-image already has an entry.
+`html` (what was kept or why not) and a `sentence`. A right or uncertain verdict makes no entry. If
+the image has an entry already, the verdict is added and `label` becomes its label. An entry that
+then has no wrong verdict is deleted, with its copy.
 
 - `folder`: Path of the folder; it is made if it does not exist.
 - `data`: the bytes of the image file.

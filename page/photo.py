@@ -2,7 +2,7 @@
 frame if both are equal), and on request a heatmap over the crops.
 
 Main entry: `show_photo(detector, file, result)` puts the image and a switch for the heatmap on the
-page (Streamlit), and returns nothing. The heatmap (Grad-CAM: regions that changed the score) is
+page (Streamlit), and returns nothing. The heatmap (of the regions that raised the score) is
 computed once per image; if it cannot be computed, the reason is shown. `page.scored.score_all()`
 must have been called before in the same session, because it makes the store of the heatmaps.
 

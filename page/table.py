@@ -1,10 +1,12 @@
 """Show a table of many uploaded images, one row each, sorted in the browser, with a CSV download.
 
-Main entry: `show_table(detector, scored, verdicts)` puts the table on the page (Streamlit). It
-returns the id of the image to show in full: the row that the visitor chose, or `first_of(scored)`,
-the first image that was not refused (if all were refused, the first).
+Main entry: `show_table(detector, scored, verdicts)` puts the table on the page (Streamlit), with
+`summary()` and the refused files above it and the download below. It returns the id of the image to
+show in full: the row that the visitor chose, or `first_of(scored)`, the first image that was not
+refused (if all were refused, the first).
 
-- `detector`: the `ImageDetector` that `page.detector.loaded_detector()` returns.
+- `detector`: the `ImageDetector` that gave the verdicts: with the threshold of the slider, as
+  `page.cost.moved()` returns it. The CSV has its `identity`.
 - `scored`: the results, a dict, file id -> `Scored` (prediction or refusal), as
   `page.scored.score_all()` returns it. It has at least one entry.
 - `verdicts`: a dict with the same file ids -> "likely AI", "uncertain", "no sign of AI", or

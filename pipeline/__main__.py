@@ -1,8 +1,8 @@
 """Inspect how the loader augments and shuffles a shard set, by two commands.
 
 - `python -m pipeline preview SHARDS` writes a PNG that shows samples of the set as the network sees
-  them, decoded by Pillow and, if installed, by DALI, and prints the difference of the two in gray
-  levels.
+  them, made without DALI and, if it is installed, also by DALI. Then it prints the difference of
+  the two in gray levels.
 - `python -m pipeline order SHARDS` prints a table of how well the shuffles `global` and `block` mix
   the samples and their sources into batches; 1 means as well as a random order. It writes nothing.
 

@@ -3,7 +3,9 @@
 Main entry: `sample_params(policies, policy, preprocess, widths, heights, keys, partners)` returns,
 for N training images, an `AugmentBatch`: an array of N values per field of `AugmentParams`.
 
-- `policies`: ranges and probabilities: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`.
+- `policies`: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`. A pair of numbers in a policy is a
+  range of values, `brightness` to `hue` are largest changes, every other number is a probability.
+  The defaults change nothing. `match_pair_jpeg` has no effect here: see `partners`.
 - `policy`: position of each image's policy in `policies`, int (N,).
 - `preprocess`: side of the output, filter and whether there is a detail crop:
   `Preprocess(crop_size=256, interpolation="bicubic")`.
@@ -11,9 +13,9 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
 - `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples, repeat_index)`. `seed` and
   `epoch`: ints from 0 on. `samples`: row numbers of the images, int (N,). `repeat_index`: how many
   times each image was already used in this epoch, int (N,) (None, the default: never).
-- `partners`: a pair of int (N,): quality (0: none) and chroma (position in `imaging.jpeg.CHROMAS`)
-  of a JPEG to which each image is compressed first. A quality above 0 replaces `whole_jpeg` of the
-  policy. None (the default): no image has such a JPEG.
+- `partners`: two int arrays (N,): quality and chroma (position in `imaging.jpeg.CHROMAS`) of a JPEG
+  to which the whole image is compressed in place of `whole_jpeg` of its policy. The policy decides
+  where the quality is 0, and for all images with None, the default.
 
 `center_crop_params(preprocess, widths, heights)` returns the `AugmentBatch` of evaluation: a center
 crop, nothing random. A setting out of range raises ValueError when its `AugmentPolicy` or

@@ -16,8 +16,9 @@ The others are on the CPU, the first three as NumPy arrays:
   (`pipeline/replay.py`).
 - `failures`: a dict, position in the batch -> reason why the image cannot be read or decoded.
 - `timing`: a `BatchTiming`: `read_s` and `decode_s`, the seconds of reading and of decoding, and
-  `ready`, the number of batches in the queue when this one was taken, decoded (Pillow) or only read
-  (DALI). Near 0: loading is slower than the use of the batches.
+  `ready`, how many batches were waiting in the queue when this one was taken. With Pillow, waiting
+  batches are decoded; with DALI, they are only read. Near 0: loading is slower than the use of the
+  batches.
 
 A backend takes a `Request`, the encoded images of one batch, and returns `Pixels`: `images`, a
 tensor uint8 (B, height, width, 3) RGB, black where an image failed, and `failures` and `timing` as
@@ -27,8 +28,8 @@ above. A `Request` has
 - `formats`: a list of B names, "JPEG", "PNG" or "WEBP".
 - `orientations`: a list of B EXIF orientations, 1 to 8 (1: upright).
 - `params`: an `AugmentBatch`, the augmentation parameters of the B images.
-- `failures`: as above, for images that cannot be read (default {}). `data`, `formats` and
-  `orientations` then have the values of `PLACEHOLDER`.
+- `failures`: as above, for images that cannot be read (default {}). At the position of such an
+  image, `data`, `formats` and `orientations` have the values of `PLACEHOLDER`.
 - `read_s`: seconds that reading took (default 0).
 
 `PLACEHOLDER` is the (bytes, format, orientation) of a black PNG. `LoadError`, a ValueError, means

@@ -20,8 +20,12 @@ decoded, or whose crop reaches outside the image (these are black); and `timing`
 
 `run()` raises `StallError` (pipeline/monitor.py) if no request comes in `stall_error_s` seconds,
 and RuntimeError if the GPU is lost or has no memory left. An image that fails does not end a batch.
-Errors of `requests` pass through. The DALI operators are in `pipeline/dali_graph.py`. What they
-cannot do is done here on the CPU: the steps for the whole image before them, and WebP after them.
+Errors of `requests` pass through.
+
+The DALI operators are in `pipeline/dali_graph.py`. This module does on the CPU what DALI cannot:
+before the operators, the steps that change the whole image (resizing, JPEG, WebP); after them, the
+WebP compression with which some augmentations end. Files that DALI does not decode are decoded by
+`imaging/decode.py`.
 """
 
 import gc

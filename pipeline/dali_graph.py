@@ -3,8 +3,9 @@ DALI.
 
 Main entry: `graph(feed, shape, on_gpu, hw_decoder_load)` returns a DALI pipeline that is not built
 yet. Its output is the batch, uint8 (B, *shape, 3) RGB. The order of operations is that of
-`pipeline/augment.py`, without the steps for the whole image and WebP: `pipeline/dali.py` does these
-on the CPU.
+`pipeline/augment.py`. Two kinds of steps are left out, because `pipeline/dali.py` does them on the
+CPU: before the graph, those for the whole image (resizing, JPEG and WebP before the crop); after
+it, the last one (the WebP compression of the crop). The graph ignores their parameters.
 
 - `feed`: a function without arguments, which DALI calls for each batch; it returns what
   `columns_of()` returns, or raises StopIteration at the end.
@@ -19,7 +20,9 @@ be built: `batch_size` (the largest number of images in a batch) and `num_thread
 `columns_of(data, orientations, params, shape)` returns the inputs of one batch, a tuple in the
 order of `columns_for(shape)`, which returns the columns that images of this shape need.
 
-- `data`: a list of B image files as bytes.
+- `data`: a list of B image files as bytes, in formats that DALI decodes (JPEG, PNG, WebP, ...). For
+  a damaged file, the pipeline's `run()` raises RuntimeError or even ends the process;
+  `pipeline/dali.py` checks the files before.
 - `orientations`: a list of B EXIF orientations, 1 to 8.
 - `params`: an `AugmentBatch`, the augmentation parameters of the B images.
 - `shape`: as above.

@@ -18,14 +18,14 @@ named in `Batch.failures`.
 
 - `epoch`: the order of the samples, an `Epoch` of `training_epoch()` or `evaluation_epoch()`
   (pipeline/order.py), made with `global_batch=loader.global_batch`.
-- `params_for`: what `train_params()` or `eval_params()` (pipeline/params.py) returns: a function
-  that takes row numbers, and how often each came before in the epoch, and returns their
-  augmentation parameters.
+- `params_for`: what `train_params()` or `eval_params()` (pipeline/params.py) returns. It is a
+  function of two arrays: row numbers, and how often each of these rows came before in the epoch. It
+  returns their augmentation parameters.
 - `start`: the step to begin with (default 0).
 
 `open_loader()` raises `LoadError` (a `ValueError`) if the backend is not installed, a tar is
-missing or has another length, or shared memory has no room for even one of the workers that
-`loading` asks for. The errors of `batches()` come with the first batch or a later one:
+missing or has another length, or shared memory has no room for even one worker (only with Pillow
+and `num_workers` above 0). The errors of `batches()` come with the first batch or a later one:
 
 - `LoadError`: the batch size of `epoch` is not `loader.global_batch`.
 - `LoadError`: a worker died, or no batch came in `loading.stall_error_s` seconds.

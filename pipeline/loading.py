@@ -4,8 +4,9 @@ Main entry: `Loading(...)`, a frozen dataclass. All fields are keywords and may 
 default is in parentheses:
 
 - `batch_size`: images per rank and step, at least 1 (32).
-- `num_workers`: processes (Pillow) or threads (DALI) that decode. 0: the training process decodes.
-  -1: one per core, at most 16 (-1).
+- `num_workers`: processes (Pillow) or threads (DALI) that decode. 0: the training process decodes
+  (DALI: one thread). -1: one per core, at most 16 (-1). With Pillow, fewer if shared memory has no
+  room for them.
 - `backend`: the decoder and augmenter: "dali", "pil" for Pillow, or "auto": DALI on a GPU if it is
   installed, else Pillow ("auto").
 - `shuffle`: "global" shuffles all samples; "block", for shards at an address, shuffles runs of
@@ -15,7 +16,7 @@ default is in parentheses:
 - `cache_gb`: size of this cache in GB, above 0 (20).
 - `stall_warning_s`: seconds without a batch before a warning, above 0 (60, `STALL_WARNING_S`).
 - `stall_error_s`: seconds without a batch before the run ends, above 0 (900, `STALL_ERROR_S`). Not
-  used if the training process decodes.
+  used if the training process decodes with Pillow.
 
 It raises ValueError for a number out of range; the texts are not checked here. This module imports
 no image decoder, so that recipes are read without one.

@@ -4,8 +4,10 @@ Main entries: `LoaderStats(sources)` takes the names of the sources, in the orde
 (`shards.codes("source")[1]` of a `ShardSet`). Its `timed(batches)` takes an iterable of `Batch`es
 and yields the same batches, counted and timed. Three methods return figures since the last `row()`:
 
-- `row()`: a dict, name -> number, with those of `rates()`, waits in ms, `images/SOURCE` and more,
-  as in `metrics.jsonl`. It sets all counts to 0.
+- `row()`: a dict, name -> number, as in `metrics.jsonl`: those of `rates()`, `stall_p50_ms`,
+  `stall_p99_ms` and `stall_max_ms` (waits for a batch), `ready`, `read_ms` and `decode_ms` (means
+  per batch), `replay_share`, `unreadable` and `images/SOURCE` (numbers of images). It sets all
+  counts to 0.
 - `rates()`: a dict with `images_per_s` and the shares (0 to 1) of the time in which the consumer
   waited: for anything (`wait_share`), for bytes to be read (`wait_read`), for pixels to be decoded
   (`wait_decode`).
@@ -16,13 +18,15 @@ and yields the same batches, counted and timed. Three methods return figures sin
 - `workers`: the names of the workers, a list of texts; a worker's number is its position.
 - `shared`: True if the workers are processes, False (the default) for threads.
 
-A worker does its work in `with status.at(worker, stage, step):`, with its number, one of `STAGES`
-and the number of the batch, and calls `finished(worker)` after a batch. `made()` returns the number
-of finished batches of all workers, and `describe()` a text with each worker's stage.
+`status.at(worker, stage, step)` is a context manager, in which a worker does its work. It takes the
+worker's number, a text of `STAGES` ("reading" or "decoding"; at the end of the block the stage is
+"idle") and the number of the batch. The worker calls `finished(worker)` after a batch. `made()`
+returns the number of finished batches of all workers, and `describe()` a text with each worker's
+stage.
 
-`Watchdog(describe, stall_warning_s)` logs a warning when a batch takes too long: `with
-Watchdog(status.describe) as watchdog:`, and in it, each wait for a batch is done in `with
-watchdog.waiting(step):`.
+`Watchdog(describe, stall_warning_s)` is a context manager that logs a warning when a batch takes
+too long. Inside `with Watchdog(status.describe) as watchdog:`, each wait for a batch is done inside
+`with watchdog.waiting(step):`.
 
 - `describe`: a function without arguments that returns the text about the workers.
 - `stall_warning_s`: seconds of waiting after which the warning is logged (default 60).

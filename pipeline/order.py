@@ -3,20 +3,20 @@
 Main entries: `training_epoch(new, seed=..., number=..., global_batch=..., shuffle=..., old=...)`
 shuffles the samples and drops a last partial batch. All arguments after the first are keywords.
 
-- `new`: the row numbers of the samples in the shard set, int64 (N,).
+- `new`: the row numbers of the new samples in the opened shard set, int64 (N,).
 - `seed`, `number`: the seed and the number of the epoch, ints from 0 on; each epoch has another
   order.
 - `global_batch`: samples per step over all ranks.
 - `shuffle`: "global" (the default) or "block", which reads runs of samples and suits remote shards.
-- `old`: row numbers of old samples, int64, which are spread among the new ones (replay; default
-  None).
+- `old`: row numbers of the old samples (replay), int64, in the same opened shard set. All of them
+  are spread evenly among the new ones. None (default): there are none.
 
 `evaluation_epoch(count, global_batch)` lists the samples 0 to count - 1 once, padded to whole
 batches. Both return an `Epoch`: `samples`, the row number (int64) at each global position, `valid`,
 False for padding, `replayed`, True for old samples, and `steps`, the number of batches. They raise
 `OrderError` if there is no sample or, in training, less than a batch. `epoch.positions(step, rank,
-world_size)` returns the slice of one rank's batch. In each step, 2 ranks with 12 samples each
-together see the same samples as 1 rank with 24.
+world_size)` returns the slice of one rank's batch. The number of ranks does not change the samples
+of a step: 2 ranks with 12 each see together the same 24 as one rank.
 
 A run resumes from a dict: `state_of(epoch, step, index_sha256)` returns it for the `Epoch`, the
 next step and the set's hash (`ShardSet.sha256`). `check_state(state, seed=..., global_batch=...,

@@ -17,8 +17,8 @@ augment, policy, preprocess, seed, view)` and `eval_params(shards, preprocess)`.
 Each returns a callable object (type `ParamsFor`), a `TrainParams` or, for evaluation and view 0, an
 `EvalParams`. Call it with two int64 arrays (B,): the rows of B images in the set, and how often
 each has already appeared in the epoch. It returns an `AugmentBatch`: the crop, flip, colors, ... of
-each of the B images, as columns. Its attribute `view` is the number of the view: that of
-`view_params()`, 0 for `eval_params()`, and `epoch` + 1 for `train_params()`.
+each of the B images, as columns. The object has an attribute `view`: `view` for `view_params()`, 0
+for `eval_params()`, and `epoch + 1` for `train_params()`, because view 0 is the center crop.
 
 `policies_of(shards, augment, policy)` returns a dict, source -> policy. It, `train_params()` and
 `view_params()` (except view 0) raise `LoadError` if the policy of a source is not in `augment`.

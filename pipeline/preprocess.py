@@ -13,19 +13,21 @@ defaults.
 It raises ValueError if not 16 <= crop_size <= resize_size. `preprocess.shape` is (height, width) of
 the network's input in pixels, `preprocess.crops` the number of crops in it, 1 or 2.
 
-Three functions return `Crops` of N images, (top, left, height, width), each int32 (N,), in pixels
-of the upright image. `widths` and `heights`, int (N,), are the sizes of the images.
+Three functions return `Crops` of N images: (top, left, height, width), each an int array (N,), in
+pixels of the upright image. `widths` and `heights`, int (N,), are the sizes of the images.
 
 - `center_crops(preprocess, widths, heights)`: the crops of evaluation, without randomness.
 - `random_crops(scale, ratio, widths, heights, numbers)`: the crops of training. `scale`: lowest and
   highest area of the crop as a share of the image's, array (2, N). `ratio`: lowest and highest
-  width / height of the crop, array (2, N). `numbers`: three arrays of random numbers in [0, 1):
-  areas to try and ratios to try, each (N, `CROP_TRIES`), and positions, (N, 2).
-- `detail_crops(preprocess, crops, position)`: squares of `crop_size` pixels inside `crops`, or the
-  largest squares in smaller crops. `position`: random numbers in [0, 1), (N, 2). None (the
-  default): the center.
+  width / height of the crop, array (2, N). `numbers`: three arrays of random numbers in [0, 1): for
+  the areas and for the ratios of up to `CROP_TRIES` attempts, each (N, `CROP_TRIES`), and for the
+  positions, (N, 2). If no attempt fits into the image, the crop is the largest of an allowed ratio.
+- `detail_crops(preprocess, crops, position)`: squares inside `crops`, with sides of `crop_size`
+  pixels, or the largest squares in smaller crops. `crops` comes from one of the functions above.
+  `position`: random numbers in [0, 1), (N, 2). None (the default): the center.
 
-`PreprocessSettings` is the table `[preprocess]` of a recipe, in which sizes and filter may be None.
+`PreprocessSettings` is the table `[preprocess]` of a recipe. Its sizes and its filter may be None:
+`resolved()` of `model/backbones/resolve.py` fills them in from the network's weights.
 """
 
 from dataclasses import dataclass

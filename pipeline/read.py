@@ -15,8 +15,8 @@ Its `read(samples)` takes row numbers of the set (a list or an int array) and re
 each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object (returned, not raised)
 with the reason, such as a missing or cut tar, an address that does not answer, another width or
 height in the image's header than in the index, or another SHA-256. It raises OSError if too many
-files are open. Several threads may use one reader. It can be pickled or forked; in a forked
-process, the first read must end before other threads read.
+files are open. Several threads may use one reader. It can be pickled, and used after a fork. In a
+forked process, let one thread finish a first `read()` before other threads call it.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
 another length than in the index. `max_open()` is the number of tars that may be open at a time.

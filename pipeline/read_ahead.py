@@ -4,8 +4,9 @@ the decoder.
 Main entry: `ReadAhead(requests, status, start, stall_error_s)`, a context manager: `with
 ReadAhead(...) as ahead:` starts the thread, and `ahead.next()` returns the next request.
 
-- `requests`: an iterable of `Request`s (each is one batch: encoded images and the augmentation
-  parameters of each). Taking a request from it reads the images.
+- `requests`: an iterable of `Request`s of pipeline/batch.py. Each is one batch: `data` (a list of
+  encoded images), `formats`, `orientations`, `params` (the augmentation parameters) and more. The
+  images of a batch are read when the thread takes its request from the iterable.
 - `status`: `WorkerStatus(["reader", "decoder"])` of pipeline/monitor.py, in which the thread writes
   its stage. `READER` (0) and `DECODER` (1) are the numbers of these two workers.
 - `start`: number of the first step, for the status.
@@ -13,7 +14,8 @@ ReadAhead(...) as ahead:` starts the thread, and `ahead.next()` returns the next
 
 `next()` raises StopIteration after the last request, `StallError` (pipeline/monitor.py) if none
 came in `stall_error_s` seconds, or the error that ended the thread. The property `ready` is the
-number of batches that wait, already read (the end counts as one).
+number of batches that wait, already read (the end counts as one). The end of the `with` block stops
+the thread and waits for it for at most 5 seconds.
 """
 
 import queue

@@ -5,13 +5,14 @@ Main entry: `RemoteShards(shards, cache)`. Both must be given.
 - `shards`: a `ShardSet` (from `open_shards()` of `sharding/format.py`) whose folders are addresses.
 - `cache`: a `Cache(*, folder, limit)`: `folder` is a `Path`, made if needed; `limit` is the largest
   size of the cache in bytes. `Cache()` is `data/cache` and 20 GiB. `Cache` raises ValueError for a
-  limit of less than four pieces.
+  limit below `4 * PIECE` bytes.
 
 Its `read(code, offset, size)` takes the number of a shard (a position in `shards.shards`), and an
 offset and a size in bytes, both inside the shard. It returns these bytes. If the remote does not
 answer, it is asked again after growing delays (`DELAYS_S`); then `RemoteError`, an OSError, is
 raised. A shard that does not exist or may not be read raises FileNotFoundError or PermissionError
-at once. OSError is also raised if the cache cannot be written.
+at once. (On https://, only status 404 does so; every other error counts as no answer.) OSError is
+also raised if the cache cannot be written.
 
 Shards are fetched in pieces of `PIECE` bytes, one file per piece in the cache's folder. All
 processes of this machine share them; the pieces used longest ago are deleted.

@@ -5,7 +5,7 @@ Main entries: `Replay(...)`, the settings of a recipe (by keyword; the defaults 
 
 - `sets`: list of the names of the old sets.
 - `ratio`: old to new samples, such as "1:8" (2,500 old for 20,000 new samples) or 0.125.
-- `exclude_sources`: list of the names of sources to leave out.
+- `exclude_sources`: list of the names of old sources. The caller leaves them out of `pool`.
 - `distill_weight`: weight of the loss that keeps the logits of old samples near those of the
   initial network.
 

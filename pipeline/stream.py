@@ -6,7 +6,7 @@ Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened
 
 - `data`: the folder of all sets (a `Path`, or a `UPath` for an address).
 - `train`: a list of the names of the training sets.
-- `replay`: the `Replay` that names the old sets; `Replay()` for none.
+- `replay`: the `Replay` (`pipeline/replay.py`) that names the old sets; `Replay()` for none.
 
 `Stream(loader, pool, replay, augment, policy, seed, repeats, views)`:
 
@@ -21,6 +21,10 @@ Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened
   augmentations. Epoch 0 uses the center crop, epochs 1 to n use the n augmentations, epoch n + 1
   the center crop again, and so on. 0: only center crops.
 
+Call `Stream.epoch(0)` once first. It checks the sets, and returns the order of epoch 0 (an `Epoch`
+of `pipeline/order.py`), which a caller need not keep. Without it, samples that do not fill a batch
+are a ZeroDivisionError of `batches()`; the other errors of `epoch(0)` come there, too.
+
 `Stream.batches(start, epochs)` yields each `Batch` (images, labels and more) from the step `start`
 (counted over all epochs) to the end of the last one of `epochs` epochs. Started at any step, it
 yields the batches of an uninterrupted run. `Stream.state(done)` returns a dict for a checkpoint
@@ -32,7 +36,7 @@ Errors:
 
 - `open_pool()`: `ShardError` or `OSError` if a set cannot be read.
 - `Stream.epoch(0)`: `OrderError` if the samples do not fill a batch, `LoadError` for an unknown
-  source in `repeats`, `ValueError` if there is no old sample to replay. Call it before `batches()`.
+  source in `repeats`, `ValueError` if there is no old sample to replay.
 - `Stream.batches()`: `LoadError` if the policy of a source is not in `augment`, too many images are
   unreadable, or no batch comes in time.
 - `Stream.resume()`: `OrderError` if the state has other data, another seed or batch size, or was

@@ -1,9 +1,9 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
 Main entries: `read_runs(paths, *, intersect=False)` returns a pair. The first entry is a list with
-a `Run` for each path (`name`, `scores`: a `ScoreTable`, `images_per_s`, or None if unknown),
-reduced to the images that all runs could read. The second is a list of how many images of each run
-were left out.
+a `Run` for each path, reduced to the images that all runs could read. The second is a list of how
+many images of each run were left out. A `Run` has the `name`; `scores`, a `ScoreTable`; and
+`images_per_s`, a number or None if it is unknown.
 
 - `paths`: a list of `Path`s, each the folder of a report, or a file in it.
 - `intersect`: whether to go on with the shared images if the runs scored different images.

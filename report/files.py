@@ -6,15 +6,19 @@ Main entry: `write_report(report, scores, data, out)`.
   content of `report.json`.
 - `scores`: the `Path` of the evaluation's `scores.parquet`.
 - `data`: the folder of all shard sets (packed images), a `Path`, or a `UPath` for an address. The
-  sets are used only for pictures of mistakes. A set that is missing or has changed gets no
-  pictures, and a log line says why.
+  sets are used only for pictures of mistakes. A set that is missing there, or is not the one that
+  was evaluated, gets no pictures, and a log line says why.
 - `out`: the `Path` of the folder to write to, which is made if needed.
 
 It writes `report.json`, `figures.csv`, `robustness.csv` (if measured) and `report.html`, each
 atomically, and returns a list of their paths, the page last. The page shows the command line of
-this process. It raises `ScoresError`, a ValueError, if `scores` is not a file of scores, or one of
-another version, and OSError if it cannot be read; nothing is written then. It also raises OSError
-if a file cannot be written.
+this process. Errors:
+
+- `ScoresError` (a ValueError): `scores` is not a file of scores, or one of another version. Nothing
+  is written.
+- ValueError: `scores` lacks a set of `report`, so it is of another evaluation. Only `report.json`
+  is written. (Scores of another evaluation of the same sets are not noticed.)
+- OSError: `scores` cannot be read (nothing is written), or a file cannot be written.
 """
 
 import json

@@ -1,11 +1,15 @@
 """Write the figures of an evaluation report as CSV tables.
 
 Main entry: `write_tables(report, folder)` takes the report (a dict, the content of `report.json`)
-and the `Path` of an existing folder. It writes `figures.csv` (metrics of each set, alone and with
-reals of its reference set, and of each class, source and generator) and, if perturbations were
-measured, `robustness.csv` (metrics after each perturbation and codec swap), and returns a list of
-the paths. Values are not rounded; missing ones are empty. OSError is raised if a file cannot be
-written.
+and the `Path` of an existing folder. It writes these files and returns a list of their paths:
+
+- `figures.csv`: for each set, the metrics of its own images and, if a reference set is used for it,
+  those of its fakes together with the real images of the reference set. Also the metrics of each
+  class, source and generator.
+- `robustness.csv`, only if perturbations were measured: the metrics after each perturbation and
+  codec swap.
+
+Values are not rounded; missing ones are empty. OSError is raised if a file cannot be written.
 
 `figures_csv(report)` and `robustness_csv(report)` return the text of these files.
 `table_csv(columns, rows)` takes a list of column names and a list of dicts, one for each row, and

@@ -9,7 +9,7 @@ also calls the next two functions for each set that has these measurements. `ent
   "first_per_prompt" must not be None. It prints the recall per generator, on all images and on the
   first image of each prompt.
 - `print_robustness(name, robustness)`: the set's name and `entry["robustness"]`, not None. It
-  prints the metrics after each perturbation.
+  prints the metrics after each perturbation, and the tests of the codec swap.
 - `print_comparison(before, after, changed)`: `before` and `after` are the scores of two runs on the
   same images, `ScoreTable`s from `shared_samples()` of `model/evaluation/compare.py`. `changed` is
   the list of changed verdicts, from `flips(before, after)` there. It prints the metrics of both

@@ -1,14 +1,17 @@
 """Find the worst misclassified images of an evaluation, and make small pictures of them.
 
-Main entries: `worst_mistakes(scores, name, threshold, count)` returns a list of `Mistake`s (the
-image's set, key, source, label, probability ...): at most `count` reals called fake, the highest
-probability first, then at most `count` fakes called real, the lowest probability first.
+Main entries: `worst_mistakes(scores, name, threshold, count)` returns a list of `Mistake`s: at most
+`count` reals called fake, the highest probability first, then at most `count` fakes called real,
+the lowest probability first.
 
 - `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of
   `model/evaluation/scores.py`).
 - `name`: the name of a set in these scores; another name raises ValueError.
 - `threshold`: the decision threshold, a probability of fake.
 - `count`: the largest number of mistakes per class.
+
+A `Mistake` has the texts `set`, `key`, `source`, `generator` and `origin` (the image's own path
+below the raw folder), `label` (0 real, 1 fake) and `probability` (of fake, 0 to 1).
 
 `thumbnails(shards, mistakes)` returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as
 a data: URL (text). Images that cannot be read or decoded are left out.

@@ -12,8 +12,8 @@ options may be left out:
 - `--batch-size`: the largest number of images that are scored at once (default 32).
 - `--max-fpr`: the allowed share of real images that are called likely AI.
 - `--max-miss`: the allowed share of AI images that are called no sign of AI. Both shares are above
-  0 and below 0.5. The scores at which the verdict changes are computed from them. Default: those of
-  the checkpoint.
+  0 and below 0.5. The scores at which the verdict changes are computed from them. For a share that
+  is not given, the checkpoint's own score is kept.
 - `--max-mb`: the largest size of one request in MiB, 1 to 512 (default 50).
 - `--max-files`: the largest number of images of one request (default 64).
 - `--queue`: the largest number of images that wait or are scored, over all requests (default 256).
@@ -25,7 +25,8 @@ options may be left out:
 The environment variable DETECTOR_API_KEY (`KEY`) has the API key; unset, none is required. A host
 outside `LOOPBACK` without a key gets a warning. A wrong option, a `--max-files` above `--queue`, or
 a key that is empty or not ASCII ends the command with exit code 2 (`click.UsageError`). A detector
-that cannot be loaded, a port in use or a missing package ends it with one line and exit code 1.
+that cannot be loaded or has no score for a share, a port in use or a missing package ends it with
+one line and exit code 1.
 
 POST /predict takes images and answers with JSON: a probability and a verdict for each.
 `serve/api.py` defines this and the other routes.

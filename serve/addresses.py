@@ -12,8 +12,14 @@ Main entry: `fetch(url, limits, allowance, until)` returns the body as bytes.
 
 It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (serve/limits.py, status 403) for a
 URL that is not http or https, or whose host is not public. It raises `FetchError` (a `DecodeError`)
-if the URL is damaged, has a user or password, gives no body, sends too many bytes, or does not
-answer in time. The look-up of the host name has no limit of time, so this error can come late.
+in these cases:
+
+- The URL is damaged, or has a user or password.
+- The host name cannot be resolved, or the connection fails.
+- The answer has another status than 200 (such as 404), or is one redirect too many.
+- The body is compressed or incomplete, or has more bytes than `allowance` has left.
+- The answer is not complete at `until`. The look-up of the host name has no limit of time, so this
+  error can come late.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
 name is resolved once, all its IP addresses are checked (`is_public(address)`, a text) unless

@@ -1,8 +1,8 @@
 """Define the routes of the HTTP API and the service that scores the images of a request.
 
 Main entries: `make_app(service)` takes a `Service` and returns a FastAPI application with POST
-`/predict` and GET `/healthz` (200 while the process runs), `/readyz` (503 if new requests are
-refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no API key: see
+`/predict` and GET `/healthz` (200 while the process runs), `/readyz` (503 and the reason if it is
+not ready), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no API key: see
 `serve/guard.py`.
 
 `Service(detector, limits, metrics)` starts the threads that score:
@@ -14,24 +14,31 @@ refused), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no A
 `Service()` raises ValueError if this machine's list of trusted C2PA signers cannot be used. That is
 the file that the variable DETECTOR_TRUST_LIST names, else the downloaded list, if there is one.
 
-While its attribute `stopping` is true, new requests are refused. `close()` stops its threads, and
-`not_ready()` returns why the server refuses new requests, or "".
+A caller sets the attribute `stopping` to true to refuse new requests. `close()` ends the threads:
+images that are decoded are still scored, the others are refused. `not_ready()` returns why the
+service is not ready (stopping, a full queue, no scoring thread), or "".
 
-The coroutine `Service.predict(request)` takes a FastAPI request. Its body is a form with image
-files, one image, or (with `limits.allow_urls`) JSON with a list of URLs: `{"urls": [...]}`. It
-returns a JSON response, an `Answer`. If the only image cannot be read, the status is 422. Fields of
-an `Answer`:
+The coroutine `Service.predict(request)` takes a FastAPI request. Its body is one of these:
 
-- `images`: a list with a `Row` for each image: `path` (the name that was sent), `probability` of AI
-  (null if unreadable), `verdict`, `error` (""), `provenance` (a list of `Statement`: what the file
-  says about its origin) and `checkpoint` (identity of the detector).
+- A form (multipart/form-data) with image files, under any field names.
+- One image (image/... or application/octet-stream). `?name=` in the URL gives its name (default
+  "image 0").
+- With `limits.allow_urls`: JSON (application/json) with a list of URLs, `{"urls": [...]}`.
+
+It returns a JSON response with the fields of an `Answer`. Its status is 200. If the request has
+only one image and it cannot be read, the status is 422, and `detail` has the reason. The fields:
+
+- `images`: a list with a `Row` for each image, in the order of the request: `path` (the file name
+  or URL that was sent), `probability` of AI (null if unreadable), `verdict`, `error` (the reason if
+  unreadable, else ""), `provenance` (a list of `Statement`: what the file says about its origin)
+  and `checkpoint` (identity of the detector).
 - `band`: [low, high], between which a verdict is "uncertain". `threshold`: the decision threshold.
 - `calibrated`: whether the detector is calibrated (else the probability is only a score).
 - `notices`: a list of `Reason`s not to rely on the detector: `kind` and `text`.
 
 It raises `Refused` with the HTTP status if the request is invalid, too large or not allowed, or the
 server is busy, too slow or stopping. The application turns this into a JSON response (`Problem`).
-It raises `ClientDisconnect` if the client is gone.
+It raises `ClientDisconnect` if the client is gone. Unexpected errors pass through (status 500).
 
 The other classes, `STATUSES` and `BODY` describe requests and answers for the API's documentation.
 `Text` is a JSON response in UTF-8.

@@ -16,8 +16,9 @@ If the queue has no room for all of them, it raises `Refused` (status 429).
 read gets a row with the error. An unexpected error is raised by the future. The caller cancels the
 futures of a request that has ended; these images are not scored.
 
-`close()` scores the images that are decoded or being decoded, drops the others and stops the
-threads. The future of a dropped image raises `Refused` (status 503).
+`close()` still scores the images whose decoding is finished or under way, drops the others and
+stops the threads. The future of a dropped image raises `Refused` (status 503). After `close()`,
+`submit()` raises RuntimeError.
 
 Three properties: `is_full` tells whether the queue is full, `works` whether the scoring thread
 runs, and `retry_after` estimates the seconds until all waiting images are scored (1 to

@@ -6,9 +6,10 @@ Main entry: `Server(app, service)`.
 - `app`: the ASGI application, `Guard(make_app(service), service, key)`, with `make_app()` of
   `serve/api.py` and `Guard` of `serve/guard.py`; `key` is the API key, "" for none.
 
-Its `run(sockets=[...])` (of uvicorn) takes the sockets to listen on. It serves until SIGTERM or
-Ctrl-C and the last answer, and returns nothing. The caller then calls `service.close()`. A second
-signal stops the server at once and sets its `force_exit` to True.
+Its `run(sockets=[...])` (of uvicorn) takes the sockets to listen on. After SIGTERM or Ctrl-C it
+refuses new images (status 503), sends the answers to all accepted requests, and returns nothing.
+The caller then calls `service.close()`. A second signal stops the server at once and sets its
+`force_exit` to True.
 
 `bound_socket(host, port)` takes a host name or IP address and a port (0: any free one) and returns
 a socket for `run()`. It raises ValueError for a port outside 0 to 65535, and OSError if the host is

@@ -9,15 +9,15 @@ Shared options (defaults in parentheses):
 - --catalog (`CATALOG`), for `fetch`, `build`, `list`: a TOML file to add (may be repeated).
 - --jobs (`JOBS`), for `build` and `verify`: number of parallel tasks (one per core).
 
-Every command has --verbose (more log lines), and the arguments and options below. A packed set may
-be at an address.
+Every command has --verbose (more log lines). A packed set may be at an address.
 
-    fetch [SOURCE...]  download catalog sources to --raw (none named: all but published test sets);
-                       --git-mirror: folder of Git copies OWNER+NAME to read instead (none)
+    fetch [SOURCE...]  download catalog sources to --raw (none named: all with a known download,
+                       except published test sets); --git-mirror: folder with Git repositories,
+                       named OWNER+NAME, to read instead (none; one not there is downloaded)
     build              pack raw images into shard sets (tars with an index), one subfolder each of
-                       --out (data/shards); --set: name of a set, to build no other (may be
-                       repeated); --engine: local (processes, the default) or ray (a Ray cluster);
-                       --max-bad: allowed fraction of unreadable images, 0 to 1 (0.01);
+                       --out (data/shards); --set: a set to build (default: all; may be repeated);
+                       --engine: local (processes, the default) or ray (a Ray cluster); --max-bad:
+                       allowed fraction of unreadable or missing images, 0 to 1 (0.01);
                        --allow-incomplete: a flag to accept catalog rules that match no file, and
                        training sets with only one class
     show FOLDER        count the images of the set there by source, class and generator
@@ -28,11 +28,11 @@ be at an address.
     describe FOLDER    write a proposed catalog for its images to a new file --out (my-catalog.toml)
     audit FOLDER...    write to the folder --out (data/audit) report.json and a PNG per set: how
                        well metadata alone separates real from fake images; --match: CSV file to
-                       write, of samples that metadata does not separate; --seed (0)
-    pairs SET          write a fake partner of each real image of the set (a folder) to the folder
-                       --out (data/pairs); --decoder, required: the VAE, a folder or OWNER/NAME on
-                       the Hugging Face hub; --max-megapixels: larger images are left out (2);
-                       --device: auto (default), cpu or cuda
+                       write, of samples that metadata does not separate; --seed: of both (0)
+    pairs SET          write a fake partner of each real image of the set (a folder), and a catalog,
+                       to --out (data/pairs); --decoder, required: the VAE, a folder, or OWNER/NAME
+                       or OWNER/NAME/vae on the Hugging Face hub; --max-megapixels: larger images
+                       are left out (2); --device: auto (default), cpu or cuda
     demo FOLDER        make synthetic raw images in FOLDER/raw, and FOLDER/catalog.toml; --seed (0)
 """
 

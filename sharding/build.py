@@ -3,12 +3,12 @@
 Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolerance, progress)`:
 - `catalog`: from `read_catalog()`. `raw`, `out`: folders of raw data and of sets (`Path`, `UPath`).
 - `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
-- `tolerance`: default `Tolerance(max_bad=0.01, allow_incomplete=False)`: the largest share of
-  unreadable images; whether rules without images and training sets of one class are allowed.
-- `progress(what, total)`: optional; its context manager yields a function to call: `advance(n)`.
+- `tolerance` (default `Tolerance(max_bad=0.01, allow_incomplete=False)`): the largest share of
+  unreadable images; whether a catalog rule may match no image and a training set have one class.
+- `progress("packing", images)`: optional context manager; its value is called as `done(images)`.
 It writes `out/.build` and `out/<set>/` (only missing or changed shards). It returns a `SourceScan`
-(`missing`: names of sources without images) and a list, empty without images, of `BuiltSet`
-(`name`, `index`: the dict of index.json, `shards_written`: their number in this call).
+(`missing`: names of sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
+index.json; `shards_written`, how many this call wrote), empty if no source has images.
 `CatalogError`: files contradict the catalog. `RawError`: broken file. `ShardError`: bad images, one
 class, lost images, `only` names a set without images, unknown files in `out/<set>/`. `ValueError`:
 no Ray, `jobs` is too large, a link leads out of `out`. `OSError`: no access, other build.

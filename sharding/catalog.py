@@ -3,12 +3,12 @@
 Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all files to read, such as
 `[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. It raises `CatalogError` (a `ValueError`)
 if a file is missing, cannot be read, or has a wrong key, name, value, set or share. `SHIPPED` are
-this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). Every command passes
-them first. A later file overrides an earlier one key by key: to change one setting of a source,
-write only `[sources.NAME]` and that key. A file may name only sets of its own or of earlier files.
-The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a frozenset of the hashes in
-all `exclude` files), and the dicts `sets` (set -> split), `suites` (name -> list of sets) and
-`reference` (set -> set). A file:
+this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). The commands that take a
+catalog pass them first. A later file overrides an earlier one key by key: to change one setting of
+a source, write only `[sources.NAME]` and that key. A file may name only sets of its own or of
+earlier files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a frozenset of
+the hashes in all `exclude` files), and the dicts `sets` (set -> split), `suites` (name -> list of
+sets) and `reference` (set -> set). A file:
 
     exclude = ["kept-for-testing.txt"]      # files of hashes, in the folder of this catalog
 
@@ -21,8 +21,8 @@ all `exclude` files), and the dicts `sets` (set -> split), `suites` (name -> lis
     [suites]
     all = ["test", "fakes"]                 # sets for `evaluate.py --suite all`
 
-    [reference]                             # for a set without real images: the set whose
-    fakes = "test"                          # real images give its false-positive rate
+    [reference]                             # `fakes` has no real images: its false-positive rate
+    fakes = "test"                          # is measured on the real images of `test`
 
     [sources.my_photos]
     license = "mine"
@@ -40,8 +40,9 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
 
 - `real`, `fake`, `ignore` (files of no class): lists of rules. A rule is a folder, or a table with
   any keys of `Rule`: `folder`, `name` (pattern of the file name), `where` (column -> value in the
-  table), `generator`, `set`, `optional` (may match no file), `column`. With `column`, the images
-  are in that column of parquet tables, and a generator in angle brackets is a column, too.
+  table), `generator`, `set`, `optional` (may match no file), `column`. In a folder, `**` stands for
+  any number of parts, and `<generator>` for one part, the name of the generator. With `column`, the
+  images are in that column of parquet tables, and a generator in angle brackets is a column, too.
 - `root`: its folder below the raw folder (default: its name). A zip archive is read like a folder.
 - `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
   the path of an image. Images with equal captures are a group, which goes to one set as a whole.
@@ -49,7 +50,10 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
   only in their suffix, and images of one table row, are a group.
 - `table`: CSV files with one row per image: `name` (their pattern) and `key` (column of file
   names).
-- `fetch`: the download, with exactly one of `hub`, `kaggle`, `urls`, `git` and `by_hand`.
+- `fetch`: the download, a table with exactly one of these keys: `hub` or `kaggle` (name of a
+  dataset there; `files` is a list of patterns of the files to take), `urls` (list of addresses),
+  `git` (table with the keys of `Git`), `by_hand` (text: what a person has to do). It may have
+  `sha256`, a table: path in the download -> SHA-256.
 - `cap`: the most images to take, such as `{ real = 1, fake = 1 }`. `expected`: the numbers of a
   complete download, in the same form; a build checks them.
 - `policy`: name of the augmentation policy. `replay` (default true): phase 2 may replay it.

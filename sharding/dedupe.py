@@ -15,8 +15,8 @@ A `Decision` has five NumPy arrays with one value per row:
 - `wanted`: the set that the image was meant for.
 - `sets`: its final set, or "" if it is excluded.
 - `reasons`: why it is excluded, or "" if it is not.
-- `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real and
-  fake, it is another row with these bytes, which is excluded too.
+- `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real in
+  one row and fake in another, all rows with these bytes are excluded, and it is another of them.
 - `groups`: the name of its group.
 
 A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.
@@ -24,8 +24,8 @@ A row with an `error` (an image that cannot be decoded) keeps its set: the calle
 Related images (a pair, a prompt, a video, near-duplicates) form one group, also across sources. If
 the images of a group would go to several splits, only those of the highest-ranked split
 (`SPLIT_RANK`) are kept. Of exact duplicates one is kept, or none if they are labeled real and fake.
-Images excluded for these labels do not count as images of a split, but still join the groups of the
-images that resemble them.
+Images that are excluded for such labels do not decide the split of a group, but they still connect
+similar images to one group.
 
 `near_duplicates(phash, thumbnails)` takes uint64 (n,) and uint8 (n, 256) and returns pairs of rows,
 (m, 2). Both rows have equal perceptual hashes, or hashes that differ in at most `MAX_BITS` bits and

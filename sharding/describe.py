@@ -12,10 +12,11 @@ written to disk. Its fields:
 `CatalogError` is raised if there is no image, or the folder's name is not UTF-8. A broken zip
 archive raises `RawError`, a folder that is missing or cannot be read `OSError`.
 
-`WORDS` are two sets of words, such as "photo" for real and "generated" for fake. A folder gets the
-class of the deepest part of its path that has words of exactly one class. A folder without such a
-part is undecided. The catalog has two lines for it, one under each class, both commented out; a
-person removes the `#` of the right one. A person has to check the whole catalog.
+`WORDS` are two sets of words, such as "photo" for real and "generated" for fake. The names in the
+path of a folder are read from the deepest to the top. The first name with words of only one class
+decides. If there is none, the folder is undecided. The catalog has two lines for it, one under each
+class, both commented out; a person removes the `#` of the right one. A person has to check the
+whole catalog.
 """
 
 import re

@@ -13,8 +13,8 @@ order of completion.
 
 When a task fails, its error is raised: tasks that have not started are dropped, and those running
 are awaited (local) or canceled (Ray). `ValueError` is raised if `engine` is "ray" and Ray is not
-installed, or if it is "local" and `jobs` is larger than both 64 and 8 times the number of cores. A
-task may write only to storage that every worker can reach.
+installed, or if it is "local" and `jobs` is larger than max(64, 8 * number of cores). A task may
+write only to storage that every worker can reach.
 """
 
 import contextlib

@@ -9,8 +9,8 @@ source after the other, each to a folder below `raw`, and yields a `Fetched` for
   in the catalog. An unknown name raises `CatalogError`.
 - `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
   called for n more MiB or files. Default: no progress is shown.
-- `git_mirror`: the `Path` of a folder with one copy of each Git repository, named OWNER+NAME, which
-  is read instead of the address (a missing one is downloaded); or None (default).
+- `git_mirror`: the `Path` of a folder with copies of Git repositories, each named OWNER+NAME, or
+  None (default). A repository that has a copy there is read from it; any other is downloaded.
 
 Fields of a `Fetched`: `source` (its name), `status` ("complete": nothing was left to do,
 "downloaded", "by hand": a person must do it, "failed"), and `note` (the folder, what to do, or the

@@ -1,7 +1,9 @@
 """Pack a folder with the subfolders `real/` and `fake/` into a training set and a validation set.
 
 Main entry: `pack_folder(folder, data, *, jobs, progress)` writes a catalog, so that the user needs
-none, and both sets; existing sets are updated.
+none, and both sets. Existing sets are updated: new images are added, and images that are no longer
+in `folder` are dropped. Duplicates, and images that this program's catalog keeps for testing, are
+left out.
 
 - `folder`: the `Path` with the two subfolders; `CLASS_FOLDERS` are their allowed names.
 - `data`: the folder of all shard sets, a `Path`, or a `UPath` for an address.
@@ -19,13 +21,14 @@ It returns a `PackedFolder`:
 - `train_counts`, `validate_counts`: each [number of real images, of fake images].
 - `shards_written`: the number of shards that this call wrote.
 
-Errors, of which the first three are `ValueError`s:
+Errors, of which all but `OSError` are `ValueError`s:
 
-- `CatalogError`: a subfolder is missing, a class has fewer than `FEWEST` images, or, after packing,
-  a class has no image in one of the sets.
+- `CatalogError`: a subfolder is missing, the name of `folder` is empty or not UTF-8, a class has
+  fewer than `FEWEST` images, or, after packing, a class has no image in one of the sets.
 - `ShardError`: too many images of a set are unreadable (more than one and more than the fraction
-  `MAX_BAD`, or all), a raw file changed meanwhile, or the update would drop packed images.
-- `RawError`: an archive is damaged.
+  `MAX_BAD`, or all), a raw file changed meanwhile, or the folder of a set has files that no build
+  wrote.
+- `RawError`: an archive is damaged. Another `ValueError`: `jobs` is too large.
 - `OSError`: a file cannot be read or written, or another process packs the folder.
 
 About the fraction `HELD_OUT` of the images, in whole groups of related ones, goes to the validation

@@ -4,12 +4,13 @@ table of samples.
 Main entries: `open_shards(folders)` takes a list of the folders of one or more sets, each a `Path`
 or, for an address such as `s3://...`, a `UPath`; a text is not accepted. It returns them as one
 `ShardSet`, the rows in the order of `folders`. A sample is a row number of its `table`, a pyarrow
-table with the columns `SAMPLES_SCHEMA`. There is one difference: instead of `shard`, the name of a
-tar, the table has `shard_code`, the position of this name in the tuple `shards`. `column(name)`
-returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake), `codes(name)` a
-column of names as (int32 codes, names), and `text(name, sample)` one value of a text column.
-`names(column, samples)` returns the names of some samples, `shard_path(sample)` the path of the tar
-with a sample, and `take(samples)` a `ShardSet` of these samples. A `ShardSet` also has:
+table; `len(shard_set)` is the number of samples. The columns are those of `SAMPLES_SCHEMA`, but
+`shard_code`, the position of a tar in the tuple `shards`, replaces `shard`, its name.
+`column(name)` returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake),
+`codes(name)` a column of names as (int32 codes, names), and `text(name, sample)` one value of a
+text column. `names(column, samples)` returns the names of some samples, `shard_path(sample)` the
+path of the tar with a sample, and `take(samples)` a `ShardSet` of these samples. A `ShardSet` also
+has:
 
 - `folders`, `shards`, `shard_samples`, `shard_bytes`, `shard_sha256`: one entry per tar: folder,
   file name, number of samples, size and hash.

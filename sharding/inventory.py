@@ -15,7 +15,8 @@ A build decodes only new and changed images. In the other functions `source` is 
 source, and `folder` a path:
 
 - `item_table(items)` makes a table of a list of `Item`s (`list_source()` of sharding/listing.py).
-- `known_facts(folder, source)` returns a table of the rows of earlier builds, or None.
+- `known_facts(folder, source)` returns a table of the rows of earlier builds (those of this
+  `FACTS_VERSION`), or None if there are none.
 - `missing_chunks(source, items, facts)` takes the tables of `item_table()` and `known_facts()`. It
   yields the pairs for `take_inventory()`: the images of which `facts` has no row.
 - `finish_source(folder, source, items, listing)` then joins all rows of a source and writes them to
@@ -23,7 +24,8 @@ source, and `folder` a path:
   `take_inventory()` and returns the table, with the columns `SCHEMA`. It raises RuntimeError if an
   image has no row.
 - `read_source(folder, source)` returns (table, `Listing`) of a source whose raw files are gone, or
-  None if it was never packed. It raises `ShardError` for a file with another `FACTS_VERSION`.
+  None if there is no `<source>.parquet`. It raises `ShardError` for a file with another
+  `FACTS_VERSION`.
 - `describe(prepared)` returns the facts of a good image (a `Prepared` of imaging/decode.py) as a
   dict, and `refuse(reason)` those of a bad one; the perceptual hash is not among them.
 

@@ -6,27 +6,27 @@ Main entry: `list_source(name, source, raw)`. It reads no image.
   `read_catalog()` in sharding/catalog.py returns.
 - `raw`: the folder of the raw datasets, a `Path`, or a `UPath` for an address.
 
-It returns a `Listing` with these fields:
+It returns a `Listing`. If the source has no file, `items` is empty. The fields:
 
 - `items`: an `Item` for each image that a rule matches: `path`, `label` (0 real, 1 fake),
   `generator`, `group`, `destination` (a JSON text of the dict set -> share), `excluded` (why the
   image must not be read, else "") and more.
-- `excluded`: other files, a dict, reason -> {"files": number, "first": first `NAMED` names}.
+- `excluded`: the files and parquet rows that are left out, a dict: reason -> {"files": their
+  number, "first": the first `NAMED` of their names}.
 - `read_as`: a dict, rule (or note that a table or row is missing) -> number of images.
-- `unmatched`: rules that match no image (an optional one only if no rule of its class does).
+- `unmatched`: a list of texts, the rules that match no image. An optional rule is listed only if no
+  rule of its class, real or fake, matches one; an optional `ignore` rule never is.
 
 A label comes from whole parts of the path, ignoring case, or from the columns of a table. Of
 several matching rules, the one with the deepest folder is used; for parquet cells, the first.
-`CatalogError` is raised if an image matches a real and a fake rule of equal depth, or a parquet
-cell matches both; if there are images but no rule matches any; if a table is damaged, breaks off,
-or lacks a column or a class that the catalog names. `RawError` or `OSError` is raised for
-unreadable files.
+`CatalogError` is raised if an image matches a real and a fake rule of equal depth, or if a parquet
+cell matches a real and a fake rule; if there are images but no rule matches any; if a table is
+damaged, or lacks a column or a class that the catalog names. `RawError` is raised for a broken
+archive, `OSError` for an unreadable file or a missing local folder.
 
-`capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, in whole groups, in
-place. `choose_set(group, share_of)` returns the set of a group (related images), chosen by its hash
-(`hash_point()`, 0 to 1); `share_of` is a dict, set -> share. `folder_pattern(folder)` compiles a
-rule's folder. `class_names(schema, column, path)` returns the class names of a column of the
-parquet table `path`, which only the error names.
+`capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, whole groups, in place.
+`choose_set(group, share_of)` chooses a set (`share_of`: set -> share) by the hash of the group.
+`folder_pattern(folder)` compiles a rule's folder; `class_names()` reads the classes of a column.
 """
 
 import contextlib

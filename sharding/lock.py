@@ -17,7 +17,8 @@ find an expired object, one gets the lock. What a bucket cannot exclude:
   minute.
 - A process that is halted, or cut off from the bucket, for longer than `LEASE_SECONDS` may lose the
   lock and go on writing. It notices at its next renewal, logs a warning and leaves the object of
-  the other process alone (unless that process took the lock during this very renewal).
+  the other process alone. If that process takes the lock in the middle of this renewal, its object
+  may be overwritten.
 - A process that is killed while it takes an expired lock leaves the object `takeover.json`. The
   error of the next build says when to remove it.
 """

@@ -6,7 +6,8 @@ Main entry: `plan_shards(samples, split)`.
   these columns of sharding/inventory.py: `source`, `origin` (the image's own path below the raw
   folder), `path` and `member` (the file with the bytes and the place in it), `stored` (size in
   bytes), `sha256`, `label`, `generator`, `group` and `transcoded_from`. Other columns are not used.
-- `split`: the name of the split, such as "train".
+- `split`: the split to which all these samples belong, such as "train". It is a part of the names
+  of the tars; nothing is filtered by it.
 
 It returns a list of `ShardPlan`, one for each tar to write:
 

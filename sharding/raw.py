@@ -16,13 +16,19 @@ volumes X.z01, ... of a split archive, which is read as X.zip. A broken archive 
 
 `read_all(raw, rows)` takes the same folder and a list of dicts, one per image, with the keys
 `path`, `member`, `size`, `version` and `excluded` of a `RawFile`. For each image it yields the
-bytes, or a `DecodeError` (not raised) that says why it cannot be read. It raises `OSError` if a
-file cannot be read. Nothing is unpacked to disk.
+bytes, or a `DecodeError` (not raised) if `excluded` is not "" (the reason), if `size` is above
+`MAX_BYTES` of `imaging/decode.py`, if the file in a zip archive is damaged or not the listed one
+(its checksum), or if a cell of a table holds no bytes. It raises `OSError` if a file cannot be
+read. Nothing is unpacked to disk.
+
+`version` is not compared with the file: a file outside of archives that has changed since it was
+listed is read as it is now. Only a zip archive with another version is opened anew in this process.
 
 To read a cell of a parquet table, `member` is "<row group>:<row in the group>:<column>", as
 sharding/listing.py lists cells. Cells of one row group that follow each other in `rows` are read
-together. `read_all()` raises `RawError` if they are not sorted by the row in the group, and if a
-table is damaged or has fewer rows than when it was listed.
+together. Only `path` and `member` count for a cell. `read_all()` raises `RawError` if the cells are
+not sorted by the row in the group, and if a table is damaged or has fewer rows than when it was
+listed.
 
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the name of the folder `root` below `raw` as it is on disk, where macOS may have decomposed its

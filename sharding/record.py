@@ -13,8 +13,8 @@ damaged record:
   unfinished file. It returns nothing.
 - `remove_earlier(folder, marks, shards)` takes the set `shards` of the names of the tars to keep.
   In `folder`, it deletes the recorded files that are not in `files_of(shards)`. In `marks`, it
-  deletes every file but the record and those of these tars. Then it writes `files_of(shards)` as
-  the record.
+  deletes every file except the record and the marks of these tars (`<tar>.parquet`). Then it writes
+  `files_of(shards)` as the record.
 - `files_of(shards)` takes the names of tars and returns the set of the names of all files of a set
   with these tars.
 - `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an

@@ -7,7 +7,8 @@ or a `UPath` for an address.
 - `say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (images
   of each source) that `sharding.build.build()` returns, and the path of the output.
 - `say_what_is_missing(catalog, scan, raw)` is for a build that found no image. It takes the
-  `Catalog`, the `SourceScan` and the path of the searched folder.
+  `Catalog` (from `read_catalog()` of sharding/catalog.py), the `SourceScan` and the path of the
+  searched folder.
 - `say_what_was_paired(pairs, out)` takes the `Pairs` that `make_pairs()` of sharding/pairs/run.py
   returns, and the path `out` that `make_pairs()` wrote to.
 - `say_what_was_audited(name, result, matched)` takes a set's name and its `Audit` (how well

@@ -6,9 +6,10 @@ there are none. It writes nothing. It raises `ShardError` or `OSError` if a set 
 and `ValueError` if `jobs` is too large for this machine.
 
 - `folders`: list of the folders of sets, each a `Path` or `UPath`.
-- `jobs`: number of processes (default 0: one per core).
-- `on_images`: a function that is called after each checked tar with the number of images in it
-  (default: does nothing).
+- `jobs`: number of processes (default 0: one per core). Unless it is 1, a script must call
+  `verify()` inside `if __name__ == "__main__":`.
+- `on_images`: a function that is called after each checked tar with the number of images that the
+  index lists for it (default: does nothing).
 
 Tars are read again, images are decoded again and samples are counted again, and all is compared
 with the index. Over all the sets, no file may occur twice, and no image (perceptual hash) and no
@@ -16,8 +17,10 @@ group of related images may be in two splits (train, val, test).
 
 `verify_shard(folder, entry, rows)` checks one tar, in a worker process. It takes the set's folder
 as a text, the tar's entry in `shards` of the index (a dict) and its rows of the table of samples (a
-pyarrow table), and returns (number of images, list of faults). `sets_in(folder)` returns a list of
-the set at a folder, or of those directly below it, and raises `ShardError` if there is none.
+pyarrow table), and returns (number of images, list of faults).
+
+`sets_in(folder)` returns a list of folders of sets: `[folder]` if this is a set, else the sets
+directly below it. It raises `ShardError` if there is none.
 """
 
 import csv

@@ -23,7 +23,8 @@ only when complete.
 
 `read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
 stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
-finished, or None if the shard is missing, damaged or out of date.
+finished, or None if the shard is missing, damaged or out of date (of the tar, only the size is
+checked).
 """
 
 import hashlib

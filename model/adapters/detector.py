@@ -22,11 +22,13 @@ folder or file, without its path. Further keywords, such as `sha256="..."`, iden
 `model/adapters/open.py` opens a detector by name.
 
 `predict(images, batch_size)`, inherited from `AnyDetector`, takes one image and returns a
-`Prediction`, or takes an iterable of images and returns a list. `batch_size` (default 32) is how
-many are scored at a time. `stream(images, batch_size, start)` takes an iterable and yields one at a
-time; `start` (default 0) is the number of images that the caller has left out. An image is a path,
-the bytes of a file, a Pillow image, an `ImageFile`, or a uint8 array (height, width, 3) in RGB or
-(height, width) in gray. Another type raises `TypeError`, another array `ValueError`.
+`Prediction`, or takes an iterable of images and returns a list. `stream(images, batch_size, start)`
+takes an iterable and yields one `Prediction` at a time. The batches have 1, 4, 16, ... images, then
+always `batch_size` (default 32). To continue an interrupted list, pass the remaining images, and as
+`start` (default 0) how many were done; a batch must begin there, else `ValueError` is raised. An
+image is a path, the bytes of a file, a Pillow image, an `ImageFile`, or a uint8 array (height,
+width, 3) in RGB or (height, width) in gray. Another type raises `TypeError`, another array
+`ValueError`.
 
 Fields of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of AI" below the band,
 "uncertain" in it, "likely AI" from its upper end on) and `error` ("": none). For an unreadable

@@ -12,9 +12,10 @@ or "real" for a label with words of either `FAKE_WORDS` or `REAL_WORDS`. It retu
 with words of both or neither, or with one of `NEGATIONS` ("not real").
 
 `fake_indices()` raises `DetectorError` if a named label does not exist, if no label is named and
-the words of a label do not decide, or if all of several outputs are of one class. A classifier with
-a single output may get an empty list: its label then means real. The position of an output is no
-hint: half of the published detectors have fake first, half have real first.
+the words of a label do not decide, or if a classifier with two or more outputs has all of them fake
+or all of them real. A classifier with a single output may get an empty list: its label then means
+real. The position of an output is no hint: half of the published detectors have fake first, half
+have real first.
 """
 
 import re

@@ -17,8 +17,8 @@ Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(imag
 probability of fake, verdict, error), or takes an iterable of images and returns a list. Its
 `stream(images)` takes an iterable and yields the predictions. An image that cannot be read has an
 `error`, the verdict "unreadable" and the probability None. Its network is in a `NetworkJudge`:
-`prepare(image)` converts a Pillow image to the network's input, `score(prepared)` a list of such
-inputs to the probabilities of AI-generated, float64 (B,).
+`prepare(image)` converts a Pillow image to the network's input, and `score(prepared)` converts a
+list of such inputs to the probabilities of AI-generated, float64 (B,).
 
 They raise `DetectorError` if the classifier cannot be downloaded or opened or has no safetensors
 file, if its labels do not say which of them mean AI-generated, or if a label of `fake_labels` does

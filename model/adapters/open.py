@@ -15,9 +15,10 @@ four, by keyword only, may be left out.
 - `device`: `auto` (default), `cpu`, `cuda` or `cuda:N`.
 - `backend`: `pil`, `dali` or `auto` (default), the decoder of the images; `dali` needs a
   checkpoint.
-- `threshold`: a probability from 0 to 1 that replaces the threshold of the detector; None (default)
-  keeps it.
-- `heatmap` (bool, default False): True if heatmaps are wanted, which need a checkpoint.
+- `threshold`: a probability from 0 to 1 that replaces the threshold of the detector; then no
+  verdict is "uncertain". None (default) keeps the detector's own threshold and band.
+- `heatmap` (bool, default False): True only makes sure that the detector is a checkpoint, as
+  heatmaps need one. The caller computes them with `heatmap()` of `model/inference/gradcam.py`.
 
 It returns an `ImageDetector`, `OnnxDetector` or `OtherDetector`. An image is a path, the bytes of a
 file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height, width) in gray, or an
@@ -27,9 +28,9 @@ file, a Pillow image, a uint8 array (height, width, 3) in RGB or (height, width)
   of images and returns a list.
 - `stream(images, batch_size=32)` takes an iterable and yields the `Prediction`s one by one.
 
-A `Prediction` has `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI", "uncertain"
-or "likely AI") and `error` (""). An unreadable image has the reason as `error`, the verdict
-"unreadable" and the probability None.
+A `Prediction` has `name`, `probability` of fake (0 to 1), `verdict` ("no sign of AI" below the
+detector's band, "uncertain" in it, "likely AI" from its upper end on) and `error` (""). An
+unreadable image has the reason as `error`, the verdict "unreadable" and the probability None.
 
 It raises `DetectorError` (a `ValueError`) if both `name` and `checkpoint` are given, if an option
 does not fit the kind, or if the detector cannot be used. It raises other kinds of `ValueError` for

@@ -9,11 +9,11 @@ the number of blocks times the size of a token. For a network that reads two cro
 arguments are twice as large, and the features of its crops are joined before `forward()`.
 
 The static method `features()` of each takes the list of maps, float (B, C_i, H_i, W_i), or of
-tokens, float (B, C). It normalizes each token vector, or each map's means and its standard
-deviations, by itself. It returns float features (B, D), where D is 2 * sum(channels) or `width`.
-`forward()` takes the features and returns float logits (B, 2), real and fake: `logits =
-head(head.features(maps))`. `features()` uses no weights, so features of a frozen backbone can be
-stored. `InnerHead` is the base class of both.
+tokens, float (B, C). Each token vector is normalized alone; of each map, the vector of the means
+and that of the standard deviations, each alone. It returns float features (B, D), where D is 2 *
+sum(channels) or `width`. `forward()` takes the features and returns float logits (B, 2), real and
+fake: `logits = head(head.features(maps))`. `features()` uses no weights, so features of a frozen
+backbone can be stored. `InnerHead` is the base class of both.
 """
 
 from collections.abc import Sequence

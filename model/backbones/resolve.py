@@ -5,7 +5,8 @@ Main entry: `resolved(recipe)` takes a `Recipe`, the settings of a training run
 (`recipes.load(Recipe, path)` reads one from TOML). It returns a `ResolvedRecipe`. Settings that the
 recipe gives are kept; these have values in any case:
 
-- `preprocess.crop_size` and `preprocess.resize_size`: in pixels.
+- `preprocess.crop_size` and `preprocess.resize_size`: in pixels. A crop size that is left out is
+  `img_size` of `network.options` if that is an int, else timm's.
 - `preprocess.interpolation`: the resize filter.
 - `network.mean` and `network.std`: three numbers each, for pixels from 0 to 1.
 - `network.crops`: 2 with `preprocess.detail_crop`, else 1.
@@ -13,9 +14,12 @@ recipe gives are kept; these have values in any case:
   another.
 
 It raises `NetworkError` (a `ValueError`) if timm does not know the network, its configuration (of
-`hf-hub:OWNER/NAME` or `local-dir:FOLDER`) cannot be read, or it is not for RGB images. It raises
-`ValueError` if the crop is smaller than 16 pixels or larger than the resized image, or if a recipe
-with `preprocess.detail_crop` has `network.head` `timm`, which reads one crop.
+`hf-hub:OWNER/NAME` or `local-dir:FOLDER`) cannot be read, or the network is not for RGB images. It
+raises another `ValueError`:
+
+- if the crop is smaller than 16 pixels or larger than the resized image;
+- for `preprocess.detail_crop` with `network.head` `timm`, which reads one crop;
+- for `network.crops` 2 without `preprocess.detail_crop`.
 
 `describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns a list of lines for the user: the
 preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)` takes

@@ -34,7 +34,8 @@ are NaN; `intervals()` leaves out such a metric.
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
 section 3.8). This is done separately for each source, and within a source for the groups with only
-reals, with only fakes, and with both. (Such parts with a single group are put together.)
+reals, with only fakes, and with both. A part with a single group could not vary; so all such parts,
+of any source, form one part.
 
 An interval [0, 0] or [1, 1] at a bound of the metric is replaced by the exact one (Clopper and
 Pearson, 1934): [0, d] or [1 - d, 1], where d is 1 - (0.05 / 2) ** (1 / groups).

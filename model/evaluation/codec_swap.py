@@ -1,8 +1,8 @@
 """Measure whether a detector reacts to the content of images or to their file compression.
 
-The codec-swap test gives the images of each class the usual compression of the other class. After
-that it gives both classes one and the same compression. Scores that follow the compression show
-that the detector learned it.
+The codec-swap test gives the images of each class the usual compression of the other class.
+Besides, it gives both classes the same compression, in three ways: JPEG, WebP, and shrunk to a
+common size, then JPEG. Scores that follow the compression show that the detector learned it.
 
 Main entry: `report_robustness(scorer, shards, perturbations, *, temperature, threshold, per_class,
 on_images)` scores images before and after all perturbations and re-encodings. All ranks must call
@@ -22,23 +22,28 @@ It writes nothing and returns the entry `robustness` of `report.json`, a dict:
 
 - `images`, `of`, `unreadable`: the numbers of scored images, of images in the set, and of chosen
   images that cannot be decoded.
-- `perturbations`: a list of dicts, one per perturbation, from `measure_perturbations()` of
+- `perturbations`: a list with a dict per perturbation, from `measure_perturbations()` of
   `robustness.py`: `name`, `images`, metrics such as `recall`, `intervals`, `flip_rate` (share of
   changed verdicts), `shift` and more.
-- `codec_swap`: a list of dicts, one per re-encoding, from `measure_swaps()`. `shift` in it is, per
-  class, the change of the logit toward fake (`images`, `mean`, `low`, `high`, `of_gap`), or None if
-  the class is not re-encoded.
-- `containers`: a dict, "real" and "fake" -> the usual compression of this class, or None. The
-  compression is a dict: the fields of `Container`, and `name`, such as "JPEG 90 420".
+- `codec_swap`: a list with a dict per re-encoding: `name`, `what` (a text), `images`, `shift`,
+  `before` and `after` (dicts of metrics such as `recall`).
+- `containers`: a dict, "real" and "fake" -> the usual compression of this class, a dict: the fields
+  of `Container`, and `name`, such as "JPEG 90 420". None: no image of this class is lossy, so the
+  other class is not re-encoded like it.
+
+`shift` is a dict, "real" and "fake" -> how the logits of this class changed (fake minus real,
+before the temperature), or None for a class that has no images or is not re-encoded. The change is
+a dict: `images`, `mean` (positive: toward fake), its 95 % interval `low` to `high` (None with one
+group of images), and `of_gap`: `mean` divided by the gap between the classes as packed (mean logit
+of the fakes minus that of the reals; None if it is not positive).
 
 A `Container` is the most common lossy compression of a class: `format` ("JPEG" or "WEBP"), `chroma`
-(such as "420"), `quality` and `share` (of the images of the class). `container_of(shards, samples)`
-returns the `Container` of these images (row numbers, int64), or None if none is lossy (images
-converted by the build do not count); then the other class is not re-encoded in this way. A `Swap`
-is one re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the
-list of swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
-`PerturbedScores`, the swaps and the `group_codes()` of the set. It returns a list with a dict per
-swap: `name`, `what`, `images`, `shift` per class, and the metrics `before` and `after`.
+(such as "420"), `quality` (the median; always 80 for WebP) and `share` (of the images of the
+class). `container_of(shards, samples)` returns the `Container` of these images (row numbers,
+int64), or None if none is lossy (images converted by the build do not count). A `Swap` is one
+re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the list of
+swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
+`PerturbedScores`, the swaps and the `group_codes()` of the set. It returns the list `codec_swap`.
 """
 
 from collections.abc import Callable, Sequence

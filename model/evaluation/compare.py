@@ -5,8 +5,11 @@ Main entries: `shared_samples(*tables, intersect=False)` takes two or more `Scor
 argument each (from `read_scores(path)` of `scores.py`: a row per image, with label and
 probability). It returns a tuple with a reduced copy of each table. The copies have the same images
 in the same order: those that every evaluation could read. It raises `ScoresError` (a `ValueError`)
-if the tables have different images and `intersect` is false, no image in common that all
-evaluations could read, or different labels.
+in three cases:
+
+- The tables have different images (with `intersect=True`, those in all tables are kept instead).
+- There is no image that all evaluations could read.
+- An image is real in one table and fake in another.
 
 `compare(before, after)` takes two of these copies. It returns a list with a `Line` for each set
 that both evaluations measured, for each of its sources (if it has several) and for each generator.

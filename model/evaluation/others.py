@@ -3,8 +3,7 @@ or an ONNX file), and calibrate a third-party detector.
 
 Main entry: `score_shards(detector, shards, dist, on_images)` scores every image of a set.
 
-- `detector`: an `OtherDetector` or `OnnxDetector`, from `open_other()` of `model/adapters/open.py`
-  (`Scoring` is the part of their interface that is used).
+- `detector`: an `OtherDetector` or `OnnxDetector`, from `open_other()` of `model/adapters/open.py`.
 - `shards`: the opened set, from `open_shards([folder])`.
 - `dist`: this process's rank, a `DistEnv`. None (default): a single process. All ranks must call a
   function that takes it, and all get the same result.
@@ -19,25 +18,25 @@ It returns `Scores`, three arrays with one value per image and a dict:
 - `failures`: row number -> reason, for each image that could not be decoded or has no finite score.
   These images are not in the arrays.
 
-If the function of a Python file fails, it raises `DetectorError`.
+It raises `DetectorError` if the detector is a Python file whose function fails, or returns
+something else than one number from 0 to 1 (or NaN) per image.
 
 Main entry: `calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits
 one `Calibration` (temperature, threshold, band) to all; `detector` and `dist` are as above.
 
 - `folders`: packed sets of the split `val`, a list of at least one `Path` (`UPath` for an address).
-- `runs`: the `Path` of the folder of all runs. Rank 0 writes the calibration in a subfolder for
-  this detector.
+- `runs`: the `Path` of the folder of all runs. Rank 0 writes the file in a subfolder of it.
 - `rule`: "auto" (default: 0.5, or higher if needed for 5 % false positives at most), "fpr5", "fpr1"
   (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py`, whose
   `max_fpr`, `max_miss` and `threshold` are used.
 
 It returns the `Calibration` and the `Path` of its file. It raises `CalibrationError` for an ONNX
-file, a set of another split than `val`, or scores to which nothing can be fitted.
+file, a set of another split than `val`, or scores to which nothing can be fitted; `DetectorError`
+as above; and `ShardError` for a set that cannot be opened. All of these are `ValueError`s.
 
 `DetectorScorer(detector, dist)` wraps the detector for the robustness test, which calls its
 `prepare()` and `column()`. `logits_in_batch(detector, prepared)` returns the logits of a list of at
-most `AT_A_TIME` (of `model/score.py`) preprocessed images. It pads a smaller batch if the size of a
-batch affects the scores.
+most `AT_A_TIME` preprocessed images, padded if their number affects the scores.
 """
 
 import itertools

@@ -12,10 +12,11 @@ later: whether the backbone is frozen, which `features` needs.
 - `dist`: this process's rank (`DistEnv`; None, the default, for a single process).
 
 It returns an `EvaluationPlan`, which `model/evaluation/run.py` executes. Its fields include `sets`
-(a dict, name -> `PlannedSet`, in scoring order), `reference` (the `Reals`, or None), `meta` (a
-dict), `device`, `dtype` (precision) and `backend` (the decoder, "pil" or "dali"). It raises
-`ValueError` if a set, sample, checkpoint or device does not exist or does not fit, and `OSError` if
-a file cannot be read. It writes nothing.
+(a dict, name -> `PlannedSet`, in scoring order, including that of `reference`), `measured` (those
+of them that the report covers), `reference` (the `Reals`, or None), `meta` (a dict), `device`,
+`dtype` (precision) and `backend` (the decoder, "pil" or "dali"). It raises `ValueError` if a set,
+sample, checkpoint or device does not exist or does not fit, and `OSError` if a file cannot be read.
+It writes nothing.
 
 All fields of `Options` are set by keyword:
 
@@ -23,9 +24,9 @@ All fields of `Options` are set by keyword:
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
 - `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
 - `reference_reals`: the name of a set, on whose real images the false-positive rate of all sets is
-  measured. None (default): each set is measured on its own real images. For a set without any, this
-  program's catalogs may name a set. The first such set that is packed in `data` is used for all
-  sets without real images.
+  measured. None (default): each set is measured on its own real images. If a set has none, this
+  program's catalogs may name another set, whose real images serve instead. The first set named so
+  that is packed in `data` serves all sets without real images.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default).
@@ -33,11 +34,11 @@ All fields of `Options` are set by keyword:
 A `PlannedSet` is one set: `shards` (the samples to score, a `ShardSet`), `index_sha256` and `split`
 of the whole set, and `measured` (False if only its real images are used). `Reals` is a dict about
 the set whose real images give the false-positive rate of others: `set` (its name), `why` (a text)
-and `for_all` (True if it was asked for, so that it is used for all sets). `choose_reference(data,
-opened, asked)` returns the `Reals`, or None if none is needed or known: `opened` is a dict, name ->
-opened set, `asked` is as `reference_reals`. `trained_on(meta, hashes)` takes a checkpoint's meta
-and a dict, set name -> hash, and returns the names of sets that the checkpoint was trained on.
-`REAL` is the label of real images, 0.
+and `for_all` (True if it was given as `reference_reals`, and so is used for all sets).
+`choose_reference(data, opened, asked)` returns the `Reals`, or None if none is needed or known:
+`opened` is a dict, name -> opened set, `asked` is as `reference_reals`. `trained_on(meta, hashes)`
+takes a checkpoint's meta and a dict, set name -> hash, and returns the names of sets that the
+checkpoint was trained on. `REAL` is the label of real images, 0.
 """
 
 from collections.abc import Mapping, Sequence

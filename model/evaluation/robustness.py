@@ -25,14 +25,15 @@ It returns `PerturbedScores`. An image that cannot be read or decoded is no erro
 the result of `group_codes(shards)`, the temperature (1.0: none), and the decision threshold on
 probabilities after the temperature. It returns a list with one dict per perturbation for
 `report.json`: `name`, `images`, the metrics (`FIGURES`) and their `intervals`, `flip_rate` (the
-share of changed verdicts), `shift` and more. `shift` is, per class, a `Shift` as a dict: `images`,
-the `mean` change of the logit, its interval `low` to `high`, and `of_gap`, the change as a share of
-the gap between the classes. It raises `ValueError` without `ORIGINAL`.
+share of changed verdicts), `shift` and more. `shift` is a dict, "real" and "fake" -> a `Shift` as a
+dict, or None if there is no image of this class: `images`, the `mean` change of the logit, its
+interval `low` to `high`, and `of_gap`, the change as a share of the gap between the classes. The
+function raises `ValueError` without `ORIGINAL`.
 
 A `VariantScorer` has `dist` (a `DistEnv`) and two methods. `prepare(pixels)` preprocesses an image,
 uint8 (height, width, 3), after each perturbation; several threads call it. `column(variants)` takes
-the list of these results for one image, with a text, the reason, where a perturbation failed. It
-returns their logits, float32 (perturbations,), with NaN for a text.
+the list of these results for one image. Where a perturbation failed, the entry is the reason, a
+text. It returns the logits, float32 (perturbations,), with NaN for a text.
 
 `Scorer(net, preprocess, device, dtype, dist)` is one for a checkpoint: `net` and `preprocess` come
 from `load_network()`, `net` is already on `device` (a `torch.device`), `dtype` is a torch dtype

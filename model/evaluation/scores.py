@@ -3,17 +3,23 @@ can be recomputed without the network.
 
 Main entries (each `path` is a `Path`):
 
-- `rows_of(name, shards, scores, temperature)` returns the rows of one set, an Arrow table with the
-  columns `SCORES_SCHEMA`. It takes the set's name, the opened set (`ShardSet`, from
+- `rows_of(name, shards, scores, temperature)` returns the rows of one set, an Arrow table with one
+  row per image and the columns below. It takes the set's name, the opened set (`ShardSet`, from
   `open_shards([folder])`), its `Scores` (from `score_shards()` of `others.py` or `score_set()` of
   `model/score.py`) and the detector's temperature (1.0: none). It raises `ValueError` if the scores
   and failures together do not have each image of `shards` exactly once.
-- `write_scores(path, parts, evaluation)` writes a list of such tables to the file `path`, with
-  `evaluation`, the dict below without `scores_version`, which is added. It returns nothing.
+- `write_scores(path, parts, evaluation)` writes a list of such tables to the file `path`, and with
+  them `evaluation`, the dict below. Leave out `scores_version`: it is added. It returns nothing.
 - `read_scores(path)` returns a `ScoreTable`: `table` (the rows, an Arrow table) and `evaluation`
   (the dict). Its `numbers(name)` returns a column of numbers as an array; `codes(name)` returns a
   column of texts as integer codes and the list of the texts. It raises `ScoresError` for another
   kind of file, another version or a damaged file, and `OSError` if the file cannot be read.
+
+The columns (`SCORES_SCHEMA`) are `set`, `key`, `sha256`, `source`, `generator`, `split`, `group`,
+`origin`, `label` (0 real, 1 fake), `logit` (of fake minus real, before the temperature),
+`probability` (of fake, after it), `valid` (False: the image got no score) and `error` (why not,
+else ""). In a row that is not valid, `logit` and `probability` are null, which `numbers()` returns
+as NaN.
 
 The dict is stored in the file metadata as JSON under `evaluation`:
 

@@ -11,8 +11,9 @@ Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s
 
 It returns the dict below (null is None), with the sets that all runs measured. One more run is in
 it: `mean_of(runs)`, named `MEAN`, whose probability is the mean of all runs (threshold 0.5). It
-raises `ScoresError` (a `ValueError`) if there is no such set, or if the runs took the real images
-of a set from different sets (its reference reals).
+raises `ScoresError` (a `ValueError`) if there is no such set, or if the runs borrowed the real
+images of a set (its reference reals) from different sets. The latter is noticed only if these sets
+have different numbers of real images.
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC (the first run if there is no AUROC),
@@ -26,9 +27,9 @@ of a set from different sets (its reference reals).
 - `common`: thresholds that are the same for all runs. Each is the lowest at which at most 1 % (5 %)
   of the real images, counted over all runs together, are called fake; a single run can have more.
   It is null if the set has no real images. `MEAN` does not count.
-- `stability`: how equally the sources rank the runs without `MEAN` (null: no pair of sources). For
-  each pair, rho is the rank correlation (Spearman) of the runs' AUROCs; `mean` and `least` are over
-  all pairs.
+- `stability`: whether the sources agree on the order of the runs without `MEAN`. For each pair of
+  sources, rho is the rank correlation (Spearman) of the runs' AUROCs; `mean` and `least` are over
+  all pairs. It is null if no pair has a rho, such as with one source or one run.
 
 A RUN has `name`, its decision `threshold`, `ece` (calibration error; null if the set has only one
 class), `images_per_s` or null, and:
@@ -37,15 +38,15 @@ class), `images_per_s` or null, and:
   the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
   "behind"}. `value` is null if the set lacks a class that the figure needs. `low` and `high` are
   the ends of its interval, null if it depends on fewer than two groups (images that are resampled
-  together). `behind` is the interval [low, high] of this value minus that of the best run. It is
-  null for the best run itself, and where `low` is null;
-- `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null where
-  there are no images;
+  together), or is undefined in most resamples. `behind` is the interval [low, high] of this value
+  minus that of the best run. It is null for the best run itself, and where `low` is null;
+- `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null
+  without such images or without a threshold;
 - `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value"} or null;
 - `ranks`: [best, worst] rank of the run over the sources, or null. `MEAN` has no ranks.
 
-For the AUROC of a source that has only reals, all fakes of the set are added, and the other way
-round (`completed()`).
+A source that has only reals is measured against all fakes of the set, and a source that has only
+fakes against all reals (`completed()`).
 """
 
 from collections.abc import Mapping, Sequence

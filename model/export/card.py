@@ -5,12 +5,13 @@ Main entry: `card_of(meta, report, sources, *, onnx, left_out)` takes these argu
 - `meta`: the parsed `meta.json` of the checkpoint (a dict, from `read_meta(folder)`).
 - `report`: the parsed `report.json` of an evaluation (a dict), or None: the card says that there is
   no evaluation.
-- `sources`: a dict, training set -> its data sources, or None for a set that is not available. Data
-  sources are a dict, source name -> {"license": text, "homepage": address without `https://`}.
+- `sources`: a dict, training set -> its data sources. These are a dict, source name -> {"license":
+  text, "homepage": address without `https://`}, or None if the set is not available.
   `sources_of(meta, data)` of `hub.py` makes it.
 - `onnx`: True if the folder of the card also has ONNX files in `onnx/`.
 - `left_out`: the figures of heads that were trained without single sources, a dict that
-  `read_left_out(path)` of `hub.py` reads, or None (default): the card has no section on them.
+  `read_left_out(path)` of `hub.py` reads, or None (default): the card has no section "Robustness
+  and subjects".
 
 It returns YAML and Markdown as one string, writes nothing and raises no errors of its own. `TAGS`
 are the search words on the hub; `LIMITS` is the section on what the detector cannot do.

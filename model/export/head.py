@@ -20,13 +20,15 @@ folder `target` and returns it.
 The folder has the head's weights (`weights.safetensors`, kilobytes), `meta.json` with the places
 and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md`, the model card.
 
-Errors, all of them `ValueError`s:
+Errors, all of them `ValueError`s except the last:
 
 - `HeadError`: the backbone was trained too, its file is in neither cache, the file has other
   weights, or the head cannot be written (such as on a full disk).
 - `HubError`: `target` is not empty, `report` is no report of this checkpoint, or `left_out` holds
   no such figures.
 - other `ValueError`: the checkpoint cannot be read, or the file in the cache is damaged.
+- `OSError`: the file `report` or `left_out` cannot be read (such as a missing one), or the folder
+  or another file in it cannot be written.
 
 `backbone_of(checkpoint, hub)` finds the `BackboneSpec` in the checkpoint, which records the weights
 that its training started from, or raises `HeadError`. `hub`, a `HubPlace` (repository, revision,

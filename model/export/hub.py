@@ -17,15 +17,18 @@ It is also a checkpoint: `python predict.py dir/ --checkpoint FOLDER`.
 
 `push(folder, repository, *, private)` uploads the folder to `repository` (OWNER/NAME), which is
 created if needed (public unless `private=True`), and returns the URL of the commit. Log in before
-with `hf auth login`, or set HF_TOKEN.
+with `hf auth login`, or set HF_TOKEN. It raises `HubError` if the folder is incomplete or the
+upload fails.
 
-`write_hub()` raises `HubError` if `out` is not empty, `report` is no report of this checkpoint or
-the weights cannot be written (such as on a full disk), `CheckpointError` if the checkpoint cannot
-be read, `ShardError` for a damaged set in `data`, and another `ValueError` if its weights do not
-fit or the backbone of a shipped detector was not fetched. `push()` raises `HubError` if the folder
-is incomplete or the upload fails. All of these are `ValueError`s. `write_hub()` raises `OSError` if
-`report`, `data` or `onnx` cannot be read, `out` cannot be created or another of its files cannot be
-written.
+Errors of `write_hub()`, of which all but `OSError` are `ValueError`s:
+
+- `HubError`: `out` is not empty, `report` is no report of this checkpoint, or the weights cannot be
+  written (such as on a full disk).
+- `CheckpointError`: the checkpoint cannot be read. `ShardError`: a set in `data` is damaged.
+- Another `ValueError`: the weights of the checkpoint do not fit its network, or the backbone of a
+  shipped detector was not fetched.
+- `OSError`: `report`, `data` or `onnx` cannot be read, or a file of `out` other than the weights
+  cannot be written.
 
 `without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
 preprocess)` a dict of the preprocessing in timm's terms (without a detail crop), `sources_of(meta,

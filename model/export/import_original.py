@@ -8,8 +8,9 @@ Main entry: `import_file(file, run)` writes the checkpoint and returns its path,
 - `run`: the `Path` of the new run's folder, which must not exist. Its name is the run's name.
 
 It raises `OriginalError` if `run` exists, or if the file cannot be read, contains more than tensors
-or has no weights; `NetworkError` for weights of another network; and `CheckpointError` if the
-checkpoint cannot be written.
+or has no weights; `NetworkError` for weights of another network; `CheckpointError` if the
+checkpoint cannot be written; and another `ValueError` if no run may have the name of `run` (such as
+`step_0000001`).
 
 Main entry: `fetch()`, without arguments, downloads the published file (`FILE` of `REPOSITORY` at
 `REVISION`) into the hub's cache if it is not there, checks its SHA-256 and returns its path. It

@@ -8,14 +8,19 @@ Main entry: `license_of(meta)` takes the parsed `meta.json` (a dict, from `read_
   names no license for the weights.
 - `text`: the license in words, for people, with the reason.
 - `base`: timm's name of the weights from which training started, or of a shipped head's backbone.
-  It is "" if training started from random weights, if no license is known, or if `text` says that
-  the license is not certain.
+  It is "" if training started from random weights, if no license is known, or if the license is not
+  certain (see below; `id` is then the likely license).
 
-Trained weights keep the license of the first weights; a shipped head has that of its backbone. If
-the record does not reach the first weights (an old run), and the recipe has `network.pretrained`,
-timm's weights count as these, and the license as certain. Without `network.pretrained`, if the
-first weights were a file, and for an average of checkpoints with different first weights, the
-license is that of timm's weights for the same network, and `text` says that this is not certain.
+Trained weights keep the license of the first weights; a shipped head has that of its backbone. In
+three cases the license is not certain. It is then that of timm's weights for the same network, and
+`text` says so:
+
+- The record does not reach the first weights (an old run), and the recipe does not have
+  `network.pretrained`. (If it has, timm's weights are taken as the first ones, and the license is
+  certain.)
+- The first weights were a file.
+- The checkpoint is an average of checkpoints whose first weights differ or are not recorded.
+
 Licenses of training images are not included. It raises no errors of its own.
 
 `first_of(weights)` takes the entry `first_weights` of a meta (a dict or None), follows it through

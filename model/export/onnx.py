@@ -28,8 +28,9 @@ Errors, all `ValueError`s except `OSError`:
 - `OSError`: `out` cannot be written.
 
 The graph takes `images`, uint8 (batch, height, width, 3) RGB, with height and width of
-`Preprocess.shape` (a detail crop is below the first crop). It gives `probability` (of fake),
-float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same as text.
+`Preprocess.shape` (if the network reads a detail crop, its rows follow those of the first crop). It
+gives `probability` (of fake), float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same
+as text.
 
 `compare(net, preprocess, meta, files, images, on_images)` only compares existing ONNX `files` (a
 list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in

@@ -6,7 +6,8 @@ Main entry: `embed(embedder, shards, source, number, on_images)` computes the fe
 - `embedder`: an `Embedder`, below.
 - `shards`: a `ShardSet`, opened by `open_shards()` in `sharding/format.py`.
 - `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation).
-  `source_of()` in `prepare.py` makes one from a `ResolvedRecipe`, `net` and `dtype`.
+  `source_of()` in `prepare.py` makes one from a `ResolvedRecipe` and the `net` and `dtype` of the
+  `Embedder`.
 - `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
 - `on_images`: a function that is called after each forward pass with the number of images done
   since its last call. It may be left out.
@@ -15,8 +16,8 @@ It writes the missing Arrow files, one per shard, and `backbone.json`. It return
 images computed on this rank (0 if no file is missing). A shard is written when it is complete, so
 an interrupted run resumes there. Errors:
 
-- `FeatureError` (a `ValueError`): a feature is not finite, or the shard set contains only some
-  samples of one of its shards.
+- `FeatureError` (a `ValueError`): a feature is not finite, or `shards` is a selection that leaves
+  out samples of a shard.
 - `LoadError` (a `ValueError`): the set cannot be loaded, or too many images cannot be decoded.
 - `OSError`: a file cannot be written.
 

@@ -7,10 +7,11 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 - `net`: a `Detector` whose backbone is frozen and whose head is one linear layer.
 - `samples`: the `Samples` of this rank, from `gather()`.
 - `optim`: the recipe's `Optim` settings, of which `weight_decay`, `label_smoothing` and
-  `iterations` (the most) are used. The loss is the mean cross entropy plus `weight_decay` / 2 times
-  the sum of the squared changes of the layer's weights from their first values (without the bias).
-  `run.py` lets a new head begin at 0, so this is the usual penalty. In phase 2 it keeps the head
-  near that of phase 1 where the new images say nothing (L2-SP, Li et al. 2018).
+  `iterations` (the most) are used. The loss is the mean cross entropy plus a penalty:
+  `weight_decay` / 4 times the sum of the squared changes of w from its first value. w is the
+  layer's row for fake minus its row for real; the bias is free. `run.py` lets a new head begin at
+  0, so this is the usual penalty on both rows. In phase 2 the penalty keeps the head near that of
+  phase 1, unless the new images require a change (L2-SP, Li et al. 2018).
 - `dist`: this process's rank, a `DistEnv` (default: a single process). On several ranks, each calls
   it with its own samples, and all get the same head.
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
@@ -18,8 +19,8 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 
 It returns a `Fit`: `loss`, `iterations` (those done), and `gradient`, the largest absolute gradient
 at the end, near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if the network
-learns more than one linear layer, there are no samples of one of the classes, or the loss is not
-finite.
+learns other weights than those of one linear layer, there are no samples of one of the classes, or
+the loss is not finite.
 
 `gather(stream, epochs, dist)` reads the features of the first `epochs` epochs of a `Stream` of
 stored features and returns this rank's `Samples`: `features`, float16 (N, D), `labels` (0 real, 1

@@ -18,9 +18,9 @@ the calibration. Its main fields:
 - `band`: a pair (low, high). The verdict is "likely AI" from high on, "no sign of AI" below low,
   and "uncertain" between.
 
-It raises `CalibrationError` if there are too few images, no calibration fits, or a validation set
-has another split than `val`; `FitError` if the other images of a source lack a class (only with
-`optim.solver` lbfgs, on rank 0); `FeatureError` or `LoadError` if features cannot be computed.
+It raises `CalibrationError` (on every rank) if there are too few images, no calibration fits, a
+validation set has another split than `val`, or a head cannot be trained (see `refit()`). It raises
+`FeatureError` or `LoadError` if features cannot be computed.
 
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
 returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
@@ -33,7 +33,8 @@ that this head was trained without; the network has this head during the call.
 `refit(planned, train_state, without)` trains the head in `train_state` from zero on the stored
 features of `planned` (from `with_features()`), without the sources `without` (names): in steps, or
 by `fit_head()` with `optim.solver` lbfgs. It raises `CalibrationError` if the other images fill no
-batch, or lack a class.
+batch or, with lbfgs, lack a class or give a loss that is not finite. (In steps, a lacking class is
+no error.)
 """
 
 from collections.abc import Callable, Collection, Sequence

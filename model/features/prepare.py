@@ -4,8 +4,9 @@ of the recipe.
 
 Main entries: `with_features(planned, train_state)` takes a `RunPlan` from `plan()` and the
 `TrainState` (with the network) from `assemble(planned)`. It computes the missing features and
-returns the plan with a `FeatureLoader`. If the recipe has no `[features]` or `stored = false`
-there, it computes nothing and returns the plan unchanged. On several ranks, each must call it.
+returns the plan with a `FeatureLoader` (its `stream.loader`). If the recipe has no `[features]` or
+`stored = false` there, it computes nothing and returns the plan unchanged. On several ranks, each
+must call it.
 
 `embed_part(recipe, data, runs, init_from, names, rank, world_size)`, for `python -m model embed`,
 computes all missing features of a recipe's run.
@@ -23,19 +24,19 @@ computes all missing features of a recipe's run.
 It returns the number of images that this task computed; an image counts once per view.
 
 Both raise `FeatureError` if the backbone is not frozen or a feature is not finite, and `LoadError`
-if too many images cannot be decoded. `with_features()` also raises `FeatureError` if the teacher of
-the run has another backbone, `embed_part()` if the recipe has no `[features]`. `embed_part()` also
-raises `ValueError` if the run cannot be planned, its weights cannot be loaded or a set of `names`
-cannot be opened. All of these are `ValueError`s. Both raise `OSError` for a file that cannot be
-read or written.
+if a tar is missing or too many images cannot be decoded. `with_features()` also raises
+`FeatureError` if the teacher of the run has another backbone, `embed_part()` if the recipe has no
+`[features]`. `embed_part()` also raises `ValueError` if the run cannot be planned, its weights
+cannot be loaded or a set of `names` cannot be opened. All of these are `ValueError`s. Both raise
+`OSError` for a file that cannot be read or written.
 
 `views_of(recipe)` returns the numbers of the stored views that training reads: 0 is the center
 crop, v >= 1 the augmentation of epoch v - 1. `source_of(recipe, net, dtype)` and
 `source_of_checkpoint(net, meta, dtype, store)` return the `FeatureSource` (folder, backbone,
-augmentation) of a `ResolvedRecipe` or of a checkpoint's meta, given the loaded network and its
-precision. `embed_run()` computes the missing features of a run, and of view 0 of more `sets`;
-`embed_sets(embedder, sets, source, number)` those of the view `number` of some sets. Both return
-the number of images computed by this rank or task.
+augmentation) of a `ResolvedRecipe` with `[features]` or of a checkpoint's meta, given the loaded
+network and its precision. `embed_run()` computes the missing features of a run, and of view 0 of
+more `sets`; `embed_sets(embedder, sets, source, number)` those of the view `number` of some sets.
+Both return the number of images computed by this rank or task.
 """
 
 from collections.abc import Mapping, Sequence

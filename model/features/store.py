@@ -4,8 +4,9 @@ them.
     <store>/<backbone>-<hash>/backbone.json          identity of the backbone
     <store>/<backbone>-<hash>/<set>/<view>/<shard>.arrow
 
-View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (from 0). A
-file has a row per sample, in the order of the tar. A file with another identity counts as missing.
+View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (the first
+epoch is 0). A file has a row per sample, in the order of the tar. A file with another identity
+counts as missing.
 
 Main entries: `open_table(store, backbone, shards, view)` reads the features of one view, and
 `missing_of(store, backbone, shards, view, *, rank, world_size)` lists the files to compute.
@@ -17,7 +18,8 @@ Main entries: `open_table(store, backbone, shards, view)` reads the features of 
 - `shards`: a `ShardSet` (packed images), opened by `open_shards()`.
 - `view`: `View()` for the center crop, else `View(number=v, augment=..., policy=..., seed=...)`
   with the values of the recipe's `augment`, `data.policy` and `run.seed`.
-- `rank`, `world_size`: this process (default 0) and the number of processes (default 1).
+- `rank`, `world_size`: the number of this process, from 0 (the default), and how many processes
+  there are (default 1). `missing_of()` lists only the files that this process has to compute.
 
 `open_table()` returns a `FeatureTable` of memory-mapped files (`Part`). It raises `FeatureError` if
 a file is missing, damaged or incomplete. Two methods take an int array of row numbers of the set:

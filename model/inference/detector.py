@@ -30,8 +30,9 @@ another shape or dtype ValueError.
 
 `stream(images, batch_size, start)` takes an iterable, which may be endless, and yields one
 `Prediction` at a time. To continue an interrupted list, pass only the remaining images, and as
-`start` how many were done (default 0). A batch must begin there, else ValueError: the first batches
-have 1, 4, 16, 64, ... images, until `batch_size` is reached, and all later ones have `batch_size`.
+`start` how many were done (default 0). A batch must begin there, else ValueError is raised. The
+batches have 1, 4, 16, 64, ... images, but at most `batch_size`; with 32 they begin at 0, 1, 5, 21,
+53, 85, ...
 
 `preprocess_file(image)` returns the network's input, uint8 (*shape, 3) with `shape` of
 `detector.preprocess`, and raises `DecodeError` or OSError if the image cannot be read.

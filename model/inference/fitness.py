@@ -7,8 +7,8 @@ of `Notice` (may be empty), the most serious first. Each has a line of `text` an
 "synthetic" (trained on synthetic images), "known" (a measured weakness) or "uncalibrated". They are
 read from two keys of `meta`:
 
-- `data`: a dict, in which any of the keys `FITNESS_KEYS` may be missing (but "synthetic_sources"
-  needs "sources"). The whole dict may be missing too.
+- `data`: a dict, in which any of the keys `FITNESS_KEYS` may be missing, but a dict with
+  "synthetic_sources" must also have "sources". The whole dict may be missing too.
 - `calibration`: None, or a dict. Its `sources`, if there, are the error rates on each source
   (dataset), measured with a detector that was trained without this source. A meta without the key
   `calibration` raises `KeyError`.

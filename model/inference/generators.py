@@ -4,7 +4,8 @@ Main entries: five functions that take text from the metadata of one image.
 
 - `is_named(field, text)`: whether `text` names a generator and `field`, the name of its metadata
   field, is one that programs write, such as "Software" or "CreatorTool". Upper and lower case do
-  not matter. People also write "Comment" and "Make"; there the whole text must be a signature.
+  not matter. In "Comment" and "Make", which people also write, `text` counts only if
+  `is_signature(text)`.
 - `is_signature(text)`: whether `text` is a generator's name and nothing else but a version or words
   like "made with".
 - `settings_in(text)`: looks for generator settings in the text of a field. It returns one text,

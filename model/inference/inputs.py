@@ -2,10 +2,11 @@
 
 Main entries, two generators:
 
-- `find_images(paths, excluded)` takes an iterable of paths or patterns as texts, such as a list.
-  The iterable may be endless, such as the lines of a pipe. It yields `ImageFile`s one by one. Each
-  match of a pattern is treated like a path of its own. A file that is one of the paths is yielded
-  whatever its suffix, unless it is an archive.
+- `find_images(paths, excluded)` takes an iterable of paths or patterns (such as `photos/*.jpg`;
+  `**` means any subfolders) as texts, such as a list. The iterable may be endless, such as the
+  lines of a pipe. It yields `ImageFile`s one by one. Each match of a pattern is treated like a path
+  of its own. A file that is one of the paths is yielded whatever its suffix, unless it is an
+  archive.
 - `watch(folder, excluded)` takes the path of one folder as text. It yields a list of `ImageFile`s,
   once a second without end: those that are new or changed, complete (unchanged for 2 seconds) and
   not empty. The first list has those already there. A list may be empty.
@@ -20,12 +21,12 @@ archive, the archive, `/` and the path in it.
 
 Folders are searched with their subfolders. Hidden files and links to folders are skipped. An
 archive in a folder is skipped, except that `find_images()` reads the tars of a shard set. It also
-reads an archive that is one of the paths, or a match. `watch()` yields no image of an archive,
-except that a damaged tar of a shard set is yielded as a file that cannot be read.
+reads an archive that is one of the paths, or a match. `watch()` yields nothing of archives but a
+damaged tar of a shard set, as a file that cannot be read.
 
-A file that cannot be read is yielded too: its `read()` raises `DecodeError` or `OSError`. So is a
-path of `find_images()` that does not exist, or a pattern that matches nothing. If the folder of
-`watch()` does not exist, its lists are empty.
+A file or folder that cannot be read is yielded too: its `read()` raises `DecodeError` or `OSError`.
+So is a path of `find_images()` that does not exist, or a pattern that matches nothing. If the
+folder of `watch()` does not exist, its lists are empty.
 
 `is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
 whether a path has the suffix of a compressed tar, and `is_image(name)` whether a name has the

@@ -19,13 +19,13 @@ array (height, width, 3) in RGB or (height, width) in gray, or an `ImageFile`.
 
 - `batch_size`: the largest number of images that are scored together (default 32). The batches have
   1, 4, 16, ... images, then always `batch_size`.
-- `start`: if the caller has left out the first images of its list, their number (default 0). A
-  batch must begin at this number, else `ValueError` is raised.
+- `start`: how many images at the beginning of its list the caller has left out (default 0). A batch
+  of the whole list must begin there: 0, 1, 5, 21, 53, ... for 32. Else `ValueError` is raised.
 
 A `Prediction` has the `name`, the `probability` of fake (0 to 1), the `verdict` ("no sign of AI",
 "uncertain" or "likely AI"), and `error`, which is "". An unreadable image gets an `error`, the
 verdict "unreadable" and the probability None. An image of another type raises `TypeError`, a wrong
-array `ValueError`.
+array or a `batch_size` below 1 `ValueError`.
 
 The metadata of the file (`META_KEYS`) contains the preprocessing, the threshold and the calibration
 with the band of "uncertain" probabilities. The output `probability` of its network includes the

@@ -12,16 +12,17 @@ that of `load_detector()` (see `docs/python.md`).
 It returns a `Prediction`, or a list of them for an iterable: `name`, `probability` of fake (0 to 1,
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (the
 reason why an image is unreadable, else ""). `TypeError` is raised for a wrong type; `ValueError`
-for a wrong array, a Pillow image that cannot be converted, or a `batch_size` below 1. Subclasses
-define `stream(images, batch_size)`, which takes an iterable and yields the predictions one by one.
+for a wrong array, a Pillow image of the mode "La", or a `batch_size` below 1. Subclasses define
+`stream(images, batch_size)`, which takes an iterable and yields the predictions one by one.
 
 `DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
 detector with the band for these highest error rates. `max_fpr` sets the upper end, `max_miss` the
 lower one; None (the default) leaves this end as it is. `at_rates()` raises `ValueError` if a rate
 is not above 0 and below 0.5, or if the detector has no threshold for it. `band_from(threshold)`
-returns the band (threshold, threshold), without *uncertain*, and None for None. It raises
-`ValueError` outside 0 to 1.
+returns the band (threshold, threshold), in which no verdict is *uncertain*. For None it returns
+None: the detector keeps its own band (each detector has one). It raises `ValueError` if the
+threshold is not 0 to 1.
 
 `as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded `Pixels`. An
 image that has no name is called `image <index>`. `as_file(image, index)` turns a path or bytes into
@@ -30,11 +31,12 @@ an `ImageFile`. `pixels_of(source)` is a context manager that yields RGB uint8 (
 `ahead(files, work, batch_size, start)` calls `work(file)` in threads and yields (names, results) of
 each batch. The result for an unreadable file is the reason as text, as `done_or_reason(work, file)`
 returns it. The batch sizes are those of `group_sizes(batch_size, start)`, which yields 1, 4, 16,
-..., then `batch_size`. `start` is the number of images that were done before and are left out; if
-no batch begins there, `ValueError` is raised. `in_groups(files, work, sizes)` is `ahead()` with the
-batch sizes `sizes`. `preprocess_ahead(files, preprocess_file, shape, ...)` calls
-`preprocess_file(file)` and yields (names, pixels uint8 (B, *shape, 3), failures row -> reason).
-`predictions(names, probabilities, failures, band)` yields the `Prediction` of each row.
+..., then `batch_size`. `start` is the number of images that were done before (default 0), and
+`files` are the images after these. If no batch begins at `start`, `ValueError` is raised.
+`in_groups(files, work, sizes)` is `ahead()` with the batch sizes `sizes`. `preprocess_ahead(files,
+preprocess_file, shape, ...)` calls `preprocess_file(file)` and yields (names, pixels uint8 (B,
+*shape, 3), failures row -> reason). `predictions(names, probabilities, failures, band)` yields the
+`Prediction` of each row.
 """
 
 import functools

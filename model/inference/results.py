@@ -15,15 +15,20 @@ Main entries: `line(output, row)` returns the text of one image, without a newli
 - `path`: `Path` of the file, in an existing folder.
 - `output`: the format of the file, as above.
 - `checkpoint`: a text that identifies the detector and its threshold, `detector.identity`.
-- `resume`: whether an existing file is continued (CSV or JSON lines only).
+- `resume`: whether an existing file is continued: a finished one at `path`, or `partial_of(path)`,
+  which an interrupted run leaves. A table cannot be continued.
 
 It returns a locked `ResultsFile`. On disk it is named `partial_of(path)`; `finish()` renames it to
 `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
 `line()`, and in a new table first `write(header("table"))`. A new CSV file has its header already,
 JSON lines need none. `name in file` says whether an image of this name had a row when the file was
-opened, and `unreadable` is the number of those rows without a verdict. `ResultsError` is raised if
-the file exists (without `resume`), another process writes it, its folder is missing, or it was made
-by another detector, threshold or format; `OSError` if it cannot be written.
+opened. `unreadable` is the number of rows without a verdict at that time. `OSError` is raised if
+the file cannot be opened or written, and `ResultsError` in these cases:
+
+- `path` or `partial_of(path)` exists and `resume` is false, or one of them is not a regular file.
+- Another process writes the file, or its folder is missing.
+- With `resume`: the existing file is a table, or was made by another detector, threshold or format;
+  or both files exist, and neither begins with the other.
 """
 
 import csv

@@ -1,8 +1,8 @@
 """Try a training run: take up to `BATCHES` steps in memory, and print what the run would do, with
 an estimate of its time and memory.
 
-Main entry: `dry_run(recipe, data, runs, init_from, dist)`; the last two are given by keyword and
-may be left out. On several ranks, each must call it.
+Main entry: `dry_run(recipe, data, runs, *, init_from, dist)`; the last two may be left out. On
+several ranks, each must call it.
 
 - `recipe`: a `Recipe`, read by `recipes.load(Recipe, path)`.
 - `data`: the folder of the shard sets (packed images), a `Path`, or a `UPath` for an address.
@@ -13,11 +13,13 @@ may be left out. On several ranks, each must call it.
 
 Rank 0 prints the plan, a table of the images and the estimate. Nothing is written to `runs` or the
 feature store, and nothing is returned. If the run is finished already, it prints only that. It
-raises `ValueError` for every error that would stop the run before or in its first steps, and
-`OSError` if a file cannot be read.
+raises `ValueError` for an error that would stop the run before or in its first steps, and `OSError`
+if a file cannot be read. It does not notice that another training holds the lock of the run, or
+that the teacher (for distillation) of a run with stored features has another backbone.
 
 `Trial`, which is only used inside, has the measured loss and the times in seconds. `ENOUGH_S`
-limits the trial: after at least two batches, it stops once they took more seconds than this.
+limits the trial: two batches are always done, if there are so many. After that, it stops when the
+batches have taken more seconds than this.
 """
 
 import itertools

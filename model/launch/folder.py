@@ -11,10 +11,13 @@ call it; rank 0 packs.
 - `dist`: this process's rank, a `DistEnv`; `DistEnv()` for a single process.
 
 It writes a training set `<name>`, a validation set `<name>-val` and `catalog.toml` into
-`folders/<name>-<hash>/` below `data` (`<name>` is made from the folder's name). It returns the
-recipe with these two sets; a recipe that replays old sets keeps its own validation sets too. The
-batch size in it is reduced if there are few images, so that an epoch has at least `FEWEST_STEPS`
-steps.
+`folders/<name>-<hash>/` below `data`. `<name>` is made from the folder's name, `<hash>` from its
+full path. Another call with the same folder and `data` uses the packed sets again, and packs only
+what is new or changed in the folder.
+
+It returns the recipe with these two sets. If the recipe also trains on old sets (replay), its own
+validation sets are kept beside the new one. The batch size in it is reduced if there are few
+images, so that an epoch has at least `FEWEST_STEPS` steps.
 
 `ValueError` is raised if the folder cannot be packed, for example if a class has too few images;
 `OSError` if the folder cannot be read or a set cannot be written. On several ranks, both are a

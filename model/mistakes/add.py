@@ -9,10 +9,12 @@ Main entry: `keep_wrong(detector, paths, label, folder, *, keep_image)`, a gener
 - `folder`: a `Path`, the folder of the records (made if missing).
 - `keep_image`: whether to store a copy of each recorded image in `folder`, too (bool).
 
-It yields a `Reported` for every image, whatever the verdict: `text`, one line, and `failed`,
-whether the image could not be read or recorded (the next images are still scored). Nothing happens
-until the result is iterated. `OSError` of reading or writing the folder ends it. Errors of the
-detector pass through.
+It yields a `Reported` for every image, whatever the verdict: `text` (one line) and `failed` (bool).
+It is true if the image could not be read, or if its record is damaged or above a limit of `keep.py`
+(such as too many records); the next images are still scored. A path that does not exist, or a
+pattern without a match, counts as an image that cannot be read. Nothing happens until the result is
+iterated. If a file of `folder` cannot be read or written, `OSError` is raised and ends the
+generator. Errors of the detector pass through.
 
 A verdict is wrong if it is the opposite of `label`; "uncertain" is not wrong. A wrong verdict is
 written to `folder/<SHA-256 of the image>.json`. Later verdicts on the same image are added to this

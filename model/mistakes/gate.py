@@ -19,10 +19,10 @@ The functions:
   JSON and returns them, a dict from image hash to `Verdict`. Mistakes without a readable copy of
   the image are not in it. A resumed run reads the same dict with `read_start(file)`.
 - `against_start(folder, start, detector)`, after training, scores the mistakes again with the
-  trained detector. Here `start` is the dict that `measure_start()` returned. It returns a list with
-  a `Regression` per mistake: `mistake`, both verdicts (`before`, and `after` or None), `outcome`
-  ("newly wrong", "still wrong", "uncertain", "fixed" or "not measurable") and `reason` (why it is
-  not measurable, else "").
+  trained detector. Here `start` is no detector, but the dict that `measure_start()` returned. It
+  returns a list with a `Regression` per mistake: `mistake`, both verdicts (`before`, and `after` or
+  None), `outcome` ("newly wrong", "still wrong", "uncertain", "fixed" or "not measurable") and
+  `reason` (why it is not measurable, else "").
 - `refusal(gate, rows)` takes this list of `Regression`s. It returns a list with one sentence if
   more images are newly wrong than `gate.max_newly_wrong`, else an empty list. `newly_wrong(rows)`
   returns the hashes of all newly wrong images; `lines_of(gate, rows)` yields lines of text for the

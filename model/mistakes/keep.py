@@ -32,11 +32,11 @@ Both functions raise `OSError` if the folder cannot be read or written, and `Mis
      "verdicts": [{"detector": identity, "score": p, "verdict": one of VERDICTS,
                    "band": [low, high], "date": "2026-01-31T12:00:00+00:00"}, ...]}
 
-with the last verdict of each detector, the newest at the end; at most `MAX_VERDICTS`, the first and
-the newest ones (`VERDICTS`: "no sign of AI", "uncertain", "likely AI"). The name of the image is
-not recorded. `standing(label, verdict)` returns "right", "uncertain" or "wrong" (a `Standing`), and
-`verdict_from(entry)` parses a verdict in JSON. `UNNAMED` is the suffix of a copy if the image's
-name has no image suffix.
+with the last verdict of each detector, the newest at the end. If there are more than
+`MAX_VERDICTS`, the first one and the newest ones are kept. `VERDICTS` are "no sign of AI",
+"uncertain" and "likely AI". The name of the image is not recorded. `standing(label, verdict)`
+returns "right", "uncertain" or "wrong" (a `Standing`), and `verdict_from(entry)` parses a verdict
+in JSON. `UNNAMED` is the suffix of a copy if the image's name has no image suffix.
 """
 
 import hashlib

@@ -18,14 +18,14 @@ It returns a list with one `Regression` per mistake, sorted by outcome in the or
 Fields:
 
 - `mistake`: the `Mistake`.
-- `before`: the earlier `Verdict`: the last recorded one of another detector. The same detector with
-  another band counts as another one. If there is no other, or the image is not measurable: the last
-  recorded verdict of any detector.
+- `before`: the earlier `Verdict`, the last recorded one of another detector. (The same detector
+  with another band counts as another one.) If no other detector is recorded, or the image is not
+  measurable, it is the last recorded verdict of any detector.
 - `after`: the new `Verdict`, or None if not measurable.
 - `outcome`: "newly wrong" (the new verdict is wrong, and a recorded one of another detector was
   right), "still wrong" (the new verdict is wrong, and no recorded one of another detector was
-  right), "uncertain" (the new verdict is), "fixed" (the new verdict is right) or "not measurable"
-  (the image is missing or cannot be scored).
+  right), "uncertain" (the new verdict is "uncertain"), "fixed" (the new verdict is right) or "not
+  measurable" (the image is missing or cannot be scored).
 - `reason`: why it is not measurable, else "".
 
 `record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,

@@ -1,7 +1,8 @@
 """Find and read the backbone of a shipped detector, whose checkpoint contains only the head.
 
-Main entries: `locate(spec, folder)` returns the path of the backbone in the cache and its SHA-256.
-`read_backbone(spec, folder)` verifies this file and returns its tensors, a dict by name.
+Main entries: `locate(spec, folder)` returns the `Path` of the backbone in the cache and its
+SHA-256; it does not read the file. `read_backbone(spec, folder)` verifies this file and returns its
+tensors, a dict by name.
 
 - `spec`: a `BackboneSpec`: a list of files, each with the whole backbone, of which one is needed.
   `spec_of(meta, where)` makes it from a checkpoint's parsed `meta.json`; it is None if the weights
@@ -22,16 +23,17 @@ and this is a `ValueError`.
                                   "member_sha256": hash, "converter": name}}, ...],
      "tested": {hash: {"temperature": t, "threshold": p, "calibration": c}, ...}}
 
-`tested` has an entry for each file that the head was tested with; only these are used. The values
-in the entry replace those of `meta.json`; {} replaces none.
+`tested` has an entry for each file that the head was tested with. A file without an entry is not
+used. The values in the entry replace those of `meta.json`; {} replaces none.
 
 `with_calibration(meta, spec, sha256)` returns the meta with the calibration for the backbone file
 of this hash. `recalibrated(meta, changes, spec, folder)` returns the meta with `changes` (a dict,
-key -> new value). If the cached backbone file has its own values in `tested`, changes of the
-calibration go there. It raises the errors of `locate()`. `with_backbone_inside(meta)` returns the
-meta for a copy that includes the backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns
-the folder for files about a checkpoint: that of its run, or for a shipped detector one below
-`runs`. `KNOWN` are backbones that can be fetched by timm's name.
+key -> new value). If the entry of the cached backbone file in `tested` has values, the changed
+values of `CALIBRATION_KEYS` are written to this entry, and all others to the meta itself. It raises
+the errors of `locate()`. `with_backbone_inside(meta)` returns the meta for a copy that includes the
+backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files about a
+checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are backbones that
+can be fetched by timm's name.
 """
 
 import re

@@ -2,16 +2,18 @@
 
 Main entry: `convert(data)` takes the bytes of the ONNX file and returns a dict, name -> float32
 array. It raises `ConvertError` (a `ValueError`) if the bytes are no ONNX file or lack a parameter,
-inside or outside of the layers. A file with fewer layers is not noticed. The input is ONNX
-Runtime's dynamic quantization of transformers' `CLIPVisionModel`: each linear layer has int8
-weights (in, out) with a scale and a zero point per output channel; all other parameters are
-float32. The output has the names of timm's `VisionTransformer`, without the projection to the joint
-image-text space.
+inside or outside of the layers. It does not notice if whole layers are missing.
+
+The input is ONNX Runtime's dynamic quantization of transformers' `CLIPVisionModel`: each linear
+layer has int8 weights (in, out) with a scale and a zero point per output channel; all other
+parameters are float32. The output has the names of timm's `VisionTransformer`, without the
+projection to the joint image-text space.
 
 `dequantized(whole, scale, zero)` converts the integers (in, out) of one layer to float32 (out, in).
 `timm_names(arrays)` takes all arrays by transformers' names and returns them by timm's; it raises
-`KeyError` if one is missing. `RENAMED` (outside of the layers) and `IN_LAYER` (in a layer) map the
-first names to the second; `LAYERS` is the prefix of a layer's names.
+`KeyError` if one is missing. Two dicts map transformers' names to timm's: `RENAMED` those of the
+parameters outside of the layers, `IN_LAYER` those of the modules in a layer. `LAYERS` is the
+beginning of transformers' names in the layers.
 """
 
 import re

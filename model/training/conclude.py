@@ -6,17 +6,19 @@ Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all ca
 
 - `planned`: the `RunPlan` of the run, made by `plan()` in `plan.py`.
 - `best`: the run's best checkpoint, a `Best` of `plan.py`.
-- `baseline`: the `Validation` (metrics) of the initial detector; None if the run did not start from
-  a trained detector. In this case, or if `best` has no validation, nothing is compared or refused;
-  the checkpoint is only calibrated.
+- `baseline`: the `Validation` (metrics) of the initial detector, measured before training (in the
+  file `planned.baseline`, which `read_validation()` of `validation.py` reads); None if the run did
+  not start from a trained detector. In this case, or if `best` has no validation, nothing is
+  compared or refused; the checkpoint is only calibrated.
 - `start`: the verdicts of the initial detector on the kept mistakes, which `start_on_mistakes()`
-  returns before training: a dict, hash of an image -> `Verdict`; None if there are no kept
-  mistakes. On every rank but 0 it is always None.
+  returns before training: a dict, hash of an image -> `Verdict`; None if the recipe names no folder
+  of kept mistakes (`gate.mistakes`). On every rank but 0 it is always None.
 
 It writes the calibration (if there is none yet), the comparison (`compared`) and the reasons to
 refuse (`refused`, a list of texts) into the checkpoint's `meta.json`, and returns nothing. It
 raises `Refused` (a `ValueError`) on every rank if the gate refuses the checkpoint. Scores that
-cannot be calibrated are only logged as a warning. Other errors of files and records pass through.
+cannot be calibrated are only logged as a warning. Other errors of files and records pass through;
+those of the comparison come on rank 0 only.
 
 `conclude_again(planned, best)` does what is missing when a finished run is started again. It raises
 `Refused` on each rank for a checkpoint that was refused before.

@@ -10,16 +10,18 @@ Main entry: `History(folder, done, tracker)`, a context manager.
 - `tracker`: an open `Tracker` of `model/tracking/tracker.py` (sender to a service such as MLflow),
   or None (the default).
 
-Its `write(step, kind, row)` appends a row and sends it on. `step` is the step's number, `kind` a
-text such as "train" or "validate/SET", and `row` a dict, name -> number or None. `sync()` flushes
-the rows to the disk. On several ranks, only rank 0 makes a `History`.
+Its `write(step, kind, row)` appends a row to `metrics.jsonl` and sends its numbers to TensorBoard
+and the tracker. After an interruption, the tracker does not get again what it already has. `step`
+is the step's number, `kind` a text such as "train" or "validate/SET", and `row` a dict, name ->
+number or None. `sync()` flushes the rows to the disk. On several ranks, only rank 0 makes a
+`History`.
 
 `rows_of(folder)` returns the rows of `metrics.jsonl` as a list of dicts, each also with `step` and
-`kind`. It raises `FileNotFoundError` if there is no file. It and `History` raise `ValueError` if
-the file does not begin with a row with `step` and `kind`, or if rows follow a damaged line;
-`History` also for such a `removed.jsonl`. An incomplete end, left by a kill, is ignored.
-`scalars_of(kind, row)` returns a dict, `kind/name` -> value, as TensorBoard and the tracker get it;
-values that are None are left out.
+`kind`. It raises `FileNotFoundError` if there is no file. `rows_of()` and `History` raise
+`ValueError` if the file does not begin with a row with `step` and `kind`, or if rows follow a
+damaged line. `History` raises it, too, if `removed.jsonl` is damaged in the same way. An incomplete
+end, left by a kill, is ignored. `scalars_of(kind, row)` returns a dict, `kind/name` -> value, as
+TensorBoard and the tracker get it; values that are None are left out.
 """
 
 import itertools

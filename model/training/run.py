@@ -10,9 +10,9 @@ On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 - `runs`: the `Path` of the folder of all runs.
 - `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
   file; None: those that the recipe says.
-- `stop_at`: the step to stop after, counted from the start of the run. If it is not larger than the
-  number of steps already done, one more is done. None: train to the end. A fit (`optim.solver`
-  lbfgs) takes only None.
+- `stop_at`: the step to stop after, counted from the start of the run. If the run has already
+  reached this step, one more step is done. None: train to the end. A fit (`optim.solver` lbfgs)
+  takes only None.
 - `dist`: a `DistEnv`, as `init_distributed()` yields it; None: one process.
 
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
@@ -25,9 +25,10 @@ saves a checkpoint, and the path is that of the best checkpoint so far (before t
 the one just saved). The path does not show whether the run is finished; the bool `plan(recipe,
 data, runs).finished` of `model/training/plan.py` does. Errors:
 
-- `ValueError`: wrong input, a run of another recipe in the folder, a checkpoint that is damaged or
-  cannot be written (a full disk), or a loss or weight that is not finite. Also, without waiting, if
-  another training of this run is active (it holds the lock on `LOCK_FILE` in the folder).
+- `ValueError`: wrong input, a run of another recipe in the folder, a damaged checkpoint (in the
+  run: only if all are), a checkpoint that cannot be written (a full disk), or a loss or weight that
+  is not finite. Also, without waiting, if another training of this run holds the lock on
+  `LOCK_FILE` in the folder.
 - `OSError`: another file cannot be read or written.
 - `Refused` of `model/training/conclude.py` (a `ValueError`, so catch it first): the gate refuses
   the checkpoint. Every rank raises it.

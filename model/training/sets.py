@@ -28,7 +28,8 @@ raises
   if all samples are of one class (unless `data.allow_one_class`).
 
 `check_apart(recipe, stream, validation)` raises `ValueError` if a validation set shares images with
-the training sets (unless `data.allow_shared_images`). Sets that are only replayed do not count.
+the training sets (unless `data.allow_shared_images`). Sets that are only replayed do not count, nor
+do sources that `data.repeats` sets to 0.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,8 +17,8 @@ distill_weight)`. The last three are optional and passed by keyword. On several 
 
 It returns a scalar tensor on the device. With one process, this is the loss of the batch. With
 several ranks, the loss of the batch is the mean of what they return. A loss that is not finite
-raises no error: the step's number is stored in `train_state.bad_step`, and `run.py` reads it and
-stops the run.
+raises no error: the number of the first such step is stored in `train_state.bad_step`, and `run.py`
+reads it and stops the run.
 
 `not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
 EMA, that is not finite, or None; frozen weights are not checked. `average_of(net)` returns a copy

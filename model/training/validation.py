@@ -1,5 +1,5 @@
 """Score the validation sets during training, to choose the best checkpoint, and calibrate a
-checkpoint. On several ranks, all ranks call both main entries.
+checkpoint. On several ranks, all call both main entries, and all get the same result.
 
 `validate(train_state, sets, preprocess, loading, features)` returns a `Validation`: `sets` (name ->
 `Metrics`), `sources` ("set/source" -> `Metrics`), and `selection`, by which the best checkpoint is
@@ -8,8 +8,7 @@ chosen: the mean over the sets of the balanced accuracy (the accuracy if a set h
 - `train_state`: the `TrainState` of the run (`assemble()` in `assemble.py`).
 - `sets`: a dict, name -> `ShardSet`, as `open_validation()` in `sets.py` returns.
 - `preprocess`: a `Preprocess`, the `preprocess` of a `ResolvedRecipe`.
-- `loading`: the loader's settings (`Loading`: batch size, workers and more), such as
-  `recipe.loading`.
+- `loading`: a `Loading` (batch size, workers and more of the loader), such as `recipe.loading`.
 - `features`: None (the default), or a `FeatureSource`: the place of stored features, which are
   scored instead of images (`model/features/prepare.py`).
 
@@ -30,9 +29,10 @@ as above. The last four may be left out.
   `index.json` (`ShardSet.sha256`). Then `rule` is not used, and the sets of `folders` are scored
   only for their metrics.
 
-Both main entries raise `ValueError` or a subclass for sets or scores that cannot be used. `Gain`
-has the `highest` selection so far, the `step` that reached it first, and `validations_since`. Its
-`after(step, selection)` returns the `Gain` after one more validation.
+Both main entries raise `ValueError` or a subclass for sets, scores or a checkpoint that cannot be
+used, and `OSError` (on rank 0) if `meta.json` cannot be written. `Gain` has the `highest` selection
+so far, the `step` that reached it first, and `validations_since`. Its `after(step, selection)`
+returns the `Gain` after one more validation.
 
 `remembered(path, find, first)` returns the `Validation` in a JSON file (`Path`). If there is no
 file, it calls `find()`, which returns a `Validation`, and returns that. `first` is True on rank 0

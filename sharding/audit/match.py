@@ -21,8 +21,12 @@ round, another `ValueError` without scikit-learn.
 
 `sample_list(chosen)` takes a dict from the name of a set to the pair (its `ShardSet`, its `rows`)
 and returns a CSV text for `evaluate.py --subset`, with the columns `set` and `key`.
-`as_json(match)` takes one value: a `Match`, a text that says why there is none, or None. It returns
-the entry for `report.json`: a dict (with only `error` for a text), or None for None.
+
+`as_json(match)` returns the entry for `report.json`:
+
+- for a `Match`, a dict of its figures.
+- for a text that says why there is no `Match`, {"error": this text}.
+- for None, None.
 """
 
 import csv

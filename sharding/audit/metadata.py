@@ -8,9 +8,9 @@ Main entry: `metadata_of(shards)` takes a `ShardSet`, such as `open_shards([fold
 - `labels`: int8 (samples,), 0 real, 1 fake.
 - `groups`: int64 (samples,), equal for related images.
 - `names`: dict, number of a column with codes -> list of texts; a code is a position in this list.
-  In the columns 0, 6, 7 and 9 the last text is "others": the names after the 250 most frequent ones
-  share it, also those of sources.
-- `sources`: int64 (samples,), the codes of the sources.
+  In the columns 0, 6, 7 and 9 only the 250 most frequent names (`MAX_NAMES`) have their own code;
+  all other names share the last one, "others".
+- `sources`: int64 (samples,), the codes of column 9 as integers.
 - `take(rows)`: the `Metadata` of some samples.
 
 Columns of `values`; `NAMED` are the numbers of those with codes, `FEATURES` maps the name of a

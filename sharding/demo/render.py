@@ -14,7 +14,7 @@ written raises `OSError`. One JPEG is truncated on purpose.
 Files:
 
     folder/raw/<source>/{real,fake}/<camera or decoder>/<number>.<jpg|png|webp|bmp>
-    folder/catalog.toml
+    folder/catalog.toml      the catalog of these sources, for `python -m sharding build`
 
 The images contain no photograph and nothing of a published generator. A procedural scene is
 rendered in linear light at twice the final resolution and is then processed in one of two ways:
@@ -22,9 +22,10 @@ rendered in linear light at twice the final resolution and is then processed in 
     real:  lens -> sensor with Bayer mosaic and noise -> demosaic -> tone curve -> file
     fake:  lens -> tone curve -> reduced to a latent, decoded with learned upsampling -> file
 
-In the source `pairs`, a fake is decoded from the finished real image of the same number. A `Shot`
-is one image to make, a `Camera` or a `Decoder` is what makes it. `render(shot, seed)` returns its
-pixels, float32 (height, width, 3), 0 to 1; most other functions are its steps.
+In the source `pairs`, each fake is made from the finished real image of the same number, by
+reducing it to a latent and decoding this. A `Shot` is one image to make, a `Camera` or a `Decoder`
+is what makes it. `render(shot, seed)` returns its pixels, float32 (height, width, 3), 0 to 1; most
+other functions are its steps.
 
 Scenes, lenses, tone curves, sizes, file formats and qualities have the same distribution in both
 classes. Only pixels differ. Real images have sensor noise, which demosaicing makes similar in

@@ -9,11 +9,11 @@ and returns a `Pairs`.
   `sharding/pairs/decoder.py` returns it.
 - `max_megapixels`: a number; larger images get no partner. Default: `MAX_MEGAPIXELS`.
 - `on_image`: a function, called without arguments after each real image, with or without a partner.
-  It may be left out, but must not be None.
+  Leave it out to have no calls; None is not accepted.
 
-A `Pairs` has the `name` of the new set; `catalog`, its path; `counts`, a dict from a source to its
-number of pairs; `already`, how many pairs an earlier run made; and `excluded`, a dict from a reason
-to the number of real images without a partner. Files below `out`:
+A `Pairs` has the `name` of the new set; `catalog`, the path of its catalog; `counts`, a dict from a
+source to its number of pairs; `already`, how many of these pairs an earlier run made; and
+`excluded`, a dict from a reason to the number of real images without a partner. Files below `out`:
 
     <set>-pairs/<source>/real/<key>.<suffix>    the real image, its bytes as they are packed
     <set>-pairs/<source>/fake/<key>.<suffix>    its reconstruction, encoded like the real image
