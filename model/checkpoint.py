@@ -12,8 +12,8 @@ checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main en
 - `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta
   (dict). `CheckpointError`: no usable checkpoint. `DamagedError`, its subclass: a missing or
   changed file. Another `ValueError`: weights do not fit, or a backbone is not fetched.
-- `find(runs, named=None, *, shipped=False)` returns a folder. `named`: a `Path` of a checkpoint or a
-  run (gives its best), or a shipped detector, `Path("clip")`; else `CheckpointError`. None: the
+- `find(runs, named=None, *, shipped=False)` returns a folder. `named`: a `Path` of a checkpoint or
+  a run (gives its best), or a shipped detector, `Path("clip")`; else `CheckpointError`. None: the
   best of the newest run in `runs`, else the shipped detector if `shipped`, or `NoCheckpointError`.
 """
 

@@ -98,10 +98,10 @@ def _from_hub(name: str) -> Path:
     try:
         snapshot = snapshot_download(f"{owner}/{repository}", allow_patterns=files)
     except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))[:200]
         raise DecoderError(
-            f"{name} is no folder here and did not come from the hub ({reason}); check the name "
-            "and the network, or give a folder"
+            f"{name} is no folder here and did not come from the hub "
+            f"({reason or type(error).__name__}); check the name and the network, or give a folder"
         ) from error
     folder = Path(snapshot) / below
     if not folder.is_dir():
