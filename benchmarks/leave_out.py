@@ -72,6 +72,9 @@ from storage import any_path
 
 Scored = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
+TOKEN = 768
+"""Numbers of a class token of ViT-B. Clusters are made of the last token: it tells the subject."""
+
 CLUSTERS = 60
 FEWEST = 8
 """Images of each class that a cluster needs at least to be counted."""
@@ -107,10 +110,10 @@ def interval(values: Mapping[str, float], seed: int = 0) -> tuple[float, float]:
 
 def within_subjects(
     features: np.ndarray, labels: np.ndarray, logits: np.ndarray
-) -> tuple[float, int]:
+) -> tuple[float | None, int]:
     """Return the mean AUROC within clusters that have both classes, and the number of clusters.
 
-    The mean is weighted by the number of images.
+    The mean is weighted by the number of images. It is None if there is no such cluster.
     """
     from sklearn.cluster import KMeans
 
@@ -123,7 +126,7 @@ def within_subjects(
         if min(len(reals), len(fakes)) >= FEWEST:
             values.append(auroc(reals, fakes))
             sizes.append(own.sum())
-    return float(np.average(values, weights=sizes)), len(values)
+    return float(np.average(values, weights=sizes)) if values else None, len(values)
 
 
 def left_out_pairs(planned: RunPlan, state: TrainState, scored: Scored) -> dict[str, float]:
@@ -233,6 +236,11 @@ def main(
 ) -> None:
     """Measure a head on sources that were left out of its training."""
     recipe = recipes.load(Recipe, recipe_path, overrides)
+    if recipe.features is None or not recipe.features.stored:
+        raise click.UsageError(
+            f"{recipe_path} has no stored features; give a recipe with a frozen "
+            "backbone, such as recipes/clip-all.toml"
+        )
     planned = plan(
         replace(recipe, name=f"{recipe.name}-left-out"), any_path(data), runs, init_from=init_from
     )
@@ -267,7 +275,8 @@ def main(
     table = FeatureLoader(pool.shards, source, recipe.loading, planned.device).table(0)
     rows = np.concatenate([pool.new[codes[pool.new] == names.index(name)] for name in scored])
     rows = np.delete(rows, list(table.failures(rows)))  # as `scored`, without unreadable images
-    last = table.rows(rows)[:, -768:].astype(np.float32)
+    width = table.width // state.net.crops  # of the center crop
+    last = table.rows(rows)[:, max(0, width - TOKEN) : width].astype(np.float32)
     labels, logits = (np.concatenate([pair[part] for pair in scored.values()]) for part in (0, 1))
     inside, clusters = within_subjects(last, labels, logits)
     figures["within subjects"] = {"auroc": inside, "clusters": clusters}
