@@ -1,6 +1,6 @@
 """Measure a head on sources that were left out of its training, from stored features.
 
-    python -m benchmarks.leave_out --recipe FILE [--init-from WEIGHTS] [--pairs] [--robustness N]
+    python -m benchmarks.leave_out --recipe FILE [--init-from WEIGHTS] [--pairs N] [--robustness N]
 
 Main entry: `main()`, this click command. For each source, a head is trained without it (and without
 the sources that the recipe's `calibration.together` groups with it). This head scores the source.
@@ -12,7 +12,8 @@ error in the input is printed in one line, with exit code 1 (2 for a wrong optio
   `recipes/clip-all.toml`. `--set KEY=VALUE` changes a value of it; may be repeated.
 - `--init-from`: a `.safetensors` file or a checkpoint folder with the backbone's weights (default:
   what the recipe says).
-- `--pairs`: also train a head without both sources of each pair, which is harder and takes minutes.
+- `--pairs N`: for up to N random pairs of a source of reals and one of fakes, also train a head
+  without both, which is harder (seconds a pair).
 - `--robustness N`: up to N images of each source are scored again after each perturbation of
   `pipeline/perturb.py`, by the head trained without the source. This computes their features.
 - `--data`: the folder or address of the packed sets (default `data/shards`). `--runs`: the folder
@@ -37,7 +38,8 @@ A dict is printed as JSON. Its keys (the first two leave out sources that have b
 - "perturbed", with `--robustness`: perturbation -> `auroc` (mean over pairs of sources),
   `false_positive_rate` and `recall` (means over sources) at the threshold of the recipe's own
   calibration, one of the three above.
-- "pairs left out", with `--pairs`: like "one left out", by heads trained without either source.
+- "pairs left out", with `--pairs`: like "one left out", by heads trained without either source, and
+  `pairs`, their number, and `one_left_out`, the mean of "one left out" over the same pairs.
 """
 
 import itertools
@@ -94,16 +96,20 @@ def of_pairs(real: Mapping[str, np.ndarray], fake: Mapping[str, np.ndarray]) -> 
 
 
 def interval(values: Mapping[str, float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean, resampling real and fake sources."""
+    """Return the 95 % bootstrap interval of the mean, resampling real and fake sources. `values`
+    may lack pairs.
+    """
     rng = np.random.default_rng(seed)
-    real, fake = ([*dict.fromkeys(k.split(" | ")[side] for k in values)] for side in (0, 1))
-    table = np.array([[values[f"{r} | {f}"] for f in fake] for r in real])
-    means = [
-        table[rng.integers(0, len(real), len(real))][
-            :, rng.integers(0, len(fake), len(fake))
-        ].mean()
-        for _ in range(200)
-    ]
+    sides = [np.unique([key.split(" | ")[side] for key in values], return_inverse=True)[1]
+             for side in (0, 1)]  # fmt: skip
+    aurocs, means = np.array([*values.values()]), []
+    for _ in range(200):
+        drawn = [rng.integers(0, own.max() + 1, own.max() + 1) for own in sides]
+        counts = [
+            np.bincount(d, minlength=len(d))[own] for d, own in zip(drawn, sides, strict=True)
+        ]
+        if (weights := counts[0] * counts[1]).any():
+            means.append(np.average(aurocs, weights=weights))
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
@@ -129,16 +135,26 @@ def within_subjects(
     return float(np.average(values, weights=sizes)) if values else None, len(values)
 
 
-def left_out_pairs(planned: RunPlan, state: TrainState, scored: Scored) -> dict[str, float]:
-    """Return the AUROC of each pair of sources by a head that was trained without both."""
+def kinds_of(scored: Scored) -> dict[str, int]:
+    """Return the label of each source whose images are all real or all fake."""
+    return {n: int(y[0]) for n, (y, _) in scored.items() if y.all() or not y.any()}
+
+
+def left_out_pairs(
+    planned: RunPlan, state: TrainState, scored: Scored, most: int
+) -> dict[str, float]:
+    """Return the AUROC of up to `most` random pairs of a source of reals and one of fakes, each by
+    a head that was trained without both.
+    """
     pool, loading = planned.stream.pool, planned.recipe.loading
     codes, names = pool.shards.codes("source")
     group_of = planned.recipe.calibration.group_of
     loader = planned.stream.loader
     assert isinstance(loader, FeatureLoader)
-    kinds = {name: int(labels[0]) for name, (labels, _) in scored.items()}
+    kinds = kinds_of(scored)
     pairs = [(r, f) for r in kinds for f in kinds if (kinds[r], kinds[f]) == (0, 1)]
-    values = {}
+    chosen = np.random.default_rng(0).permutation(len(pairs))[:most]
+    pairs, values = [pairs[i] for i in chosen], {}
     with console.progress("leaving out pairs", len(pairs)) as advance:
         for real, fake in pairs:
             members = [n for n in kinds if group_of(n) in (group_of(real), group_of(fake))]
@@ -201,7 +217,7 @@ def robustness(
     """
     figures = {}
     for index, perturbation in enumerate(PERTURBATIONS):
-        own = {name: table[index][np.isfinite(table[index])] for name, table in logits.items()}
+        own = {name: logits[name][index][np.isfinite(logits[name][index])] for name in kinds}
         real, fake = ({n: z for n, z in own.items() if kinds[n] == k and len(z)} for k in (0, 1))
         figures[perturbation.name] = {
             "auroc": float(np.mean([*of_pairs(real, fake).values()])),
@@ -215,7 +231,12 @@ def robustness(
 @click.option("--recipe", "recipe_path", type=console.LocalPath(exists=True), required=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--init-from", type=console.LocalPath(exists=True), help="Weights of the backbone.")
-@click.option("--pairs", is_flag=True, help="Train without both sources of each pair as well.")
+@click.option(
+    "--pairs",
+    "most_pairs",
+    type=click.IntRange(min=1),
+    help="Random pairs of sources to train without as well.",
+)
 @click.option(
     "--robustness",
     "per_source",
@@ -228,7 +249,7 @@ def main(
     recipe_path: Path,
     overrides: tuple[str, ...],
     init_from: Path | None,
-    pairs: bool,
+    most_pairs: int | None,
     per_source: int | None,
     out: Path | None,
     data: str,
@@ -290,10 +311,14 @@ def main(
     if per_source:
         shipped = calibrate_sources(scored, recipe.calibration)
         at = math.log(shipped.threshold / (1 - shipped.threshold)) * shipped.temperature
-        kinds = {name: int(labels[0]) for name, (labels, _) in scored.items()}
+        kinds = kinds_of(scored)
         figures["perturbed"] = robustness(perturbed_logits, kinds, at)
-    if pairs:
-        figures["pairs left out"] = summary(left_out_pairs(planned, state, scored))
+    if most_pairs:
+        pairs = left_out_pairs(planned, state, scored, most_pairs)
+        figures["pairs left out"] = summary(pairs) | {
+            "pairs": len(pairs),
+            "one_left_out": float(np.mean([one[name] for name in pairs])),
+        }
     console.say(json.dumps(figures, indent=1))
     if out:
         out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
