@@ -3,11 +3,11 @@
     python predict.py PATH... [--checkpoint RUN] [--format table|csv|jsonl] [--out FILE]
 
 PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
-list of paths on standard input. Each image gives the path, the probability that the image is
-AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or the reason why the
-image cannot be read. Statements in the file about its origin are added. The exit code is 0; 1 if an
-image could not be read or a file not be written; 2 if nothing could be scored (`NotStarted`) or the
-command line is wrong; 130 after Ctrl-C without `--watch`.
+list of paths on standard input. Each image gives the path, the probability that it is AI-generated,
+and the verdict *likely AI*, *uncertain* or *no sign of AI*, or why it cannot be read. Statements in
+the file about its origin are added. The exit code is 0; 1 if an image could not be read or a file
+not be written; 2 for a wrong command line, no image, or a detector, trust list or `--out` that
+cannot be opened (`NotStarted`); 130 after Ctrl-C. With `--watch`, that is the normal end (0 or 1).
 
 Main entry: `main()`, the click command. Options:
 
@@ -25,14 +25,14 @@ Main entry: `main()`, the click command. Options:
   same detector, calibration, threshold and format.
 - `--threshold`: probability (0 to 1) from which an image is *likely AI*; below it is *no sign of
   AI*, and nothing is *uncertain*. Default: the thresholds of the detector.
-- `--max-fpr`, `--max-miss`: one or both in place of `--threshold`. The thresholds are chosen so
-  that at most this share of real images is called *likely AI*, or of fakes *no sign of AI* (above 0
-  and below 0.5; on images like those of the calibration).
+- `--max-fpr`: the largest share of real images that may be called *likely AI*. `--max-miss`: the
+  largest share of fakes that may be called *no sign of AI*. Each is above 0 and below 0.5, and
+  holds for images like those of the calibration. Give one or both, without `--threshold`. A limit
+  that is not given stays the detector's.
 - `--watch FOLDER`: instead of PATH, score images as they appear, until Ctrl-C.
 - `--heatmap FOLDER`: write PNGs of the regions that changed the score (only with a checkpoint).
 - `--trust-list FILE`: PEM file with the certificates of trusted C2PA signers (default: the file in
-  the variable DETECTOR_TRUST_LIST, else the list of `python -m model fetch --trust-list`, if
-  fetched).
+  DETECTOR_TRUST_LIST, else the list that `python -m model fetch --trust-list` fetched).
 - `--report-mistake LABEL`: the true label of all images, `real` or `fake`. Each verdict that
   contradicts it is recorded in the folder `--mistakes` (default: the variable DETECTOR_MISTAKES,
   else `mistakes`); with `--keep-image` (no value), the image is stored there, too.

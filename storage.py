@@ -3,15 +3,16 @@
 Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this machine, or a
 `UPath` (fsspec) for an address. Main entries:
 
-- `any_path(text)` returns an `AnyPath` for a text (a `Path` for `file://`). `local_path(text)`
-  returns a `Path` and refuses addresses, except `file://`, which is this machine.
-  `writable_path(text)` refuses addresses that can only be read (http, https). All three raise
-  `ValueError` for what they refuse, also for an empty text.
+- `any_path(text)` returns an `AnyPath` for a text (a `Path` for `file://`). It refuses an empty
+  text, a zero byte, an address without bucket or host, and one whose file system is not installed.
+  `local_path(text)` returns a `Path`; it also refuses addresses, except `file://`.
+  `writable_path(text)` returns what `any_path(text)` does; it also refuses addresses that can only
+  be read (http, https). All three raise `ValueError` for what they refuse.
 - `write_atomically(path, write)` writes a file, whose folder must exist (except in an object
   store). It calls `write(partial)` with the `Path` of a temporary file, which `write` fills, then
-  renames or uploads the file, so that `path` is missing, old or complete, never partial. `OSError`
-  is raised if writing fails (for an address also for other errors of its client), and what `write`
-  raises.
+  renames or uploads the file, so that `path` is missing, old or complete, never partial. It raises
+  `OSError` if writing fails (for an address, any error of its client becomes an `OSError`). An
+  error of `write` itself is passed on.
 - `write_text(path, text)` and `write_bytes(path, data)` write a whole file in this way.
 - `atomic_folder(path, *, replace=False)` is a context manager for a `Path`: it yields a temporary
   folder to fill, and publishes it as `path` if the block ends without an error.
@@ -25,9 +26,8 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
   removes it at the end. At the start it removes the older temporary folders of `path`, which killed
   processes left: `<name>.<number>.partial` and `<name>.old.<number>.partial`. If there is nothing
-  at `path`, the `.old.` folder is not removed but renamed to `path`. Temporary folders of other
-  paths are not touched. So `path` must have one writer at a time; this holds for `atomic_folder()`
-  too.
+  at `path`, the `.old.` folder is not removed but renamed to `path`. So `path` must have one writer
+  at a time, also for `atomic_folder()`.
 
 `partial_of(path)` takes a `Path` and returns its temporary path. `file_name(stem, suffix)` joins
 both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the

@@ -4,28 +4,31 @@ scores with those of the CPU.
     python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER [--json FILE]
 
 Main entry: `main()`, this click command. A small network with random weights is trained through
-`train.py`, stopped by SIGTERM in the middle and resumed by the same command. `evaluate.py` measures
-it, and `predict.py` scores images on the device and on the CPU. The scores themselves mean nothing:
-the network trains for seconds. A script that fails does not stop the other steps. After the last
-step, the command then fails with the names of the failed steps. If `predict.py` wrote no CSV file,
-nothing is compared. Start it in the root folder of the project, or with absolute paths.
+`train.py`, stopped by SIGTERM after step 10 (`STOP_AFTER_STEP`) and resumed by the same command. A
+set that fills fewer batches is not interrupted. `evaluate.py` measures it, and `predict.py` scores
+images on the device and on the CPU. The scores themselves mean nothing: the network trains for
+seconds. A script that fails does not stop the other steps. After the last step, the command then
+fails with the names of the failed steps. If `predict.py` wrote no CSV file, nothing is compared.
+Start it in the root folder of the project, or with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
 - `--work`: a new folder for the run, the report and the CSV files of `predict.py`.
 - `--batch-size`: images per training batch (default 256).
 - `--set KEY=VALUE`: changes the recipe `recipes/phase1-fast.toml`; may be repeated.
-- `--json`: a file for the dicts that are printed, one per step.
+- `--json`: a JSON file: step -> its dict (on the screen, each is cut to 600 characters).
 
 `run(*command, stop_at=None)` runs Python with these arguments (a script of the project and its
 options, as text) in the root folder of the project. It returns a dict: exit code (`rc`), `seconds`
-and the last 25 `lines` of output. A script that runs longer than `LIMIT_S` seconds is killed when
-it prints its next line. `stop_at` is the number of a training step, or None: once this step is
-logged, the script gets SIGTERM, and the dict has `seconds_to_stop`, from the signal to the end.
+and the last 25 `lines` of output. After `LIMIT_S` seconds a script is killed, but only when it
+prints its next line. `stop_at` is the number of a training step, or None: once this step is logged,
+the script gets SIGTERM, and the dict has `seconds_to_stop`, from the signal to the end.
 
 `compare(device_csv, cpu_csv)` takes the `Path`s of two CSV files of `predict.py` on the same
-images. It returns a dict: how far the probabilities are apart (mean, p99, max; None if no image has
-one in both), how many verdicts differ, and which files only one of the two could read.
+images. It returns a dict: the numbers `files` and `scored by both`; `probability apart`, how far
+the probabilities are apart (`mean`, `p99`, `max`; None if no image has one in both); `verdicts
+differ`, how many; and `refused on one side`, a dict, name of a file that only one of the two could
+read -> its two errors.
 """
 
 import csv

@@ -7,9 +7,9 @@ stage that fails or exceeds its limit does not stop the later stages, and the re
 written are kept. The command fails if a stage did not succeed; the same command again skips the
 stages that did.
 
-- `--images`: a folder of photographs: JPEGs in `jpeg/`, PNG and WebP in `other/`.
-- `--out`: the folder that gets a JSON file per measurement, `stages.jsonl` with the exit code and
-  seconds of each stage, and `log.txt`.
+- `--images` (required): a folder of photographs: only JPEGs in `jpeg/`, PNG and WebP in `other/`.
+- `--out` (required): the folder that gets a JSON file per measurement, `stages.jsonl` with the exit
+  code and seconds of each stage, and `log.txt`.
 - `--work`: the folder for packed images and runs (default `gpu-day`).
 - `--budget`: seconds for the whole call (default 3600). A stage starts only if at least its minimum
   time is left; otherwise it counts as failed.

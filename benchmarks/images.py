@@ -10,7 +10,8 @@ then encoded again at lower and lower quality until `count` different files are 
 - `count`: the number of files in total (int, at least 1).
 
 Both return a list of the paths, in the order of writing. `write_copies()` raises ValueError if
-there is no JPEG or too few different files can be made.
+there is no JPEG or too few different files can be made, and OSError if a file that begins like a
+JPEG cannot be decoded to be encoded again.
 """
 
 import hashlib

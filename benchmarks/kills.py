@@ -4,14 +4,15 @@
 
 COMMAND is `build`, `train`, `predict`, `fetch`, `evaluate` or `export`; default: all. First, each
 command runs twice undisturbed on small inputs made for it. Files that differ between these two runs
-count as differences, too. Then the command is started in a new folder; at a random time within the
-duration of an undisturbed run, all its processes get SIGKILL, and the command is started again if
-it has work left. After up to four kills in one folder, it runs to its end. The names and bytes of
-all files are then compared with the undisturbed run, except for folders in `LEFT_OUT` and JSON
-entries in `MEANT_TO_DIFFER`. This is repeated in new folders until `--times` kills have hit a
-running process. `--seed` (default 0) draws the times. `--work` is a folder for all files, new or
-with `inputs` only (default: temporary). A table with a `Row` per command is printed, and written to
-`--json`. The exit code is 1 on a failure.
+count as differences, too. Then the command is started in a new folder. At a random time within the
+duration of an undisturbed run, all its processes get SIGKILL, and it is started again if it has
+work left. After up to four kills in one folder, it runs to its end. The names and bytes of all
+files are then compared with the undisturbed run, except for folders in `LEFT_OUT` and JSON entries
+in `MEANT_TO_DIFFER`. This is repeated in new folders until `--times` kills have hit a running
+process. `--seed` (default 0) draws the moments of the kills. `--work` is a folder for all files,
+new or with only `inputs` and `inputs.log` (default: temporary). A table with a `Row` per command is
+printed, and written to `--json`. The exit code is 1 if files differ or a command fails, 2 for an
+unknown COMMAND.
 
 Main entry: `kill_often(name, command, work, times, rng)` kills one command and returns its `Row`:
 
@@ -25,19 +26,18 @@ Main entry: `kill_often(name, command, work, times, rng)` kills one command and 
 
 Its arguments:
 
-- `name`: used in the names of folders and in messages.
-- `command`: a `Command(group, words, done)`: a click command, the list of its arguments (relative
-  paths are in the folder of the run), and a file or folder that exists once it has finished ("": it
-  can always run again).
-- `work`: an existing folder (Path), in which the folders of the runs are made. If one of them
-  exists, FileExistsError is raised. The folder of a killed run is deleted if its files are the same
-  as those of the undisturbed run; all others stay. The output of the command is in `FOLDER.log`
-  next to each folder.
-- `times`: the number of kills that must hit a running process.
-- `rng`: a random.Random, which draws the moments.
+- `name`: a text for the names of folders and for messages.
+- `command`: a `Command(group, words, done)`. `group` is a click command, `words` the list of its
+  arguments. `done` is the path (text) of a file or folder that exists once the command has
+  finished, or "" if it can always run again. Relative paths are in the folder of the run.
+- `work`: an existing folder (Path) for the folders of the runs. If one of them exists,
+  FileExistsError is raised. The folder of a killed run is deleted if its files are the same as
+  those of the undisturbed run; all others stay. The output of the command is in `FOLDER.log` next
+  to each folder.
+- `times`: number of kills that must hit a running process. `rng`: random.Random, for the moments.
 
 `kill_often()` raises click.ClickException if the undisturbed command fails or takes more than
-`LIMIT_S` seconds, or if the command is so short that it nearly always ends before the kill.
+`LIMIT_S` seconds, or if it is so short that it nearly always ends before the kill.
 
 `write_inputs(work, address)` writes the inputs of the six commands above to `work` (an absolute,
 existing Path) and returns a dict, name -> `Command`. `address` is that of the server of `fetch`,

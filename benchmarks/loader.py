@@ -7,10 +7,10 @@ The images are N JPEGs (default 3000) of ImageNet's size, made and packed here (
 FOLDER`: from real JPEGs), or those of the packed set `--shards`. The augmentation policy is that of
 phase 1. Each loader runs in its own process; loaders take turns (A B C A B C ...), so that other
 programs affect all alike. PATH is the Python interpreter of libraries that this project does not
-install. `--only NAME` (repeatable) chooses loaders; `--workers`, `--batch-size` and `--epochs` are
-the same for all. The speed is measured from the first batch to the last; the time up to the first
-batch is the start-up. Once a second, the memory of a loader's processes is added up (PSS, which
-counts shared pages once); the largest sum is reported.
+install. `--only NAME` (repeatable) chooses loaders. `--workers`, `--batch-size` and `--epochs` are
+the same for all, but `read` has one process and loads about `READ_IMAGES` images. The speed is
+measured from the first batch to the last; the time before is the start-up. Once a second, the
+memory of a loader's processes is added up (PSS, with shared pages once); the largest sum counts.
 
 A run is calm if other programs used at most `CALM` of the CPU time. This share is measured on Linux
 only; elsewhere it is 0, and every run is calm. Memory is 0 there, too. The printed table has a row
@@ -18,7 +18,7 @@ per loader, from its calm runs, if any; `--json` gets the figures of all runs. C
 ratios to torchvision's loader (`BASE`) within one call. The exit code is 1 if a loader failed.
 
 Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs each loader until it
-has `repeats` calm runs, but at most `2 * repeats` times in all.
+has `repeats` calm runs, but each at most `2 * repeats` times.
 
 - `names`: a list of keys of `benchmarks.contenders.CONTENDERS`, such as `["pil", "torchvision"]`.
 - `place`: an absolute folder (Path) that `pack()` or `unpack()` has filled; it gets logs, too.
@@ -29,14 +29,14 @@ has `repeats` calm runs, but at most `2 * repeats` times in all.
 
 It returns a dict, name -> list of runs. A run is a dict with `images_per_s`, `start_s` (seconds),
 `bytes` (memory), `version` (of the library, "" if none is used) and `others` (the share of the CPU
-time that other programs used, 0 to 1). It has `missing` (the package) instead if the loader is not
-installed, or `failed` (the reason), also after `TIMEOUT_S` seconds; such a loader is not run again.
+time that other programs used, 0 to 1). If the loader is not installed, the run is `{"missing":
+package}`. If it failed or took more than `TIMEOUT_S` seconds, the run has `failed` (the reason) and
+`log` (the last lines of its output). Neither is run again.
 
 First fill `place`, an empty folder, by one of these, which return nothing. `pack(place, images,
 originals, workers)` makes the images and packs them with `workers` processes; `images` is their
 number, `originals` the folder of real JPEGs (Path), or None to draw the images. `unpack(place,
-folder)` takes those of a packed set (Path of its folder); it raises ValueError if not all are
-JPEGs.
+folder)` takes those of a packed set (Path of its folder; ValueError if not all are JPEGs).
 """
 
 import contextlib

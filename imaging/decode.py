@@ -1,14 +1,14 @@
 """Decode the bytes of an image file of any usual format to upright 8-bit RGB pixels.
 
 Main entry: `decode(data)` takes the bytes of a file and returns pixels, uint8 (height, width, 3).
-It raises `DecodeError` (as do the next four) for damage, another format, or more than `MAX_BYTES`
-or `MAX_PIXELS`. `decoded(data)` yields the pixels in a `with` block, which reserves their memory.
-`prepare(data)` returns a `Prepared`: `pixels`, `facts` (size, ...) and `data`, the bytes to pack
-(an RGB PNG unless it is a plain JPEG, PNG or WebP). `decode_image(data, image_format, orientation)`
-returns the pixels of packed bytes ("JPEG", "PNG" or "WEBP"; EXIF orientation 1 to 8). `as_is(data)`
-returns an `Encoded` (bytes, format, orientation, size) if its header shows that all decoders agree,
-else None. `green_grid(pixels)` returns uint8 (160, 160), `fingerprints(grids)` of n grids uint64
-hashes and (n, 16, 16) thumbnails. `ImageFile(name, read)`: `read()` gives bytes.
+`decoded(data)` yields them in a `with` block that reserves memory. `prepare(data)` returns a
+`Prepared`: `pixels`, `facts` (size, ...) and `data`, the bytes to pack (an RGB PNG unless it is a
+plain JPEG, PNG or WebP). `as_is(data)` returns an `Encoded` (bytes, format, orientation, size), or
+None if decoders may differ. `decode_image(data, image_format, orientation)` returns the pixels of
+packed bytes ("JPEG", "PNG" or "WEBP"; EXIF orientation 1 to 8). All raise `DecodeError` for damage
+(`as_is()`: of the header) or another format, all but `decode_image()` also above `MAX_BYTES` or
+`MAX_PIXELS`. `green_grid(pixels)` returns a grid, uint8 (160, 160). `fingerprints(grids)` returns
+uint64 hashes and (n, 16, 16) thumbnails of n grids. `ImageFile(name, read)`: `read()` gives bytes.
 """
 
 import contextlib

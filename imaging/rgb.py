@@ -9,11 +9,11 @@ usable profile by Pillow (docs/design.md explains why).
 Values of more than 8 bits are scaled to gray levels from 0 to 255 (in parts of `BAND_PIXELS`
 pixels, to save memory):
 
-- Floats: 255 is the largest finite value; 0 is zero or the smallest negative one.
-- Integers of a file that declares a white level (a TIFF): 255 is this level; 0 is the declared
-  black level, or zero. A white level counts as not declared if it is not above the black level, or
-  if a value of the image is above it.
-- Other integers: 255 is 65,535; 0 is zero.
+- Floats: the largest finite value becomes 255; the smallest, if negative, else zero, becomes 0.
+- Integers of a file that declares a white level (a TIFF): this level becomes 255; the declared
+  black level, or else zero, becomes 0. A white level counts as not declared if it is not above the
+  black level, or if a value of the image is above it.
+- Other integers: 65,535 becomes 255; zero becomes 0.
 - In a TIFF that stores white as 0, the gray levels are then inverted.
 
 `PixelError` (a `ValueError`) is raised in three cases:

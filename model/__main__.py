@@ -29,11 +29,11 @@ The options of `export`, at least one of the first three:
 
 - `--onnx`: write ONNX files to the folder `--out`. Its default is `onnx/` in the run's folder, or,
   for a shipped detector, `NAME/onnx/` in `--runs`.
-- `--hub FOLDER`: write this folder for the Hugging Face Hub, with `--onnx` also with the ONNX
-  files.
+- `--hub FOLDER`: write this folder for the Hugging Face Hub (with `--onnx`, also the ONNX files).
 - `--head FOLDER`: write the head without the backbone to this folder. The folders of `--hub` and
   `--head` must be new or empty.
-- `--checkpoint`: what to export (default: the best checkpoint of the newest run).
+- `--checkpoint`: what to export: a checkpoint folder, a run folder (its best checkpoint) or the
+  name of a shipped detector (default: the best checkpoint of the newest run).
 - `--images FOLDER`, only with `--onnx`: the path of a folder of images or of a shard set, on which
   ONNX and PyTorch are compared (default: noise).
 - `--report FILE`, only with `--hub` or `--head`: the report.json for the model card (default: the

@@ -2,10 +2,11 @@
 
 Main entries: `choose_device(asked, local)` takes the text `asked` and returns a `torch.device`.
 
-- `auto`: the GPU with the index `local` (default 0), or the CPU if there is no GPU.
+- `auto`: the GPU with the index `local` (default 0), or the CPU if there is no GPU. `local` is not
+  checked.
 - `cpu`, `cuda` or `cuda:N`: this device. `local` is not used.
-- Another text, such as `cpu:0`, raises `ValueError`, and so does a GPU that this machine does not
-  have.
+- Another text, such as `cpu:0`, raises `ValueError`, and so does a named GPU that this machine does
+  not have.
 
 `choose_precision(asked, device)` takes a text and a `torch.device`. It returns a pair: the torch
 dtype and the reason for the choice, as text.

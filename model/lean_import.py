@@ -3,10 +3,10 @@
     with lean_import():
         import timm
 
-Main entry: `lean_import()`, a context manager without arguments, which yields nothing. It replaces
-`torch._dynamo` (torch's compiler, which loads more slowly than timm and torchvision together) by a
-stand-in and blocks wandb (which creates a temporary folder on import) until the block ends. A
-package that is already loaded is left as it is.
+Main entry: `lean_import()`, a context manager without arguments, which yields nothing. Until the
+block ends, `torch._dynamo` (torch's compiler, which loads more slowly than timm and torchvision
+together) is replaced by a stand-in, and wandb (which creates a temporary folder on import) cannot
+be imported. A package that is already loaded is left as it is.
 
 The compiler is imported in two places. `torchvision.ops.roi_align` tests for compilation when
 determinism is on; no classifier here calls `roi_align`. timm also marks functions of one model

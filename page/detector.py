@@ -5,11 +5,18 @@ or shipped detector that the environment variable `DETECTOR_CHECKPOINT` (constan
 names, or else of the newest run in the folder of `DETECTOR_RUNS` (`RUNS`, default `runs/`), or else
 the shipped one. Streamlit keeps it, so later calls return the same object.
 
-It raises an error if there is no detector or it cannot be read: `NoCheckpointError`, `MissingError`
-(shipped weights not downloaded), ValueError (also for an unusable list of trusted signers, or if
-DETECTOR_RUNS is needed and names a folder that does not exist), OSError, or anything that a damaged
-file causes. So catch `Exception` and pass it to `why_not(error)`, which returns a text for the
-page: the reason and what to do.
+Errors:
+
+- `NoCheckpointError`: there is no run and no shipped detector.
+- `MissingError`: the weights of the shipped detector are not downloaded.
+- Another `ValueError`: the named detector does not exist or cannot be used; a variable does not
+  hold a folder of this machine; DETECTOR_RUNS is needed, and its folder does not exist; or the list
+  of trusted signers cannot be used.
+- `OSError`: a file cannot be read.
+- Anything else that a damaged file causes.
+
+So catch `Exception` and pass it to `why_not(error)`, which returns a text for the page: the reason
+and what to do.
 
 `folder_in(variable)` takes the name of an environment variable and returns the folder in it as a
 Path, or None if it is not set. It raises ValueError if the variable holds an address (such as

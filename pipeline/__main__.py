@@ -16,7 +16,7 @@ s3://bucket/set. The options:
   Default: the policy that the recipe names.
 - `--count N` (preview): number of samples, 1 to 64 (default 8).
 - `--batch N` (order): images per batch, at least 2 (default 64).
-- `--seed N`: seed that selects the samples or the shuffle (default 0).
+- `--seed N`: seed of the samples and their augmentations, or of the shuffle (default 0).
 - `--verbose`: more log lines.
 
 An error, such as a set that cannot be read, is one line and exit status 1; for a wrong option the

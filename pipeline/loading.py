@@ -4,9 +4,9 @@ Main entry: `Loading(...)`, a frozen dataclass. All fields are keywords and may 
 default is in parentheses:
 
 - `batch_size`: images per rank and step, at least 1 (32).
-- `num_workers`: processes (Pillow) or threads (DALI) that decode. 0: the training process decodes
-  (DALI: one thread). -1: one per core, at most 16 (-1). With Pillow, fewer if shared memory has no
-  room for them.
+- `num_workers`: processes (Pillow) or threads (DALI) that decode, at least -1. 0: the training
+  process decodes (DALI: one thread). -1: one per core, at most 16 (-1). With Pillow, fewer if
+  shared memory has no room for them.
 - `backend`: the decoder and augmenter: "dali", "pil" for Pillow, or "auto": DALI on a GPU if it is
   installed, else Pillow ("auto").
 - `shuffle`: "global" shuffles all samples; "block", for shards at an address, shuffles runs of
@@ -18,8 +18,8 @@ default is in parentheses:
 - `stall_error_s`: seconds without a batch before the run ends, above 0 (900, `STALL_ERROR_S`). Not
   used if the training process decodes with Pillow.
 
-It raises ValueError for a number out of range; the texts are not checked here. This module imports
-no image decoder, so that recipes are read without one.
+It raises ValueError for a number out of range. Texts and NaN are not checked here, but by
+`recipes.load()`. This module imports no image decoder, so that recipes are read without one.
 """
 
 from dataclasses import dataclass

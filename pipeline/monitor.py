@@ -4,10 +4,12 @@ Main entries: `LoaderStats(sources)` takes the names of the sources, in the orde
 (`shards.codes("source")[1]` of a `ShardSet`). Its `timed(batches)` takes an iterable of `Batch`es
 and yields the same batches, counted and timed. Three methods return figures since the last `row()`:
 
-- `row()`: a dict, name -> number, as in `metrics.jsonl`: those of `rates()`, `stall_p50_ms`,
-  `stall_p99_ms` and `stall_max_ms` (waits for a batch), `ready`, `read_ms` and `decode_ms` (means
-  per batch), `replay_share`, `unreadable` and `images/SOURCE` (numbers of images). It sets all
-  counts to 0.
+- `row()`: a dict, name -> number, as in `metrics.jsonl`. It sets all counts to 0. The names:
+  - those of `rates()`;
+  - `stall_p50_ms`, `stall_p99_ms`, `stall_max_ms`: median, 99th percentile, maximum of the waits;
+  - `ready`: mean number of batches that were waiting when one was taken (near 0: loader too slow);
+  - `read_ms`, `decode_ms`: mean times of reading and of decoding a batch;
+  - `replay_share`: share of replayed images, 0 to 1; `unreadable`, `images/SOURCE`: image counts.
 - `rates()`: a dict with `images_per_s` and the shares (0 to 1) of the time in which the consumer
   waited: for anything (`wait_share`), for bytes to be read (`wait_read`), for pixels to be decoded
   (`wait_decode`).
@@ -18,11 +20,11 @@ and yields the same batches, counted and timed. Three methods return figures sin
 - `workers`: the names of the workers, a list of texts; a worker's number is its position.
 - `shared`: True if the workers are processes, False (the default) for threads.
 
-`status.at(worker, stage, step)` is a context manager, in which a worker does its work. It takes the
-worker's number, a text of `STAGES` ("reading" or "decoding"; at the end of the block the stage is
-"idle") and the number of the batch. The worker calls `finished(worker)` after a batch. `made()`
-returns the number of finished batches of all workers, and `describe()` a text with each worker's
-stage.
+`status.at(worker, stage, step)` is a context manager, in which a worker does its work. It takes
+`worker`, the worker's number; `stage`, "reading" or "decoding"; and `step`, the number of the
+batch. At the end of the block the stage becomes "idle". The worker calls `finished(worker)` after a
+batch. `made()` returns the number of finished batches of all workers, and `describe()` a text with
+each worker's stage.
 
 `Watchdog(describe, stall_warning_s)` is a context manager that logs a warning when a batch takes
 too long. Inside `with Watchdog(status.describe) as watchdog:`, each wait for a batch is done inside

@@ -16,9 +16,10 @@ block ends. Processes that are forked in the block never get these signals, unle
 `answer_parent_only()`.
 
 `answer_parent_only()` is called in each new process, for example as the `worker_init_fn` of torch's
-`DataLoader`. It takes the number of the process, which is not used, and returns nothing. The
-process then ends on a SIGTERM of its parent process. It ignores SIGINT, and a SIGTERM of any other
-sender, such as a batch system. On macOS, where the sender is not known, it ignores both signals.
+`DataLoader`. It takes the number of the process (default 0), which is not used, and returns
+nothing. The process then ends on a SIGTERM of its parent process. It ignores SIGINT, and a SIGTERM
+of any other sender, such as a batch system. On macOS, where the sender is not known, it ignores
+both signals.
 """
 
 import contextlib

@@ -11,15 +11,17 @@ left out.
   None: the newest run in the folder `runs`, else the shipped detector.
 - `runs`: the `Path` of the folder of training runs.
 - `device`: "auto", "cpu", "cuda" or "cuda:N".
-- `rates`: a pair, which sets the limits of the verdicts: the highest false-positive rate and the
-  highest miss rate, each above 0 and below 0.5, or None to keep the detector's limit. The default
-  is (None, None).
+- `rates`: a pair (highest false-positive rate, highest miss rate), which sets the limits of the
+  verdicts. Each is above 0 and below 0.5, or None to keep the detector's limit. The default is
+  (None, None).
 
-`run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are answered. Errors:
+Once it listens, `run()` returns nothing, after SIGTERM or Ctrl-C, when all accepted requests are
+answered. While the detector is still loaded, SIGTERM ends the process, and Ctrl-C raises
+KeyboardInterrupt. Errors:
 
 - `OSError`: the address cannot be used (such as a port in use).
 - `ValueError`: there is no such port, the detector or the list of trusted C2PA signers cannot be
-  loaded, or the detector has no threshold for a rate.
+  loaded, a rate is out of range, or the detector has no threshold for it.
 - `SystemExit`: a second signal stopped the server at once.
 """
 

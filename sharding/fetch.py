@@ -8,7 +8,8 @@ source after the other, each to a folder below `raw`, and yields a `Fetched` for
 - `names`: the names of the sources to fetch. The default () means all sources with a `fetch` entry
   in the catalog. An unknown name raises `CatalogError`.
 - `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
-  called for n more MiB or files. Default: no progress is shown.
+  called for n more MiB (web) or files (Git). Default: no progress of these is shown. The libraries
+  of the hub and of Kaggle show their own.
 - `git_mirror`: the `Path` of a folder with copies of Git repositories, each named OWNER+NAME, or
   None (default). A repository that has a copy there is read from it; any other is downloaded.
 

@@ -15,14 +15,15 @@ and returns nothing.
 
 A `Remote` has the three last arguments of `ask()`, `size` (bytes, None if not known), `version`
 (the strong ETag, "" if there is none) and `partial` (the `Path` of the incomplete file).
-`download()` resumes any incomplete file that it finds. So the caller must keep the `version` of a
-download that was begun, and delete `partial` before the next one if the version is another or "".
+`download()` resumes any incomplete file that it finds. It does not check whether this file is of
+the same version. The caller must store `version` when a download begins, and before the next try
+delete `partial` if the new `version` is different or "".
 
-`download()` raises `FetchError` (a `ValueError`) if bytes are missing, the content is wrong (the
-file is then deleted), or the response has no length and is not chunked. Errors of requests (no
-connection, an HTTP error) and `OSError` pass through. `ask()` raises errors of requests. After an
-HTTP error other than 429, 500, 502, 503 and 504 it returns a `Remote` with `size` None and
-`version` "".
+`download()` raises `FetchError` (a `ValueError`) if the file has another length than the server
+stated, the content is wrong (the file is then deleted), or the response has no length and is not
+chunked. Errors of requests (no connection, a transfer that breaks off, an HTTP error) and `OSError`
+pass through. `ask()` raises errors of requests, among them the HTTP errors 429, 500, 502, 503 and
+504. After any other HTTP error it returns a `Remote` with `size` None and `version` "".
 
 `size_of(path)` returns the size of a file in bytes, or 0 if there is none. `MIB` is 2**20.
 """

@@ -8,21 +8,21 @@ Main entry: `list_source(name, source, raw)`. It reads no image.
 
 It returns a `Listing`. If the source has no file, `items` is empty. The fields:
 
-- `items`: an `Item` for each image that a rule matches: `path`, `label` (0 real, 1 fake),
-  `generator`, `group`, `destination` (a JSON text of the dict set -> share), `excluded` (why the
-  image must not be read, else "") and more.
-- `excluded`: the files and parquet rows that are left out, a dict: reason -> {"files": their
+- `items`: an `Item` for each image that a rule matches (unless its row in a CSV table contradicts
+  the rule): `path`, `label` (0 real, 1 fake), `generator`, `group`, `destination` (a JSON text of
+  the dict set -> share), `excluded` ("", or why the caller must skip this image) and more.
+- `excluded`: the files and parquet rows without an `Item`, a dict: reason -> {"files": their
   number, "first": the first `NAMED` of their names}.
-- `read_as`: a dict, rule (or note that a table or row is missing) -> number of images.
-- `unmatched`: a list of texts, the rules that match no image. An optional rule is listed only if no
-  rule of its class, real or fake, matches one; an optional `ignore` rule never is.
+- `read_as`: a dict of numbers of images. A key is a rule, or a note that a table or row is missing.
+- `unmatched`: a list of texts, the rules that match no image. Left out are optional `ignore` rules,
+  and other optional rules if a rule of the same class (real or fake) matches an image.
 
-A label comes from whole parts of the path, ignoring case, or from the columns of a table. Of
-several matching rules, the one with the deepest folder is used; for parquet cells, the first.
-`CatalogError` is raised if an image matches a real and a fake rule of equal depth, or if a parquet
-cell matches a real and a fake rule; if there are images but no rule matches any; if a table is
-damaged, or lacks a column or a class that the catalog names. `RawError` is raised for a broken
-archive, `OSError` for an unreadable file or a missing local folder.
+A label comes from whole parts of the path, ignoring case, or from the columns of a table. An image
+that an `ignore` rule matches has no `Item`. Of several other rules that match, the one with the
+deepest folder is used; for parquet cells, the first. `CatalogError` is raised if an image matches a
+real and a fake rule of equal depth, or a parquet cell matches both; if there are images but no rule
+matches any; if a table is damaged, or lacks a column or a class that the catalog names. `RawError`
+is raised for a broken archive, `OSError` for an unreadable file or a missing local folder.
 
 `capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, whole groups, in place.
 `choose_set(group, share_of)` chooses a set (`share_of`: set -> share) by the hash of the group.

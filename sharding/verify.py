@@ -1,9 +1,10 @@
 """Verify shard sets (tars of images) against their index (`index.json` and a table of samples):
-bytes, images, counts and splits.
+bytes, images, counts, splits and the other files of a set.
 
 Main entry: `verify(folders, *, jobs, on_images)` returns all faults as a list of lines, empty if
 there are none. It writes nothing. It raises `ShardError` or `OSError` if a set cannot be opened,
-and `ValueError` if `jobs` is too large for this machine.
+and `ValueError` if `jobs` is too large for this machine (checked only for sets of two or more
+tars).
 
 - `folders`: list of the folders of sets, each a `Path` or `UPath`.
 - `jobs`: number of processes (default 0: one per core). Unless it is 1, a script must call
@@ -12,8 +13,9 @@ and `ValueError` if `jobs` is too large for this machine.
   index lists for it (default: does nothing).
 
 Tars are read again, images are decoded again and samples are counted again, and all is compared
-with the index. Over all the sets, no file may occur twice, and no image (perceptual hash) and no
-group of related images may be in two splits (train, val, test).
+with the index. So are the list of excluded images, the `.idx` files and `_info.json`. Over all the
+sets, no file may occur twice, and no image (perceptual hash) and no group of related images may be
+in two splits (train, val, test).
 
 `verify_shard(folder, entry, rows)` checks one tar, in a worker process. It takes the set's folder
 as a text, the tar's entry in `shards` of the index (a dict) and its rows of the table of samples (a

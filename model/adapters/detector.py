@@ -12,7 +12,7 @@ Main entry: `OtherDetector(checkpoint, judge, meta, asked, reason, backend)`.
   - `fixed_batches` is True if the last bits of a score depend on the batch size.
 - `meta`: a dict with the identity, threshold, temperature and more, from `meta_of()`.
 - `asked`: a band (low, high) that is used in place of the one in `meta`; None: the one in `meta`.
-- `reason`: a text that describes the computation in the log.
+- `reason`: a text for the log about the computation, such as "hf on cuda:0, AI-generated: fake".
 - `backend`: a text, the image decoder that the log names (default "pil").
 
 `meta_of(kind, name, ...)` returns a `meta` with the threshold 0.5, temperature 1 and no
@@ -25,10 +25,10 @@ folder or file, without its path. Further keywords, such as `sha256="..."`, iden
 `Prediction`, or takes an iterable of images and returns a list. `stream(images, batch_size, start)`
 takes an iterable and yields one `Prediction` at a time. The batches have 1, 4, 16, ... images, then
 always `batch_size` (default 32). To continue an interrupted list, pass the remaining images, and as
-`start` (default 0) how many were done; a batch must begin there, else `ValueError` is raised. An
-image is a path, the bytes of a file, a Pillow image, an `ImageFile`, or a uint8 array (height,
-width, 3) in RGB or (height, width) in gray. Another type raises `TypeError`, another array
-`ValueError`.
+`start` (default 0) how many were done. `start` must be the position at which a batch begins, else
+`ValueError` is raised. An image is a path, the bytes of a file, a Pillow image, an `ImageFile`, or
+a uint8 array (height, width, 3) in RGB or (height, width) in gray. Another type raises `TypeError`,
+another array `ValueError`.
 
 Fields of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of AI" below the band,
 "uncertain" in it, "likely AI" from its upper end on) and `error` ("": none). For an unreadable

@@ -12,11 +12,11 @@ raises `OSError` if the file cannot be written, and `KeyError` if a key is missi
 - `runs`: the `Path` of the folder of all runs.
 - `entries`: the dict, from `Calibration.entries()` of `model/calibrate.py`.
 
-`with_calibration(detector, runs)` returns a copy of the detector with the stored values. It returns
-the detector unchanged if there is no such file, or if the file was fitted to another version of the
-detector: other weights, another revision or other fake labels (with a warning). It raises
-`DetectorError` if `calibration.json` is damaged or cannot be read (`PermissionError` if its folder
-may not be opened). The detector's own files are not changed.
+`with_calibration(detector, runs)` returns a copy of the detector with the stored values. If there
+is no such file, it returns the detector unchanged. If the file was fitted to another version of the
+detector (other weights, revision or fake labels), it logs a warning and also returns it unchanged.
+It raises `DetectorError` if `calibration.json` is damaged or cannot be read (`PermissionError` if
+its folder may not be opened). The detector's own files are not changed.
 """
 
 import json

@@ -16,14 +16,14 @@ must call it.
 It writes `scores.parquet` (one row per image) and `speed.json` (images per second) to `out`. It
 returns the report as a dict (`model/layout/report.py`), {} on other ranks than 0; it does not write
 the report. It raises `ValueError` if a set, checkpoint or device cannot be used, or if a
-checkpoint's score is not finite.
+checkpoint's score is not finite, and `OSError` if a file cannot be read or written.
 
 `choose_subject(name, checkpoint, opening, device, dist)` returns a pair: the subject and its output
 folder. No argument has a default. It raises `ValueError` if there is no such detector, or if both
 `name` and `checkpoint` are given. If both are None, it chooses the best checkpoint of the newest
-run (unlike `load_any()`, never a shipped detector).
+run (never a shipped detector, unlike `load_any()`). Without a run, it raises `ValueError`.
 
-- `name`: the text of `--detector` (such as `hf:OWNER/NAME`, FILE.onnx or a checkpoint), or None.
+- `name`: a text, `hf:OWNER/NAME`, `timm:NAME`, FILE.onnx, FILE.py or as `checkpoint`; or None.
 - `checkpoint`: the `Path` of a checkpoint or run, or the name of a shipped detector as a `Path`; or
   None.
 - `opening`: an `Opening` of `model/adapters/open.py`: `runs` (`Path` of the folder of all runs),

@@ -16,10 +16,10 @@ Main entries (each `path` is a `Path`):
   kind of file, another version or a damaged file, and `OSError` if the file cannot be read.
 
 The columns (`SCORES_SCHEMA`) are `set`, `key`, `sha256`, `source`, `generator`, `split`, `group`,
-`origin`, `label` (0 real, 1 fake), `logit` (of fake minus real, before the temperature),
-`probability` (of fake, after it), `valid` (False: the image got no score) and `error` (why not,
-else ""). In a row that is not valid, `logit` and `probability` are null, which `numbers()` returns
-as NaN.
+`origin`, `label` (0 real, 1 fake), `logit` (logit of fake minus logit of real, before the
+temperature), `probability` (of fake, after it), `valid` (False: the image got no score) and `error`
+(why not, else ""). In a row that is not valid, `logit` and `probability` are null, which
+`numbers()` returns as NaN.
 
 The dict is stored in the file metadata as JSON under `evaluation`:
 

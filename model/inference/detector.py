@@ -12,7 +12,8 @@ left out.
   loaded, or, if there is no run, the default one of the shipped detectors.
 - `runs`: path of the folder of all runs (default "runs").
 - `device`: "auto" (the default: a GPU if there is one), "cpu", "cuda" or "cuda:N".
-- `backend`: what decodes the images: "auto" (the default), "dali", or "pil" for Pillow.
+- `backend`: what decodes the images: "dali", "pil" for Pillow, or "auto" (the default): DALI on a
+  GPU if it is installed, else Pillow.
 - `threshold`: a number from 0 to 1 that replaces the threshold of the checkpoint; then no verdict
   is *uncertain*. None (the default): that of the checkpoint.
 
@@ -29,10 +30,9 @@ the verdict "unreadable" and the probability None. Another type raises TypeError
 another shape or dtype ValueError.
 
 `stream(images, batch_size, start)` takes an iterable, which may be endless, and yields one
-`Prediction` at a time. To continue an interrupted list, pass only the remaining images, and as
-`start` how many were done (default 0). A batch must begin there, else ValueError is raised. The
-batches have 1, 4, 16, 64, ... images, but at most `batch_size`; with 32 they begin at 0, 1, 5, 21,
-53, 85, ...
+`Prediction` at a time. The batches have 1, 4, 16, 64, ... images, but at most `batch_size`; with 32
+they begin at 0, 1, 5, 21, 53, 85, ... To continue an interrupted list, pass the remaining images,
+and as `start` (default 0) how many were done. A batch must begin at `start`, else ValueError.
 
 `preprocess_file(image)` returns the network's input, uint8 (*shape, 3) with `shape` of
 `detector.preprocess`, and raises `DecodeError` or OSError if the image cannot be read.

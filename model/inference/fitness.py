@@ -7,14 +7,15 @@ of `Notice` (may be empty), the most serious first. Each has a line of `text` an
 "synthetic" (trained on synthetic images), "known" (a measured weakness) or "uncalibrated". They are
 read from two keys of `meta`:
 
-- `data`: a dict, in which any of the keys `FITNESS_KEYS` may be missing, but a dict with
-  "synthetic_sources" must also have "sources". The whole dict may be missing too.
-- `calibration`: None, or a dict. Its `sources`, if there, are the error rates on each source
-  (dataset), measured with a detector that was trained without this source. A meta without the key
-  `calibration` raises `KeyError`.
+- `data`: a dict, which may be missing. Each of its keys `FITNESS_KEYS` is optional, but if
+  "synthetic_sources" is there, "sources" must be there too.
+- `calibration`: None, or a dict. Its `sources`, if there, is a dict, source (dataset) -> its rates
+  `false_positive_rate` and `recall` (0 to 1, or None), measured with a detector that was trained
+  without this source. A meta without the key `calibration` raises `KeyError`.
 
-A notice names the `NAMED` worst sources whose false-positive rate is above `MOST_CALLED_AI` or
-whose recall is below `LEAST_FOUND`.
+A notice on these rates is about the sources whose false-positive rate is above `MOST_CALLED_AI`, or
+about those whose recall is below `LEAST_FOUND`. It names at most `NAMED` of them, the worst, and
+counts the others.
 
 Three functions take `meta` and return words for the user. `word_for()` returns what the detector's
 number is called: "probability" if it is calibrated, else "score". `number()` returns a longer label

@@ -30,14 +30,14 @@ as above. The last four may be left out.
   only for their metrics.
 
 Both main entries raise `ValueError` or a subclass for sets, scores or a checkpoint that cannot be
-used, and `OSError` (on rank 0) if `meta.json` cannot be written. `Gain` has the `highest` selection
-so far, the `step` that reached it first, and `validations_since`. Its `after(step, selection)`
-returns the `Gain` after one more validation.
+used. `calibrate_checkpoint()` raises `OSError` if a file cannot be read, or (on rank 0) `meta.json`
+cannot be written. `Gain` has the `highest` selection so far, the `step` that reached it first, and
+`validations_since`. Its `after(step, selection)` returns the `Gain` after one more validation.
 
 `remembered(path, find, first)` returns the `Validation` in a JSON file (`Path`). If there is no
-file, it calls `find()`, which returns a `Validation`, and returns that. `first` is True on rank 0
-and False on the others: only rank 0 writes the new validation to the file. `read_validation(path)`
-only reads the file. Both raise `ValueError` for a damaged file.
+file, it calls `find()` and returns the `Validation` that `find()` gives. `first` is True on rank 0,
+which writes it to the file, and False on the others. `read_validation(path)` only reads the file.
+Both raise `ValueError` for a damaged file.
 """
 
 import json

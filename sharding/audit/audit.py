@@ -1,23 +1,23 @@
 """Measure how well metadata alone predicts the label (real or fake) of the images in a shard set.
 
-Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` (a value of the dict of
-`open_sets(folders)`) and returns an `Audit`. `seed`: of folds and trees. `on_step(1)` is called
-after each of at most `steps_of(shards)` steps. ValueError: no scikit-learn.
+Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` (`open_shards([folder])` of
+`sharding/format.py`) and returns an `Audit`. `seed`: the seed of folds and trees. `on_step(1)` is
+called after each of at most `steps_of(shards)` steps. ValueError: no scikit-learn.
+`write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
 
 An `Estimate` is an AUROC (`auroc`, 0.5 for guessing) with its 95 % interval (`low`, `high`), or
-None if a class has too few groups. Fields of an `Audit`:
+None if a class has too few groups (`MIN_GROUPS`) to tell it from guessing. Fields of an `Audit`:
 
 - `samples`, `reals`, `fakes`: numbers of images.
-- `pooled`: the `Estimate` over all images. `across`: the same, each source by a fit on the others.
-- `source_name`: the `Estimate` of the source's name. It and `across` are None for a single source.
-- `sources`: dict, source -> `SourceAudit`: `reals`, `fakes`, `within` (`Estimate` by a fit on this
-  source), `from_others` (by one on the others), `note` (why no `within`). Rare ones are "others".
+- `pooled`: the `Estimate` over all images. If None, `features` and `shortcuts` are empty.
+- `across`: like `pooled`, but each source is scored by a fit on the others. None for one source.
+- `source_name`: an `Estimate` by the source's name alone. None for one source, or if `pooled` is.
+- `sources`: dict, source -> `SourceAudit`: `reals`, `fakes`, `within` (`Estimate` by a fit on it),
+  `from_others` (by one on the others), `note` (why no `within`). After the 250 largest: "others".
 - `features`: dict, feature -> `FeatureAudit`: `alone`, the `Estimate` by a fit on this feature
   only, and `drop` (float), the AUROC lost by shuffling it.
 - `shortcuts`: values that predict the label: `feature`, `value`, `images`, `fake_share` (0 to 1).
 - `verdict`: little, some, strong or unknown. `notes`: texts on how to read the figures.
-
-`write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
 """
 
 import functools

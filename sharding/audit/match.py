@@ -12,12 +12,12 @@ It returns a `Match`:
 - `rows`: the chosen row numbers (int64 array), as many real as fake ones.
 - `per_class`: the number of chosen images of each class.
 - `before`, `after`: how well metadata alone tell the classes apart, over all images and over the
-  chosen ones. Each is an `Estimate` (`auroc`, and its interval from `low` to `high`).
+  chosen ones. Each is an `Estimate` (`auroc`, and its 95 % interval from `low` to `high`).
 - `rounds`: how many rounds of matching were needed.
 
-Matching ends when the AUROC is at most `MATCHED` or its interval includes 0.5. `MatchError` (a
-`ValueError`) is raised if too few images can be matched or the classes still differ after the last
-round, another `ValueError` without scikit-learn.
+Matching goes on, for at least one round, until the AUROC is at most `MATCHED` or its interval
+includes 0.5. `MatchError` (a `ValueError`) is raised if too few images can be matched or the
+classes still differ after the last round, another `ValueError` without scikit-learn.
 
 `sample_list(chosen)` takes a dict from the name of a set to the pair (its `ShardSet`, its `rows`)
 and returns a CSV text for `evaluate.py --subset`, with the columns `set` and `key`.
