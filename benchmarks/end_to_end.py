@@ -7,8 +7,7 @@ Main entry: `main()`, this click command. A small network with random weights is
 `train.py`, stopped by SIGTERM after step 10 (`STOP_AFTER_STEP`) and resumed by the same command. A
 set that fills fewer batches is not interrupted. `evaluate.py` measures it, and `predict.py` scores
 images on the device and on the CPU. The scores themselves mean nothing: the network trains for
-seconds. A script that fails does not stop the other steps. After the last step, the command then
-fails with the names of the failed steps. If `predict.py` wrote no CSV file, nothing is compared.
+seconds. A script that fails does not stop the other steps. After the last step, the command then fails and names the steps whose exit code is not 0 (also the interrupted one, which ends with 130). If `predict.py` wrote no CSV file, nothing is compared.
 Start it in the root folder of the project, or with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
