@@ -15,7 +15,7 @@ Main entry: `main()`, a click group, also without a subcommand. One of these say
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
   verdicts are added to the records. The exit code is 1 if this detector is wrong where another one
   was right, or if no image can be scored. `--images FOLDER` is searched for images without a
-  recorded copy.
+  recorded copy, or with one that has changed.
 
 With which detector, and how:
 
@@ -144,7 +144,8 @@ CONFLICTS = {
 @click.option(
     "--images",
     type=console.LocalPath(exists=True, file_okay=False),
-    help="With --regressions: folder to search, by file content, for images without a copy.",
+    help="With --regressions: folder to search, by file content, for images without a copy, or "
+    "with one that has changed.",
 )
 @console.options(
     "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"

@@ -52,7 +52,7 @@ import click
 import console
 import interrupts
 from model.inference import fitness, inputs, results
-from model.inference.run import Run, predict_all, predict_as_they_come
+from model.inference.run import Run, named, predict_all, predict_as_they_come
 from model.inference.signatures import TrustList, read_trust_list, usual_trust_list
 
 if TYPE_CHECKING:
@@ -242,14 +242,20 @@ def _report_mistakes(
 
     _log_detector(detector)
     failed = total = 0
-    for report in keep_wrong(detector, paths, label, folder, keep_image=keep_image):
+    for report in keep_wrong(detector, named(paths), label, folder, keep_image=keep_image):
         total += 1
         failed += report.failed
         console.say(report.text)
     if not total:
-        raise NotStarted(f"no image in {', '.join(paths)}; name an image, or a folder of images")
+        raise _no_image(paths)
     if failed:
         raise click.ClickException(f"{failed:,} of {console.counted(total, 'image')} failed")
+
+
+def _no_image(paths: tuple[str, ...]) -> NotStarted:
+    if paths == ("-",):
+        return NotStarted("standard input named no image; expected file names, one per line")
+    return NotStarted(f"no image in {', '.join(paths)}; name an image, or a folder of images")
 
 
 def _check(output: str) -> None:
@@ -325,9 +331,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     for reason, count in run.excluded.items():
         console.log.info("%s skipped: %s", console.counted(count, "file"), reason)
     if not run.done and not run.skipped and not watch:
-        if paths == ("-",):
-            raise NotStarted("standard input named no image; expected file names, one per line")
-        raise NotStarted(f"no image in {', '.join(paths)}; name an image, or a folder of images")
+        raise _no_image(paths)
     if run.out:
         run.out.finish()
     counts = [(run.verdicts[verdict], verdict) for verdict in (*VERDICTS, UNREADABLE)]

@@ -34,7 +34,7 @@ both texts to a file name, cut if it is too long. `naming(path)` is a context ma
 path to the error of a full disk. `check_reachable(path)` raises `OSError` if an address does not
 answer. `check_inside(path, folder)` raises `ValueError` if the path is outside the folder.
 `size_of(path)` returns bytes, or None if there is no file. `text_fault(error)` takes the
-`ValueError` of reading a text or JSON file and describes it in words. `cores()` returns the number
+error of reading a text or JSON file and describes it in words. `cores()` returns the number
 of processor cores that this process may use, `cache_folder()` the folder for downloaded weights
 (the variable `DETECTOR_CACHE`, or a folder in the user's cache).
 """
@@ -120,15 +120,27 @@ def check_reachable(path: AnyPath) -> None:
     """Check that an address answers, before work begins that needs it. Does nothing for a `Path`.
 
     Raises:
-        OSError: no answer, or no permission. Every error type of the fsspec clients is converted
-            to OSError.
+        OSError: no answer, or (except for http) no permission. Every error type of the fsspec
+            clients is converted to OSError.
     """
     if is_local(path):
         return
+    is_http = path.protocol in _READ_ONLY
     try:
-        path.exists()
+        if path.exists():
+            return
+        # Some clients say that nothing exists also if there is no answer; these requests fail then.
+        # Those of HTTP hide the reason in `info`.
+        if is_http:
+            path.fs.cat_file(path.path, 0, 1)
+        else:
+            path.fs.info(path.path)
+    except FileNotFoundError:
+        return
     except Exception as error:
-        raise _remote_error(path, "does not answer", error) from error
+        # An HTTP server that answers with an error may still have files: many refuse to list.
+        if not (is_http and getattr(error, "status", None)):
+            raise _remote_error(path, "does not answer", error) from error
 
 
 def _remote_error(path: AnyPath, fault: str, error: Exception) -> OSError:
@@ -344,7 +356,7 @@ def sha256_of(path: AnyPath) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def text_fault(error: ValueError) -> str:
+def text_fault(error: ValueError | RecursionError) -> str:
     """Describe why a text or JSON file could not be read: the bad byte, or the line and column."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"

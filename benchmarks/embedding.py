@@ -107,7 +107,13 @@ def measure(
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe.")
 @click.option("--seconds", default=8.0, show_default=True, help="Seconds of `network` in a round.")
-@click.option("--rounds", default=2, show_default=True, help="Rounds of both rows.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Rounds of both rows.",
+)
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     device: str,

@@ -4,11 +4,13 @@ scores with those of the CPU.
     python -m benchmarks.end_to_end --shards SET --images FOLDER --work FOLDER [--json FILE]
 
 Main entry: `main()`, this click command. A small network with random weights is trained through
-`train.py`, stopped by SIGTERM after step 10 (`STOP_AFTER_STEP`) and resumed by the same command. A
-set that fills fewer batches is not interrupted. `evaluate.py` measures it, and `predict.py` scores
-images on the device and on the CPU. The scores themselves mean nothing: the network trains for
-seconds. A script that fails does not stop the other steps. After the last step, the command then fails and names the steps whose exit code is not 0 (also the interrupted one, which ends with 130). If `predict.py` wrote no CSV file, nothing is compared.
-Start it in the root folder of the project, or with absolute paths.
+`train.py`, stopped by SIGTERM after step 10 (`STOP_AFTER_STEP`) and resumed by the same command.
+`evaluate.py` measures it, and `predict.py` scores images on the device and on the CPU. The scores
+themselves mean nothing: the network trains for seconds. A script that fails does not stop the other
+steps. After the last step, the command then fails with the names of the failed steps. The training
+that gets SIGTERM fails if its exit code is not `STOPPED`, also if it ended before the signal (a set
+that fills too few batches). If `predict.py` wrote no CSV file, nothing is compared. Start it in the
+root folder of the project, or with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
@@ -28,6 +30,9 @@ images. It returns a dict: the numbers `files` and `scored by both`; `probabilit
 the probabilities are apart (`mean`, `p99`, `max`; None if no image has one in both); `verdicts
 differ`, how many; and `refused on one side`, a dict, name of a file that only one of the two could
 read -> its two errors.
+
+`failed(rows)` takes a dict, name of a step -> dict of `run()` or `compare()`, and returns the names
+of the failed steps, a list of texts.
 """
 
 import csv
@@ -48,6 +53,12 @@ import console
 ROOT = Path(__file__).parents[1]
 STOP_AFTER_STEP = 10
 """Training step after which SIGTERM is sent."""
+
+STOP = "train until SIGTERM"
+"""Name of the step in which the training gets SIGTERM."""
+
+STOPPED = 130
+"""Exit code of a training that SIGTERM stopped."""
 
 LIMIT_S = 240  # a script that takes longer is killed
 
@@ -106,13 +117,28 @@ def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
     }
 
 
+def failed(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the names of the failed steps. `STOP` fails if SIGTERM did not stop it."""
+    names = []
+    for name, row in rows.items():
+        code = row.get("rc", 0)
+        if name == STOP and code == 0:
+            names.append(
+                f"{name} (it ended before SIGTERM stopped it; give a larger set, or a smaller "
+                "--batch-size)"
+            )
+        elif code and not (name == STOP and code == STOPPED):
+            names.append(name)
+    return names
+
+
 @click.command(cls=console.Command)
 @click.option("--shards", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option(
     "--work", type=click.Path(path_type=Path), required=True, help="Folder for runs and reports."
 )
-@click.option("--batch-size", default=256, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")
 @console.options()
@@ -145,7 +171,7 @@ def main(
         "run.log_every=5", 'run.compile="off"', f"loading.batch_size={batch_size}", *overrides,
     ]  # fmt: skip
     settings = [word for value in values for word in ("--set", value)]
-    keep("train until SIGTERM", run(*train, *settings, stop_at=STOP_AFTER_STEP))
+    keep(STOP, run(*train, *settings, stop_at=STOP_AFTER_STEP))
     keep("resume", run(*train, *settings))
     report = work / "report"
     checkpoint = work / "runs/phase1-fast"
@@ -162,10 +188,8 @@ def main(
     tables = work / "auto.csv", work / "cpu.csv"
     if all(path.exists() for path in tables):
         keep("device beside CPU", compare(*tables))
-    if bad := [name for name, row in rows.items() if row.get("rc") not in (None, 0)]:
-        expected = rows["train until SIGTERM"]["rc"] == 130
-        if bad != ["train until SIGTERM"] or not expected:
-            raise click.ClickException(f"ended with an error: {', '.join(bad)}")
+    if names := failed(rows):
+        raise click.ClickException(f"ended with an error: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,20 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 
 
 @click.command(cls=console.Command)
-@click.option("--images", default=10_000, show_default=True, help="Small images to score.")
-@click.option("--scores", default=400_000, show_default=True, help="Scores to report on.")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Small images to score.",
+)
+@click.option(
+    "--scores",
+    type=click.IntRange(min=1),
+    default=400_000,
+    show_default=True,
+    help="Scores to report on.",
+)
 @click.option("--network", default="mobilenetv2_100", show_default=True, help="timm name.")
 @click.option("--detector", is_flag=True, help="Measure only adapters against direct calls.")
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")

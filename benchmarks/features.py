@@ -109,9 +109,11 @@ def write_store(store: Path, backbone: BackboneId, shards: ShardSet, width: int)
 
 
 @click.command(cls=console.Command)
-@click.option("--images", default=400_000, show_default=True)
-@click.option("--width", default=768, show_default=True, help="Numbers per image.")
-@click.option("--batch-size", default=256, show_default=True)
+@click.option("--images", type=click.IntRange(min=1), default=400_000, show_default=True)
+@click.option(
+    "--width", type=click.IntRange(min=1), default=768, show_default=True, help="Numbers per image."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options()
 def main(images: int, width: int, batch_size: int, out: Path | None) -> None:

@@ -250,7 +250,7 @@ def main(
 @main.command("pack")
 @click.argument("images", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--count", default=20_480, show_default=True)
+@click.option("--count", type=click.IntRange(min=1), default=20_480, show_default=True)
 @click.option("--jobs", default=2, show_default=True)
 def pack_command(images: Path, work: Path, count: int, jobs: int) -> None:
     """Pack copies of the JPEGs of IMAGES as WORK/shards/bench."""

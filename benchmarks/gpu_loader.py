@@ -50,7 +50,8 @@ import recipes
 from benchmarks import peers
 from pipeline.augment import AugmentPolicy
 from pipeline.batch import Request
-from pipeline.dali import HW_DECODER_LOAD, DaliBackend, _jpeg
+from pipeline.dali import HW_DECODER_LOAD, DaliBackend
+from pipeline.dali_graph import _jpeg
 from pipeline.loader import _Requests, open_loader
 from pipeline.loading import Loading
 from pipeline.params import train_params
@@ -234,7 +235,13 @@ PARTS = ("settings", "jpeg step", "memory")
     help="A packed set of JPEGs.",
 )  # fmt: skip
 @click.option("--seconds", default=2.0, show_default=True, help="Seconds per row.")
-@click.option("--batches", default=1500, show_default=True, help="Batches of the part `memory`.")
+@click.option(
+    "--batches",
+    type=click.IntRange(min=1),
+    default=1500,
+    show_default=True,
+    help="Batches of the part `memory`.",
+)
 @click.option("--memory-s", default=90.0, show_default=True, help="Seconds for the part `memory`.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part.")
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")

@@ -79,6 +79,8 @@ from model.__main__ import main as model
 from sharding.__main__ import main as sharding
 from storage import write_text
 
+COMMANDS = ("build", "train", "predict", "fetch", "evaluate", "export")  # of `write_inputs`
+
 LEFT_OUT = {
     ".build": "the builder's notes on raw files contain their modification times",
     "tensorboard": "its files contain times, and their names a process id",
@@ -443,7 +445,7 @@ def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.R
 
 
 @click.command(cls=console.Command)
-@click.argument("commands", nargs=-1)
+@click.argument("commands", metavar="[COMMAND]...", nargs=-1, type=click.Choice(COMMANDS))
 @click.option("--times", type=click.IntRange(1, 10_000), default=30, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
@@ -469,9 +471,7 @@ def main(
         work = (work or Path(temporary)).absolute()
         (work / "inputs").mkdir(parents=True, exist_ok=True)
         known = write_inputs(work / "inputs", address)
-        if unknown := set(commands) - known.keys():
-            raise click.UsageError(f"no {', '.join(sorted(unknown))}; choose {', '.join(known)}")
-        for name in commands or known:
+        for name in commands or COMMANDS:
             rng = random.Random(f"{seed} {name}")
             rows.append(kill_often(name, known[name], work, times, rng))
     columns = [

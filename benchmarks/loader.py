@@ -252,11 +252,31 @@ def measure(
 
 
 @click.command(cls=console.Command)
-@click.option("--images", default=3000, show_default=True, help="Images to load.")
-@click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=3000, show_default=True, help="Images to load."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Runs of each contender.",
+)
 @click.option("--workers", default=2, show_default=True, help="Processes or threads per loader.")
-@click.option("--batch-size", default=BATCH, show_default=True, help="Images per batch.")
-@click.option("--epochs", default=1, show_default=True, help="Times that the images are loaded.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=BATCH,
+    show_default=True,
+    help="Images per batch.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Times that the images are loaded.",
+)
 @click.option(
     "--originals",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

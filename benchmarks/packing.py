@@ -137,8 +137,16 @@ def measure(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, i
 
 
 @click.command(cls=console.Command)
-@click.option("--images", default=6000, show_default=True, help="Images to pack.")
-@click.option("--repeats", default=3, show_default=True, help="Runs of each contender.")
+@click.option(
+    "--images", type=click.IntRange(min=2), default=6000, show_default=True, help="Images to pack."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Runs of each contender.",
+)
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
 @click.option(
     "--originals",

@@ -134,8 +134,12 @@ def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
 
 
 @click.command(cls=console.Command)
-@click.option("--images", default=200, show_default=True, help="Images per round.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds of each way.")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=200, show_default=True, help="Images per round."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of each way."
+)
 @click.option(
     "--originals",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -95,11 +95,15 @@ def grow_index(folder: Path, rows: int) -> None:
 
 @click.command(cls=console.Command)
 @click.option(
-    "--images", "counts", multiple=True, default=[10_000, 100_000], show_default=True,
-    help="Images to pack. May be repeated.",
+    "--images", "counts", type=click.IntRange(min=1), multiple=True, default=[10_000, 100_000],
+    show_default=True, help="Images to pack. May be repeated.",
 )  # fmt: skip
 @click.option(
-    "--rows", default=420_000, show_default=True, help="Samples in the set that is opened."
+    "--rows",
+    type=click.IntRange(min=1),
+    default=420_000,
+    show_default=True,
+    help="Samples in the set that is opened.",
 )
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")

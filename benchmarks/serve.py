@@ -232,8 +232,12 @@ def row_of(
 @click.command(cls=console.Command)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--hostile", "bad", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--images", default=128, show_default=True, help="Images per round.")
-@click.option("--rounds", default=2, show_default=True, help="Rounds of each way.")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=128, show_default=True, help="Images per round."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of each way."
+)
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 @console.options("checkpoint", "runs", "device", "batch_size")
 def main(

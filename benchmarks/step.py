@@ -222,7 +222,9 @@ def measure(
 )
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--seconds", default=10.0, show_default=True, help="Seconds per row and round.")
-@click.option("--rounds", default=2, show_default=True, help="Rounds of all rows.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of all rows."
+)
 @click.option("--only", multiple=True, help="Measure the first row and this; may be repeated.")
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
 def main(

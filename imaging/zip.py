@@ -149,7 +149,7 @@ def _single(volumes: _Volumes, name: str) -> int:
     to say "one disk". Returns the number of the volume in which the central directory starts.
 
     Raises:
-        ZipError: not a zip archive, or volumes are missing.
+        ZipError: not a zip archive, volumes are missing, or it names one that it does not have.
     """
     tail_at = max(0, len(volumes) - _END.size - 0xFFFF)
     tail = volumes.read_at(tail_at, len(volumes) - tail_at)
@@ -161,17 +161,23 @@ def _single(volumes: _Volumes, name: str) -> int:
         )
     disk, directory_disk = _END.unpack_from(tail, at)[1:3]
     locator_at = at - _LOCATOR.size
-    if locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\6\7":
+    is_zip64 = locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\6\7"
+    if is_zip64:
         _, zip64_disk, offset, disks = _LOCATOR.unpack_from(tail, locator_at)
         disk = max(disks - 1, 0)
-        if disk:
-            volumes.overlay[tail_at + locator_at] = _LOCATOR.pack(b"PK\6\7", 0, offset, 1)
-            end64 = volumes.read_at(volumes.starts[min(zip64_disk, disk)] + offset, 24)
-            directory_disk = struct.unpack_from("<L", end64, 20)[0] if len(end64) == 24 else 0
     if disk + 1 != len(volumes.paths):
         raise ZipError(
             f"{name} has {disk + 1} volumes, found {len(volumes.paths)} "
             f"({', '.join(path.name for path in volumes.paths[:3])}, ...); fetch the missing ones"
+        )
+    if is_zip64 and disk:
+        volumes.overlay[tail_at + locator_at] = _LOCATOR.pack(b"PK\6\7", 0, offset, 1)
+        end64 = volumes.read_at(volumes.starts[min(zip64_disk, disk)] + offset, 24)
+        directory_disk = struct.unpack_from("<L", end64, 20)[0] if len(end64) == 24 else 0
+    if disk and directory_disk > disk:
+        raise ZipError(
+            f"{name} is damaged: its central directory begins in volume {directory_disk + 1}, but "
+            f"it has {disk + 1} volumes; fetch it again"
         )
     return directory_disk
 

@@ -131,11 +131,21 @@ def _wanted(fetch: Fetch) -> dict[str, Any]:
     return wanted | ({"urls": [without_secrets(url) for url in fetch.urls]} if fetch.urls else {})
 
 
+_KINDS = {"fetch": dict, "files": dict, "versions": dict, "revision": str}
+"""Types of the entries of MARK and BEGUN that are read again. An entry may be missing or null."""
+
+
 def _read(path: Path) -> dict[str, Any]:
+    """Return the content of MARK or BEGUN; empty if there is no such file or it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
+    if not isinstance(content, dict):
+        return {}
+    entries = {key: value for key, value in content.items() if value is not None}
+    whole = all(isinstance(entries.get(key, kind()), kind) for key, kind in _KINDS.items())
+    return entries if whole else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

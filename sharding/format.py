@@ -291,7 +291,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} is not JSON ({text_fault(error)}); {_ANEW}") from error
     _check_keys(index, {"format_version": int}, str(path))
     if index["format_version"] != FORMAT_VERSION:

@@ -169,6 +169,12 @@ def _check_metadata(data: bytes, row: dict[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"not JSON: {error}"
         return
+    except RecursionError:
+        yield "JSON that is nested too deep to be read"
+        return
+    if not isinstance(meta, dict):
+        yield f"not the facts of an image: {type(meta).__name__}, expected a JSON object"
+        return
     for name, value in member_metadata(row).items():
         if meta.get(name) != value:
             yield f"{name} is {meta.get(name)!r}, the index says {value!r}"
@@ -246,7 +252,7 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
 def _json_of(path: AnyPath) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -259,7 +265,11 @@ def _check_left_out(folder: AnyPath, index: dict[str, Any]) -> Iterator[str]:
     if sha256_of(path) != index["excluded_sha256"]:
         yield f"{where}: its sha256 is not the one in the index"
     with path.open("r", encoding="utf-8", errors="replace", newline="") as stream:
-        counts = Counter(row.get("reason") for row in csv.DictReader(stream))
+        try:
+            counts = Counter(row.get("reason") for row in csv.DictReader(stream))
+        except csv.Error as error:
+            yield f"{where}: not a table: {error}"
+            return
     if dict(counts) != index["excluded"]:
         yield f"{where}: its counts by reason differ from the index"
 

@@ -2,6 +2,7 @@
 reason and the documented exit code, never a traceback.
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,27 @@ def test_a_value_refused_by_its_type_is_one_line_and_exit_code_2(
                 assert result.exit_code == 2, (name, parameter.name, value)
     typed = {(n, p.name) for n, p in parameters() if p.type is not click.STRING}
     assert typed - tried <= {("sharding demo", "seed")}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("serve", ["--images", "--rounds"]), ("step", ["--rounds"]), ("embedding", ["--rounds"]),
+        ("predict", ["--images", "--rounds"]), ("packing", ["--images", "--repeats"]),
+        ("loader", ["--images", "--repeats", "--batch-size", "--epochs"]),
+        ("evaluation", ["--images", "--scores"]), ("scale", ["--images", "--rows"]),
+        ("features", ["--images", "--width", "--batch-size"]), ("end_to_end", ["--batch-size"]),
+        ("gpu_loader", ["--batches"]),
+    ],
+)  # fmt: skip
+def test_a_benchmark_of_nothing_is_refused(name: str, options: list[str]) -> None:
+    if name == "gpu_loader":
+        pytest.importorskip("nvidia.dali")
+    command = importlib.import_module(f"benchmarks.{name}").main
+    for option in options:
+        result = CliRunner().invoke(command, [f"{option}=0"])
+        assert result.exit_code == 2, result.output
+        assert f"Invalid value for '{option}': 0 is not in the range" in result.stderr
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:99", "cuda:-1", "cuda:", "cpu:x", "gpu"])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from upath import UPath
 import storage
 from storage import atomic_folder, publish, write_atomically, write_bytes, write_text
 from tests.builders import ROOT, can_mount
+from tests.servers import Server
 
 
 @pytest.fixture
@@ -275,6 +277,34 @@ def test_a_file_address_is_a_path_of_this_machine(
 def test_local_path_refuses_addresses(text: str) -> None:
     with pytest.raises(ValueError, match="is an address"):
         storage.local_path(text)
+
+
+def test_an_address_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}/sets"
+    with pytest.raises(OSError, match=rf"^{address} does not answer: Cannot connect .* network$"):
+        storage.check_reachable(UPath(address))
+    path = UPath("memory://bucket/none")
+    storage.check_reachable(path)
+
+    def refused(*_arguments: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(type(path.fs), "exists", lambda *_arguments: False)
+    monkeypatch.setattr(type(path.fs), "info", refused)
+    with pytest.raises(OSError, match="bucket/none does not answer: no route"):
+        storage.check_reachable(path)
+
+
+@pytest.mark.parametrize("status", [200, 403, 404, 503])
+def test_a_server_that_answers_is_reachable_whatever_it_says(status: int) -> None:
+    with Server() as server:
+        server.bodies["/sets"] = b"listing"
+        server.status["/sets"] = status
+        storage.check_reachable(UPath(f"{server.url}/sets"))
+        assert server.asked
+        server.shutdown()
 
 
 def test_cores_are_those_this_process_may_use() -> None:

@@ -15,22 +15,29 @@ raises `OSError` if the file cannot be written, and `KeyError` if a key is missi
 `with_calibration(detector, runs)` returns a copy of the detector with the stored values. If there
 is no such file, it returns the detector unchanged. If the file was fitted to another version of the
 detector (other weights, revision or fake labels), it logs a warning and also returns it unchanged.
-It raises `DetectorError` if `calibration.json` is damaged or cannot be read (`PermissionError` if
-its folder may not be opened). The detector's own files are not changed.
+It raises `DetectorError` if `calibration.json` is damaged, has a value of another type or out of
+its range, or cannot be read (`PermissionError` if its folder may not be opened). The detector's own
+files are not changed.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import console
 from model.adapters.detector import DetectorError, OtherDetector
-from storage import write_text
+from storage import text_fault, write_text
 
 CALIBRATION_FILE = "calibration.json"
 KEYS = ("temperature", "threshold", "calibration")
+
+ROUNDING = 1e-12
+"""How far a threshold may be outside 0 to 1. A fitted one is the next number above a score, or 1
+minus such a number, so it can be just above 1 or just below 0."""
 
 
 def calibration_path(detector: OtherDetector, runs: Path) -> Path:
@@ -54,23 +61,72 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
     weights or of another file is ignored with a warning.
 
     Raises:
-        DetectorError: the calibration file is damaged.
+        DetectorError: the calibration file is damaged, or a value in it is impossible.
     """
     path = calibration_path(detector, runs)
     if not path.exists():
         return detector
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        fitted = {key: kept[key] for key in KEYS}
-        fitted_to = kept["detector"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if fault := _fault_in(kept):
+            raise ValueError(fault)
+    except (OSError, ValueError, RecursionError) as error:
+        fault = str(error.strerror) if isinstance(error, OSError) else text_fault(error)
         raise DetectorError(
-            f"{path} is damaged ({error}); remove it, or calibrate again"
+            f"{path} is damaged ({fault}); remove it, or calibrate again"
         ) from error
-    if fitted_to != detector.meta["detector"]:
+    if kept["detector"] != detector.meta["detector"]:
         console.log.warning(
             "%s was fitted to another version of %s and is ignored; calibrate again",
             path, detector.checkpoint,
         )  # fmt: skip
         return detector
-    return replace(detector, meta={**detector.meta, **fitted})
+    fitted = {key: kept[key] for key in KEYS}
+    temperature = float(kept["temperature"])  # NumPy cannot divide by a very large integer
+    return replace(detector, meta={**detector.meta, **fitted, "temperature": temperature})
+
+
+def _fault_in(kept: Any) -> str:
+    """Return what is wrong in the parsed JSON of a calibration file, or "" if it can be used."""
+    if not isinstance(kept, dict):
+        return f"it holds {type(kept).__name__}, expected an object"
+    if missing := [key for key in (*KEYS, "detector") if key not in kept]:
+        return f"{missing[0]} is missing"
+    temperature, threshold, calibration = (kept[key] for key in KEYS)
+    if not (_is_number(temperature) and 0 < temperature <= sys.float_info.max):
+        return f"temperature is {short(temperature)}, expected a finite number above 0"
+    if not _is_share(threshold):
+        return f"threshold is {short(threshold)}, expected a number from 0 to 1"
+    if not isinstance(calibration, dict):
+        return f"calibration is {short(calibration)}, expected an object"
+    band: Any = calibration.get("band")
+    if not (_is_pair(band) and band[0] <= band[1]):
+        return f"band is {short(band)}, expected two numbers from 0 to 1, the lower one first"
+    for name in ("at_fpr", "at_miss"):
+        rows = calibration.get(name, [])
+        if not (isinstance(rows, list) and all(map(_is_pair, rows))):
+            return f"{name} is {short(rows)}, expected a list of pairs of numbers from 0 to 1"
+    sources = calibration.get("sources", {})
+    if not (isinstance(sources, dict) and all(map(_has_rates, sources.values()))):
+        return f"sources is {short(sources)}, expected the two error rates of each source"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
+
+
+def _has_rates(value: Any) -> bool:
+    """Return whether a source has the rates that `model/inference/fitness.py` reads."""
+    rates = ("false_positive_rate", "recall")
+    return isinstance(value, dict) and all(
+        value.get(name, "") is None or _is_share(value.get(name)) for name in rates
+    )

@@ -3,8 +3,8 @@
 Main entry: `keep_wrong(detector, paths, label, folder, *, keep_image)`, a generator.
 
 - `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
-- `paths`: a list of texts: image files, folders, ZIP or TAR archives, or patterns such as
-  `a/*.jpg`.
+- `paths`: an iterable of texts: image files, folders, ZIP or TAR archives, or patterns such as
+  `a/*.jpg`. It may be endless, such as the lines of a pipe.
 - `label`: the true label of all these images, "real" or "fake".
 - `folder`: a `Path`, the folder of the records (made if missing).
 - `keep_image`: whether to store a copy of each recorded image in `folder`, too (bool).
@@ -24,7 +24,7 @@ record, also right ones; it is deleted once none of its verdicts is wrong (see `
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class Reported:
 
 
 def keep_wrong(
-    detector: "Loaded", paths: Sequence[str], label: Label, folder: Path, *, keep_image: bool
+    detector: "Loaded", paths: Iterable[str], label: Label, folder: Path, *, keep_image: bool
 ) -> Iterator[Reported]:
     """Score the images of `paths`, which all have the true label `label`. Yield a result for each.
 

@@ -7,8 +7,8 @@ written.
 - `folder`: a `Path`, the folder of the records (`model/mistakes/keep.py`).
 - `mistakes`: a list of `Mistake`, as `read_mistakes(folder)` returns.
 - `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
-- `images`: a `Path` or None (the default). Images that were not copied into the records are looked
-  for below this folder, by their bytes.
+- `images`: a `Path` or None (the default). Images without a copy in the records, or with a copy
+  that has changed, are looked for below this folder, by their bytes.
 - `advance`: a function without arguments that is called after each image that is there (default:
   nothing is done).
 - `lacking`: the text for `reason` when an image has no copy and `images` is None (it has a
@@ -126,7 +126,8 @@ def _compared(mistake: Mistake, after: Verdict) -> Regression:
 def find_files(
     folder: Path, mistakes: Iterable[Mistake], images: Path | None
 ) -> dict[str, ImageFile]:
-    """Return the image file of each mistake by hash: its copy, or a file below `images`.
+    """Return the image file of each mistake by hash: its copy, or a file below `images` if there is
+    no copy or the copy has changed.
 
     Files below `images` are identified by their bytes. A file is read again when it is scored, and
     its hash is checked.
@@ -135,7 +136,11 @@ def find_files(
     for mistake in mistakes:
         path = mistake.image_path(folder)
         if path and path.is_file():
-            files[mistake.sha256] = _checked(mistake.sha256, partial(read_file, path))
+            read = partial(read_file, path)
+            changed = "its copy has changed since it was scored"
+            files[mistake.sha256] = _checked(mistake.sha256, read, changed)
+            if images and not _has_hash(files[mistake.sha256]):
+                missing.add(mistake.sha256)
         else:
             missing.add(mistake.sha256)
     candidates = find_images([str(images)], Counter()) if images and missing else ()
@@ -145,18 +150,32 @@ def find_files(
         except (DecodeError, OSError):
             continue  # an unreadable file was never scored, so it is no mistake's image
         if sha256 in missing:
-            files[sha256] = _checked(sha256, file.read)
+            changed = f"its file below {images} has changed since it was found"
+            files[sha256] = _checked(sha256, file.read, changed)
             missing.remove(sha256)
         if not missing:
             break
     return files
 
 
-def _checked(sha256: str, read: Callable[[], bytes]) -> ImageFile:
+def _has_hash(file: ImageFile) -> bool:
+    """Return whether a file of `_checked` can be read and has its hash."""
+    try:
+        file.read()
+    except (DecodeError, OSError):
+        return False
+    return True
+
+
+def _checked(sha256: str, read: Callable[[], bytes], changed: str) -> ImageFile:
+    """Return an image file named by its hash. If its bytes have another hash, reading it raises
+    `DecodeError` with the reason `changed`.
+    """
+
     def read_and_check() -> bytes:
         data = read()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise DecodeError("its copy has changed since it was scored")
+            raise DecodeError(changed)
         return data
 
     return ImageFile(sha256, read_and_check)

@@ -1,8 +1,8 @@
-"""Comparison of the scores of two devices by `benchmarks.end_to_end`."""
+"""Comparison of the scores of two devices by `benchmarks.end_to_end`, and its failed steps."""
 
 from pathlib import Path
 
-from benchmarks.end_to_end import compare
+from benchmarks.end_to_end import STOP, compare, failed
 
 HEADER = "path,probability,verdict,error\n"
 
@@ -21,3 +21,13 @@ def test_tables_with_other_or_without_scored_images_are_compared(tmp_path: Path)
     assert row["refused on one side"] == {"b": ["cut off", ""]}
     row = compare(device, table(tmp_path / "c.csv"))
     assert row["probability apart"] == {"mean": None, "p99": None, "max": None}
+
+
+def test_failed_steps_are_named_without_the_expected_exit_code() -> None:
+    stopped, good, bad = {"rc": 130, "seconds_to_stop": 1.0}, {"rc": 0}, {"rc": 1}
+    assert failed({STOP: stopped, "resume": good, "device beside CPU": {"files": 3}}) == []
+    assert failed({STOP: stopped, "resume": bad, "evaluate": {"rc": 130}}) == ["resume", "evaluate"]
+    assert failed({STOP: bad, "resume": good}) == [STOP]
+    for ended in (good, {"rc": 0, "seconds_to_stop": 1.0}):
+        (said,) = failed({STOP: ended, "resume": good})
+        assert said.startswith(f"{STOP} (it ended before SIGTERM stopped it; give a larger set")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import predict
 from benchmarks import kills
@@ -30,6 +31,18 @@ def test_only_entries_meant_to_differ_are_not_compared(tmp_path: Path) -> None:
         "x.7.partial is left over", "meta.json differs", "metrics.jsonl differs",
     ]  # fmt: skip
     assert kills.differences(other, one)[0] == "x.7.partial is missing"
+
+
+def test_an_unknown_command_is_refused_before_the_inputs_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kills, "finish", lambda *_arguments: 0.0)
+    assert tuple(kills.write_inputs(tmp_path, "http://127.0.0.1:9")) == kills.COMMANDS
+    work = tmp_path / "work"
+    result = CliRunner().invoke(kills.main, ["build", "bild", "--work", str(work)])
+    assert result.exit_code == 2
+    assert "'bild' is not one of 'build', 'train'" in result.stderr
+    assert not work.exists()
 
 
 @pytest.mark.slow

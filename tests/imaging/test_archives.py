@@ -19,7 +19,7 @@ from imaging import tar, zip
 from imaging.decode import DecodeError
 from model.inference.inputs import find_images
 from sharding.raw import walk
-from tests.builders import JPEG, ROOT
+from tests.builders import JPEG, ROOT, write_split_zip
 
 
 def zip_of(path: Path, members: dict[str, bytes]) -> Path:
@@ -91,6 +91,55 @@ def test_only_the_first_of_overlapping_members_is_read(tmp_path: Path) -> None:
     first, second = zip.members(path)
     assert (first.name, first.excluded) == ("0000.png", "")
     assert (second.name, second.excluded) == ("0001.png", "shares bytes with another member")
+
+
+def as_zip64(path: Path, volumes: int, directory_disk: int) -> None:
+    """Add the zip64 records to an archive of `write_split_zip`. Its own end record then has the
+    volume number 0xFFFF.
+    """
+    data = path.read_bytes()
+    directory, fields = data[:-22], struct.unpack("<4s4H2LH", data[-22:])
+    count, last = fields[3], volumes - 1
+    end64 = struct.pack(
+        "<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, last, directory_disk, count, count, len(directory), 0
+    )
+    locator = struct.pack("<4sLQL", b"PK\6\7", last, len(directory), volumes)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0xFFFF, 0xFFFF, *fields[3:])
+    path.write_bytes(directory + end64 + locator + end)
+
+
+SPLIT = {f"{number}.png": bytes([number]) * 900 for number in range(9)}
+
+
+@pytest.mark.parametrize("missing", [("z02",), ("z02", "z03"), ("z01", "z02", "z03")])
+@pytest.mark.parametrize("is_zip64", [False, True])
+def test_missing_volumes_are_counted_in_one_error(
+    tmp_path: Path, missing: tuple[str, ...], is_zip64: bool
+) -> None:
+    path = tmp_path / "x.zip"
+    write_split_zip(path, SPLIT, volumes=4)
+    if is_zip64:
+        as_zip64(path, volumes=4, directory_disk=3)
+    assert [zip.read_member(path, m.where) for m in zip.members(path)] == list(SPLIT.values())
+    for suffix in missing:
+        path.with_suffix(f".{suffix}").unlink()
+    with pytest.raises(zip.ZipError, match=rf"has 4 volumes, found {4 - len(missing)} \("):
+        list(zip.members(path))
+
+
+@pytest.mark.parametrize("is_zip64", [False, True])
+def test_a_directory_in_a_volume_that_does_not_exist_is_one_error(
+    tmp_path: Path, is_zip64: bool
+) -> None:
+    path = tmp_path / "x.zip"
+    write_split_zip(path, SPLIT, volumes=4)
+    if is_zip64:
+        as_zip64(path, volumes=4, directory_disk=7)
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-16] + struct.pack("<H", 7) + data[-14:])
+    with pytest.raises(zip.ZipError, match="directory begins in volume 8, but it has 4 volumes"):
+        list(zip.members(path))
 
 
 def test_members_without_a_name_are_refused(tmp_path: Path) -> None:

@@ -389,6 +389,24 @@ def test_without_an_etag_a_download_starts_again(
         assert files_of(raw / "s") == {"photos.bin": BODY[::-1]}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"\xff", b"[]", b"5", pytest.param(b"[" * 100_000, id="deep"),
+     b'{"files": ["photos.bin"]}', b'{"fetch": "x"}', b'{"versions": []}'],
+)  # fmt: skip
+def test_damaged_marks_start_the_download_again(
+    server: Server, photos: str, tmp_path: Path, content: bytes
+) -> None:
+    server.publish(FILES, OLD)
+    for name, fetch in (("urls", {"urls": [photos]}), ("hub", HUB)):
+        folder = tmp_path / name / "s"
+        folder.mkdir(parents=True)
+        for mark in (BEGUN, MARK):
+            (folder / mark).write_bytes(content)
+        assert fetched(tmp_path / name, **fetch).status == "downloaded"
+        assert fetched(tmp_path / name, **fetch).status == "complete"
+
+
 def test_marks_contain_no_secrets(server: Server, photos: str, tmp_path: Path) -> None:
     host = photos.removeprefix("http://")
     address = f"http://me:s3c@ret@{host}?X-Amz-Signature=s3cret#s3cret"

@@ -157,6 +157,15 @@ def test_a_deleted_revision_says_how_to_start_over(server: Server, tmp_path: Pat
     assert json.loads((tmp_path / "s" / MARK).read_text())["revision"] == NEW
 
 
+def test_a_revision_that_is_no_text_is_ignored(server: Server, tmp_path: Path) -> None:
+    server.publish(FILES, OLD)
+    (tmp_path / "s").mkdir()
+    for revision in (5, [OLD], None):
+        (tmp_path / "s" / BEGUN).write_text(json.dumps({"fetch": HUB, "revision": revision}))
+        assert fetched(tmp_path, **HUB).status == "downloaded"
+        (tmp_path / "s" / MARK).unlink()
+
+
 def test_patterns_that_match_no_file_are_an_error(server: Server, tmp_path: Path) -> None:
     server.publish(FILES, OLD)
     result = fetched(tmp_path, hub=REPO, files=["train/*"])

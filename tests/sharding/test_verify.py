@@ -1,5 +1,6 @@
 """Tests of the commands verify, diff, list and describe: faults are named and set the exit code."""
 
+import io
 import json
 import shutil
 import tarfile
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
-from sharding.format import SAMPLES_SCHEMA, open_shards
+from sharding.format import SAMPLES_SCHEMA, ShardError, open_shards
 from sharding.verify import sets_in, verify
 from tests.builders import encode, photo, write_raw
 
@@ -117,6 +118,43 @@ def test_a_foreign_member_is_found(copy: Path, tmp_path: Path) -> None:
     assert "extra.jpg: a member that is not in the index" in "\n".join(
         verify([copy / "old"], jobs=1)
     )
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "not JSON: Expecting"), (b"\xff{}", "not JSON: "),
+        (b"[1]", "not the facts of an image: list, expected a JSON object"),
+        (b"null", "not the facts of an image: NoneType, expected a JSON object"),
+        pytest.param(DEEP, "JSON that is nested too deep to be read", id="deep"),
+    ],
+)  # fmt: skip
+def test_facts_that_are_no_object_are_found(copy: Path, content: bytes, said: str) -> None:
+    path = copy / "old/dummy-train-00000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    changed = next(member.name for member, _ in members if member.name.endswith(".json"))
+    with tarfile.open(path, "w") as tar:
+        for member, data in members:
+            new = content if member.name == changed else data
+            member.size = len(new)
+            tar.addfile(member, io.BytesIO(new))
+    faults = "\n".join(verify([copy / "old"], jobs=1))
+    assert f"{path.name}:{changed}: {said}" in faults
+
+
+def test_deep_json_and_endless_fields_are_found(copy: Path) -> None:
+    (copy / "old/_info.json").write_bytes(DEEP)
+    (copy / "old/excluded.csv").write_text("source,path,reason,detail\n" + "x" * 200_000)
+    faults = "\n".join(verify([copy / "old"], jobs=1))
+    assert "old/_info.json: missing, or not as the index requires" in faults
+    assert "old/excluded.csv: not a table: field larger than field limit" in faults
+    (copy / "old/index.json").write_bytes(DEEP)
+    with pytest.raises(ShardError, match=r"index\.json is not JSON .*copy the set again"):
+        verify([copy / "old"], jobs=1)
 
 
 def test_verify_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from PIL import Image
 import evaluate
 import predict
 from model.adapters.detector import DetectorError, logits_from, probability_at
+from model.adapters.kept import keep_calibration
 from model.adapters.open import Opening, kind_of, load_any, open_other
 from model.adapters.python_file import open_file
+from model.calibrate import calibrate
 from model.distributed import DistEnv
 from model.evaluation import others
 from model.evaluation.others import score_shards
@@ -241,6 +244,70 @@ def test_a_calibration_is_stored_and_used(
     )
     file.write_text(DETECTOR + "# another\n")
     assert not open_other(str(file), opening).meta["calibration"]
+
+
+KEPT = {"temperature": 2, "threshold": 0.5, "calibration": {"band": [0.25, 0.5]}}
+BAND = {"band": [0.25, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": "2"}, "temperature is '2', expected a finite number above 0"),
+        ({"temperature": 0}, "temperature is 0, expected"),
+        ({"temperature": float("inf")}, "temperature is inf, expected"),
+        ({"temperature": True}, "temperature is True, expected"),
+        ({"temperature": 10**400}, r"temperature is 10000\d*\.\.\.0+, expected"),
+        ({"threshold": float("nan")}, "threshold is nan, expected a number from 0 to 1"),
+        ({"threshold": 1.5}, "threshold is 1.5, expected"),
+        ({"calibration": None}, "calibration is None, expected an object"),
+        ({"calibration": {}}, "band is None, expected two numbers from 0 to 1"),
+        ({"calibration": {"band": [0.5, 0.25]}}, "the lower one first"),
+        ({"calibration": {"band": [-0.5, 0.5]}}, r"band is \[-0.5, 0.5\], expected"),
+        ({"calibration": {"band": ["a", 0.5]}}, "band is"),
+        ({"calibration": {**BAND, "at_fpr": [[0.1, "a"]]}}, "expected a list of pairs"),
+        ({"calibration": {**BAND, "at_miss": 5}}, "at_miss is 5, expected a list of pairs"),
+        ({"calibration": {**BAND, "sources": ["a"]}}, "expected the two error rates"),
+        ({"calibration": {**BAND, "sources": {"a": {}}}}, "expected the two error rates"),
+        ({"temperature": {"a": None}, "threshold": None}, "temperature is"),
+    ],
+)
+def test_impossible_values_of_a_calibration_are_refused(
+    file: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    opening = Opening(trust=True, runs=tmp_path / "runs")
+    plain = open_file(file, trust=True)
+    keep_calibration(plain, opening.runs, {**KEPT, **change})
+    with pytest.raises(DetectorError, match=rf"calibration\.json is damaged \(.*{said}") as caught:
+        open_other(str(file), opening)
+    assert str(caught.value).endswith("; remove it, or calibrate again")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_calibration_that_is_not_an_object_is_refused(file: Path, tmp_path: Path) -> None:
+    opening = Opening(trust=True, runs=tmp_path / "runs")
+    path = keep_calibration(open_file(file, trust=True), opening.runs, KEPT)
+    assert open_other(str(file), opening).predict(photo(1)).probability < 0.5
+    damaged = {
+        "{": "Expecting property name", "": "the file is empty", "[]": "it holds list, expected an",
+        "{}": "temperature is missing", "[" * 100_000: "maximum recursion depth",
+    }  # fmt: skip
+    for content, said in damaged.items():
+        path.write_text(content)
+        with pytest.raises(DetectorError, match=rf"calibration\.json is damaged \({said}"):
+            open_other(str(file), opening)
+
+
+def test_thresholds_next_to_0_and_1_are_accepted(file: Path, tmp_path: Path) -> None:
+    """A threshold is fitted just above a score, so above 1 if the score is 1."""
+    labels = np.repeat([0, 1], 1000)
+    logits = 3.0 * (2 * labels - 1)
+    logits[[0, -1]] = logits_from(np.array([1.0, 0.0]))
+    fitted = calibrate(labels, logits)
+    assert fitted.at_fpr[0][1] > 1 and fitted.at_miss[0][1] < 0
+    opening = Opening(trust=True, runs=tmp_path / "runs")
+    keep_calibration(open_file(file, trust=True), opening.runs, fitted.entries({}))
+    assert open_other(str(file), opening).at_rates(max_fpr=0.001).band[1] == fitted.at_fpr[0][1]
 
 
 def test_logits_of_0_and_1_are_finite_and_extreme() -> None:

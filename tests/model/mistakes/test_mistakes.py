@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 import evaluate
 import predict
+from imaging.decode import DecodeError
 from model.mistakes import keep
 from model.mistakes.keep import (
     Label,
@@ -22,6 +23,7 @@ from model.mistakes.keep import (
     standing,
     with_verdict,
 )
+from model.mistakes.regressions import find_files
 from model.verdict import VERDICTS
 from tests.builders import encode, photo
 
@@ -214,6 +216,45 @@ def test_mistakes_that_cannot_be_measured_are_counted_with_reasons(
     assert "its copy has changed since it was scored" in result.output
     assert "no copy of its image was kept" in result.output
     assert len(read_mistake(folder / f"{HASH}.json").verdicts) == 1
+
+
+def test_an_image_whose_copy_has_changed_is_looked_for(
+    tmp_path: Path, image: Path, detectors: dict[str, Path]
+) -> None:
+    folder = tmp_path / "kept"
+    add(folder, "real", image, detectors["wrong"], "--keep-image")
+    (folder / f"{HASH}.jpg").write_bytes(b"changed")
+    result = measure(folder, detectors["right"], "--images", image.parent)
+    assert result.exit_code == 0 and "1 fixed" in result.output, result.output
+    image.rename(tmp_path / "elsewhere.jpg")
+    result = measure(folder, detectors["right"], "--images", image.parent)
+    assert result.exit_code == 1 and "its copy has changed since it was scored" in result.output
+
+
+def test_a_file_that_changes_before_it_is_scored_is_not_called_a_copy(
+    tmp_path: Path, image: Path
+) -> None:
+    keep_mistake(tmp_path / "kept", DATA, "real", said(LIKELY))
+    mistakes = read_mistakes(tmp_path / "kept")
+    (file,) = find_files(tmp_path / "kept", mistakes, image.parent).values()
+    assert file.read() == DATA
+    image.write_bytes(b"changed")
+    with pytest.raises(DecodeError, match=r"its file below .*photos has changed since it was fou"):
+        file.read()
+
+
+def test_paths_of_mistakes_may_come_from_standard_input(
+    tmp_path: Path, image: Path, detectors: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_bytes(b"a file of this name is not meant")
+    line = ["-", "--report-mistake", "real", "--detector", str(detectors["wrong"]), "--trust"]
+    result = CliRunner().invoke(predict.main, line, input=f"{image}\n\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{image}: likely AI (90.0%); kept, without its image\n"
+    assert [mistake.sha256 for mistake in read_mistakes(tmp_path / "mistakes")] == [HASH]
+    result = CliRunner().invoke(predict.main, line, input="\n")
+    assert result.exit_code == 2 and "standard input named no image" in result.stderr
 
 
 def test_an_unreadable_image_is_an_error_and_the_others_are_kept(
