@@ -3,7 +3,6 @@
 Main entries: `choose_device(asked, local)` takes the text `asked` and returns a `torch.device`.
 
 - `auto`: the GPU with the index `local` (default 0, not checked), or the CPU if there is no GPU.
-  `local` is not checked.
 - `cpu`, `cuda` or `cuda:N`: this device. `local` is not used.
 - Another text, such as `cpu:0`, raises `ValueError`, and so does a named GPU that this machine does
   not have.
