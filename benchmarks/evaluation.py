@@ -183,14 +183,14 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 @click.command(cls=console.Command)
 @click.option(
     "--images",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=0),
     default=10_000,
     show_default=True,
     help="Small images to score.",
 )
 @click.option(
     "--scores",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=50),
     default=400_000,
     show_default=True,
     help="Scores to report on.",

@@ -137,7 +137,7 @@ def within_subjects(
 
 def kinds_of(scored: Scored) -> dict[str, int]:
     """Return the label of each source whose images are all real or all fake."""
-    return {n: int(y[0]) for n, (y, _) in scored.items() if y.all() or not y.any()}
+    return {n: int(y[0]) for n, (y, _) in scored.items() if len(set(y.tolist())) == 1}
 
 
 def left_out_pairs(
@@ -284,8 +284,8 @@ def main(
             perturbed_logits[name] = logits.cpu().numpy().reshape(own.shape[:2])
 
     scored = leave_one_out(planned, state, source, score_perturbed)
-    real = {n: z for n, (y, z) in scored.items() if not y.any()}
-    fake = {n: z for n, (y, z) in scored.items() if y.all()}
+    kinds = kinds_of(scored)
+    real, fake = ({n: scored[n][1] for n in kinds if kinds[n] == label} for label in (0, 1))
     one = of_pairs(real, fake)
     figures: dict[str, Any] = {"one left out": summary(one)}
     pooled = threshold_over_sources([probability(z) for z in real.values()], 0.05, "pooled")
@@ -311,7 +311,6 @@ def main(
     if per_source:
         shipped = calibrate_sources(scored, recipe.calibration)
         at = math.log(shipped.threshold / (1 - shipped.threshold)) * shipped.temperature
-        kinds = kinds_of(scored)
         figures["perturbed"] = robustness(perturbed_logits, kinds, at)
     if most_pairs:
         pairs = left_out_pairs(planned, state, scored, most_pairs)
