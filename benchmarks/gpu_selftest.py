@@ -3,11 +3,12 @@
     python -m benchmarks.gpu_selftest --images FOLDER [--json FILE] [--only CHECK] [--cpu]
 
 Main entry: `main()`, this click command. The checks (`CHECKS`: name -> function) run one after
-another, in this order. Each takes a `Given` (up to 60 encoded JPEGs, the other encoded images, the
-torch.device) and returns its answer. The answer, or the error that it raised, is printed (up to 900
-characters) and written to FILE at once, so that a crash loses one check. Differences are in levels
-from 0 to 255, as [mean, 99th percentile, maximum] (`difference(images, expected)` of two uint8
-arrays); people judge them: no difference makes the command fail.
+another, in this order. Each takes a `Given` and returns its answer. A `Given` has 60 encoded JPEGs
+(repeated if there are fewer; 30 of a single one), the other encoded images and the torch.device.
+The answer, or the error that it raised, is printed (up to 900 characters) and written to FILE at
+once, so that a crash loses one check. Differences are in levels from 0 to 255, as [mean, 99th
+percentile, maximum] (`difference(images, expected)` of two uint8 arrays); people judge them: no
+difference makes the command fail.
 
 - `--images`: a folder of photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`.
 - `--json`: the file for the answers (check -> answer).

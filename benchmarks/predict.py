@@ -6,7 +6,8 @@ Main entry: `measure(detector, folder, images, batch_size, rounds)`.
 
 - `detector`: an `ImageDetector`, such as `model.load_detector(run_folder)` returns.
 - `folder`: a folder (Path) of JPEG files, also in subfolders. The JSON lines of `predict.py` are
-  written next to it, to `FOLDER.jsonl`, which is replaced. The folder's name must have no dot.
+  written next to it, to a file with the folder's name and the suffix `.jsonl`, which is replaced.
+  The folder's name must have no dot.
 - `images`: how many JPEG files `folder` has. All are scored.
 - `batch_size`: images per batch.
 - `rounds`: how often each way runs.

@@ -9,7 +9,8 @@ usable profile by Pillow (docs/design.md explains why).
 Values of more than 8 bits are scaled to gray levels from 0 to 255 (in parts of `BAND_PIXELS`
 pixels, to save memory):
 
-- Floats: the largest finite value becomes 255; the smallest, if negative, else zero, becomes 0.
+- Floats: the largest finite value becomes 255. If the smallest value is negative, it becomes 0;
+  otherwise zero becomes 0.
 - Integers of a file that declares a white level (a TIFF): this level becomes 255; the declared
   black level, or else zero, becomes 0. A white level counts as not declared if it is not above the
   black level, or if a value of the image is above it.

@@ -9,16 +9,16 @@ Main entry: `members(path, wanted)` is a generator.
 It yields a `TarMember` for each wanted file, in the order of the archive: its `name`; `excluded`,
 the reason why the file is not read (a link, an unsafe path, too large, ...), or ""; and `read`, a
 function without arguments that returns the bytes of the file, or raises `DecodeError` or `OSError`.
-For an excluded file, `read` is None. Folders are not yielded. A damaged archive raises
-`DecodeError` during the loop; the members before the error are good. An archive that cannot be
-opened raises `OSError`.
+For an excluded file, `read` is None. Folders are not yielded. An archive that is damaged or beyond
+one of the limits below raises `DecodeError` (a `ValueError`, of imaging/decode.py) during the loop;
+the members before the error are good. An archive that cannot be opened raises `OSError`.
 
 In a plain tar, `read` reads the file at its offset, at any time and from any thread. A compressed
 tar (`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until
-its `read` is called. Before more than `WAITING_BYTES` wait in memory, the loop waits until another
-thread calls a `read`. So call each `read` in the loop, or in other threads: a loop that only
-collects the members could wait forever. The `MAX_...` constants limit the memory and the work that
-a hostile archive can cause.
+its `read` is called. The loop stops when the next member would bring the bytes in memory above
+`WAITING_BYTES`. It goes on when another thread has called a `read`. So call each `read` in the
+loop, or in other threads: a loop that only collects the members could wait forever. The `MAX_...`
+constants limit the memory and the work that a hostile archive can cause.
 """
 
 import contextlib

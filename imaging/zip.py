@@ -16,8 +16,8 @@ A `ZipMember` has the file's `name`, its location `where` (a text), its `size` i
 
 `members()` raises `ZipError` (a `ValueError`) if the archive is damaged or incomplete, or if its
 files claim to unpack to more than 1 MiB plus `MAX_RATIO` times its size. `read_member()` raises
-`DecodeError` if the file in the archive is damaged. Both raise `OSError` if the archive cannot be
-read.
+`DecodeError` (a `ValueError`, of imaging/decode.py) if the file in the archive is damaged. Both
+raise `OSError` if the archive cannot be read.
 
 Four functions are about names and modes of files, in folders and archives of any kind.
 `is_hidden(name)` and `leaves_archive(name)` (the path would lead out of the target folder) return a

@@ -25,11 +25,11 @@ All fields of `gate`, `features` and `calibration` have defaults; the default ga
 The text below each field in this file gives its meaning, default and range.
 
 A number out of range, or settings that do not fit together, raise `ValueError` with the allowed
-values. Two things are checked only later. `recipes.load()` checks types, texts with a fixed choice
-(such as `precision`) and that numbers are finite; it raises `RecipeError` (a `ValueError`).
-`plan()` in `model/training/plan.py` checks that `augment` has every policy that the sets need, and
-that `train` and `validate` are not empty. `resolved()` in `model/backbones/resolve.py` makes a
-`ResolvedRecipe`, with complete preprocessing settings.
+values. Making a `Recipe` does not check two things. `recipes.load()` checks the first: types, texts
+with a fixed choice (such as `precision`) and that numbers are finite; it raises `RecipeError` (a
+`ValueError`). `plan()` in `model/training/plan.py` checks the second: that `augment` has every
+policy that the sets need, and that `train` and `validate` are not empty. `resolved()` in
+`model/backbones/resolve.py` makes a `ResolvedRecipe`, with complete preprocessing settings.
 
 `flat_settings(values, prefix)` takes nested dicts and returns one dict with keys such as
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,

@@ -9,9 +9,10 @@ Errors:
 
 - `NoCheckpointError`: there is no run and no shipped detector.
 - `MissingError`: the weights of the shipped detector are not downloaded.
-- Another `ValueError`: the named detector does not exist or cannot be used; a variable does not
-  hold a folder of this machine; DETECTOR_RUNS is needed, and its folder does not exist; or the list
-  of trusted signers cannot be used.
+- Another `ValueError`: the named detector does not exist, is damaged or of another version; a
+  variable does not hold a folder of this machine; DETECTOR_RUNS is needed, and its folder does not
+  exist; or the list of trusted signers (C2PA) is damaged, or missing where the variable
+  DETECTOR_TRUST_LIST says.
 - `OSError`: a file cannot be read.
 - Anything else that a damaged file causes.
 

@@ -12,8 +12,10 @@ files that are not in `files` are dropped.
 Fields of a `Scored`:
 
 - `name`: the file name.
-- `prediction`: a `Prediction`: `probability` of fake, or None and the reason in `error`.
-- `evidence`: the statements in the file about its origin (`Evidence`).
+- `prediction`: a `Prediction`: `probability` of fake (0 to 1), or None and the reason in `error`
+  (else "").
+- `evidence`: the statements in the file about its origin, a sequence of `Evidence` of
+  model/inference/provenance.py.
 - `preview`, `thumbnail`: small JPEG files as bytes.
 - `size`: (width, height) in pixels.
 - `is_example`: True if the file is one of the page's own examples (`page/examples.py`).

@@ -5,12 +5,12 @@ Main entry: `show_table(detector, scored, verdicts)` puts the table on the page 
 show in full: the row that the visitor chose, or `first_of(scored)`, the first image that was not
 refused (if all were refused, the first).
 
-- `detector`: the `ImageDetector` that gave the verdicts: with the threshold of the slider, as
-  `page.cost.moved()` returns it. The CSV has its `identity`.
+- `detector`: the `ImageDetector` that `page.cost.moved()` returns. It has the threshold of the
+  slider, and gave the verdicts. The CSV has its `identity`.
 - `scored`: the results, a dict, file id -> `Scored` (prediction or refusal), as
   `page.scored.score_all()` returns it. It has at least one entry.
 - `verdicts`: a dict with the same file ids -> "likely AI", "uncertain", "no sign of AI", or
-  "unreadable" for a refused file.
+  "unreadable" for a refused file. A missing id raises KeyError.
 
 `summary(scored, verdicts)` returns the number of images in all and per verdict as text. `row(key,
 result, verdict)` returns the values of one row as a dict for `table.js`; `key` is the file id,

@@ -13,9 +13,9 @@ The others return `Markup` too:
 
 - `scale_html(p, band)` makes the scale from the probability of fake, 0 to 1, and the uncertain band
   (low, high).
-- `evidence_html(evidence, level)` lists the statements of the file (`Evidence`, such as from EXIF
-  or C2PA), which are in `Scored.evidence`. If there are none, the card says so. `level` is as
-  above.
+- `evidence_html(evidence, level)` lists the statements of the file (a sequence of `Evidence`, such
+  as from EXIF or C2PA), which are in `Scored.evidence`. If there are none, the card says so.
+  `level` is as above.
 - `refused_html(refused)` takes a list of `Scored`s of refused files and lists their names and the
   reasons.
 """

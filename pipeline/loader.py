@@ -24,11 +24,12 @@ named in `Batch.failures`.
 - `start`: the step to begin with (default 0).
 
 `open_loader()` raises `LoadError` (a `ValueError`) if the backend is not installed, a tar is
-missing or has another length, or shared memory has no room for even one worker (only with Pillow
-and `num_workers` above 0). The errors of `batches()` come with the first batch or a later one:
+missing or has another length, or shared memory is too small even for one worker (only with Pillow
+and `num_workers` other than 0). The errors of `batches()` come with the first batch or a later one:
 
 - `LoadError`: the batch size of `epoch` is not `loader.global_batch`.
-- `LoadError`: a worker died, or no batch came in `loading.stall_error_s` seconds.
+- `LoadError`: a worker died, or no batch came in `loading.stall_error_s` seconds (with Pillow and
+  `num_workers` 0, there is no such limit).
 - `LoadError`: more than 5 % of the samples so far cannot be decoded. This is checked once
   `MIN_SEEN` samples were seen, and at the end of a whole epoch. One bad sample alone is no error.
 - `RuntimeError`: the GPU fails. `OSError`: too many files are open.

@@ -34,7 +34,8 @@ crops.
 
 Errors:
 
-- `open_pool()`: `ShardError` or `OSError` if a set cannot be read.
+- `open_pool()`: `ShardError` if a set is missing, damaged or of another format version, `OSError`
+  if a file cannot be read.
 - `Stream.epoch(0)`: `OrderError` if the samples do not fill a batch, `LoadError` for an unknown
   source in `repeats`, `ValueError` if there is no old sample to replay.
 - `Stream.batches()`: `LoadError` if the policy of a source is not in `augment`, too many images are

@@ -12,8 +12,9 @@ order of the set.
 - `name`: the name of this set in the list.
 - `subset`: a `Subset`.
 
-Both raise ValueError with the reason, such as a key that is not in the set, or a list that names no
-sample of this set; `read_subset()` also raises OSError.
+`read_subset()` raises ValueError if the file is not CSV in UTF-8, has another header, names no
+sample, or names one twice, and OSError if it cannot be read. `choose_samples()` raises ValueError
+if the list names no sample of this set, or a key that the set does not have.
 """
 
 import csv

@@ -14,10 +14,9 @@ It writes `report.json`, `figures.csv`, `robustness.csv` (if measured) and `repo
 atomically, and returns a list of their paths, the page last. The page shows the command line of
 this process. Errors:
 
-- `ScoresError` (a ValueError): `scores` is not a file of scores, or one of another version. Nothing
-  is written.
-- ValueError: `scores` lacks a set of `report`, so it is of another evaluation. Only `report.json`
-  is written. (Scores of another evaluation of the same sets are not noticed.)
+- `ScoresError` (a ValueError): `scores` is not a file of scores, is one of another version, or
+  lacks a set of `report`, so it is of another evaluation. Nothing is written. (Scores of another
+  evaluation of the same sets are not noticed.)
 - OSError: `scores` cannot be read (nothing is written), or a file cannot be written.
 """
 

@@ -4,11 +4,12 @@ Main entry: `write_page(report, scores, shards, folder, command)` writes the CSV
 page, and returns a list of the paths of all files, the page last. It raises OSError if a file
 cannot be written, and ValueError if a set of the report is not in the scores.
 
-- `report`: the report, a dict, content of `report.json`.
+- `report`: the report, a dict, content of `report.json`. `evaluate()` and `report_on()` of
+  `model/evaluation/run.py` return it.
 - `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of
   `model/evaluation/scores.py`).
-- `shards`: dict, set name -> `ShardSet`, for the pictures of mistakes. A missing set gets no
-  pictures.
+- `shards`: dict, set name -> `ShardSet` (from `open_shards([folder])` of `sharding/format.py`), for
+  the pictures of mistakes. A missing set gets no pictures.
 - `folder`: the `Path` of an existing folder to write to.
 - `command`: the command line to show on the page, text.
 

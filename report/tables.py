@@ -1,7 +1,8 @@
 """Write the figures of an evaluation report as CSV tables.
 
-Main entry: `write_tables(report, folder)` takes the report (a dict, the content of `report.json`)
-and the `Path` of an existing folder. It writes these files and returns a list of their paths:
+Main entry: `write_tables(report, folder)` takes the report (a dict, the content of `report.json`,
+from `evaluate()` or `report_on()` of `model/evaluation/run.py`) and the `Path` of an existing
+folder. It writes these files and returns a list of their paths:
 
 - `figures.csv`: for each set, the metrics of its own images and, if a reference set is used for it,
   those of its fakes together with the real images of the reference set. Also the metrics of each

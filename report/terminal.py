@@ -1,8 +1,9 @@
 """Print the results of `evaluate.py` in a terminal: tables, and sentences that explain them.
 
 All functions print to standard output and return nothing. Main entry: `print_report(report)` takes
-a report (a dict, content of `report.json`) and prints its headline and the metrics of each set. It
-also calls the next two functions for each set that has these measurements. `entry` below is
+a report (a dict, content of `report.json`, from `evaluate()` or `report_on()` of
+`model/evaluation/run.py`) and prints its headline and the metrics of each set. It also calls the
+next two functions for each set that has these measurements. `entry` below is
 `report["sets"][name]`.
 
 - `print_protocols(name, protocols)`: the set's name and `entry["protocols"]`, whose

@@ -16,8 +16,8 @@ below the raw folder), `label` (0 real, 1 fake) and `probability` (of fake, 0 to
 `thumbnails(shards, mistakes)` returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as
 a data: URL (text). Images that cannot be read or decoded are left out.
 
-- `shards`: dict, set name -> `ShardSet` (packed images), with the sets of all mistakes; a missing
-  one raises KeyError.
+- `shards`: dict, set name -> `ShardSet` (packed images, from `open_shards([folder])` of
+  `sharding/format.py`), with the sets of all mistakes; a missing one raises KeyError.
 - `mistakes`: any number of `Mistake`s.
 
 `MOST` is the largest number of pictures on a page.

@@ -7,7 +7,7 @@ not ready), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no
 
 `Service(detector, limits, metrics)` starts the threads that score:
 
-- `detector`: an `ImageDetector`, from `load_detector()` of `model`.
+- `detector`: an `ImageDetector`, from `model.load_detector()`.
 - `limits`: a `Limits` of `serve/limits.py`, which must be given. `Limits()` has all defaults.
 - `metrics`: a `Metrics` of `serve/metrics.py` (default: a new one).
 
@@ -29,12 +29,14 @@ It returns a JSON response with the fields of an `Answer`. Its status is 200. If
 only one image and it cannot be read, the status is 422, and `detail` has the reason. The fields:
 
 - `images`: a list with a `Row` for each image, in the order of the request: `path` (the file name
-  or URL that was sent), `probability` of AI (null if unreadable), `verdict`, `error` (the reason if
-  unreadable, else ""), `provenance` (a list of `Statement`: what the file says about its origin)
-  and `checkpoint` (identity of the detector).
+  or URL that was sent), `probability` of AI, 0 to 1 (null if unreadable), `verdict` ("likely AI",
+  "uncertain", "no sign of AI" or "unreadable"), `error` (the reason if unreadable, else ""),
+  `provenance` (a list of `Statement`: what the file says about its origin, with the fields of
+  `Evidence` in model/inference/provenance.py) and `checkpoint` (identity of the detector).
 - `band`: [low, high], between which a verdict is "uncertain". `threshold`: the decision threshold.
 - `calibrated`: whether the detector is calibrated (else the probability is only a score).
-- `notices`: a list of `Reason`s not to rely on the detector: `kind` and `text`.
+- `notices`: a list of `Reason`s not to rely on the detector: `kind` ("synthetic", "uncalibrated" or
+  "known") and `text`.
 
 It raises `Refused` with the HTTP status if the request is invalid, too large or not allowed, or the
 server is busy, too slow or stopping. The application turns this into a JSON response (`Problem`).

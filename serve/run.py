@@ -20,8 +20,9 @@ answered. While the detector is still loaded, SIGTERM ends the process, and Ctrl
 KeyboardInterrupt. Errors:
 
 - `OSError`: the address cannot be used (such as a port in use).
-- `ValueError`: there is no such port, the detector or the list of trusted C2PA signers cannot be
-  loaded, a rate is out of range, or the detector has no threshold for it.
+- `ValueError`: there is no such port, the detector is missing or damaged or its backbone was not
+  fetched, the list of trusted C2PA signers is missing or damaged, a rate is out of range, or the
+  detector has no threshold for it.
 - `SystemExit`: a second signal stopped the server at once.
 """
 

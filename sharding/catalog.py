@@ -4,11 +4,11 @@ Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all fil
 `[*SHIPPED, Path("my.toml")]`, and returns one `Catalog`. It raises `CatalogError` (a `ValueError`)
 if a file is missing, cannot be read, or has a wrong key, name, value, set or share. `SHIPPED` are
 this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). The commands that take a
-catalog pass them first. A later file overrides an earlier one key by key: to change one setting of
-a source, write only `[sources.NAME]` and that key. A file may name only sets of its own or of
-earlier files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a frozenset of
-the hashes in all `exclude` files), and the dicts `sets` (set -> split), `suites` (name -> list of
-sets) and `reference` (set -> set). A file:
+catalog put `SHIPPED` before it. A later file overrides an earlier one key by key: to change one
+setting of a source, write only `[sources.NAME]` and that key. A file may name only sets of its own
+or of earlier files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a
+frozenset of the hashes in all `exclude` files), and the dicts `sets` (set -> split), `suites` (name
+-> list of sets) and `reference` (set -> set). A file:
 
     exclude = ["kept-for-testing.txt"]      # files of hashes, in the folder of this catalog
 
@@ -26,7 +26,7 @@ sets) and `reference` (set -> set). A file:
 
     [sources.my_photos]
     license = "mine"
-    set = { phase1 = 0.9, val = 0.1 }       # name of one set, or the share of the groups of each
+    set = { phase1 = 0.9, val = 0.1 }       # name of one set, or the shares of the groups (sum 1)
     real = ["camera"]                       # folders; `*` matches within one part of a path
     fake = [
         { folder = "sdxl", generator = "sdxl" },
@@ -40,20 +40,26 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
 
 - `real`, `fake`, `ignore` (files of no class): lists of rules. A rule is a folder, or a table with
   any keys of `Rule`: `folder`, `name` (pattern of the file name), `where` (column -> value in the
-  table), `generator`, `set`, `optional` (may match no file), `column`. In a folder, `**` stands for
-  any number of parts, and `<generator>` for one part, the name of the generator. With `column`, the
-  images are in that column of parquet tables, and a generator in angle brackets is a column, too.
-- `root`: its folder below the raw folder (default: its name). A zip archive is read like a folder.
+  table), `generator` (its name), `set` (as that of the source), `optional` (may match no file),
+  `column` (of a parquet table). In a folder, `**` stands for any number of parts, and `<generator>`
+  for one part, the name of the generator. With `column`, the images are in that column of parquet
+  tables, and `generator = "<model>"` takes the generator from the column `model`.
+- `root`: its folder below the raw folder (default: its name). A zip archive in this folder is read
+  like a folder.
 - `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
   the path of an image. Images with equal captures are a group, which goes to one set as a whole.
   `group_column`: the same for equal values of a parquet column. Without them, files that differ
   only in their suffix, and images of one table row, are a group.
-- `table`: CSV files with one row per image: `name` (their pattern) and `key` (column of file
-  names).
+- `table`: names the CSV files, which have one row per image: `name` (a pattern of the CSV files'
+  names) and `key` (the column with the images' file names).
 - `fetch`: the download, a table with exactly one of these keys: `hub` or `kaggle` (name of a
   dataset there; `files` is a list of patterns of the files to take), `urls` (list of addresses),
-  `git` (table with the keys of `Git`), `by_hand` (text: what a person has to do). It may have
-  `sha256`, a table: path in the download -> SHA-256.
+  `git` (a table, see below), `by_hand` (text: what a person has to do). It may have `sha256`, a
+  table: path in the download -> SHA-256.
+- `fetch.git`: `repository` (address https:// or file:///, or an absolute folder) and `commit` (40
+  hexadecimal digits) are required. A file is taken if its path begins with `below` and the regular
+  expression `pattern` is found in it (default: all files). `count` and `manifest_sha256` are the
+  expected number and hash of the files (default: not checked).
 - `cap`: the most images to take, such as `{ real = 1, fake = 1 }`. `expected`: the numbers of a
   complete download, in the same form; a build checks them.
 - `policy`: name of the augmentation policy. `replay` (default true): phase 2 may replay it.

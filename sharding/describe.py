@@ -9,8 +9,9 @@ written to disk. Its fields:
 - `undecided`: dict from each folder without a class to its number of images ("." is `folder`).
 - `unread`: dict from each reason why images cannot be read to their number.
 
-`CatalogError` is raised if there is no image, or the folder's name is not UTF-8. A broken zip
-archive raises `RawError`, a folder that is missing or cannot be read `OSError`.
+`CatalogError` is raised if there is no image, or if the folder's name is not UTF-8 or cannot be the
+root of a source (such as a name with a control character). A broken zip archive raises `RawError`,
+a folder that is missing or cannot be read `OSError`.
 
 `WORDS` are two sets of words, such as "photo" for real and "generated" for fake. The names in the
 path of a folder are read from the deepest to the top. The first name with words of only one class

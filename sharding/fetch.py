@@ -6,7 +6,8 @@ source after the other, each to a folder below `raw`, and yields a `Fetched` for
 - `catalog`: a `Catalog`, from `read_catalog()` of `sharding/catalog.py`.
 - `raw`: the folder of all raw datasets, a `Path`.
 - `names`: the names of the sources to fetch. The default () means all sources with a `fetch` entry
-  in the catalog. An unknown name raises `CatalogError`.
+  in the catalog. A named source without one gets the status "by hand". A name that is not in the
+  catalog raises `CatalogError`.
 - `progress`: `progress(label, total or None)` returns a context manager that yields `f`; `f(n)` is
   called for n more MiB (web) or files (Git). Default: no progress of these is shown. The libraries
   of the hub and of Kaggle show their own.

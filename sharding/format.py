@@ -18,9 +18,10 @@ has:
 - `sha256`: a hash of the indexes.
 
 `read_index(folder)` takes such a folder of one set and returns its `index.json` as a dict
-(sharding/layout.py has the fields). Both raise `ShardError` for a missing or damaged set
-(`open_shards()` also for an empty list), and `OSError` for a file that cannot be read. A set is a
-folder with these files:
+(sharding/layout.py has the fields). Both raise `ShardError` if `index.json` is missing, damaged or
+of another format version; `open_shards()` also if `samples.parquet` does not match it, and for an
+empty list. Both raise `OSError` for a file that cannot be read, such as a missing
+`samples.parquet`. A set is a folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader

@@ -6,20 +6,22 @@ reason (`LINKS`, `NAMES`, ...) to the number of files left out. No argument has 
 
 - `git`: the `Git` entry of a catalog source, `catalog.sources[name].fetch.git`, or
   `Git(repository=..., commit=..., pattern=...)` of sharding/catalog.py: an address or an absolute
-  folder, 40 hexadecimal digits and a regular expression for the paths of the files.
+  folder, 40 hexadecimal digits and a regular expression for the paths of the files. Further fields,
+  all optional: `below` (how the paths begin), `count` and `manifest_sha256` (expected number and
+  hash of the files).
 - `folder`: the `pathlib.Path` to write to; it is created if necessary.
-- `work`: the `Path` of a Git directory for the download, created if necessary. A later call resumes
-  it.
+- `work`: the `Path` of a Git directory, created only for a download. A later call resumes it.
 - `mirror`: None, or the `Path` of a folder of local copies, each named OWNER+NAME. If the
   repository is among them, `extract()` reads the copy and downloads nothing; files that the copy
-  lacks are left out.
+  lacks are left out. The same holds for a repository that is given as a folder.
 - `progress`: `progress(label, total)` returns a context manager for a progress bar. It yields a
   function, which is called with the number of files finished since its last call.
 
-Errors are `FetchError` of sharding/downloads.py (Git, network, wrong files, no file left), and
-`OSError` or `ValueError` for `folder` (disk full, a link that leads out of it). Nothing in the
-repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no submodule, no
-prompt. Each file that is written is checked against its object name, which the commit determines.
+Errors are `FetchError` (a `ValueError`, of sharding/downloads.py; Git, network, wrong files, no
+file left), and `OSError` or `ValueError` for `folder` (disk full, a link that leads out of it).
+Nothing in the repository is executed: no checkout (thus no filter and no LFS smudge), no hook, no
+submodule, no prompt. Each file that is written is checked against its object name, which the commit
+determines.
 
 `find_mirror(mirror, repository)` returns the Git directory of a copy, or None.
 `manifest_sha256(entries)` is a hash of files (`Entry`: path, object name), which a catalog can

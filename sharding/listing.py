@@ -2,31 +2,31 @@
 
 Main entry: `list_source(name, source, raw)`. It reads no image.
 
-- `name`: the name of the source; `source`: its `Source`, `catalog.sources[name]`. `catalog` is what
-  `read_catalog()` in sharding/catalog.py returns.
+- `name`, `source`: a name and its `Source` in `read_catalog(files).sources` (sharding/catalog.py).
 - `raw`: the folder of the raw datasets, a `Path`, or a `UPath` for an address.
 
-It returns a `Listing`. If the source has no file, `items` is empty. The fields:
+It returns a `Listing`. If the source's folder is empty (or missing, at an address), `items` is
+empty. Its fields:
 
 - `items`: an `Item` for each image that a rule matches (unless its row in a CSV table contradicts
-  the rule): `path`, `label` (0 real, 1 fake), `generator`, `group`, `destination` (a JSON text of
-  the dict set -> share), `excluded` ("", or why the caller must skip this image) and more.
-- `excluded`: the files and parquet rows without an `Item`, a dict: reason -> {"files": their
-  number, "first": the first `NAMED` of their names}.
+  the rule): `path` (below `raw`: the file, or the archive or table with the image), `member` (where
+  in it, else ""), `label` (0 real, 1 fake), `generator`, `group`, `destination` (a JSON text of the
+  dict set -> share), `excluded` ("", or why the caller must skip it) and more.
+- `excluded`: the files and parquet rows without an `Item` (not hidden files, volumes of archives
+  and the CSV tables), a dict: reason -> {"files": number, "first": the first `NAMED` names}.
 - `read_as`: a dict of numbers of images. A key is a rule, or a note that a table or row is missing.
-- `unmatched`: a list of texts, the rules that match no image. Left out are optional `ignore` rules,
-  and other optional rules if a rule of the same class (real or fake) matches an image.
+- `unmatched`: a list of texts, the rules that match no image. An optional `ignore` rule is never
+  listed, another optional rule only if no rule of its class (real or fake) matches an image.
 
 A label comes from whole parts of the path, ignoring case, or from the columns of a table. An image
 that an `ignore` rule matches has no `Item`. Of several other rules that match, the one with the
 deepest folder is used; for parquet cells, the first. `CatalogError` is raised if an image matches a
 real and a fake rule of equal depth, or a parquet cell matches both; if there are images but no rule
 matches any; if a table is damaged, or lacks a column or a class that the catalog names. `RawError`
-is raised for a broken archive, `OSError` for an unreadable file or a missing local folder.
+is raised for a broken archive, `OSError` for an unreadable file or missing source folder.
 
 `capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, whole groups, in place.
-`choose_set(group, share_of)` chooses a set (`share_of`: set -> share) by the hash of the group.
-`folder_pattern(folder)` compiles a rule's folder; `class_names()` reads the classes of a column.
+`choose_set(group, share_of)` chooses a set by the hash of the group (`share_of`: set -> share).
 """
 
 import contextlib

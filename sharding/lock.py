@@ -8,10 +8,11 @@ Main entry: `with locked(work, what):`, a context manager that yields nothing. B
 - `what`: the locked folder, such as `OUT`; it is only named in the error message.
 
 It raises `BlockingIOError` if another process has the lock, and `OSError` if the lock file cannot
-be written or is damaged. On a local disk the lock is `flock` and ends with the process. In a bucket
-it is an object that is renewed while the process lives, and expires `LEASE_SECONDS` after the last
-renewal. If a renewal fails, it is logged as a warning and tried again. Of several processes that
-find an expired object, one gets the lock. What a bucket cannot exclude:
+be written or, in a bucket, is not the JSON of a lock. On a local disk the lock is `flock` and ends
+with the process. In a bucket it is an object that is renewed while the process lives, and expires
+`LEASE_SECONDS` after the last renewal. If a renewal fails, it is logged as a warning and tried
+again. Of several processes that find an expired object, one gets the lock. What a bucket cannot
+exclude:
 
 - The age of the object is measured with the clocks of two machines, which must agree within a
   minute.

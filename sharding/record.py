@@ -2,7 +2,7 @@
 
 The record is `written.json` in the folder `marks` (`.build/<set>/` below the output). `folder` is
 the set's folder. Both are `Path` or `UPath`. Main entries, which raise `ShardError` if they read a
-damaged record:
+record that is no JSON or has no list `files`:
 
 - `read_record(marks)` returns the file names in the record, a set of texts (empty if there is no
   record).

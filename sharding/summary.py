@@ -5,7 +5,8 @@ Main entries: four functions, which print to standard output and return nothing.
 or a `UPath` for an address.
 
 - `say_what_was_built(built, scan, out)` takes the list of `BuiltSet`s and the `SourceScan` (images
-  of each source) that `sharding.build.build()` returns, and the path of the output.
+  of each source), and the path of the output. `sharding.build.build()` returns both as the pair
+  (`scan`, `built`).
 - `say_what_is_missing(catalog, scan, raw)` is for a build that found no image. It takes the
   `Catalog` (from `read_catalog()` of sharding/catalog.py), the `SourceScan` and the path of the
   searched folder.
@@ -15,7 +16,7 @@ or a `UPath` for an address.
   metadata alone separate real from fake images, as AUROC; from `audit()` of
   sharding/audit/audit.py). `matched` is a `Match` (a subset balanced by metadata; from
   `match_classes()` of sharding/audit/match.py), the reason why there is none (text), or None (not
-  wanted). Only for a `Match`, something is printed about the subset.
+  wanted). About the subset it prints something only if `matched` is a `Match`.
 """
 
 import console

@@ -2,9 +2,9 @@
 bytes, images, counts, splits and the other files of a set.
 
 Main entry: `verify(folders, *, jobs, on_images)` returns all faults as a list of lines, empty if
-there are none. It writes nothing. It raises `ShardError` or `OSError` if a set cannot be opened,
-and `ValueError` if `jobs` is too large for this machine (checked only for sets of two or more
-tars).
+there are none. It writes nothing. It raises `ShardError` or `OSError` if `open_shards()` of
+sharding/format.py does for a set (such as a missing or damaged index), and `ValueError` if `jobs`
+is too large for this machine (checked only for sets of two or more tars).
 
 - `folders`: list of the folders of sets, each a `Path` or `UPath`.
 - `jobs`: number of processes (default 0: one per core). Unless it is 1, a script must call

@@ -37,7 +37,9 @@ image or a score of NaN, `error` has the reason, `probability` is None and `verd
 
 `logits_from()` converts probabilities to logits, `probability_at()` applies a temperature to
 probabilities; both take and return float64 arrays. `DetectorError` (a `ValueError`) is raised by
-the other modules of this package if a detector cannot be used. This module does not import torch.
+the other modules of this package: for a missing or damaged detector, a failed download, a library
+that is not installed, or labels that do not say which of them mean AI-generated. This module does
+not import torch.
 """
 
 import functools

@@ -12,13 +12,14 @@ of that name. All arguments but `name` may be left out:
   sign of AI". None (default): 0.5, until a calibration is loaded (`model/adapters/kept.py`), which
   may have "uncertain" verdicts.
 
-Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(images)` takes one image
-(a path, the bytes of a file, a Pillow image or a uint8 RGB array) and returns a `Prediction` (name,
-probability of fake, verdict, error), or takes an iterable of images and returns a list. Its
-`stream(images)` takes an iterable and yields the predictions. An image that cannot be read has an
-`error`, the verdict "unreadable" and the probability None. Its network is in a `NetworkJudge`:
-`prepare(image)` converts a Pillow image to the network's input, and `score(prepared)` converts a
-list of such inputs to the probabilities of AI-generated, float64 (B,).
+Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(images, batch_size)`
+takes one image (a path, the bytes of a file, a Pillow image or a uint8 RGB array) and returns a
+`Prediction` (name, probability of fake, verdict, error), or takes an iterable of images and returns
+a list. Its `stream(images, batch_size)` takes an iterable and yields the predictions. `batch_size`
+is the largest number of images that are scored together (default 32). An image that cannot be read
+has an `error`, the verdict "unreadable" and the probability None. Its network is in a
+`NetworkJudge`: `prepare(image)` converts a Pillow image to the network's input, and
+`score(prepared)` converts a list of such inputs to the probabilities of AI-generated, float64 (B,).
 
 They raise `DetectorError` if the classifier cannot be downloaded or opened or has no safetensors
 file, if its labels do not say which of them mean AI-generated, or if a label of `fake_labels` does

@@ -32,10 +32,13 @@ A `Prediction` has `name`, `probability` of fake (0 to 1), `verdict` ("no sign o
 detector's band, "uncertain" in it, "likely AI" from its upper end on) and `error` (""). An
 unreadable image has the reason as `error`, the verdict "unreadable" and the probability None.
 
-It raises `DetectorError` (a `ValueError`) if both `name` and `checkpoint` are given, if an option
-does not fit the kind, or if the detector cannot be used. It raises other kinds of `ValueError` for
-a checkpoint or ONNX file that cannot be used, and for an impossible device, backend or threshold,
-and `OSError` for a file that cannot be read.
+It raises `DetectorError` (a `ValueError`, of detector.py) if both `name` and `checkpoint` are
+given, if `name` is an empty text, or if an option does not fit the kind. It raises it, too, for a
+Python file or classifier that cannot be opened: see `open_file()` of python_file.py, and
+`open_transformers()` and `open_timm()` of networks.py. It raises other kinds of `ValueError` for a
+checkpoint or ONNX file that is missing, damaged or of another version, for a shipped detector whose
+backbone was not fetched, and for a device, backend or threshold that is not possible. It raises
+`OSError` for a file that cannot be read.
 
 `kind_of(name)` returns the kind: hf, timm, file, onnx or checkpoint. `as_checkpoint(name,
 checkpoint, opening)` returns the checkpoint that one of the two names means, as a `Path`, or None

@@ -10,14 +10,16 @@ Main entry: `open_file(path, *, trust, threshold)` runs a Python file and return
   sign of AI". It also holds after a calibration is loaded. None (the default): 0.5, until
   `with_calibration()` (kept.py) loads thresholds.
 
-The detector's `predict(images)` takes one image (a path, the bytes of a file, a Pillow image or a
-uint8 RGB array) and returns a `Prediction` (name, probability of fake, verdict, error), or takes an
-iterable of images and returns a list. Its `stream(images)` takes an iterable and yields the
-predictions. An image that cannot be read, or for which the function returns NaN, has an `error`,
-the verdict "unreadable" and the probability None.
+The detector's `predict(images, batch_size)` takes one image (a path, the bytes of a file, a Pillow
+image or a uint8 RGB array) and returns a `Prediction` (name, probability of fake, verdict, error),
+or takes an iterable of images and returns a list. Its `stream(images, batch_size)` takes an
+iterable and yields the predictions. `batch_size` is the largest number of images in a call of the
+function (default 32). An image that cannot be read, or for which the function returns NaN, has an
+`error`, the verdict "unreadable" and the probability None.
 
-`open_file()` raises `DetectorError` if `trust` is false, or if the file is missing, fails or has no
-such function, and `ValueError` for a threshold outside 0 to 1.
+`open_file()` raises `DetectorError` (a `ValueError`, of detector.py) if `trust` is false, or if the
+file is missing, fails or has no such function. It raises another `ValueError` for a threshold
+outside 0 to 1.
 
 `FileJudge` calls the function on upright RGB images and checks the result: one number per image,
 the probability of AI-generated, 0 to 1, or NaN. Any other result, or an exception, raises

@@ -12,19 +12,21 @@ errors of its own.
 image: `own` (True for an image of this set), `labels`, `probability` (of fake), and `source` and
 `generator`, each a pair (codes, names). It also has `origin` (a list of file names) and `groups`
 (`Groups` of bootstrap.py). The dict about the evaluation may name a set of reference reals
-(`reference_reals`: its name, `set`, and the flag `for_all`). The real images of the reference set
-are added at the end, with `own` False, if the set `name` has no real images or `for_all` is true.
+(`reference_reals`: its name, `set`, and the flag `for_all`). If the set `name` has no real images,
+or if `for_all` is true, the real images of the reference set come after its own images, with `own`
+False.
 
 `lines_of(rows)` returns a dict that says which images each line of the report is about: its key
 (`LineKey`: "overall", "reference", or a pair such as ("sources", name)) -> `Images` (positions in
 `rows` of reals and of fakes, int64).
 
-`first_of_each(origins, groups, generators, rows)` selects from the positions `rows` the first image
-of each prompt and generator, as in the published protocol of the set EvalGEN. `origins`, `groups`
-and `generators` have a value for every image: its original file name, the number of its group and
-the number of its generator. It returns the selected positions. `mean_and_std(recalls)` takes a list
-of recalls and returns {"mean", "std"}; `std` is None for one recall. `on_training_data(sets)` takes
-names of sets that the checkpoint was trained on and returns the warning about them, as text.
+`first_of_each(origins, groups, generators, rows)` keeps the first image of each prompt and
+generator, as in the published protocol of the set EvalGEN. `rows` are positions of images (not a
+`Rows`). `origins`, `groups` and `generators` have a value for every image: its original file name,
+the number of its group and the number of its generator. It returns the positions that it keeps.
+`mean_and_std(recalls)` takes a list of recalls and returns {"mean", "std"}; `std` is None for one
+recall. `on_training_data(sets)` takes names of sets that the checkpoint was trained on and returns
+the warning about them, as text.
 """
 
 import re

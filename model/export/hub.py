@@ -8,12 +8,14 @@ returns it.
 - `report`: the checkpoint's `report.json`, whose figures the card shows, or None (default: no
   figures).
 - `data`: the folder of the training sets, whose licenses the card lists (also a `UPath`), or None
-  (default: not listed).
+  (default: not listed). A set that is not there, or is not the one of the training, is not listed
+  (with a warning if it is another).
 - `onnx`: a folder of ONNX files that is copied to `out/onnx`, or None (default).
 
-The folder has `model.safetensors` and `config.json`, which timm and transformers read if the head
-is timm's own (`network.head`), `meta.json` without private paths, and `README.md`, the model card.
-It is also a checkpoint: `python predict.py dir/ --checkpoint FOLDER`.
+The folder has `model.safetensors`, `config.json`, `meta.json` without private paths, and
+`README.md`, the model card. timm and transformers can load the first two only if the recipe's
+`network.head` is timm's own head. It is also a checkpoint: `python predict.py dir/ --checkpoint
+FOLDER`.
 
 `push(folder, repository, *, private)` uploads the folder to `repository` (OWNER/NAME), which is
 created if needed (public unless `private=True`), and returns the URL of the commit. Log in before
@@ -24,7 +26,8 @@ Errors of `write_hub()`, of which all but `OSError` are `ValueError`s:
 
 - `HubError`: `out` is not empty, `report` is no report of this checkpoint, or the weights cannot be
   written (such as on a full disk).
-- `CheckpointError`: the checkpoint cannot be read. `ShardError`: a set in `data` is damaged.
+- `CheckpointError`: the checkpoint cannot be read. `ShardError`: the index of a set in `data` has
+  an older format version.
 - Another `ValueError`: the weights of the checkpoint do not fit its network, or the backbone of a
   shipped detector was not fetched.
 - `OSError`: `report`, `data` or `onnx` cannot be read, or a file of `out` other than the weights

@@ -23,14 +23,16 @@ Errors, all `ValueError`s except `OSError`:
 
 - `ExportError`: a library is missing, no image can be read, or a difference on equal pixels is
   above `TOLERANCE` or NaN (int8: only NaN). No file is written.
-- `CheckpointError`, `BackboneError`, `NetworkError`, `RecipeError`: the checkpoint cannot be used.
-- `ShardError`: the shard set cannot be used.
+- `CheckpointError`: the checkpoint is missing, damaged or of another version. `RecipeError`: its
+  recipe or the entry of its backbone has an unknown or wrong key. `BackboneError`: the backbone of
+  a shipped detector was not fetched or is damaged. `NetworkError`: timm cannot build the network.
+- `ShardError`: the index of the shard set is damaged or of another version.
 - `OSError`: `out` cannot be written.
 
 The graph takes `images`, uint8 (batch, height, width, 3) RGB, with height and width of
-`Preprocess.shape` (if the network reads a detail crop, its rows follow those of the first crop). It
-gives `probability` (of fake), float32 (batch,), and `logits` (batch, 2); `DESCRIPTION` is the same
-as text.
+`Preprocess.shape`. If the network also reads a detail crop, this crop is below the first one in the
+same array, and the height includes both. The graph gives `probability` (of fake), float32 (batch,),
+and `logits` (batch, 2). `DESCRIPTION` is a text that describes this input and these outputs.
 
 `compare(net, preprocess, meta, files, images, on_images)` only compares existing ONNX `files` (a
 list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in

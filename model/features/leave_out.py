@@ -20,7 +20,8 @@ the calibration. Its main fields:
 
 It raises `CalibrationError` (on every rank) if there are too few images, no calibration fits, a
 validation set has another split than `val`, or a head cannot be trained (see `refit()`). It raises
-`FeatureError` or `LoadError` if features cannot be computed.
+`ScoreError` (of `model/score.py`) for a score that is not finite. It raises `FeatureError` or
+`LoadError` if features cannot be computed.
 
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
 returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
@@ -28,7 +29,7 @@ of the training sets. Sources that come only from replay sets (old sets, mixed i
 forgetting) are not in it. The function also takes a `TrainState` (network, device, ..., from
 `assemble()`), the `FeatureSource` (location of the features, from `source_of()`), and a function
 that may be left out: `on_head(sources)` is called once for each new head, with the list of names
-that this head was trained without; the network has this head during the call.
+that this head was trained without; while `on_head` runs, `train_state.net` has this head.
 
 `refit(planned, train_state, without)` trains the head in `train_state` from zero on the stored
 features of `planned` (from `with_features()`), without the sources `without` (names): in steps, or

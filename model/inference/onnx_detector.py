@@ -9,8 +9,9 @@ Main entry: `load_onnx(file, *, device, threshold)`.
   "uncertain". None (the default): that of the file.
 
 It returns an `OnnxDetector`. It raises `OnnxError` (a `ValueError`) if ONNX Runtime is missing, if
-there is no such file, or if the file cannot be read or is no such export. It raises another
-`ValueError` for an impossible device or threshold.
+there is no such file, if ONNX Runtime cannot load it, or if its metadata are missing or of another
+version. It raises another `ValueError` for metadata that are no JSON, and for a device or threshold
+that is not possible.
 
 The detector's `predict(images, batch_size)` takes one image and returns a `Prediction`, or takes an
 iterable of images and returns a list. `stream(images, batch_size, start)` takes an iterable and
@@ -19,8 +20,9 @@ array (height, width, 3) in RGB or (height, width) in gray, or an `ImageFile`.
 
 - `batch_size`: the largest number of images that are scored together (default 32). The batches have
   1, 4, 16, ... images, then always `batch_size`.
-- `start`: how many images at the beginning of its list the caller has left out (default 0). A batch
-  of the whole list must begin there: 0, 1, 5, 21, 53, ... for 32. Else `ValueError` is raised.
+- `start`: how many images at the beginning of its list the caller has left out (default 0). When
+  the whole list is scored, a batch must begin at this position: 0, 1, 5, 21, 53, ... for a
+  `batch_size` of 32. Else `ValueError` is raised.
 
 A `Prediction` has the `name`, the `probability` of fake (0 to 1), the `verdict` ("no sign of AI",
 "uncertain" or "likely AI"), and `error`, which is "". An unreadable image gets an `error`, the

@@ -10,10 +10,11 @@ that of `load_detector()` (see `docs/python.md`).
 - `batch_size`: the largest number of images that are scored together (default 32).
 
 It returns a `Prediction`, or a list of them for an iterable: `name`, `probability` of fake (0 to 1,
-or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (the
-reason why an image is unreadable, else ""). `TypeError` is raised for a wrong type; `ValueError`
-for a wrong array, a Pillow image of the mode "La", or a `batch_size` below 1. Subclasses define
-`stream(images, batch_size)`, which takes an iterable and yields the predictions one by one.
+or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (why an
+image is unreadable or its score is not finite, else ""). `TypeError` is raised for a wrong type;
+`ValueError` for a wrong array, a Pillow image of the mode "La", or, with an iterable, a
+`batch_size` below 1. Subclasses define `stream(images, batch_size)`, which takes an iterable and
+yields the predictions one by one.
 
 `DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the

@@ -27,8 +27,9 @@ the file cannot be opened or written, and `ResultsError` in these cases:
 
 - `path` or `partial_of(path)` exists and `resume` is false, or one of them is not a regular file.
 - Another process writes the file, or its folder is missing.
-- With `resume`: the existing file is a table, or was made by another detector, threshold or format;
-  or both files exist, and neither begins with the other.
+- With `resume`: the existing file is a table, or was made by another detector, threshold or format,
+  or has a damaged row (an incomplete last row of `partial_of(path)` is dropped); or both files
+  exist, and neither begins with all bytes of the other.
 """
 
 import csv

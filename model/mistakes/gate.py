@@ -3,8 +3,8 @@ mistakes (`model/mistakes/keep.py`), and give the reason to refuse it if too man
 
 Main entries, in the order of use. Their arguments:
 
-- `gate`: the recipe's `Gate`. Its `mistakes` is the folder of the records, a text; if it is empty,
-  do not call these functions. `max_newly_wrong` is the limit.
+- `gate`: the `Gate` of a recipe, `recipes.load(Recipe, path).gate`. Its `mistakes` is the folder of
+  the records, a text; if it is empty, do not call these functions. `max_newly_wrong` is the limit.
 - `folder`: this folder as a `Path`. No function changes it.
 - A detector is what `load_detector()` in `model/inference/detector.py` returns.
 
@@ -13,11 +13,13 @@ The functions:
 - `check_mistakes(gate, start_file)`, before a run, returns nothing. It raises `MistakeError` if the
   folder is missing or empty, if a record is damaged, or if no record has a copy of its image. One
   copy is enough. `start_file` is None (default) for a new run. For a resumed run, it is the `Path`
-  of the file that `measure_start()` wrote; if it is missing or damaged, `MistakeError` is raised.
+  of the file that `measure_start()` wrote; if it is missing, cannot be read or is no JSON of
+  verdicts, `MistakeError` is raised.
 - `measure_start(folder, start, file)` scores the mistakes with the detector `start`, from which the
   training starts. It writes the verdicts to the `Path` `file` (`START_FILE` in the run's folder) as
-  JSON and returns them, a dict from image hash to `Verdict`. Mistakes without a readable copy of
-  the image are not in it. A resumed run reads the same dict with `read_start(file)`.
+  JSON and returns them, a dict from image hash to `Verdict` (of keep.py). Mistakes without a
+  readable copy of the image are not in it. A resumed run reads the same dict with
+  `read_start(file)`.
 - `against_start(folder, start, detector)`, after training, scores the mistakes again with the
   trained detector. Here `start` is no detector, but the dict that `measure_start()` returned. It
   returns a list with a `Regression` per mistake: `mistake`, both verdicts (`before`, and `after` or

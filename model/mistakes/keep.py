@@ -22,8 +22,9 @@ changed, else None) and `text` (one line). `read_mistakes(folder)` returns all e
 `Mistake`; it and `Verdict` have the fields of the JSON below.
 
 Both functions raise `OSError` if the folder cannot be read or written, and `MistakeError` (a
-`ValueError`) if an entry is damaged or there are too many entries. `keep_mistake()` also raises
-`MistakeError` if the copy or the entry would be too large, `read_mistakes()` if there is no entry.
+`ValueError`) if an entry is larger than `MAX_ENTRY_BYTES` or does not have the form below, or if
+there are more than `MAX_MISTAKES` entries. `keep_mistake()` also raises `MistakeError` if the entry
+would be larger, or the copy larger than `MAX_IMAGE_BYTES`; `read_mistakes()` if there is no entry.
 
 `FOLDER/<SHA-256 of the image's bytes>.json` is
 

@@ -8,7 +8,8 @@ written.
 - `mistakes`: a list of `Mistake`, as `read_mistakes(folder)` returns.
 - `detector`: a loaded detector, as `load_detector()` in `model/inference/detector.py` returns.
 - `images`: a `Path` or None (the default). Images without a copy in the records, or with a copy
-  that has changed, are looked for below this folder, by their bytes.
+  that has changed, are looked for below this folder, by their bytes. Nothing is found in a folder
+  that is missing.
 - `advance`: a function without arguments that is called after each image that is there (default:
   nothing is done).
 - `lacking`: the text for `reason` when an image has no copy and `images` is None (it has a
@@ -17,7 +18,7 @@ written.
 It returns a list with one `Regression` per mistake, sorted by outcome in the order given here.
 Fields:
 
-- `mistake`: the `Mistake`.
+- `mistake`: the `Mistake`. Its fields, and those of a `Verdict`, are those of the JSON in keep.py.
 - `before`: the earlier `Verdict`, the last recorded one of another detector. (The same detector
   with another band counts as another one.) If no other detector is recorded, or the image is not
   measurable, it is the last recorded verdict of any detector.
@@ -31,7 +32,8 @@ Fields:
 `record(folder, rows)` takes this list and adds the new verdicts to the records. `find_files(folder,
 mistakes, images)` returns a dict, hash -> `ImageFile`, without the images that are missing.
 `counts_of(rows)` returns the number of mistakes with each outcome, and `report_of(rows, detector)`
-a dict for JSON: detector, band, counts, and each mistake.
+a dict for JSON: `detector` (its identity), `band`, `counts`, and `mistakes`, a list of dicts with
+`sha256`, `label`, `outcome`, `before`, `after` and `reason`.
 """
 
 import hashlib

@@ -1,18 +1,19 @@
 """Find and read the backbone of a shipped detector, whose checkpoint contains only the head.
 
-Main entries: `locate(spec, folder)` returns the `Path` of the backbone in the cache and its
-SHA-256; it does not read the file. `read_backbone(spec, folder)` verifies this file and returns its
-tensors, a dict by name.
+Main entries: `locate(spec, folder)` returns a pair: the `Path` of the backbone in the cache and its
+SHA-256 (a text); it does not read the file. `read_backbone(spec, folder)` verifies this file and
+returns its tensors, a dict from timm's name of a parameter to a torch tensor.
 
 - `spec`: a `BackboneSpec`: a list of files, each with the whole backbone, of which one is needed.
   `spec_of(meta, where)` makes it from a checkpoint's parsed `meta.json`; it is None if the weights
-  include the backbone. The text `where` names the file in errors.
+  include the backbone. The text `where` names the file in errors. An entry with an unknown, missing
+  or wrong key raises `RecipeError`.
 - `folder`: the `Path` of the checkpoint, which is named in errors.
 
 Both raise `MissingError` if the file must be fetched first (`model/shipped/fetch.py`); its
 `command` is what to type. Both raise `BackboneError` if the cache has only a file that the head was
-not tested with; `read_backbone()` also if the file is damaged. `MissingError` is a `BackboneError`,
-and this is a `ValueError`.
+not tested with; `read_backbone()` also if the file has another SHA-256 or is no `.safetensors`
+file. `MissingError` is a `BackboneError`, and this is a `ValueError`.
 
 `detectors/<name>/` (`DETECTORS`) is such a checkpoint. Its `meta.json` has one more key, `KEY`:
 

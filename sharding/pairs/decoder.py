@@ -12,12 +12,14 @@ OWNER/NAME or OWNER/NAME/FOLDER (mostly OWNER/NAME/vae) on the Hugging Face hub.
 - `sha256`: hash of the weights.
 - `factor`: image pixels per latent pixel, in each direction.
 
-`DecoderError` (a `ValueError`) is raised if the files, the libraries or the device cannot be used,
-and by `reconstruct` if the GPU memory is too small or the result is not an image. `OSError` is
-raised if `config.json` may not be read, and another `ValueError` for a name that the hub does not
-allow. `find_decoder(name)` returns the folder of the files, after a download to the cache of the
-hub library if needed. Only `config.json` and a `.safetensors` file are read: no pickles, and no
-code of a repository.
+`DecoderError` (a `ValueError`) is raised if `name` is no folder and the download fails; if
+`config.json` or the weights are missing, or diffusers does not load them; if `config.json` names no
+class of `CLASSES`, or the images have not three channels; if diffusers is not installed; or if
+there is no GPU for "cuda", or its memory is too small. `reconstruct` raises it if the GPU memory is
+too small or a value of the result is not finite. `OSError` is raised if `config.json` may not be
+read, and another `ValueError` for a name that the hub does not allow. `find_decoder(name)` returns
+the folder of the files, after a download to the cache of the hub library if needed. Only
+`config.json` and a `.safetensors` file are read: no pickles, and no code of a repository.
 """
 
 import json
