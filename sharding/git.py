@@ -1,8 +1,8 @@
 """Download the files of one commit of a Git repository with the `git` command, without a checkout.
 
 Main entry: `extract(git, folder, work, mirror, progress)` writes the selected files into `folder`
-and returns an `Extracted`: `names`, their paths below `folder`, and `left_out`, a dict from a
-reason (`LINKS`, `NAMES`, ...) to the number of files left out. No argument has a default.
+and returns an `Extracted`: `names`, their paths below `folder`, and `left_out`, a dict, reason (a
+text such as "symbolic links") -> number of files left out. No argument has a default.
 
 - `git`: the `Git` entry of a catalog source, `catalog.sources[name].fetch.git`, or
   `Git(repository=..., commit=..., pattern=...)` of sharding/catalog.py: an address or an absolute

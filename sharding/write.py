@@ -17,9 +17,9 @@ The function writes the tar `folder/name`, the `.idx` next to the tar and, last,
 fingerprint to `marks/<name>.parquet`: a shard with this parquet file is done.
 
 It raises `ShardError` if a raw file has changed since the build decoded it (its SHA-256 is not that
-of the row), or if a name has more than 100 bytes. It raises `RawError` or `OSError` if a file
-cannot be read or written. The same samples give the same bytes, and the tar gets its final name
-only when complete.
+of the row), or if the name of an image in the tar, `key` and its suffix, has more than 100 bytes.
+It raises `RawError` or `OSError` if a file cannot be read or written. The same samples give the
+same bytes, and the tar gets its final name only when complete.
 
 `read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
 stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
