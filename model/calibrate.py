@@ -51,6 +51,7 @@ import numpy as np
 from model.metrics import expected_calibration_error, negative_log_likelihood
 from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD, probability
+from model.verdict import LEFT_OUT
 from sharding.format import read_index
 from storage import AnyPath
 
@@ -68,10 +69,6 @@ ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 """Error rates whose thresholds are stored, for `--max-fpr` and `--max-miss` of a later command."""
-
-
-LEFT_OUT = "sources left out"
-"""Start of the `method` of a calibration by heads that had not seen the source."""
 
 
 class CalibrationError(ValueError):

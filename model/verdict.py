@@ -18,6 +18,9 @@ stays as in `band`, the band in use until now. If low would be above high, it is
 raises `ValueError` for a rate that is not above 0 and below 0.5, or if the checkpoint has no
 threshold for the rate, such as without a calibration.
 
+`left_out_sources(meta)` returns the error rates of the sources that were left out of training, a
+dict, name -> rates as in `meta.json`; empty if the calibration was fitted otherwise.
+
 `percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
 `capital(text)` makes the first letter upper case.
 """
@@ -31,6 +34,17 @@ VERDICTS = ("no sign of AI", "uncertain", "likely AI")
 
 NOT_FINITE = "its score is not a finite number; the weights or the precision are at fault"
 """Reason why an image that was decoded has no verdict."""
+
+
+LEFT_OUT = "sources left out"
+"""Start of the `method` of a calibration by detectors that had not seen the source."""
+
+
+def left_out_sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rates of each source by a detector that was trained without it, or {}."""
+    calibration = meta["calibration"] or {}
+    of_left_out = calibration.get("method", LEFT_OUT).startswith(LEFT_OUT)
+    return (calibration.get("sources") or {}) if of_left_out else {}
 
 
 def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:

@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.verdict import left_out_sources
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -61,7 +63,7 @@ def rates(meta: Mapping[str, Any]) -> Rates | None:
     calibration = meta["calibration"]
     if not calibration:
         return None
-    sources = (calibration.get("sources") or {}).values()
+    sources = left_out_sources(meta).values()
     fitted_on = tuple(calibration["fitted_on"])
     if sources:
         images = sum(source["reals"] + source["fakes"] for source in sources)

@@ -24,11 +24,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from escape import markdown
-from model.calibrate import LEFT_OUT
 from model.export.license import License, license_of
 from model.inference.fitness import notices
 from model.shipped.backbone import KEY
-from model.verdict import band_of, capital
+from model.verdict import band_of, capital, left_out_sources
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 
@@ -126,7 +125,7 @@ def card_of(
         "## Use",
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
-        *(["## Sources left out of training", _left_out(meta)] if _sources(meta) else []),
+        *(["## Sources left out of training", _left_out(meta)] if left_out_sources(meta) else []),
         *(["## Robustness and subjects", _new_kinds(left_out)] if left_out else []),
         "## Evaluation",
         _evaluation(report),
@@ -238,20 +237,13 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     )
 
 
-def _sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the rates of sources that were left out of training, if the calibration has them."""
-    calibration = meta["calibration"] or {}
-    left_out = calibration.get("method", "").startswith(LEFT_OUT)
-    return calibration["sources"] if left_out else {}
-
-
 def _left_out(meta: Mapping[str, Any]) -> str:
     """Return the table of sources that were each scored by a head trained without that source."""
     rows = [
         "| source | images | called likely AI | uncertain |",
         "|---|---|---|---|",
     ]
-    for name, rates in _sources(meta).items():
+    for name, rates in left_out_sources(meta).items():
         for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
             if rates[metric] is not None:
                 rows.append(

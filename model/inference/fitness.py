@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from model.verdict import left_out_sources
+
 FITNESS_KEYS = ("sources", "synthetic_sources", "known_against")
 """Keys of a meta's `data` that this module reads."""
 
@@ -67,7 +69,7 @@ def notices(meta: Mapping[str, Any]) -> list[Notice]:
                 "the error rates at its threshold were not measured",
             )
         )
-    texts += [("known", text) for text in _of_left_out(calibration or {})]
+    texts += [("known", text) for text in _of_left_out(left_out_sources(meta))]
     return [Notice(kind=kind, text=text) for kind, text in texts]
 
 
@@ -100,9 +102,8 @@ def _of_synthetic(synthetic: list[str], sources: list[str]) -> str:
     )
 
 
-def _of_left_out(calibration: Mapping[str, Any]) -> list[str]:
+def _of_left_out(sources: Mapping[str, Any]) -> list[str]:
     """Return notices on sources with a bad result when left out of training, the worst first."""
-    sources = calibration.get("sources") or {}
     called = {
         name: rates["false_positive_rate"]
         for name, rates in sources.items()

@@ -1,6 +1,7 @@
 """Tests of `pack_folder()`: a folder with `real/` and `fake/` becomes two sets, or is refused."""
 
 import functools
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sharding.build import build
-from sharding.catalog import CatalogError, read_catalog
+from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.folder import HELD_OUT, pack_folder
 from sharding.format import open_shards, read_index
 from tests.builders import encode, hashes, photo
@@ -130,6 +131,26 @@ def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:
     packed = pack(mine.rename(mine.with_name("x" * 200)), tmp_path / "shards")
     assert packed.name == "x" * 74
     assert len(open_shards([tmp_path / "shards" / packed.train])) > 0
+
+
+def test_images_that_are_kept_for_testing_are_not_packed(mine: Path, tmp_path: Path) -> None:
+    """The shipped list has real hashes; one more is added in a copy of the catalog."""
+    assert len(read_catalog([BUILT_IN]).exclude) > 2000
+    file = mine / "REAL/0.jpg"
+    kept = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    (tmp_path / "kept.txt").write_text(kept + "\n")
+    copy = tmp_path / "catalog.toml"
+    copy.write_text(BUILT_IN.read_text().replace('"kept-for-testing.txt"', '"kept.txt"'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sharding.folder.BUILT_IN", copy)
+        packed = pack(mine, tmp_path / "shards")
+    names = [
+        name
+        for part in (packed.train, packed.validate)
+        for name in open_shards([tmp_path / "shards" / part]).table.column("origin").to_pylist()
+    ]
+    assert len(names) == 51
+    assert not [name for name in names if name.endswith("REAL/0.jpg")]
 
 
 def test_copies_of_one_image_are_too_few(tmp_path: Path) -> None:

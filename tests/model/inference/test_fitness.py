@@ -60,6 +60,12 @@ def test_bad_sources_are_listed_worst_first() -> None:
     assert "of new kinds: under 1 % of unseen, 8 % of half (" in missed.text
 
 
+def test_sources_that_the_head_has_seen_give_no_notice() -> None:
+    known = CALIBRATION | {"sources": {"a": rates(0.5, None)}}
+    assert len(notices(meta_of(known))) == 1
+    assert notices(meta_of(known | {"method": "validation sets by source, pooled"})) == []
+
+
 def test_of_many_bad_sources_only_the_worst_are_named() -> None:
     sources = {f"kind{n}": rates(0.2 + n / 100, None) for n in range(6)}
     (notice,) = notices(meta_of({**CALIBRATION, "sources": sources}))
