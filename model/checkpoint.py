@@ -7,8 +7,8 @@ checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main en
 - `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, also over an older
   one. `net`: `Detector` of `network.py`. `recipe`: `resolved(Recipe)` of `backbones/resolve.py`.
   `record`: a `Record`: `step`, `epoch`, `selection` (highest in the best one, or None), `metrics`
-  and `data` (dicts for JSON); its other fields may be left out. `state`: dict for `state.pt`, or
-  None. `replayed`: None or pairs (epoch, key of a replayed sample). `CheckpointError`: not written.
+  (may be {}) and `data` go to `meta.json`; more may be left out. `state`: any dict to resume from,
+  or None. `replayed`: pairs (epoch, key of a replayed sample), or None. `CheckpointError`: failed.
 - `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta
   (dict). `CheckpointError`: no usable checkpoint. `DamagedError`, its subclass: a missing or
   changed file. Another `ValueError`: weights do not fit, or a backbone is not fetched.

@@ -5,13 +5,13 @@ Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolera
 - `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
 - `tolerance` (default `Tolerance(max_bad=0.01, allow_incomplete=False)`): the largest share of
   unreadable images; whether a catalog rule may match no image and a training set have one class.
-- `progress("packing", images)`: optional context manager; its value is called as `done(images)`.
-It writes `out/.build` and `out/<set>/` (only missing or changed shards). It returns a `SourceScan`
-(`missing`: names of sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
-index.json; `shards_written`, how many this call wrote), empty if no source has images.
-`CatalogError`: files contradict the catalog. `RawError`: broken file. `ShardError`: bad images, one
-class, lost images, `only` names a set without images, unknown files in `out/<set>/`. `ValueError`:
-no Ray, `jobs` is too large, a link leads out of `out`. `OSError`: no access, other build.
+- `progress(what, total)`: optional; a context manager that yields `done(images since last call)`.
+It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns a `SourceScan`
+(`missing`: sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
+index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
+contradict the catalog. `RawError`: broken file. `ShardError`: bad images, one class, raw file or
+catalog entry of packed images gone, `only` names a set without images, unknown files in a set.
+`ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, other build.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 Main entry: `pack_folder(folder, data, *, jobs, progress)` writes a catalog, so that the user needs
 none, and both sets. Existing sets are updated: new images are added, and images that are no longer
 in `folder` are dropped. Duplicates, and images that this program's catalog keeps for testing, are
-left out.
+left out (by hash).
 
 - `folder`: the `Path` with the two subfolders; `CLASS_FOLDERS` are their allowed names.
 - `data`: the folder of all shard sets, a `Path`, or a `UPath` for an address.
@@ -23,7 +23,7 @@ It returns a `PackedFolder`:
 
 Errors, of which all but `OSError` are `ValueError`s:
 
-- `CatalogError`: a subfolder is missing, the name of `folder` is empty or not UTF-8, a class has
+- `CatalogError`: a subfolder is missing, the path of `folder` is `/` or not UTF-8, a class has
   fewer than `FEWEST` images, or, after packing, a class has no image in one of the sets.
 - `ShardError`: too many images of a set are unreadable (more than one and more than the fraction
   `MAX_BAD`, or all), a raw file changed meanwhile, or the folder of a set has files that no build
@@ -151,7 +151,7 @@ def _class_folders(folder: Path) -> list[list[str]]:
     """List the folders of each class, by label.
 
     Raises:
-        CatalogError: a class has no folder, or the name of `folder` is empty or not UTF-8.
+        CatalogError: a class has no folder, or the path of `folder` is `/` or not UTF-8.
     """
     if printable(str(folder)) != str(folder) or not folder.name:
         raise CatalogError(
