@@ -3,9 +3,10 @@
 Main entry: `sample_params(policies, policy, preprocess, widths, heights, keys, partners)` returns,
 for N training images, an `AugmentBatch`: an array of N values per field of `AugmentParams`.
 
-- `policies`: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`. A pair of numbers in a policy is a
-  range of values, `brightness` to `hue` are largest changes, every other number is a probability.
-  The defaults change nothing. `match_pair_jpeg` has no effect here: see `partners`.
+- `policies`: `PolicyTable([AugmentPolicy(hflip=0.5), ...])`. `scale`, `ratio`, `blur_sigma`,
+  `num_jpegs` (1 to 3 in a row) and those in `_scale` or `_quality` are pairs (least, most);
+  `brightness` to `hue` are largest changes, `resample_filters` names of filters, all others are
+  probabilities. The defaults change nothing. `match_pair_jpeg` has no effect: see `partners`.
 - `policy`: position of each image's policy in `policies`, int (N,).
 - `preprocess`: side of the output, filter and whether there is a detail crop:
   `Preprocess(crop_size=256, interpolation="bicubic")`.
@@ -13,9 +14,9 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
 - `keys`: key of the random numbers: `SampleKeys(seed, epoch, samples, repeat_index)`. `seed` and
   `epoch`: ints from 0 on. `samples`: row numbers of the images, int (N,). `repeat_index`: how many
   times each image was already used in this epoch, int (N,) (None, the default: never).
-- `partners`: two int arrays (N,): quality and chroma (position in `imaging.jpeg.CHROMAS`) of a JPEG
-  to which the whole image is compressed in place of `whole_jpeg` of its policy. The policy decides
-  where the quality is 0, and for all images with None, the default.
+- `partners`: None (the default), or two int arrays (N,): quality and chroma (position in
+  `imaging.jpeg.CHROMAS`) of a JPEG to which the whole image is compressed in place of `whole_jpeg`
+  of its policy. Where the quality is 0, the policy decides.
 
 `center_crop_params(preprocess, widths, heights)` returns the `AugmentBatch` of evaluation: a center
 crop, nothing random. A setting out of range raises ValueError when its `AugmentPolicy` or

@@ -5,7 +5,7 @@ Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolera
 - `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
 - `tolerance` (default `Tolerance(max_bad=0.01, allow_incomplete=False)`): the largest share of
   unreadable images; whether a catalog rule may match no image and a training set have one class.
-- `progress(what, total)`: optional; a context manager that yields `done(images since last call)`.
+- `progress(label, images)`: optional; a context manager that yields `done(images since last call)`.
 It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns a `SourceScan`
 (`missing`: sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
 index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files

@@ -16,8 +16,8 @@ left out (by hash).
 It returns a `PackedFolder`:
 
 - `name`: the name of the training set, made from the name of `folder`.
-- `place`: the path of the folder with the catalog and both sets.
-- `train`, `validate`: the paths of both sets below `data`, as texts.
+- `place`: the folder with the catalog and both sets, `data`/folders/..., of the type of `data`.
+- `train`, `validate`: the path of each set relative to `data`, a text: `folders/...`.
 - `train_counts`, `validate_counts`: each [number of real images, of fake images].
 - `shards_written`: the number of shards that this call wrote.
 
