@@ -19,9 +19,8 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
   of its policy. Where the quality is 0, the policy decides.
 
 `center_crop_params(preprocess, widths, heights)` returns the `AugmentBatch` of evaluation: a center
-crop, nothing random. A setting out of range raises ValueError when its `AugmentPolicy` or
-`Preprocess` is made. Order: resizing, JPEG and WebP of the whole image, crop, flips, color jitter,
-resampling down and up, JPEGs, blur, grayscale, WebP.
+crop. `AugmentPolicy` and `Preprocess` raise ValueError for a setting out of range. Order: resizing,
+JPEG and WebP of the whole image, crop, flips, color, resampling, JPEGs, blur, grayscale, WebP.
 """
 
 from collections.abc import Iterator, Sequence
