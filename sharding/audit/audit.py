@@ -5,8 +5,8 @@ Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` (`open_sh
 called after each of at most `steps_of(shards)` steps. ValueError: no scikit-learn.
 `write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
 
-An `Estimate` is an AUROC (`auroc`, 0.5 for guessing) with its 95 % interval (`low`, `high`), or
-None if a class has too few groups (`MIN_GROUPS`) to tell it from guessing. Fields of an `Audit`:
+An `Estimate` is an AUROC (`auroc`, 0.5: guessing) and its 95 % interval (`low`, `high`); None if a
+class has fewer groups than `MIN_GROUPS`, unless it is clearly above 0.5. Fields of an `Audit`:
 
 - `samples`, `reals`, `fakes`: numbers of images.
 - `pooled`: the `Estimate` over all images. If None, `features` and `shortcuts` are empty.
