@@ -33,10 +33,11 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the
 path to the error of a full disk. `check_reachable(path)` raises `OSError` if an address does not
 answer. `check_inside(path, folder)` raises `ValueError` if the path is outside the folder.
-`size_of(path)` returns bytes, or None if there is no file. `text_fault(error)` takes the
-error of reading a text or JSON file and describes it in words. `cores()` returns the number
-of processor cores that this process may use, `cache_folder()` the folder for downloaded weights
-(the variable `DETECTOR_CACHE`, or a folder in the user's cache).
+`size_of(path)` returns bytes, or None if there is no file. `parse_json(text)` returns the value of
+a JSON text; it raises `ValueError`, also for one that is nested too deeply. `text_fault(error)`
+takes this error, or that of reading a text file, and describes it in words. `cores()` returns the
+number of processor cores that this process may use, `cache_folder()` the folder for downloaded
+weights (the variable `DETECTOR_CACHE`, or a folder in the user's cache).
 """
 
 import contextlib
@@ -50,7 +51,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
@@ -356,7 +357,22 @@ def sha256_of(path: AnyPath) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def text_fault(error: ValueError | RecursionError) -> str:
+def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
+    """Return the value of a JSON text, which may come from a stranger.
+
+    `strict=False` allows control characters in strings. Use this in place of `json.loads`, which
+    ends a deeply nested text with RecursionError.
+
+    Raises:
+        ValueError: the text is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text, strict=strict)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def text_fault(error: ValueError) -> str:
     """Describe why a text or JSON file could not be read: the bad byte, or the line and column."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"

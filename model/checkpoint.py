@@ -45,7 +45,7 @@ from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
-from storage import atomic_folder, is_partial, sha256_of, text_fault, write_text
+from storage import atomic_folder, is_partial, parse_json, sha256_of, text_fault, write_text
 
 if TYPE_CHECKING:
     from model.recipe import ResolvedRecipe
@@ -191,7 +191,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{folder} is no checkpoint (it has no {META_FILE})")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: it is not JSON ({text_fault(error)})") from error
     if not isinstance(meta, dict):
@@ -206,8 +206,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(hashes, dict):
         raise DamagedError(f"{path} is damaged: it has no hashes of the checkpoint's files")
-    if tuple(meta["classes"]) != CLASSES:
-        raise CheckpointError(f"{folder} has classes {meta['classes']}, expected {list(CLASSES)}")
+    if meta.get("classes") != list(CLASSES):
+        found = meta.get("classes")
+        raise CheckpointError(f"{folder} has classes {found}, expected {list(CLASSES)}")
     return meta
 
 

@@ -25,7 +25,6 @@ starlette's ClientDisconnect if the client is gone. Bodies stay in memory; uploa
 written to disk.
 """
 
-import json
 from collections.abc import AsyncGenerator
 from functools import partial
 
@@ -34,6 +33,7 @@ from fastapi import Request
 from imaging.decode import ImageFile
 from serve.form import Form, too_many
 from serve.limits import MB, Limits, Refused
+from storage import parse_json
 
 MAX_JSON_BYTES = MB // 4
 RAW = ("image/", "application/octet-stream")
@@ -96,8 +96,8 @@ async def read_addresses(request: Request, limits: Limits) -> list[str]:
     largest = min(limits.max_bytes, MAX_JSON_BYTES)
     body = b"".join([part async for part in _bounded(request, largest)])
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
+        content = parse_json(body)
+    except ValueError:
         content = None
     urls = content.get("urls") if isinstance(content, dict) else None
     if not urls or not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):

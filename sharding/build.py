@@ -71,6 +71,7 @@ from storage import (
     check_inside,
     check_reachable,
     make_folder,
+    parse_json,
     sha256_of,
     write_atomically,
     write_text,
@@ -266,10 +267,9 @@ def build(
 
 def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[str]:
     """List the sets that images of the scanned sources may go to, before any image is decoded."""
-    names = set()
+    names = set[str]()
     for table in scan.items.values():
-        for mixture in table.column("destination").unique().to_pylist():
-            names |= json.loads(mixture).keys()
+        names.update(*map(parse_json, table.column("destination").unique().to_pylist()))
     for source in scan.packed_only:
         names.update(*catalog.sources[source].destinations())
     return sorted(name for name in names if not only or name in only)

@@ -32,7 +32,6 @@ similar images to one group.
 thumbnails that differ by at most `MAX_DIFFERENCE` gray levels on average.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -42,6 +41,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.listing import choose_set
+from storage import parse_json
 
 MAX_BITS = 6
 """Maximum number of different bits in the pHashes (64 bits) of near-duplicates."""
@@ -98,7 +98,7 @@ def decide(
     component = _components(len(group_names), group_code[edges])[group_code]
     names = _component_names(component, group_code, group_names)
     destination_code, destinations = _encode(inventory.column("destination"))
-    share_of = [json.loads(destination) for destination in destinations]
+    share_of = [parse_json(destination) for destination in destinations]
     chosen: dict[tuple[int, int], str] = {}
     sets = np.empty(n, object)
     for row, key in enumerate(zip(component.tolist(), destination_code.tolist(), strict=True)):

@@ -44,7 +44,7 @@ from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
 from sharding.git import counted, extract
 from sharding.http import TIMEOUT_S, Progress, ask, download, size_of
-from storage import check_inside, publish, write_text
+from storage import check_inside, parse_json, publish, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -139,8 +139,8 @@ _KINDS = {"fetch": dict, "files": dict, "versions": dict, "revision": str}
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of MARK or BEGUN; empty if there is no such file or it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     if not isinstance(content, dict):
         return {}

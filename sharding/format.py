@@ -52,7 +52,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from installed import DEMO
-from storage import AnyPath, is_local, text_fault
+from storage import AnyPath, is_local, parse_json, text_fault
 
 FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
@@ -291,8 +291,8 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
             )
         )
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        index = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ShardError(f"{path} is not JSON ({text_fault(error)}); {_ANEW}") from error
     _check_keys(index, {"format_version": int}, str(path))
     if index["format_version"] != FORMAT_VERSION:

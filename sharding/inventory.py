@@ -46,7 +46,7 @@ from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, gre
 from sharding.format import ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all
-from storage import AnyPath, any_path, files_in, write_atomically
+from storage import AnyPath, any_path, files_in, parse_json, write_atomically
 
 FACTS_VERSION = "3"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
@@ -214,7 +214,7 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
         return None
     table = _read(path)
     try:
-        notes: Mapping[str, Any] = json.loads(table.schema.metadata[b"listing"])
+        notes: Mapping[str, Any] = parse_json(table.schema.metadata[b"listing"])
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path} is damaged (no notes of its listing: {error}); delete it"

@@ -49,7 +49,7 @@ from imaging.decode import IMAGE_SUFFIXES
 from sharding.catalog import CatalogError, Rule, Source, shares
 from sharding.format import CLASSES
 from sharding.raw import RawFile, nfc, walk
-from storage import AnyPath
+from storage import AnyPath, parse_json
 
 NAMED = 5
 """Number of excluded files to name per reason."""
@@ -446,7 +446,7 @@ def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
     """Return the class names of a Hugging Face `ClassLabel` column; empty for other columns."""
     text = (schema.metadata or {}).get(b"huggingface", b"{}")
     try:
-        features = json.loads(text).get("info", {}).get("features", {})
+        features = parse_json(text).get("info", {}).get("features", {})
         return list(features.get(column, {}).get("names", []))
     except (ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another shape
         reason = " ".join(str(error).split())[:200]

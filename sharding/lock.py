@@ -38,7 +38,7 @@ from typing import Any
 from upath import UPath
 
 import console
-from storage import AnyPath, is_local
+from storage import AnyPath, is_local, parse_json
 
 LEASE_SECONDS = 120
 """Seconds without renewal after which the lease of a build expires."""
@@ -131,7 +131,7 @@ def _read(path: UPath) -> dict[str, Any] | None:
     """
     try:
         # Not `open`, which may take the size of the object from a cached listing.
-        lease = json.loads(path.fs.cat_file(path.path))
+        lease = parse_json(path.fs.cat_file(path.path))
         return {"token": "", **lease, "owner": lease["owner"], "renewed": float(lease["renewed"])}
     except FileNotFoundError:
         return None

@@ -27,7 +27,6 @@ directly below it. It raises `ShardError` if there is none.
 
 import csv
 import hashlib
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,7 @@ from sharding.format import (
     read_index,
     timm_info,
 )
-from storage import AnyPath, any_path, files_in, sha256_of
+from storage import AnyPath, any_path, files_in, parse_json, sha256_of
 
 
 def sets_in(folder: AnyPath) -> list[AnyPath]:
@@ -165,12 +164,9 @@ def _check_members(
 
 def _check_metadata(data: bytes, row: dict[str, Any]) -> Iterator[str]:
     try:
-        meta = json.loads(data)
+        meta = parse_json(data)
     except ValueError as error:
         yield f"not JSON: {error}"
-        return
-    except RecursionError:
-        yield "JSON that is nested too deep to be read"
         return
     if not isinstance(meta, dict):
         yield f"not the facts of an image: {type(meta).__name__}, expected a JSON object"
@@ -251,8 +247,8 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
 
 def _json_of(path: AnyPath) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:
         return None
 
 

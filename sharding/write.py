@@ -49,7 +49,7 @@ from sharding.format import (
 )
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
-from storage import AnyPath, any_path, size_of, write_atomically, write_text
+from storage import AnyPath, any_path, parse_json, size_of, write_atomically, write_text
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | Non
         return None
     try:
         table = table_from(path.read_bytes())
-        mark = json.loads(table.schema.metadata[b"shard"])
+        mark = parse_json(table.schema.metadata[b"shard"])
         if mark.pop("fingerprint") != plan.fingerprint or table.num_rows != len(plan.rows):
             return None
         written = Written(**mark)

@@ -1,5 +1,6 @@
 """Import directions: a stage may import the stages that produce its input, never later stages."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_pyarrow_compute_is_imported_explicitly() -> None:
     for owner in MAY_IMPORT:
         for path in files_of(owner):
             assert "pa.compute" not in path.read_text(), path
+
+
+def test_json_is_parsed_by_storage() -> None:
+    """`json.loads` ends a deeply nested text with RecursionError, which nobody expects."""
+    own = re.compile(r"^(?!.*`).*json\.loads?\((?!json\.dumps)|map\(json\.loads", re.MULTILINE)
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for owner in MAY_IMPORT
+        for path in files_of(owner)
+        if own.search(path.read_text())
+    }
+    assert users == {"storage.py"}
 
 
 def test_no_randomness_in_the_graph() -> None:

@@ -311,6 +311,13 @@ def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= storage.cores() <= (os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000])
+def test_deeply_nested_json_is_a_value_error(deep: str) -> None:
+    with pytest.raises(ValueError, match="it is nested too deeply"):
+        storage.parse_json(deep)
+    assert storage.parse_json(b'{"a": [1]}') == {"a": [1]}
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

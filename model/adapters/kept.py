@@ -30,7 +30,7 @@ from typing import Any
 
 import console
 from model.adapters.detector import DetectorError, OtherDetector
-from storage import text_fault, write_text
+from storage import parse_json, text_fault, write_text
 
 CALIBRATION_FILE = "calibration.json"
 KEYS = ("temperature", "threshold", "calibration")
@@ -67,10 +67,10 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
     if not path.exists():
         return detector
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         if fault := _fault_in(kept):
             raise ValueError(fault)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         fault = str(error.strerror) if isinstance(error, OSError) else text_fault(error)
         raise DetectorError(
             f"{path} is damaged ({fault}); remove it, or calibrate again"

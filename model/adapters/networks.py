@@ -29,7 +29,6 @@ files that match `TAKEN` are downloaded: nothing is unpickled, and no code of a 
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
 from model.inference.prediction import band_from
 from model.score import evaluating
-from storage import sha256_of
+from storage import parse_json, sha256_of
 
 TAKEN = ("*.json", "*.safetensors")
 """Patterns of the files that are downloaded from a repository."""
@@ -270,7 +269,7 @@ def _weights_of(folder: Path, name: str) -> list[Path]:
 
 def _json_of(path: Path, name: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DetectorError(f"{name} has no readable {path.name} ({_one_line(error)})") from error
     if not isinstance(values, dict):

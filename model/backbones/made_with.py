@@ -7,12 +7,15 @@ to 1); `crop_pct`, the side of the crop divided by that of the resized image; `i
 Pillow's name of the resize filter; and `squashed`, whether the aspect ratio was ignored.
 
 It raises `NetworkError` (a `ValueError`) if the network is unknown, its configuration cannot be
-read, or its `mean` or `std` has not three numbers (it is not for RGB images).
+read or holds a value of the wrong kind, or its `mean` or `std` has not three numbers (it is not for
+RGB images).
 `pretrained_config(name)` returns timm's whole record. `first_line(error)` returns the first line of
 an exception's text.
 """
 
 import difflib
+import math
+import operator
 from dataclasses import dataclass
 
 from huggingface_hub.errors import HTTPError
@@ -58,24 +61,39 @@ def made_with(name: str) -> MadeWith:
     network named `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
 
     Raises:
-        NetworkError: timm does not know the network, its configuration cannot be read, or it is not
-            for RGB images.
+        NetworkError: timm does not know the network, its configuration cannot be read or holds a
+            value of the wrong kind, or it is not for RGB images.
     """
     config = pretrained_config(name)
-    (_, height, width), mean, std = config.input_size, config.mean, config.std
+    try:
+        _, height, width = map(operator.index, config.input_size)
+        mean, std = list(map(float, config.mean)), list(map(float, config.std))
+        crop_pct = float(config.crop_pct)
+    except (TypeError, ValueError) as error:
+        raise NetworkError(
+            f"{name} has a configuration that cannot be used ({first_line(error)}); expected "
+            "input_size as three whole numbers, mean, std and crop_pct as numbers"
+        ) from error
     if len(mean) != 3 or len(std) != 3:
         raise NetworkError(
             f"{name} was made for images of {len(mean)} channels, expected 3 (RGB); use another "
             "network"
+        )
+    if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
+        raise NetworkError(f"{name} has mean {mean} and std {std}, expected numbers, std above 0")
+    if min(height, width, crop_pct) <= 0:
+        raise NetworkError(
+            f"{name} has input_size {config.input_size} and crop_pct {crop_pct}, expected numbers "
+            "above 0"
         )
     return MadeWith(
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         height=height,
         width=width,
-        fixed=config.fixed_input_size,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
+        fixed=bool(config.fixed_input_size),
+        crop_pct=crop_pct,
+        interpolation=str(config.interpolation),
         squashed=config.crop_mode == "squash",
     )
 

@@ -56,7 +56,7 @@ import pyarrow.parquet as pq
 
 from model.score import Scores, probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
-from storage import write_atomically
+from storage import parse_json, write_atomically
 
 SCORES_VERSION = 2
 SCORES_FILE = "scores.parquet"
@@ -173,7 +173,7 @@ def read_scores(path: Path) -> ScoreTable:
     data = path.read_bytes()
     try:
         table = table_from(data)
-        evaluation = json.loads((table.schema.metadata or {})[b"evaluation"])
+        evaluation = parse_json((table.schema.metadata or {})[b"evaluation"])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError of pyarrow
         raise ScoresError(
             f"{path} is not a file of scores that evaluate.py wrote ({error})"

@@ -61,7 +61,7 @@ from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
-from storage import AnyPath, atomic_folder, sha256_of
+from storage import AnyPath, atomic_folder, parse_json, sha256_of
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
@@ -136,7 +136,7 @@ def _let_transformers_in(path: Path) -> None:
     """Remove `num_classes` from `model_args` in timm's config. TimmWrapper of transformers 5.24
     passes this value itself and fails on "multiple values". timm reads it from the top level.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -148,7 +148,7 @@ def read_left_out(path: Path) -> dict[str, Any]:
         HubError: the file holds no such figures.
     """
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
+        figures = parse_json(path.read_text(encoding="utf-8"))
         pairs, inside = figures["one left out"], figures["within subjects"]
         whole = [figures["pooled"], pairs["mean"], *pairs["interval"], inside["auroc"]]
         shares = [of[key] for of in figures.get("perturbed", {}).values() for key in _SHARES]
@@ -201,7 +201,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         HubError: the file is not a report, is damaged, or belongs to another checkpoint.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_text(encoding="utf-8"))
         version = report["report_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise HubError(f"{path} is not a report.json of evaluate.py") from error

@@ -53,7 +53,7 @@ from pipeline.augment import AugmentPolicy
 from pipeline.params import policies_of
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
-from storage import write_atomically, write_text
+from storage import parse_json, write_atomically, write_text
 
 STORE_VERSION = 1
 
@@ -196,7 +196,7 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
             source = names[source_codes[first_rows[code]]]
             entry |= {"seed": view.seed, "policy": asdict(policies[source])}
         path = store / backbone.folder / folder.name / view.folder / f"{shard[:-4]}.arrow"
-        files.append(ShardFile(path=path, shard_code=code, id=json.loads(_canonical(entry))))
+        files.append(ShardFile(path=path, shard_code=code, id=parse_json(_canonical(entry))))
     return files
 
 
@@ -266,7 +266,7 @@ def is_there(file: ShardFile) -> bool:
     except (OSError, pa.ArrowException):
         return False
     try:
-        return json.loads(metadata.get(_ID_KEY, b"null")) == dict(file.id)
+        return parse_json(metadata.get(_ID_KEY, b"null")) == dict(file.id)
     except ValueError:
         return False
 
@@ -299,7 +299,7 @@ def read_file(file: ShardFile) -> Part:
         with pa.memory_map(str(file.path)) as source:
             table = pa.ipc.open_file(source).read_all()
         batch = table.combine_chunks().to_batches()[0] if table.num_rows else None
-        notes = json.loads(table.schema.metadata[_FAILURES_KEY])
+        notes = parse_json(table.schema.metadata[_FAILURES_KEY])
         width = table.schema.field("features").type.list_size
     except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -34,10 +34,11 @@ and in programs that read such metadata:
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from storage import parse_json
 
 # --- generators by their names --------------------------------------------------------------------
 
@@ -142,8 +143,8 @@ def settings_in(text: str) -> str:
     if not plain.startswith("{"):
         return ""
     try:
-        return settings_of(json.loads(plain, strict=False), plain)
-    except (ValueError, RecursionError):
+        return settings_of(parse_json(plain, strict=False), plain)
+    except ValueError:
         is_graph = _NODE.search(plain) and '"inputs"' in plain
         return f"ComfyUI: {plain}" if is_graph else ""
 

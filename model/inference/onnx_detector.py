@@ -35,7 +35,6 @@ temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (hei
 the `Preprocess` settings say, to the network's input, uint8 (*settings.shape, 3), with Pillow.
 """
 
-import json
 import sys
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ from model.inference.prediction import (
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
-from storage import sha256_of
+from storage import parse_json, sha256_of, text_fault
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -238,12 +237,18 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
             f"{file} has no {', '.join(missing)} in its metadata, so it cannot be used; export the "
             "detector with `python -m model export --onnx`"
         )
-    meta = {key: json.loads(texts[key]) for key in META_KEYS}
+    try:
+        meta = {key: parse_json(texts[key]) for key in META_KEYS}
+    except ValueError as error:
+        raise OnnxError(
+            f"{file} has metadata that are not JSON ({text_fault(error)}); export the detector "
+            "again with `python -m model export --onnx`"
+        ) from error
     if meta["format_version"] != FORMAT_VERSION:
         raise OnnxError(
             f"{file} has version {meta['format_version']}, expected {FORMAT_VERSION}; export the "
             "detector again with `python -m model export --onnx`"
         )
-    if tuple(meta["classes"]) != CLASSES:
+    if meta["classes"] != list(CLASSES):
         raise OnnxError(f"{file} has the classes {meta['classes']}, expected {list(CLASSES)}")
     return meta

@@ -47,7 +47,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from escape import from_spreadsheet_cell, printable, spreadsheet_cell
-from storage import publish
+from storage import parse_json, publish
 
 COLUMNS = ("path", "probability", "verdict", "error", "provenance", "checkpoint")
 """Columns of a result, in this order. `probability` is the probability of AI-generated (a score if
@@ -317,11 +317,11 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
                     raise ValueError(f"line {reader.line_num} does not have {len(COLUMNS)} cells")
                 yield {name: from_spreadsheet_cell(text) for name, text in row.items()}
         else:
-            for row in map(json.loads, _texts(stream, end)):
+            for row in map(parse_json, _texts(stream, end)):
                 if not isinstance(row, dict) or tuple(row) != COLUMNS:
                     raise ValueError(f"it contains the row {str(row)[:100]}")
                 yield row
-    except (ValueError, TypeError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, csv.Error) as error:
         raise ResultsError(
             f"{path} is not a {output} file of this program ({error}); name another file with --out"
         ) from error

@@ -41,7 +41,6 @@ import datetime
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import ssl
@@ -51,7 +50,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from storage import cache_folder
+from storage import cache_folder, parse_json
 
 State = Literal["trusted", "valid, signer unknown", "invalid"]
 """Result of checking a signature.
@@ -210,13 +209,13 @@ def read_cached(path: Path) -> TrustList:
         TrustListError: the file is damaged.
     """
     try:
-        kept = json.loads(read_bounded(path, "the fetched C2PA trust list"))
+        kept = parse_json(read_bounded(path, "the fetched C2PA trust list"))
         data = kept["pem"].encode("utf-8", "surrogateescape")
         day = datetime.date.fromisoformat(kept["fetched"][:10])
         if hashlib.sha256(data).hexdigest() != kept["sha256"]:
             raise ValueError("SHA-256 differs")
         return parse_trust_list(data, f"C2PA list of {day}", str(path), day)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrustListError(
             f"{path}, the fetched C2PA trust list, is damaged; delete it, or run `{FETCH}`"
         ) from error
@@ -262,7 +261,7 @@ def read_manifest(data: bytes, trust: TrustList | None) -> Manifest:
     import c2pa
 
     with c2pa.Reader(None, io.BytesIO(data), context=_context(trust)) as reader:
-        store = json.loads(reader.json())
+        store = parse_json(reader.json())
     active = store["manifests"][store["active_manifest"]]
     signature = active.get("signature_info") or {}
     makers = [info.get("name") for info in active.get("claim_generator_info") or []]

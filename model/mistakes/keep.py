@@ -53,7 +53,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from imaging.decode import IMAGE_SUFFIXES
 from model.inference.prediction import DecisionRule
 from model.verdict import VERDICTS
-from storage import text_fault, write_bytes, write_text
+from storage import parse_json, text_fault, write_bytes, write_text
 
 Label: TypeAlias = Literal["real", "fake"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -273,8 +273,8 @@ def read_mistake(path: Path) -> Mistake:
         size = path.stat().st_size
         if size > MAX_ENTRY_BYTES:
             raise ValueError(f"{size:,} bytes, at most {MAX_ENTRY_BYTES:,} are read")
-        return _mistake_from(json.loads(path.read_text(encoding="utf-8")), path.stem)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        return _mistake_from(parse_json(path.read_text(encoding="utf-8")), path.stem)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
         raise MistakeError(f"{path} is no entry of a mistake ({fault}); remove it") from error
 

@@ -10,13 +10,12 @@ checkpoint is damaged. It raises `KeyError` if a row lacks a figure, and `OSErro
 be written.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from model import checkpoint
 from model.training.history import HISTORY_FILE, rows_of
-from storage import write_atomically
+from storage import parse_json, write_atomically
 
 _PANELS = (
     ("recall", "recall of fakes"),
@@ -81,7 +80,7 @@ def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
     """Return (step, metrics) of each validation set, by rising step."""
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
     if (run / "baseline_metrics.json").exists():
-        before = json.loads((run / "baseline_metrics.json").read_text(encoding="utf-8"))
+        before = parse_json((run / "baseline_metrics.json").read_text(encoding="utf-8"))
         metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
     for row in rows:
         kind, _, name = row["kind"].partition("/")

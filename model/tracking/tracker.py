@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import console
-from storage import write_text
+from storage import parse_json, write_text
 
 TrackerName = Literal["", "wandb", "mlflow", "trackio"]
 
@@ -261,7 +261,7 @@ class Tracker:
         """Return the run with its stored identity, or with a new one."""
         identity, begun = uuid.uuid4().hex[:12], False
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            saved = parse_json(self.path.read_text(encoding="utf-8"))
             if saved["tracker"] == self.name:
                 identity, begun = str(saved["run"]), True
         return TrackedRun(

@@ -34,7 +34,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from model.tracking.tracker import Tracker
-from storage import write_text
+from storage import parse_json, write_text
 
 HISTORY_FILE = "metrics.jsonl"
 
@@ -81,7 +81,7 @@ def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def _row_in(line: bytes) -> dict[str, Any] | None:
     """Return the row in a complete line of the file, or None if there is none."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
+        row = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
     return row if isinstance(row, dict) and row.keys() >= {"step", "kind"} else None

@@ -62,7 +62,7 @@ from model.training.step import TrainState
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
-from storage import AnyPath, write_text
+from storage import AnyPath, parse_json, write_text
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def read_validation(path: Path) -> Validation:
         ValueError: the file is damaged.
     """
     try:
-        return Validation.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Validation.from_json(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
 

@@ -22,7 +22,6 @@ the folder of the files, after a download to the cache of the hub library if nee
 `config.json` and a `.safetensors` file are read: no pickles, and no code of a repository.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from installed import install_extra
-from storage import sha256_of, text_fault
+from storage import parse_json, sha256_of, text_fault
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -169,7 +168,7 @@ def _kind_of(folder: Path) -> str:
     """Return the class name of a decoder, from its `config.json`."""
     path = folder / CONFIG_FILE
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DecoderError(f"{path} is no JSON ({text_fault(error)}); fetch it anew") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None

@@ -1,5 +1,7 @@
 """One small network of each timm family, with random weights: from training to the heatmap."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from timm.data import create_transform, resolve_data_config
 
 import recipes
 from model import checkpoint, load_detector
+from model.backbones.made_with import made_with
 from model.backbones.resolve import (
     describe_preprocess,
     nearest_filter,
@@ -263,6 +266,29 @@ def test_a_size_that_a_network_cannot_take_is_refused() -> None:
 def test_weights_that_timm_does_not_know_are_one_line(name: str) -> None:
     with pytest.raises(NetworkError, match="timm cannot build") as caught:
         small_recipe(network=Network(name=name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"input_size": "36"}, "cannot be used"),
+        ({"input_size": [3, 36.5, 36]}, "cannot be used"),
+        ({"input_size": [3, 0, 36]}, "expected numbers above 0"),
+        ({"mean": None}, "cannot be used"),
+        ({"mean": [0.5]}, "images of 1 channels, expected 3"),
+        ({"std": [1, 1, 0]}, "expected numbers, std above 0"),
+        ({"mean": [0.5, 0.5, math.nan]}, "expected numbers, std above 0"),
+        ({"crop_pct": "all"}, "cannot be used"),
+    ],
+)
+def test_a_published_configuration_with_wrong_values_is_refused(
+    tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    config = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 36, 36]} | wrong}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NetworkError, match=said) as caught:
+        made_with(f"local-dir:{tmp_path}")
     assert "\n" not in str(caught.value)
 
 

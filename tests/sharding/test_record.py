@@ -93,8 +93,9 @@ def test_files_of_a_removed_source_are_deleted(tmp_path: Path) -> None:
     assert [shard["name"] for shard in index["shards"]] == [n for n in record if n.endswith("tar")]
 
 
-def test_a_damaged_record_is_a_one_line_error(raw: Path, built: Path) -> None:
-    (built / ".build/old/written.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "null"])
+def test_a_damaged_record_is_a_one_line_error(raw: Path, built: Path, content: str) -> None:
+    (built / ".build/old/written.json").write_text(content)
     with pytest.raises(ShardError, match=r"written\.json is damaged .*move .* away"):
         build_all(raw, built)
 

@@ -129,7 +129,7 @@ DEEP = b"[" * 100_000
         (b"{", "not JSON: Expecting"), (b"\xff{}", "not JSON: "),
         (b"[1]", "not the facts of an image: list, expected a JSON object"),
         (b"null", "not the facts of an image: NoneType, expected a JSON object"),
-        pytest.param(DEEP, "JSON that is nested too deep to be read", id="deep"),
+        pytest.param(DEEP, "not JSON: it is nested too deeply", id="deep"),
     ],
 )  # fmt: skip
 def test_facts_that_are_no_object_are_found(copy: Path, content: bytes, said: str) -> None:

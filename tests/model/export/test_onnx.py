@@ -261,6 +261,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             tmp_path / "other.onnx",
             **(known | {"format_version": str(FORMAT_VERSION), "classes": '["cat"]'}),
         ): r"has the classes \['cat'\]",
+        foreign(
+            tmp_path / "none.onnx", **(known | {"format_version": str(FORMAT_VERSION)})
+        ): "has the classes None",
+        foreign(tmp_path / "cut.onnx", **(known | {"classes": '["real"'})): "not JSON .Expecting",
+        foreign(
+            tmp_path / "deep.onnx", **(known | {"preprocess": "[" * 100_000})
+        ): "nested too deep",
     }
     for path, said in cases.items():
         with pytest.raises(OnnxError, match=said):
