@@ -32,7 +32,9 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 `partial_of(path)` takes a `Path` and returns its temporary path. `file_name(stem, suffix)` joins
 both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the
 path to the error of a full disk. `check_reachable(path)` raises `OSError` if an address does not
-answer. `check_inside(path, folder)` raises `ValueError` if the path is outside the folder.
+answer. `remote_errors(path, fault)` is a context manager that raises `OSError` for errors of an
+address's client. `check_inside(path, folder)` raises `ValueError` if the path is outside the
+folder.
 `size_of(path)` returns bytes, or None if there is no file. `parse_json(text)` returns the value of
 a JSON text; it raises `ValueError`, also for one that is nested too deeply. `text_fault(error)`
 takes this error, or that of reading a text file, and describes it in words. `cores()` returns the
@@ -144,7 +146,22 @@ def check_reachable(path: AnyPath) -> None:
             raise _remote_error(path, "does not answer", error) from error
 
 
-def _remote_error(path: AnyPath, fault: str, error: Exception) -> OSError:
+@contextlib.contextmanager
+def remote_errors(path: AnyPath, fault: str) -> Iterator[None]:
+    """Raise OSError (`path`, `fault` such as "could not be read", the reason) for any error of an
+    address's client: some are no OSErrors (of HTTP, of botocore), others name the address only.
+    ValueError passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_local(path) or isinstance(error, ValueError):
+            raise
+        # For a missing file, fsspec raises an error with the address from one with the reason.
+        raise _remote_error(path, fault, error.__cause__ or error) from error
+
+
+def _remote_error(path: AnyPath, fault: str, error: BaseException) -> OSError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return OSError(
         f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
@@ -238,12 +255,8 @@ def _write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
             partial = Path(folder) / path.name
             write(partial)
             # An object store shows an object only when its upload is complete.
-            try:
+            with remote_errors(path, "could not be written"):
                 path.fs.put_file(str(partial), path.path)
-            except OSError:
-                raise
-            except Exception as error:  # such as botocore's NoCredentialsError
-                raise _remote_error(path, "could not be written", error) from error
         return
     partial = partial_of(path)
     try:

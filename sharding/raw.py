@@ -50,7 +50,7 @@ from upath import UPath
 
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
-from storage import AnyPath, is_local
+from storage import AnyPath, is_local, remote_errors
 
 
 class RawError(ValueError):
@@ -107,14 +107,16 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
 
 def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
     """Yield the files in a zip archive, sorted by name."""
+    path = raw / archive.path
     try:
-        for member in zip.members(raw / archive.path, archive.path):
-            if member.excluded == zip.HIDDEN:
-                continue
-            yield RawFile(
-                f"{archive.inside}/{member.name}", archive.path, member.where, member.size,
-                archive.version, member.excluded,
-            )  # fmt: skip
+        with remote_errors(path, "could not be read"):
+            for member in zip.members(path, archive.path):
+                if member.excluded == zip.HIDDEN:
+                    continue
+                yield RawFile(
+                    f"{archive.inside}/{member.name}", archive.path, member.where, member.size,
+                    archive.version, member.excluded,
+                )  # fmt: skip
     except zip.ZipError as error:
         raise RawError(str(error)) from error
 
@@ -151,7 +153,9 @@ def _sorted_entries(folder: str) -> Iterator[os.DirEntry[str]]:
 
 def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
     top = (raw / root).path.rstrip("/")
-    for path, info in sorted(raw.fs.find(top, detail=True).items()):
+    with remote_errors(raw / root, "could not be listed"):
+        found = raw.fs.find(top, detail=True)
+    for path, info in sorted(found.items()):
         inside = path.removeprefix(top).lstrip("/")
         if zip.is_hidden(inside):
             continue
@@ -181,8 +185,8 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
     try:
         yield from _cells(raw / path, wanted)
     except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk or the network; pyarrow's own errors have no number
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # of the disk or the network; pyarrow's own are plain and have no number
         reason = " ".join(str(error).split())[:200]
         raise RawError(
             f"{path} is damaged, or not the table that was listed ({reason}); fetch it again"
@@ -230,7 +234,8 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
     """
     for block, run in groupby(rows, key=_block):
         if block:
-            yield from _read_cells(raw, list(run))
+            with remote_errors(raw / block[0], "could not be read"):
+                yield from _read_cells(raw, list(run))
         else:
             for row in run:
                 yield _read_one(raw, row)
@@ -248,9 +253,11 @@ def _read_one(raw: AnyPath, row: Mapping[str, Any]) -> bytes | DecodeError:
         return DecodeError(row["excluded"])
     if row["size"] > MAX_BYTES:
         return DecodeError(f"{row['size']:,} bytes, more than the limit of {MAX_BYTES:,}")
+    path = raw / row["path"]
     try:
-        if row["member"]:
-            return zip.read_member(raw / row["path"], row["member"], row["version"])
-        return (raw / row["path"]).read_bytes()
+        with remote_errors(path, "could not be read"):
+            if row["member"]:
+                return zip.read_member(path, row["member"], row["version"])
+            return path.read_bytes()
     except DecodeError as error:
         return error

@@ -1,9 +1,11 @@
 """Tests of downloads from addresses, and of all kinds of downloads, with a local server."""
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import socket
@@ -328,6 +330,9 @@ def zipped(**members: bytes) -> bytes:
         ("x.zip", b"quota exceeded", "not a complete zip archive"),
         ("x.zip", zipped(a=BODY)[:-30], "not a complete zip archive"),
         ("x.tar", b"quota exceeded" * 99, "not a tar archive"),
+        *(("x.tar", pack(BODY)[:40], "not a tar archive")
+          for pack in (gzip.compress, bz2.compress, lzma.compress)),
+        ("x.tar", b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 99, "not a tar archive"),
         ("x.parquet", b"quota exceeded", "not a .parquet file"),
         ("x.tar.gz", b"quota exceeded", "not a .gz file"),
     ],

@@ -13,10 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from upath import UPath
 
 from imaging.decode import DecodeError
 from sharding.raw import RawError, read_all, walk
 from tests.builders import write_split_zip
+from tests.servers import Server
 
 
 def contents(raw: Path, root: str = "s") -> dict[str, bytes | DecodeError]:
@@ -204,3 +206,16 @@ def test_a_damaged_table_is_one_error(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError):
         list(read_all(tmp_path, cells("0:0:image")))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.zip", "a.parquet"])
+def test_a_server_that_fails_is_an_error_of_reading(name: str) -> None:
+    server = Server()
+    server.status |= {f"/s/{name}": 500}
+    member = {"a.jpg": "", "a.zip": "0:5:5:0:0", "a.parquet": "0:0:image"}[name]
+    row = {"path": f"s/{name}", "member": member, "size": 5, "version": "", "excluded": ""}
+    with pytest.raises(OSError, match=rf"{name} could not be read: .*; check the addr") as caught:
+        list(read_all(UPath(server.url), [row]))
+    assert "\n" not in str(caught.value)
+    server.shutdown()
+    server.server_close()
