@@ -24,7 +24,7 @@ If neither `--checkpoint` nor `--runs` is given, the environment variable DETECT
 used like the first, else DETECTOR_RUNS like the second. If neither is set: the newest run in
 `runs`, or the shipped detector if there is none.
 
-`context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported
+`--version` prints the version. `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported
 only when it is called.
 """
 
@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import console  # noqa: E402
-from installed import NAME, install_extra  # noqa: E402
+from installed import NAME, install_extra, program_version  # noqa: E402
 
 COMMANDS = {
     "predict": ("predict", "", "Print for each image whether it is AI-generated."),
@@ -82,6 +82,7 @@ class _Commands(console.Group):
 
 
 @click.group(NAME, cls=_Commands)
+@click.version_option(program_version(), prog_name=NAME)
 def main() -> None:
     """Tell real photographs from AI-generated images.
 

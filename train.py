@@ -18,8 +18,8 @@ with `--folder`, one of them or neither.
 - `--run`: name of the run (default: the recipe's or DIR's name).
 - `--init-from`: initial weights (a checkpoint folder, a .safetensors file or the name of a fetched
   backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
-- `--no-pretrained`: starts from random weights instead of timm's. It is refused with `--init-from`
-  and with `--folder` alone, and has no effect in phase 2, which starts from a checkpoint.
+- `--no-pretrained`: starts from random weights instead of timm's. It is refused with `--init-from`,
+  with `--folder` alone and in phase 2, which starts from a checkpoint.
 - `--data`: folder or address of the shard sets (default `data/shards`).
 - `--runs`: folder of all runs (default `runs`).
 - `--verbose`: more log lines, with tracebacks.
@@ -130,6 +130,11 @@ def main(
     extra = [f"name={json.dumps(name)}"] if name else []
     extra += ["network.pretrained=false"] if no_pretrained else []
     recipe = recipes.load(Recipe, path, [*overrides, *extra])
+    if no_pretrained and recipe.run.init_from:
+        raise click.UsageError(
+            f"--no-pretrained starts from random weights, but {recipe.name} starts from the best "
+            f"checkpoint of the run {recipe.run.init_from!r}; leave it out"
+        )
     from model import checkpoint
     from model.distributed import init_distributed
     from model.launch.dry_run import dry_run as try_out

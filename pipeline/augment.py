@@ -141,14 +141,14 @@ class AugmentPolicy:
             )
         for field in _RANGES:
             value = getattr(self, field.name)
-            if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
-                raise ValueError(f"{field.name} must be 0 < low <= high, got {list(value)}")
+            pair = list(value) if isinstance(value, (tuple, list)) else [1, 1]
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+                raise ValueError(f"{field.name} must be 0 < low <= high, got {pair}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
         if self.whole_resize_scale[1] > 2:
-            raise ValueError(
-                f"whole_resize_scale is at most 2, got {list(self.whole_resize_scale)}"
-            )
+            most = self.whole_resize_scale[1]
+            raise ValueError(f"whole_resize_scale is at most 2, got {most}")
         qualities = ("jpeg_quality", "webp_quality", "whole_jpeg_quality", "whole_webp_quality")
         limits = {**dict.fromkeys(qualities, 100), "num_jpegs": 3}
         for name, most in limits.items():

@@ -29,7 +29,7 @@ and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -91,7 +91,16 @@ class Epoch:
         return len(self.samples) // self.global_batch
 
     def positions(self, step: int, rank: int = 0, world_size: int = 1) -> slice:
-        """Return the global positions of one rank's batch at `step`."""
+        """Return the global positions of one rank's batch at `step`.
+
+        Raises:
+            OrderError: the ranks do not divide the global batch.
+        """
+        if self.global_batch % world_size:
+            raise OrderError(
+                f"a global batch of {self.global_batch} images cannot be shared by {world_size} "
+                "ranks; use a multiple of their number"
+            )
         batch = self.global_batch // world_size
         first = (step * world_size + rank) * batch
         return slice(first, first + batch)
@@ -113,8 +122,11 @@ def training_epoch(
     global batch is dropped, so each epoch drops other samples.
 
     Raises:
-        OrderError: fewer samples than one global batch.
+        OrderError: fewer samples than one global batch, or an unknown `shuffle`.
     """
+    if shuffle not in get_args(Shuffle):
+        known = " or ".join(get_args(Shuffle))
+        raise OrderError(f"the order is shuffled by {known}, got {shuffle!r}")
     rng = rng_of(seed, number, _SHUFFLE)
     fresh = new[rng.permutation(len(new)) if shuffle == "global" else _blocks(len(new), rng)]
     samples, replayed = interleave(fresh, np.empty(0, np.int64) if old is None else old)

@@ -30,6 +30,12 @@ def test_every_installed_command_is_a_command_of_the_checkout(name: str) -> None
     assert COMMANDS[name][-1] in " ".join(invoke("--help").output.split())
 
 
+def test_version_prints_the_version_of_the_program() -> None:
+    done = invoke("--version")
+    assert done.exit_code == 0
+    assert done.output == f"{installed.NAME}, version {installed.program_version()}\n"
+
+
 def test_an_unknown_command_is_refused() -> None:
     assert "No such command 'predct'" in invoke("predct").output
 

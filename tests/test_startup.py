@@ -72,7 +72,7 @@ EXTRA = {
         ["--phase", "1", "--set", "run"], ["--recipe", "nowhere.toml"], ["--phase", "3"],
         ["--phase", "1", "--run", "../elsewhere"],
         ["--phase", "1", "--no-pretrained", "--init-from", "recipes"],
-        ["--folder", "docs", "--no-pretrained"],
+        ["--folder", "docs", "--no-pretrained"], ["--phase", "2", "--no-pretrained"],
     ],
     "evaluate.py": [
         [], ["--shards", "val", "--device", "gpu"], ["--scores", "README.md", "--shards", "val"],

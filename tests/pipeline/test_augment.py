@@ -287,6 +287,8 @@ def test_color_matrices_change_brightness_contrast_saturation_and_hue() -> None:
     [
         ({"hflip": 1.2}, "hflip is a probability"),
         ({"scale": (0.9, 0.5)}, "scale must be 0 < low <= high"),
+        ({"scale": [0.9, 0.5]}, "scale must be 0 < low <= high"),
+        ({"ratio": (0.5,)}, "ratio must be 0 < low <= high"),
         ({"scale": (0.5, 1.5)}, "scale is a share of the area"),
         ({"jpeg_quality": (50, 101)}, "at most 100"),
         ({"num_jpegs": (1, 4)}, "jpegs is at most 3"),

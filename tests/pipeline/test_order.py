@@ -195,3 +195,13 @@ def test_a_block_shuffle_reads_in_runs() -> None:
         place[block] = first, position
     longest = max(last - first for first, last in place.values())
     assert longest <= 2 * 64 * 256
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
+    with pytest.raises(OrderError, match=r"24 images cannot be shared by 5 ranks; use a multiple"):
+        epoch().positions(0, 0, 5)
+
+
+def test_an_unknown_shuffle_is_refused() -> None:
+    with pytest.raises(OrderError, match="shuffled by global or block, got 'blocks'"):
+        epoch(shuffle="blocks")
