@@ -126,12 +126,18 @@ class Calibration:
 
 
 def check_validation_sets(folders: Sequence[AnyPath]) -> None:
-    """Refuse sets that are not validation sets.
+    """Refuse sets that are not validation sets, and two of one name.
 
     Raises:
-        CalibrationError: a set has another split than `val`.
+        CalibrationError: a set has another split than `val`, or two sets have the same name, under
+            which their figures would be stored.
     """
-    for folder in folders:
+    for number, folder in enumerate(folders):
+        if folder.name in [earlier.name for earlier in folders[:number]]:
+            raise CalibrationError(
+                f"two sets have the name {folder.name}, expected one of each name, because their "
+                "figures are stored by name; rename one, or give each once"
+            )
         split = read_index(folder)["split"]
         if split != "val":
             raise CalibrationError(

@@ -311,6 +311,7 @@ def test_calibration_is_stored_in_the_checkpoint_and_used(
         (["evalgen"], "evalgen is of the split test; calibration takes validation sets only"),
         (["val", "test"], "test is of the split test"),
         (["nope"], "no shard set at"),
+        (["val", "./val"], "two sets have the name val, expected one of each name"),
     ],
 )
 def test_calibration_accepts_validation_sets_only(

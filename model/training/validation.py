@@ -190,8 +190,8 @@ def calibrate_checkpoint(
     measured. Every rank calls this function; rank 0 writes.
 
     Raises:
-        CalibrationError: a set has another split than `val`, or no calibration fits the scores; the
-            checkpoint is unchanged.
+        CalibrationError: a set has another split than `val`, two have the same name, or no
+            calibration fits the scores; the checkpoint is unchanged.
     """
     dist = dist or DistEnv()
     check_validation_sets(folders)
