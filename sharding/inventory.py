@@ -33,6 +33,7 @@ A damaged file of the inventory raises `ShardError`.
 """
 
 import hashlib
+import re
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -179,7 +180,9 @@ def missing_chunks(
 
 
 def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listing) -> pa.Table:
-    """Join a source's items with their facts, write one file, and delete the partial ones."""
+    """Join a source's items with their facts, write one file, and delete the partial ones, also
+    those that killed builds left.
+    """
     facts = known_facts(folder, source)
     where = _match(items, facts)
     if where.null_count:
@@ -197,8 +200,9 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
     path = folder / f"{source}.parquet"
     if not path.exists() or not _read(path).equals(table, check_metadata=True):
         write_atomically(path, lambda partial: pq.write_table(table, partial))
+    unfinished = re.compile(rf"{re.escape(source)}(\+.*|\.parquet\.\d+\.partial)")
     for piece in files_in(folder):
-        if piece.name.startswith(f"{source}+"):
+        if unfinished.fullmatch(piece.name):
             piece.unlink()
     return table.replace_schema_metadata(None)
 

@@ -110,3 +110,13 @@ def test_a_link_out_of_the_output_is_refused(
     with pytest.raises(ValueError, match="is outside of"):
         build_all(raw, built)
     assert hashes(tmp_path / "elsewhere") == before
+
+
+def test_temporary_files_of_killed_builds_are_removed(raw: Path, built: Path) -> None:
+    before = hashes(built)
+    for path in [path for path in built.rglob("*") if path.is_file()]:
+        if path.name != "lock":
+            path.with_name(f"{path.name}.7.partial").write_bytes(b"half")
+    build_all(raw, built)
+    assert hashes(built) == before
+    assert not list(built.rglob("*.partial"))
