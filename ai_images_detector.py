@@ -24,8 +24,8 @@ If neither `--checkpoint` nor `--runs` is given, the environment variable DETECT
 used like the first, else DETECTOR_RUNS like the second. If neither is set: the newest run in
 `runs`, or the shipped detector if there is none.
 
-`--version` prints the version. `context` is given by click. `HERE` is the folder of the program's modules. A subcommand is imported
-only when it is called.
+`--version` prints the version. `context` is given by click. `HERE` is the folder of the program's
+modules. A subcommand is imported only when it is called.
 """
 
 import os

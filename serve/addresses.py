@@ -30,6 +30,7 @@ checked in the same way. Proxy settings of the environment are not used.
 import contextlib
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
@@ -77,7 +78,7 @@ def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes
     """
     for _ in range(MAX_REDIRECTS + 1):
         parts, port = _checked(url)
-        addresses = _resolved(parts, port, limits.allow_private_urls)
+        addresses = _resolved(parts, port, limits.allow_private_urls, until)
         with contextlib.ExitStack() as ended:
             sock = ended.enter_context(_connected(addresses, port, until))
             # A socket timeout limits each single read; the timer limits all reads together. It
@@ -120,19 +121,31 @@ def _checked(url: str) -> tuple[SplitResult, int]:
     return parts, port
 
 
-def _resolved(parts: SplitResult, port: int, private: bool) -> list[str]:
+def _resolved(parts: SplitResult, port: int, private: bool, until: float) -> list[str]:
     """Resolve a host to its IP addresses and check that all may be contacted.
 
     Raises:
         Refused: an IP address is not public, and `private` is false.
-        FetchError: the host name cannot be resolved.
+        FetchError: the host name cannot be resolved, or not before `until`.
     """
     host = parts.hostname or ""
+    found: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            entries = []
+        found.put([str(entry[4][0]) for entry in entries])
+
+    # In a thread that is left behind if it is late: the system's resolver has no deadline.
+    threading.Thread(target=resolve, daemon=True).start()
     try:
-        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise FetchError(f"the host {host[:100]} cannot be resolved") from None
-    addresses = [str(entry[4][0]) for entry in entries]
+        addresses = found.get(timeout=max(0.0, until - time.monotonic()))
+    except queue.Empty:
+        raise FetchError("the URL took too long to answer") from None
+    if not addresses:
+        raise FetchError(f"the host {host[:100]} cannot be resolved")
     if not private and not all(map(is_public, addresses)):
         raise Refused(403, f"{host[:100]} is not a public host; only public hosts are allowed")
     return addresses

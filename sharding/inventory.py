@@ -33,8 +33,8 @@ A damaged file of the inventory raises `ShardError`.
 """
 
 import hashlib
-import re
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

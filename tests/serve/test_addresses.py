@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from model.inference.detector import ImageDetector
 from serve import addresses
-from serve.limits import MB
+from serve.limits import MB, Limits
 from tests.builders import encode, photo
 from tests.serve.conftest import Serve
 
@@ -236,6 +236,22 @@ def test_a_slow_url_fails_alone(serve: Serve, site: Site) -> None:
     *slow, fine = answer.json()["images"]
     assert [image["error"] for image in slow] == ["the URL took too long to answer"] * 2
     assert not fine["error"]
+
+
+def test_a_slow_lookup_of_a_name_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's resolver has no deadline of its own, and may wait for half a minute."""
+    answered, resolve = threading.Event(), socket.getaddrinfo
+
+    def slow(*arguments: object, **named: object) -> list:
+        answered.wait(20)
+        return resolve(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    began = time.monotonic()
+    with pytest.raises(addresses.FetchError, match="took too long to answer"):
+        addresses.fetch("http://localhost:9/", Limits(), addresses.Allowance(Limits()), began + 0.3)
+    assert time.monotonic() - began < 5
+    answered.set()
 
 
 @pytest.mark.parametrize(
