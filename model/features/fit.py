@@ -2,7 +2,8 @@
 to its minimum. A head from a fixed number of AdamW steps stops before, and does worse on new
 sources (docs/log.md, 2026-11-28).
 
-Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weights of the head.
+Main entry: `fit_head(net, samples, optim, dist, on_evaluation, new=False)` sets the weights of the
+head.
 
 - `net`: a `Detector` whose backbone is frozen and whose head is one linear layer.
 - `samples`: the `Samples` of this rank, from `gather()`.
@@ -16,6 +17,8 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
   it with its own samples, and all get the same head.
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
   (default: does nothing). An exception in it ends the fit.
+- `new`: fit a new head, for which the first value of w is 0 (default: the head's present w). The
+  search begins at the present weights in both cases.
 
 It returns a `Fit`: `loss`, `iterations` (those done), and `gradient`, the largest absolute gradient
 at the end, near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if the network
@@ -149,9 +152,14 @@ def fit_head(
     optim: Optim,
     dist: DistEnv | None = None,
     on_evaluation: Callable[[], Any] = lambda: None,
+    *,
+    new: bool = False,
 ) -> Fit:
     """Fit the head of `net` to `samples` and return the result of the fit. Every rank calls this
     function, with its own samples.
+
+    With `new`, the result is that of a new head, whose weights begin at 0. The search still begins
+    at the head's present weights, which is faster if these are near.
 
     Only the difference of the two rows of the layer matters, so one vector is fitted: the logit of
     fake minus that of real. Features are centered on the fly, which speeds up the fit.
@@ -169,9 +177,10 @@ def fit_head(
     smoothing = optim.label_smoothing
     targets = samples.labels * (1 - smoothing) + smoothing / 2
     shares = samples.weights / total
-    first, bias = ((rows[1] - rows[0]).detach().float() for rows in (head.weight, head.bias))
-    vector = first.clone().requires_grad_()
-    offset = (bias + mean @ first).reshape(1).requires_grad_()
+    present, bias = ((rows[1] - rows[0]).detach().float() for rows in (head.weight, head.bias))
+    first = torch.zeros_like(present) if new else present
+    vector = present.clone().requires_grad_()
+    offset = (bias + mean @ present).reshape(1).requires_grad_()
     solver = torch.optim.LBFGS(
         [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
         history_size=HISTORY, tolerance_grad=1e-7, tolerance_change=1e-10,

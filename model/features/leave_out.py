@@ -75,13 +75,13 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
-    reset_head(train_state)
     if recipe.optim.solver == "lbfgs":
-        try:
-            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
+        try:  # the head of all sources, or without others, is near: the search begins there
+            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim, new=True)
         except FitError as error:
             raise CalibrationError(f"without {', '.join(without)} {error}") from error
         return
+    reset_head(train_state)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
     state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs

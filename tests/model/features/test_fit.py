@@ -118,6 +118,26 @@ def test_a_trained_head_stays_where_the_samples_say_nothing(recipe: Recipe) -> N
     torch.testing.assert_close(head.weight[1] - head.weight[0], vector, atol=1e-3, rtol=0)
 
 
+def test_a_new_head_does_not_depend_on_where_the_search_begins(recipe: Recipe) -> None:
+    """So heads without one source can be searched from the head of the source before."""
+    net, optim = build(recipe.network, pretrained=False), Optim(lr=1, weight_decay=0.02)
+    head, samples = net.backbone.stage_head.fc, random_samples(net)
+    heads, iterations = [], []
+    for weight, bias in ((0.0, 0.0), (0.3, -2.0), (None, None)):  # the last: where it ended
+        with torch.no_grad():
+            if weight is not None:
+                head.weight.copy_(torch.stack([torch.full((head.in_features,), s * weight)
+                                               for s in (-1, 1)]))  # fmt: skip
+                head.bias.copy_(torch.tensor([0.0, bias]))
+        iterations.append(fit_head(net, samples, optim, new=True).iterations)
+        heads.append((head.weight[1] - head.weight[0]).detach().clone())
+    torch.testing.assert_close(heads[0], heads[1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(heads[0], heads[2], atol=1e-3, rtol=0)
+    assert iterations[2] < 0.7 * iterations[0]
+    fit_head(net, samples, optim)
+    assert (head.weight[1] - head.weight[0] - heads[0]).abs().max() > 0.02
+
+
 def test_samples_of_one_class_are_refused(recipe: Recipe) -> None:
     net = build(recipe.network, pretrained=False)
     samples = random_samples(net)
