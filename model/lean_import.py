@@ -1,21 +1,30 @@
-"""Import timm faster, by leaving out two packages that timm imports and this project does not use.
+"""Import timm and torchmetrics faster: without what they load and this project does not use.
 
     with lean_import():
         import timm
 
-Main entry: `lean_import()`, a context manager without arguments, which yields nothing. Until the
+Main entries: `lean_import()`, a context manager without arguments, which yields nothing. Until the
 block ends, `torch._dynamo` (torch's compiler, which loads more slowly than timm and torchvision
 together) is replaced by a stand-in, and wandb (which creates a temporary folder on import) cannot
 be imported. A package that is already loaded is left as it is.
 
-The compiler is imported in two places. `torchvision.ops.roi_align` tests for compilation when
+The compiler is imported in three places. `torchvision.ops.roi_align` tests for compilation when
 determinism is on; no classifier here calls `roi_align`. timm also marks functions of one model
-(`naflexvit`) as not to be compiled; the marks matter only if this model is compiled.
-`torch.compile` loads the compiler when it is called. wandb is imported by `timm.utils.summary`,
-which works without wandb.
+(`naflexvit`) as not to be compiled; the marks matter only if this model is compiled. An optimizer
+marks its own methods when it is made; they are called outside of compiled networks. (Steps of AdamW
+load the compiler all the same, those of L-BFGS do not.) `torch.compile` loads the compiler when it
+is called. wandb is imported by `timm.utils.summary`, which works without wandb.
+
+`import_part(package, part)` imports `package.part` without the rest of the package, whose other
+parts are not needed, and returns the module. It is for packages that load all of their parts at
+once, such as torchmetrics with its metrics of texts and sounds. If the part cannot be imported by
+itself, or the package is already loaded, it is imported as usual.
 """
 
 import contextlib
+import importlib
+import importlib.util
+import logging
 import sys
 import types
 from collections.abc import Iterator
@@ -53,6 +62,7 @@ def _without_compiler() -> Iterator[None]:
     package, inner = (types.ModuleType(name) for name in _NAMES)
     package.__path__ = []
     package.utils = inner
+    package.disable = _unmarked
     inner.is_compile_supported = lambda _device: False
     sys.modules.update(zip(_NAMES, (package, inner), strict=True))
     disable, torch.compiler.disable = torch.compiler.disable, _unmarked
@@ -69,3 +79,35 @@ def _unmarked(fn: Any = None, *_how: Any, **_named: Any) -> Any:
     nothing.
     """
     return fn if callable(fn) else lambda inner: inner
+
+
+def import_part(package: str, part: str) -> Any:
+    """Return the module `package.part`, imported without the other parts of `package` if possible.
+
+    Modules of `package` that this loads are not kept for other imports.
+
+    Raises:
+        ImportError: there is no such module.
+    """
+    name = f"{package}.{part}"
+    if package not in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError):
+            return _import_alone(package, name)
+    return importlib.import_module(name)
+
+
+def _import_alone(package: str, name: str) -> types.ModuleType:
+    """Import a module without running the `__init__.py` of the packages that it is in."""
+    try:
+        for end in [i for i, letter in enumerate(name) if letter == "."]:
+            spec = importlib.util.find_spec(name[:end])
+            if spec is None:
+                raise ImportError(f"no package {name[:end]}")
+            outer: Any = importlib.util.module_from_spec(spec)
+            outer._logger = logging.getLogger(package)  # torchmetrics makes it there
+            sys.modules[name[:end]] = outer
+        return importlib.import_module(name)
+    finally:
+        # A later import of the whole package must find none of these half-made modules.
+        for module in [key for key in sys.modules if f"{key}.".startswith(f"{package}.")]:
+            del sys.modules[module]

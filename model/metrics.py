@@ -32,15 +32,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_average_precision,
-    binary_calibration_error,
-    binary_f1_score,
-    binary_precision,
-)
 
+from model.lean_import import import_part
 from model.score import DEFAULT_THRESHOLD
+
+classification = import_part("torchmetrics", "functional.classification")
 
 ECE_BINS = 15
 
@@ -114,12 +110,14 @@ def measure(
         truth, ranks = torch.from_numpy(labels), _ranked(probabilities)
         called_fake = torch.from_numpy(called.astype(np.int64))
         curve = roc(labels, probabilities)
+        precision = float(classification.binary_precision(called_fake, truth))
+        average_precision = float(classification.binary_average_precision(ranks, truth))
         metrics |= {
             "balanced_accuracy": (recall + 1 - false_positive_rate) / 2,
-            "precision": float(binary_precision(called_fake, truth)) if called.any() else None,
-            "f1": float(binary_f1_score(called_fake, truth)),
-            "auroc": float(binary_auroc(ranks, truth)),
-            "average_precision": float(binary_average_precision(ranks, truth)),
+            "precision": precision if called.any() else None,
+            "f1": float(classification.binary_f1_score(called_fake, truth)),
+            "auroc": float(classification.binary_auroc(ranks, truth)),
+            "average_precision": average_precision,
             "eer": equal_error_rate(*curve),
             "tpr_at_fpr_1": tpr_at_fpr(*curve, 0.01),
             "tpr_at_fpr_5": tpr_at_fpr(*curve, 0.05),
@@ -187,7 +185,7 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) ->
     """
     preds = torch.from_numpy(np.asarray(probabilities, np.float64))
     target = torch.from_numpy(np.asarray(labels, np.int64))
-    return float(binary_calibration_error(preds, target, n_bins=ECE_BINS, norm="l1"))
+    return float(classification.binary_calibration_error(preds, target, n_bins=ECE_BINS, norm="l1"))
 
 
 def measure_sources(

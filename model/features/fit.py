@@ -48,6 +48,7 @@ from torch.nn.functional import softplus
 
 from model.distributed import DistEnv, all_reduce_sum
 from model.features.loader import FeatureLoader
+from model.lean_import import lean_import
 from model.network import Detector
 from model.recipe import Optim, ResolvedRecipe
 from model.training.step import TrainState
@@ -181,11 +182,12 @@ def fit_head(
     first = torch.zeros_like(present) if new else present
     vector = present.clone().requires_grad_()
     offset = (bias + mean @ present).reshape(1).requires_grad_()
-    solver = torch.optim.LBFGS(
-        [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
-        history_size=HISTORY, tolerance_grad=1e-7, tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    with lean_import():
+        solver = torch.optim.LBFGS(
+            [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
+            history_size=HISTORY, tolerance_grad=1e-7, tolerance_change=1e-10,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
     last = torch.zeros(())
 
     def loss_and_gradient() -> float:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from timm.models._manipulate import group_with_matcher
 
+from model.lean_import import lean_import
 from model.network import STAGE_HEAD, Backbone, classifier_names
 from model.recipe import Optim
 
@@ -58,7 +59,8 @@ def make_optimizer(backbone: Backbone, optim: Optim, *, fused: bool) -> torch.op
     Raises:
         OptimError: a parameter belongs to no layer.
     """
-    return torch.optim.AdamW(parameter_groups(backbone, optim), fused=fused)
+    with lean_import():
+        return torch.optim.AdamW(parameter_groups(backbone, optim), fused=fused)
 
 
 def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
