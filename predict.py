@@ -318,7 +318,8 @@ def _describe(detector: "Loaded") -> str:
 
 def _stopped(run: Run, out: Path | None) -> None:
     """Report an interruption by Ctrl-C or SIGTERM and exit with code 130."""
-    hint = f"; {results.partial_of(out)} is kept, and --resume continues it" if out else ""
+    kept = f"; the rows so far are in {results.partial_of(out)}" if out else ""
+    hint = kept + run.out.go_on if run.out else kept
     click.echo(f"stopped after {console.counted(run.done, 'image')}{hint}", err=True)
     raise SystemExit(128 + signal.SIGINT)
 
@@ -331,6 +332,8 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     for reason, count in run.excluded.items():
         console.log.info("%s skipped: %s", console.counted(count, "file"), reason)
     if not run.done and not run.skipped and not watch:
+        if run.out:
+            run.out.discard()
         raise _no_image(paths)
     if run.out:
         run.out.finish()

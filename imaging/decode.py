@@ -114,7 +114,7 @@ def prepare(data: bytes) -> Prepared:
     Raises:
         DecodeError: not an image, damaged, or too large; the message is the reason.
     """
-    with _boundary():
+    with boundary():
         if header := _plain_jpeg(data):
             with decoding(header.width * header.height):
                 pixels, clean = jpeg_pixels(data)
@@ -133,14 +133,9 @@ def prepare(data: bytes) -> Prepared:
             elif name == "JPEG":
                 chroma, tables = simplejpeg.decode_jpeg_header(data)[3], _tables_of(image)
         facts = _facts(
-            pixels,
-            name,
-            chroma,
-            tables,
-            exif=exif,
-            orientation=orientation,
-            transcoded_from=transcoded_from,
-        )
+            pixels, name, chroma, tables,
+            exif=exif, orientation=orientation, transcoded_from=transcoded_from,
+        )  # fmt: skip
         return Prepared(data, pixels, facts)
 
 
@@ -199,7 +194,7 @@ def decoded(data: bytes) -> Iterator[np.ndarray]:
     until the block ends, so that only as many images are in memory as there is room for.
     """
     with contextlib.ExitStack() as held:
-        with _boundary():
+        with boundary():
             pixels = _pixels_held(data, held)
         yield pixels
 
@@ -222,7 +217,7 @@ def decode_image(data: bytes, image_format: str, orientation: int = UPRIGHT) -> 
     Raises:
         DecodeError: truncated or damaged bytes, or not `image_format`.
     """
-    with _boundary(image_format):
+    with boundary(image_format):
         return np.ascontiguousarray(upright(_member_pixels(data, image_format), orientation))
 
 
@@ -289,7 +284,7 @@ def as_is(data: bytes) -> Encoded | None:
     Raises:
         DecodeError: as `prepare`, except for damage that only decoding finds.
     """
-    with _boundary():
+    with boundary():
         if header := _plain_jpeg(data):
             return Encoded(data, "JPEG", UPRIGHT, header.width, header.height)
         with _opened(data) as image:
@@ -312,9 +307,11 @@ def read_file(path: Path | str) -> bytes:
     """Read the bytes of a file. Pipes, devices and too large files are refused.
 
     Raises:
-        DecodeError: no regular file, or more than `MAX_BYTES`.
+        DecodeError: no regular file, more than `MAX_BYTES`, or a zero byte in the path.
         OSError: the file cannot be opened.
     """
+    if "\0" in os.fspath(path):
+        raise DecodeError("its path has a zero byte; give one path a line, without find's -print0")
     # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(file, "rb", buffering=0) as stream:
@@ -338,7 +335,7 @@ def _read_to(stream: io.RawIOBase, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _boundary(name: str = "") -> Iterator[None]:
+def boundary(name: str = "") -> Iterator[None]:
     """Turn every exception that a bad file causes into a `DecodeError`, and suppress warnings.
 
     `Exception` is caught on purpose: on hostile bytes, Pillow's plugins raise IndexError, KeyError,
@@ -389,7 +386,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
         if image.width * image.height > MAX_PIXELS:
             raise DecodeError(_too_large(image.width * image.height))
-        with _boundary(_name_of(image)):
+        with boundary(_name_of(image)):
             yield image
 
 

@@ -32,6 +32,7 @@ image (RGB) as a JPEG file, as bytes; `data_url(jpeg)` makes a data: URL (text) 
 
 import base64
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -51,6 +52,11 @@ from page.examples import is_example
 MIN_SIDE_PX = 32
 """Shortest side that is scored, in pixels. No known set has smaller images, so a verdict on them
 would be a guess.
+"""
+
+FORWARD = threading.Lock()
+"""Held while the detector's network computes: a heatmap puts hooks into the network, which all
+visitors share, and would read what another visitor's image leaves there.
 """
 
 # Longer side of the shown pictures, in pixels. The detector gets the original file.
@@ -94,7 +100,8 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """Score one image; the result has a probability, or the reason why the image is refused."""
     try:
         with decode_lock(data):
-            prediction = detector.predict(data)
+            with FORWARD:
+                prediction = detector.predict(data)
             if prediction.error:
                 return Scored(name, prediction)
             picture = Image.fromarray(decode(data))

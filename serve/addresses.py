@@ -18,8 +18,7 @@ in these cases:
 - The host name cannot be resolved, or the connection fails.
 - The answer has another status than 200 (such as 404), or is one redirect too many.
 - The body is compressed or incomplete, or has more bytes than `allowance` has left.
-- The answer is not complete at `until`. The look-up of the host name has no limit of time, so this
-  error can come late.
+- The host name is not resolved, or the answer not complete, at `until`.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
 name is resolved once, all its IP addresses are checked (`is_public(address)`, a text) unless
@@ -128,6 +127,8 @@ def _resolved(parts: SplitResult, port: int, private: bool, until: float) -> lis
         Refused: an IP address is not public, and `private` is false.
         FetchError: the host name cannot be resolved, or not before `until`.
     """
+    if time.monotonic() >= until:
+        raise FetchError("the URL took too long to answer")
     host = parts.hostname or ""
     found: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 

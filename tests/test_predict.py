@@ -145,12 +145,21 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
         assert not result.stdout
     (tmp_path / "empty").mkdir()
     assert ask(tmp_path / "empty").exit_code == 2
+    for name in ("r.csv", "r.jsonl", "r.txt"):
+        assert ask(tmp_path / "empty", "--out", tmp_path / name).exit_code == 2
+    assert not list(tmp_path.glob("r.*"))
+    (tmp_path / "r.txt.partial").touch()
+    result = ask(photos, "--out", tmp_path / "r.txt")
+    assert result.exit_code == 2 and "partial exists; remove it, or name another" in result.stderr
     assert ask(photos).exit_code == 0
     (photos / "broken.jpg").write_bytes(ALL["a.jpg"][:100])
     result = ask(photos)
     assert result.exit_code == 1
     assert "1 of 4 images could not be read" in result.stderr
     assert ask("-", stdin="nowhere.jpg\n").exit_code == 1
+    result = ask("-", stdin=f"{photos}/a.jpg\na\0b.jpg\n{photos}/a.jpg\n")
+    assert result.exit_code == 1 and "its path has a zero byte" in result.stdout
+    assert "1 of 3 images could not be read" in result.stderr
     named_none = ask("-", stdin="\n")
     assert named_none.exit_code == 2
     assert "standard input named no image; expected file names" in named_none.stderr

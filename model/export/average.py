@@ -48,6 +48,14 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
             f"{first} is a {first_meta['recipe']['network']['name']}, {last} a "
             f"{meta['recipe']['network']['name']}; only weights of the same network can be averaged"
         )
+    for key in ("network", "preprocess"):
+        one, other = (_what_computes(of, key) for of in (first_meta, meta))
+        if differing := sorted(name for name in other if one.get(name) != other[name]):
+            name = differing[0]
+            raise CheckpointError(
+                f"{first} has {key}.{name} = {one.get(name)}, {last} {other[name]}; only weights "
+                "of the same network can be averaged"
+            )
     start, ends = read_weights(first), read_weights(last)
     if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in ends.items()}:
         raise CheckpointError(f"the weights of {first} and {last} differ in names or shapes")
@@ -97,3 +105,13 @@ def _first_weights(first: Path, last: Path) -> Mapping[str, Any]:
     names = (f"{path.absolute().parent.name}/{path.absolute().name}" for path in (first, last))
     name = " and ".join(names)
     return {"kind": "average", "name": name, "sha256": "", "license": None, "first_weights": None}
+
+
+def _what_computes(meta: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the settings `network` or `preprocess` of a checkpoint that change what it computes;
+    the others concern training only.
+    """
+    if key == "preprocess":
+        return dict(meta[key])
+    training = ("pretrained", "init", "drop_path_rate", "freeze_bn", "freeze_backbone")
+    return {name: value for name, value in meta["recipe"][key].items() if name not in training}

@@ -35,6 +35,7 @@ suffix of an image. At most `RUN` names of a folder are sorted at a time.
 
 import glob
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -65,9 +66,15 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
         if os.path.lexists(path) or not glob.has_magic(path):
             yield from _images_of(path, excluded)
             continue
-        matched = False
-        for match in glob.iglob(path, recursive=True):  # noqa: PTH207  it takes any pattern
+        matched, folders = False, list[str]()
+        # A last `**` matches every folder and file below: the same as the folder itself.
+        pattern = re.sub(rf"({re.escape(os.sep)}\*\*)+$|^\*\*$", "", path) or os.curdir
+        for match in glob.iglob(pattern, recursive=True):  # noqa: PTH207  it takes any pattern
             matched = True
+            if match.startswith(tuple(folders)):
+                continue  # inside a folder that matched: its images were yielded
+            if "**" in pattern and os.path.isdir(match):  # noqa: PTH112
+                folders.append(os.path.join(match, ""))  # noqa: PTH118
             yield from _images_of(match, excluded)
         if not matched:
             yield _unreadable(path, "no file matches this pattern")

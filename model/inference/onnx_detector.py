@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+import recipes
 from installed import install_extra
 from model.inference.prediction import (
     AnyDetector,
@@ -73,6 +74,18 @@ META_KEYS = (
 )  # fmt: skip
 """Keys of the file's metadata; each value is JSON text. A key that a checkpoint's `meta.json` also
 has means the same here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    """Types of the metadata that scoring reads."""
+
+    preprocess: Preprocess
+    temperature: float
+    threshold: float
+    band: tuple[float, float]
+    data: dict[str, Any] | None
+    calibration: dict[str, Any] | None
 
 
 class OnnxError(ValueError):
@@ -251,4 +264,14 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
         )
     if meta["classes"] != list(CLASSES):
         raise OnnxError(f"{file} has the classes {meta['classes']}, expected {list(CLASSES)}")
+    used = ("preprocess", "temperature", "threshold", "data", "calibration")
+    calibration, threshold = meta["calibration"], meta["threshold"]
+    band = calibration.get("band") if isinstance(calibration, dict) else (threshold, threshold)
+    try:
+        recipes.build(_Values, {key: meta[key] for key in used} | {"band": band}, str(file))
+    except recipes.RecipeError as error:
+        raise OnnxError(
+            f"{error} in its metadata; export the detector again with `python -m model export "
+            "--onnx`"
+        ) from error
     return meta

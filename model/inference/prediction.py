@@ -56,7 +56,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
-from imaging.decode import DecodeError, ImageFile, decoded, read_file
+from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
 from imaging.orientation import orientation_left, upright
 from imaging.rgb import PixelError, to_rgb
 from model.inference.fitness import Notice, notices, word_for
@@ -122,11 +122,12 @@ def as_source(image: Picture, index: int = 0) -> Source:
     if isinstance(image, Image.Image):
         name = str(getattr(image, "filename", "") or f"image {index}")
         try:
-            image.load()
+            with boundary():
+                image.load()
             return Pixels(
                 name, np.ascontiguousarray(upright(to_rgb(image), orientation_left(image)))
             )
-        except (PixelError, OSError) as error:
+        except (PixelError, DecodeError) as error:
             return ImageFile(name, functools.partial(_refuse, _one_line(error)))
     if isinstance(image, Path | str | bytes | ImageFile):
         return as_file(image, index)

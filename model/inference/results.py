@@ -116,12 +116,23 @@ class ResultsFile:
 
     path: Path
     stream: BinaryIO
+    output: str
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     unreadable: int = 0
 
     def __contains__(self, name: str) -> bool:
         index = np.searchsorted(self.names, _hash(name))
         return bool(index < len(self.names) and self.names[index] == _hash(name))
+
+    @property
+    def go_on(self) -> str:
+        """How the rows are continued, as the end of a message; tables cannot be."""
+        return "" if self.output == "table" else ", and --resume continues them"
+
+    def discard(self) -> None:
+        """Delete the unfinished file if it has no rows."""
+        if not len(self.names) and self.stream.tell() <= len(header(self.output)) + 1:
+            partial_of(self.path).unlink(missing_ok=True)
 
     def write(self, text: str) -> None:
         """Append a line, unbuffered.
@@ -138,7 +149,7 @@ class ResultsFile:
             while left:  # a disk that becomes full writes a part and fails at the next write
                 left = left[self.stream.write(left) :]
         except OSError as error:
-            reason = f"{error.strerror}; its complete rows are kept, and --resume continues them"
+            reason = f"{error.strerror}; its complete rows are kept{self.go_on}"
             raise OSError(error.errno, reason, str(partial_of(self.path))) from error
 
     def finish(self) -> None:
@@ -171,9 +182,8 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
         if existing.exists() and not existing.is_file():
             raise ResultsError(f"{existing} is not a regular file; name another file with --out")
         if existing.exists() and not resume:
-            raise ResultsError(
-                f"{existing} exists; --resume goes on with it, or name another file with --out"
-            )
+            remove = "remove it" if output == "table" else "--resume goes on with it"
+            raise ResultsError(f"{existing} exists; {remove}, or name another file with --out")
     if not path.parent.is_dir():
         raise ResultsError(f"there is no folder {path.parent} for --out; make it, or name another")
     is_new = not partial.exists()
@@ -214,7 +224,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
                             f"{path} and {partial} are both there, and neither begins with the "
                             "other; remove or rename one, or name another file with --out"
                         )
-                    file = ResultsFile(path, stream, rows.names, rows.unreadable)
+                    file = ResultsFile(path, stream, output, rows.names, rows.unreadable)
                     finished.seek(0)
                     for part in iter(lambda: finished.read(2**20), b""):
                         file.write_bytes(part)
@@ -222,7 +232,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
         rows = _read_rows(started, output, partial, checkpoint, may_be_cut=True)
     stream.truncate(rows.end)
     stream.seek(rows.end)
-    file = ResultsFile(path, stream, rows.names, rows.unreadable)
+    file = ResultsFile(path, stream, output, rows.names, rows.unreadable)
     if not rows.end and output == "csv":
         file.write(header(output))
     return file

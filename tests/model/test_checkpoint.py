@@ -449,6 +449,17 @@ def test_only_weights_of_one_network_can_be_averaged(tmp_path: Path) -> None:
     wider = build(replace(TINY, options=options), pretrained=False)
     with pytest.raises(CheckpointError, match="differ in names or shapes"):
         average(first, save(tmp_path / "wide", wider), 0.5, tmp_path / "new")
+    before = checkpoint.read_meta(last)
+    for part, key, value in (("network", "mean", [0.1] * 3), ("network", "crops", 2)):
+        recipe = before["recipe"] | {part: before["recipe"][part] | {key: value}}
+        checkpoint.annotate(last, {"recipe": recipe})
+        with pytest.raises(CheckpointError, match=rf"{key} = .* only weights of the same network"):
+            average(first, last, 0.5, tmp_path / "new")
+    other = before["preprocess"] | {"interpolation": "bicubic"}
+    checkpoint.annotate(last, {"recipe": before["recipe"], "preprocess": other})
+    with pytest.raises(CheckpointError, match=r"preprocess.interpolation = bilinear, .* bicubic"):
+        average(first, last, 0.5, tmp_path / "new")
+    checkpoint.annotate(last, {"preprocess": before["preprocess"]})
     meta = checkpoint.read_meta(last)
     meta["recipe"]["network"]["name"] = "resnet18"
     checkpoint.annotate(last, {"recipe": meta["recipe"]})

@@ -29,6 +29,7 @@ from model.network import build
 from model.recipe import Network
 from pipeline import pil
 from pipeline.preprocess import Preprocess
+from sharding.format import CLASSES
 from tests.builders import PREPROCESS, ROOT, encode, photo
 
 KINDS = [("JPEG", {"quality": 90}), ("PNG", {}), ("WEBP", {"quality": 80}), ("BMP", {})]
@@ -250,6 +251,10 @@ def foreign(path: Path, **metadata: str) -> Path:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not ONNX at all")
     known = dict.fromkeys(META_KEYS, "null")
+    whole = known | {
+        "format_version": str(FORMAT_VERSION), "classes": json.dumps(CLASSES), "threshold": "0.5",
+        "temperature": "1", "preprocess": '{"crop_size": 16, "resize_size": 16}',
+    }  # fmt: skip
     cases = {
         tmp_path / "missing.onnx": "there is no file",
         tmp_path / "text.onnx": "cannot be opened as ONNX",
@@ -264,6 +269,26 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         foreign(
             tmp_path / "none.onnx", **(known | {"format_version": str(FORMAT_VERSION)})
         ): "has the classes None",
+        **{
+            foreign(tmp_path / f"{number}.onnx", **(whole | {key: value})): said
+            for number, (key, value, said) in enumerate(
+                [
+                    (
+                        "preprocess",
+                        '{"crop_size": 16, "resize_size": 16, "interpolation": "wavelet"}',
+                        "interpolation",
+                    ),
+                    ("preprocess", '{"crop_size": 16, "resize_size": 16, "later": 1}', "later"),
+                    ("preprocess", "[]", "preprocess"),
+                    ("calibration", "[]", "calibration"),
+                    ("calibration", '{"band": 0.5}', "band"),
+                    ("calibration", "{}", "band"),
+                    ("data", "[1]", "data"),
+                    ("temperature", '"warm"', "temperature"),
+                    ("threshold", "NaN", "not finite|threshold"),
+                ]
+            )
+        },
         foreign(tmp_path / "cut.onnx", **(known | {"classes": '["real"'})): "not JSON .Expecting",
         foreign(
             tmp_path / "deep.onnx", **(known | {"preprocess": "[" * 100_000})

@@ -188,6 +188,12 @@ def test_input_that_is_not_an_image_is_refused(detector, tmp_path: Path) -> None
     with Image.open(tmp_path / "cut.png") as picture:
         cut = detector.predict(picture)
     assert (cut.verdict, cut.probability) == (UNREADABLE, None) and cut.error
+    whole = encode(np.random.default_rng(1).integers(0, 256, (300, 300, 3), np.uint8), "PNG")
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    (tmp_path / "bad.png").write_bytes(whole[:second] + b"ID?T" + whole[second + 4 :])
+    with Image.open(tmp_path / "bad.png") as picture:  # Pillow raises SyntaxError
+        bad, good = detector.predict([picture, tmp_path / "cut.png"])
+    assert bad.verdict == good.verdict == UNREADABLE and "broken PNG" in bad.error
     assert detector.predict(tmp_path / "none.png").error == "No such file or directory"
 
 

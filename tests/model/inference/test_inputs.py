@@ -80,3 +80,17 @@ def test_what_is_not_skipped_is_not_counted(tmp_path: Path) -> None:
         path = write_tar(tmp_path / "x.tar", dict.fromkeys(names, encode(photo(1))))
         assert len(list(inputs.find_images([str(path)], excluded))) == 2 - len(skipped)
         assert dict(excluded) == skipped
+
+
+@pytest.mark.parametrize("pattern", ["**", "p/**", "p", "**/p", "p/**/", "p/**/**"])
+def test_a_pattern_yields_each_image_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p/a/p").mkdir(parents=True)
+    for name in ("x.jpg", "a/y.jpg", "a/p/z.png", "a/notes.txt"):
+        (tmp_path / "p" / name).touch()
+    excluded = Counter[str]()
+    names = [os.path.normpath(file.name) for file in inputs.find_images([pattern], excluded)]
+    assert sorted(names) == ["p/a/p/z.png", "p/a/y.jpg", "p/x.jpg"]
+    assert excluded == {inputs.NO_IMAGE: 1}
