@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING
 import click
 
 import console
-from storage import any_path, write_text
+from storage import any_path, file_name, write_text
 
 if TYPE_CHECKING:
     from model.calibrate import Over, ThresholdAt
@@ -178,7 +178,8 @@ def main(
 
     On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
     """
-    if context.invoked_subcommand:
+    if command := context.invoked_subcommand:
+        _refuse_options_before(context, command)
         return
     console.refuse_conflicts(CONFLICTS)
     if scores:
@@ -209,7 +210,8 @@ def main(
     chosen_suite = open_suite(suite, any_path(data)) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    folder = (suite or "+".join(names)) + (f"-{subset.stem}" if subset else "")
+    joined = suite or "+".join(Path(name).name for name in names)
+    folder = file_name(joined.strip(".") or "sets", f"-{subset.stem}" if subset else "")
     with init_distributed() as dist:
         _speak_for(dist)
         chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
@@ -228,6 +230,18 @@ def main(
         say_files(written)
         if chosen_suite and chosen_suite.missing:
             raise click.ClickException(chosen_suite.missing_line)
+
+
+def _refuse_options_before(context: click.Context, command: str) -> None:
+    """Refuse options before a subcommand: it has its own, and would not see these."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        own = isinstance(parameter, click.Option) and parameter.expose_value
+        if own and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} stands before {command}, which does not see it; put it "
+                f"after: evaluate.py {command} {parameter.opts[0]} ..."
+            )
 
 
 def _measure_mistakes(

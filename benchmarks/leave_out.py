@@ -20,7 +20,8 @@ error in the input is printed in one line, with exit code 1 (2 for a wrong optio
   of training runs, where the recipe's starting checkpoint may be (default `runs`).
 - `--json`: a file for what is printed (default: none).
 
-A dict is printed as JSON. Its keys (the first two leave out sources that have both classes):
+A dict is printed as JSON. Its keys (the first two leave out sources that have both classes; without
+sources of reals alone and of fakes alone, "one left out" is null, and what needs pairs is missing):
 
 - "one left out": `mean`, 95 % `interval` and `worst` (the ten lowest) of the AUROCs of all pairs of
   a source of reals and a source of fakes. The interval is from 200 resamples of the sources.
@@ -287,11 +288,12 @@ def main(
     kinds = kinds_of(scored)
     real, fake = ({n: scored[n][1] for n in kinds if kinds[n] == label} for label in (0, 1))
     one = of_pairs(real, fake)
-    figures: dict[str, Any] = {"one left out": summary(one)}
-    pooled = threshold_over_sources([probability(z) for z in real.values()], 0.05, "pooled")
-    figures["at 5 % over all"] = {
-        n: float((probability(z) >= pooled).mean()) for n, z in {**real, **fake}.items()
-    }
+    figures: dict[str, Any] = {"one left out": summary(one) if one else None}
+    if real:
+        pooled = threshold_over_sources([probability(z) for z in real.values()], 0.05, "pooled")
+        figures["at 5 % over all"] = {
+            n: float((probability(z) >= pooled).mean()) for n, z in {**real, **fake}.items()
+        }
     codes, names = pool.shards.codes("source")
     table = FeatureLoader(pool.shards, source, recipe.loading, planned.device).table(0)
     rows = np.concatenate([pool.new[codes[pool.new] == names.index(name)] for name in scored])
@@ -308,11 +310,11 @@ def main(
             "threshold": fitted.threshold, "band": fitted.band, "sources": fitted.sources,
             "temperature": fitted.temperature,
         }  # fmt: skip
-    if per_source:
+    if per_source and one:
         shipped = calibrate_sources(scored, recipe.calibration)
         at = math.log(shipped.threshold / (1 - shipped.threshold)) * shipped.temperature
         figures["perturbed"] = robustness(perturbed_logits, kinds, at)
-    if most_pairs:
+    if most_pairs and one:
         pairs = left_out_pairs(planned, state, scored, most_pairs)
         figures["pairs left out"] = summary(pairs) | {
             "pairs": len(pairs),

@@ -334,6 +334,39 @@ def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Pat
     assert "0 real and 35 fake images: calibration needs at least 20 of each" in result.output
 
 
+def test_options_before_a_command_are_refused(data: Path, own_runs: Path) -> None:
+    """They would be ignored, and another checkpoint calibrated."""
+    for before in (["--checkpoint", "runs/a"], ["--runs", own_runs], ["--shards", "val"]):
+        result = run(data, own_runs, *before, "calibrate", "--shards", "val")
+        assert result.exit_code == 2
+        assert f"put it after: evaluate.py calibrate {before[0]} ..." in result.output
+
+
+def test_the_folder_of_a_report_is_below_the_run(data: Path, own_runs: Path) -> None:
+    before = sorted((data / "val").iterdir())
+    result = run(data, own_runs, "--shards", (data / "val").absolute(), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert sorted((data / "val").iterdir()) == before
+    assert (own_runs / "tiny/evaluation/val/report.json").is_file()
+    many = own_runs.parent / "many"
+    names = [f"{letter * 130}" for letter in "ab"]
+    for name in names:
+        shutil.copytree(data / "val", many / name)
+    result = run(many, own_runs, *(f"--shards={name}" for name in names), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert len([*(own_runs / "tiny/evaluation").glob("a*/report.json")]) == 1
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_before_scoring(
+    data: Path, own_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "model.evaluation.run.score_sets", lambda *_: pytest.fail("images were scored")
+    )
+    result = run(data, own_runs, "--shards", "val", "--out", "/proc/none/here")
+    assert result.exit_code == 1 and "/proc/none" in result.output
+
+
 def test_a_suite_gives_one_report_and_lists_missing_sets(
     data: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,8 @@ def open_transformers(
         net, loading = transformers.AutoModelForImageClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **common
         )
-    except (ValueError, TypeError, OSError, LookupError, RuntimeError, SafetensorError) as error:
+        labels = {int(index): str(label) for index, label in net.config.id2label.items()}
+    except Exception as error:  # a published configuration may hold anything
         raise DetectorError(
             f"{name} is not an image classifier that transformers opens: {_one_line(error)}"
         ) from error
@@ -130,7 +131,6 @@ def open_transformers(
             f"{name} has no weights for {missing[0]}{rest}, so it is not a trained image "
             "classifier; name a trained one"
         )
-    labels = {int(index): str(label) for index, label in net.config.id2label.items()}
     net.to(where, torch.float32)
     keep_freed_memory(where)
 

@@ -73,8 +73,9 @@ class FileJudge:
             ) from error
         try:
             values = np.asarray(given, np.float64)
-        except (TypeError, ValueError) as error:
-            raise DetectorError(self._expected(len(prepared), type(given).__name__)) from error
+        except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor with gradient
+            given_as = f"{type(given).__name__} ({_said(error)})"
+            raise DetectorError(self._expected(len(prepared), given_as)) from error
         if values.shape != (len(prepared),):
             raise DetectorError(self._expected(len(prepared), f"an array of shape {values.shape}"))
         outside = values[(values < 0) | (values > 1)]  # False for NaN
@@ -110,9 +111,12 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
     # As with `python FILE`, modules in the same folder can be imported.
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.insert(0, folder)
+    # As with any import: dataclasses, pickle and worker processes look a module up by its name.
+    sys.modules[loader.name] = module
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[loader.name]
         raise DetectorError(f"{path} cannot be run: {_said(error)}") from error
     function = getattr(module, FUNCTION, None)
     if not callable(function):

@@ -101,9 +101,9 @@ def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreT
     """Restrict all tables to the images that every run could read, in the order of the first table.
 
     Raises:
-        ScoresError: the tables have different samples and `intersect` is off, the tables share no
-            sample or none that all runs could read, or an image is real in one table and fake in
-            another.
+        ScoresError: the tables have different samples, or other files under the same key, and
+            `intersect` is off; they share no sample or none that all runs could read; or an image
+            is real in one table and fake in another.
     """
     runs = {2: "the two runs"}.get(len(tables), f"the {len(tables)} runs")
     keys = [
@@ -131,7 +131,17 @@ def shared_samples(*tables: ScoreTable, intersect: bool = False) -> tuple[ScoreT
         other = "the other" if len(tables) == 2 else "another"
         first = common[int(np.argmax((labels != labels[0]).any(axis=0)))]
         raise ScoresError(f"{first[0]}:{first[1]} is real in one run and fake in {other}")
-    kept = valid.astype(bool).all(axis=0)
+    hashes = [t.table.column("sha256").to_pylist() for t in tables]
+    same = np.array([len({h[of[row]] for h, of in zip(hashes, rows, strict=True)}) == 1
+                     for row in range(len(common))])  # fmt: skip
+    if not intersect and not same.all():
+        first = common[int(np.argmin(same))]
+        raise ScoresError(
+            f"{first[0]}:{first[1]} and {int((~same).sum()) - 1:,} more are other files in each of "
+            f"{runs} (other SHA-256), so the set was packed again in between; measure all on the "
+            "same set, or compare only equal files with --intersection"
+        )
+    kept = valid.astype(bool).all(axis=0) & same
     if not kept.any():
         raise ScoresError(
             f"{runs} have no image that all of them could read; nothing can be compared"

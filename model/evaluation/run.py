@@ -100,6 +100,8 @@ def evaluate(
     if planned.trained_on:
         console.log.warning("%s", report.on_training_data(planned.trained_on))
     keep_freed_memory(planned.device)
+    if planned.dist.is_main:
+        out.mkdir(parents=True, exist_ok=True)
     scorer: VariantScorer
     if planned.detector:
         console.log.info("%s (%s)", planned.checkpoint, planned.backend_reason)
@@ -118,7 +120,6 @@ def evaluate(
     perturbed = perturb_sets(planned, scorer) if planned.options.robustness else {}
     if not planned.dist.is_main:
         return {}
-    out.mkdir(parents=True, exist_ok=True)
     write_scores(out / SCORES_FILE, rows, _about(planned, perturbed))
     images = sum(map(len, rows))
     speed = {"images": images, "seconds": seconds, "images_per_s": images / seconds,

@@ -182,6 +182,16 @@ def test_pages_of_extreme_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "val:bad: cut short" in page_of(*made(unread, "val"))
 
 
+def test_a_set_without_a_readable_image_leaves_the_others_their_page(tmp_path: Path) -> None:
+    unreadable = {"valid": False, "logit": None, "error": "gone"}
+    gone = [row | unreadable for row in rows("b", 3, 3)]
+    _, table = made(rows("a", 30, 30) + gone, "a", "b")
+    page = page_of(report_on(table), table)
+    assert "b: no image could be scored" in page
+    write_scores(tmp_path / "scores.parquet", [table.table], table.evaluation)
+    assert write_report(report_on(table), tmp_path / "scores.parquet", tmp_path, tmp_path)
+
+
 def test_worst_mistakes() -> None:
     document, scores = made(rows("val", 80, 80) + rows("other", 40, 40, 3), "val", "other")
     fake, label = scores.numbers("probability"), scores.numbers("label")

@@ -222,6 +222,24 @@ def test_a_wrong_type_in_the_config_of_timm_is_refused(
         open_timm(str(folder), fake_labels=["LABEL_1"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": "x"}, {"image_size": None}, {"id2label": ["real", "fake"]},
+        {"num_attention_heads": 0}, {"id2label": {"one": "real"}},
+    ],
+)  # fmt: skip
+def test_an_odd_value_in_the_config_of_transformers_is_refused(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = vit(tmp_path / "made", {0: "real", 1: "fake"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(DetectorError, match=r"no|not") as refused:
+        open_transformers(str(folder))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_broken_download_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HTTPError

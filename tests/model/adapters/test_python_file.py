@@ -102,6 +102,10 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
         ("return 'text'", "returned str"),
         ("return [object()] * len(images)", "expected 2 numbers"),
         ("raise KeyError('gpu')", "failed on 2 images: KeyError: 'gpu'"),
+        (
+            "import torch; return torch.ones(2, requires_grad=True)",
+            r"returned Tensor \(RuntimeError: Can't call numpy.* requires grad.*expected 2 numbers",
+        ),
     ],
 )
 def test_returned_values_are_checked(file: Path, body: str, said: str) -> None:
@@ -128,6 +132,17 @@ def test_predict_gets_upright_rgb_and_broken_files_are_reported(file: Path, tmp_
     assert first.probability == turned.height / 1000 != turned.width / 1000
     assert second.verdict == "unreadable" and second.error
     assert third.verdict == "unreadable" and "not a finite number" in third.error
+
+
+def test_a_file_may_define_dataclasses_and_pickle_them(file: Path) -> None:
+    file.write_text(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Answer:\n    value: float\n"
+        "def predict(images):\n"
+        "    return [pickle.loads(pickle.dumps(Answer(0.25))).value for _ in images]\n"
+    )
+    detector = open_file(file, trust=True)
+    assert detector.predict(np.zeros((8, 8, 3), np.uint8)).probability == pytest.approx(0.25)
 
 
 def test_modules_in_the_same_folder_can_be_imported(file: Path) -> None:

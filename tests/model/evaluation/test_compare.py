@@ -95,6 +95,15 @@ def test_different_samples_are_refused_without_intersect() -> None:
         shared_samples(*tables(one, turned))
 
 
+def test_other_files_under_the_same_key_are_refused() -> None:
+    """Such as after a set was packed again from images that were compressed anew."""
+    again = [row | {"sha256": bytes([number < 3]) * 32} for number, row in enumerate(rows())]
+    before, after = tables(rows(), again)
+    with pytest.raises(ScoresError, match=r"val:k000 and 2 more are other files .* packed again"):
+        shared_samples(before, after)
+    assert {len(one) for one in shared_samples(before, after, intersect=True)} == {197}
+
+
 def test_an_image_that_one_run_could_not_read_is_left_out() -> None:
     one, two = rows(), rows(1.0)
     two[7] |= {"valid": False, "logit": None, "error": "broken"}
