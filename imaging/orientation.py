@@ -35,12 +35,14 @@ def orientation_of(data: bytes, image_format: str) -> int:
     (in a PNG also from ImageMagick's raw profile), else from XMP. A missing or invalid value counts
     as 1.
     """
-    exif: list[bytes] = []
-    xmp: list[bytes] = []
+    by_xmp = None
     for kind, content in _METADATA[image_format](data):
-        (exif if kind == "exif" else xmp).append(content)
-    stated = [*map(_of_exif, exif), *map(_of_xmp, xmp)]
-    return next(filter(None, stated), UPRIGHT)
+        if kind == "exif":
+            if by_exif := _of_exif(content):
+                return by_exif
+        else:
+            by_xmp = by_xmp or _of_xmp(content)
+    return by_xmp or UPRIGHT
 
 
 def carries_exif(data: bytes, image_format: str) -> bool:
@@ -94,13 +96,18 @@ def _exif_or_xmp(content: bytes) -> Iterator[tuple[str, bytes]]:
         yield "xmp", content
 
 
+_PNG_TEXTS = (
+    "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1", "Raw profile type xmp",
+)  # fmt: skip
+
+
 def _in_png(data: bytes) -> Iterator[tuple[str, bytes]]:
     if not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
         return
     for kind, start, end in png.chunks(data):
         if kind == b"eXIf":
             yield "exif", data[start + 8 : end - 4]
-    for keyword, content in png.texts(data):
+    for keyword, content in png.texts(data, _PNG_TEXTS):
         if keyword == "XML:com.adobe.xmp":
             yield "xmp", content
         elif keyword in ("Raw profile type exif", "Raw profile type APP1"):

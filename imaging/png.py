@@ -10,19 +10,22 @@ Main entries, which take `data`, the bytes of a PNG file:
   raises `ValueError` if the image needs a palette and has none.
 - `is_plain(data)` returns True if every decoder reads the same pixels: at most 8 bits per sample,
   not animated, no unknown, damaged or incomplete chunk.
-- `texts(data)` yields (keyword, content) of each text chunk: a str, and bytes as in the file. These
-  are UTF-8 in a chunk iTXt, else Latin-1. The pair does not say which encoding it is; the caller
-  must know it from the keyword. Compressed content is unpacked, at most `MAX_TEXT_BYTES` of it; a
-  chunk that cannot be unpacked is skipped.
+- `texts(data, wanted)` yields (keyword, content) of each text chunk whose keyword (text) is in
+  `wanted`: a str, and bytes as in the file. These are UTF-8 in a chunk iTXt, else Latin-1. The pair
+  does not say which encoding it is; the caller must know it from the keyword. Compressed content is
+  unpacked, at most `MAX_TEXT_BYTES` of it in the whole file; a chunk that cannot be unpacked is
+  skipped.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-MAX_TEXT_BYTES = 2**24
-"""Bytes of a compressed text chunk that are unpacked at most."""
+MAX_TEXT_BYTES = 2**22
+"""Bytes that are unpacked at most from all wanted text chunks of a file together. A thousand small
+chunks could fill the memory otherwise.
+"""
 
 _CRITICAL = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """Chunks that the pixels need."""
@@ -87,26 +90,35 @@ def is_plain(data: bytes) -> bool:
     return last == b"IEND" and data[12:16] == b"IHDR" and data[24] <= 8  # IHDR's bit depth
 
 
-def texts(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield (keyword, content) of every text chunk. Chunks that cannot be unpacked are skipped."""
+def texts(data: bytes, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (keyword, content) of the text chunks with a keyword in `wanted`. A chunk is skipped if
+    it cannot be unpacked, or no bytes of `MAX_TEXT_BYTES` are left for it.
+    """
+    left = MAX_TEXT_BYTES
     for kind, start, end in chunks(data):
-        keyword, _, rest = data[start + 8 : end - 4].partition(b"\0")
-        content: bytes | None
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            continue
+        latin, _, rest = data[start + 8 : end - 4].partition(b"\0")
+        keyword, content = latin.decode("latin-1"), None
+        if keyword not in wanted:
+            continue
         if kind == b"tEXt":
             content = rest
         elif kind == b"zTXt":
-            content = _unpacked(rest[1:])
+            content = _unpacked(rest[1:], left)
+            left -= len(content or b"")
         elif kind == b"iTXt" and len(rest) >= 2:
             packed, text = rest[0], rest[2:].split(b"\0", 2)
-            content = _unpacked(text[-1]) if packed else text[-1]
-        else:
-            continue
+            content = _unpacked(text[-1], left) if packed else text[-1]
+            left -= len(content or b"") if packed else 0
         if content is not None:
-            yield keyword.decode("latin-1"), content
+            yield keyword, content
 
 
-def _unpacked(data: bytes) -> bytes | None:
+def _unpacked(data: bytes, most: int) -> bytes | None:
+    if not most:
+        return None
     try:
-        return zlib.decompressobj().decompress(data, MAX_TEXT_BYTES)
+        return zlib.decompressobj().decompress(data, most)
     except zlib.error:
         return None

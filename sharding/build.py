@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from console import counted
 from sharding.catalog import Catalog, CatalogError, Source
-from sharding.dedupe import SPLIT_RANK, Decision, decide
+from sharding.dedupe import Decision, decide, sources_for
 from sharding.executor import Engine, run_all
 from sharding.format import (
     CLASSES,
@@ -140,25 +140,23 @@ def find_sources(
 ) -> SourceScan:
     """List the images of every catalog source that is on disk or was packed before.
 
-    With `only`, sources are skipped if all their sets have a lower `SPLIT_RANK` than the sets
-    in `only`: such sources never decide which images those sets exclude.
+    With `only`, sources are skipped if all their sets have a lower `SPLIT_RANK` than the sets in
+    `only`: they take no image from those sets. But copies in them decide into which of its sets an
+    image of a divided source goes, so none is skipped if such a source is left.
 
     Raises:
         CatalogError: a layout does not fit the catalog, the number of images differs from
             `expected`, or a rule matches no file.
     """
     scan = SourceScan()
-    lowest = min(
-        (SPLIT_RANK[catalog.sets[name]] for name in only if name in catalog.sets), default=0
-    )
-    for name, source in catalog.sources.items():
-        sets = {name for destination in source.destinations() for name in destination}
-        if not any(SPLIT_RANK[catalog.sets[name]] >= lowest for name in sets):
-            continue
+    inventory = out / WORK_FOLDER / "inventory"
+    for name, source in sources_for(catalog.sources, catalog.sets, only).items():
         source = replace(source, root=folder_of(raw, source.root or name))
         if (raw / source.root).is_dir():
             listing = list_source(name, source, raw)
-            if listing.items:
+            if not listing.items and (inventory / f"{name}.parquet").exists():
+                scan.packed_only.append(name)  # the files were deleted, the folder was not
+            elif listing.items:
                 _check_counts(name, source, listing, max(COUNT_TOLERANCE, tolerance.max_bad))
                 if listing.unmatched and not tolerance.allow_incomplete:
                     _refuse_unmatched(name, listing, raw / source.root)
@@ -168,7 +166,7 @@ def find_sources(
             else:
                 scan.missing.append(name)
                 scan.empty[name] = listing
-        elif (out / WORK_FOLDER / "inventory" / f"{name}.parquet").exists():
+        elif (inventory / f"{name}.parquet").exists():
             scan.packed_only.append(name)
         else:
             scan.missing.append(name)
@@ -239,7 +237,7 @@ def build(
             for path in (out / name, work / name):
                 check_inside(path, out)
             refuse_foreign_files(out / name, work / name)
-        inventory = _read_everything(scan, raw, work / "inventory", jobs, engine, progress)
+        inventory = _read_everything(catalog, scan, raw, work / "inventory", jobs, engine, progress)
         decision = decide(inventory, catalog.sets, catalog.exclude)
         present = sorted(set(decision.wanted.tolist()))
         if unknown := sorted(set(only) - set(present)):
@@ -280,8 +278,9 @@ def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
 
 
 def _read_everything(
-    scan: SourceScan, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine, progress: Progress
-) -> pa.Table:
+    catalog: Catalog, scan: SourceScan, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine,
+    progress: Progress,
+) -> pa.Table:  # fmt: skip
     """Return the inventory of all sources in catalog order; decode new and changed images."""
     tasks = [
         (str(raw), str(folder), file, chunk)
@@ -297,7 +296,7 @@ def _read_everything(
         for name, table in scan.items.items()
     ]
     for name in scan.packed_only:
-        packed = read_source(folder, name)
+        packed = read_source(folder, name, catalog.sources[name].destinations())
         assert packed is not None  # find_sources has seen its file
         table, listing = packed
         scan.listings[name] = listing

@@ -23,9 +23,9 @@ source, and `folder` a path:
   `<source>.parquet`, with the notes of the `Listing` (what was excluded). It deletes the files of
   `take_inventory()` and returns the table, with the columns `SCHEMA`. It raises RuntimeError if an
   image has no row.
-- `read_source(folder, source)` returns (table, `Listing`) of a source whose raw files are gone, or
-  None if there is no `<source>.parquet`. It raises `ShardError` for a file with another
-  `FACTS_VERSION`.
+- `read_source(folder, source, destinations)` returns (table, `Listing`) of a source whose raw files
+  are gone, or None if there is no `<source>.parquet`. It raises `ShardError` for a file with
+  another `FACTS_VERSION`, or packed for sets that are not in `destinations`, those of the catalog.
 - `describe(prepared)` returns the facts of a good image (a `Prepared` of imaging/decode.py) as a
   dict, and `refuse(reason)` those of a bad one; the perceptual hash is not among them.
 
@@ -207,11 +207,15 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
     return table.replace_schema_metadata(None)
 
 
-def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None:
-    """Read the inventory of a source from an earlier build; None if there is none.
+def read_source(
+    folder: AnyPath, source: str, destinations: Sequence[Mapping[str, float]]
+) -> tuple[pa.Table, Listing] | None:
+    """Read the inventory of a source from an earlier build; None if there is none. `destinations`
+    are those of the catalog (`Source.destinations()`).
 
     Raises:
-        ShardError: the file is damaged, or written by another version of this program.
+        ShardError: the file is damaged, or written by another version of this program, or the
+            catalog sends the source elsewhere now.
     """
     path = folder / f"{source}.parquet"
     if not path.exists():
@@ -228,7 +232,18 @@ def read_source(folder: AnyPath, source: str) -> tuple[pa.Table, Listing] | None
             f"{path} has inventory version {version}, expected {FACTS_VERSION}, and the raw files "
             f"of {source} are gone; restore them and build again, or delete it to drop the source"
         )
+    for packed in map(parse_json, table.column("destination").unique().to_pylist()):
+        if packed not in destinations:
+            raise ShardError(
+                f"{source} was packed for {_shares(packed)}, the catalog says "
+                f"{' or '.join(map(_shares, destinations))}, and its raw files are gone; restore "
+                f"them and build again, or delete {path} to drop the source (nothing was changed)"
+            )
     return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
+
+
+def _shares(destination: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} ({share:g})" for name, share in destination.items())
 
 
 def _read(path: AnyPath) -> pa.Table:

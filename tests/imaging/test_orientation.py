@@ -1,6 +1,9 @@
 """The orientation is read from every kind of metadata and applied."""
 
 import io
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -70,3 +73,27 @@ def test_formats_that_are_transcoded_end_upright(image_format: str, orientation:
     assert facts.facts.orientation == 1
     assert facts.pixels.shape == expected.shape
     assert np.abs(facts.pixels.astype(int) - expected).mean() < 3
+
+
+def text_chunk(keyword: bytes, content: bytes) -> bytes:
+    """Return a compressed iTXt chunk of a PNG."""
+    body = b"iTXt" + keyword + b"\0\1\0\0\0" + zlib.compress(content, 9)
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def test_compressed_texts_cannot_fill_the_memory() -> None:
+    """Sixty chunks of 16 KB that hold 16 MiB each."""
+    plain = encode(IMAGE, "PNG")
+    bomb = text_chunk(b"XML:com.adobe.xmp", bytes(2**24))
+    data = plain[:33] + 60 * bomb + plain[33:]
+    assert len(data) < 2**21
+    tracemalloc.start()
+    assert orientation_of(data, "PNG") == 1
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_a_large_comment_does_not_hide_the_orientation() -> None:
+    plain, turned = encode(IMAGE, "PNG"), b'<x tiff:Orientation="6"/>'
+    chunks = text_chunk(b"workflow", bytes(2**24)) + text_chunk(b"XML:com.adobe.xmp", turned)
+    assert orientation_of(plain[:33] + chunks + plain[33:], "PNG") == 6

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -134,6 +135,32 @@ def test_packed_sources_stay_when_their_raw_files_are_deleted(tmp_path: Path) ->
     with pytest.raises(ShardError, match="the raw files of dummy are gone"):
         build_all(raw, tmp_path / "out")
     assert (tmp_path / "out/old/index.json").exists()
+
+
+def test_packed_sources_stay_when_their_folder_is_empty(tmp_path: Path) -> None:
+    """Such as a mount point without its disk."""
+    raw = write_raw(tmp_path / "raw")
+    before = hashes(build_all(raw, tmp_path / "out"))
+    shutil.rmtree(raw / "dummy")
+    (raw / "dummy").mkdir()
+    (raw / "dummy/.hidden").touch()
+    assert hashes(build_all(raw, tmp_path / "out")) == before
+
+
+@pytest.mark.parametrize("change", ["another set", "no such set"])
+def test_packed_sources_do_not_ignore_a_changed_catalog(tmp_path: Path, change: str) -> None:
+    raw = write_raw(tmp_path / "raw")
+    before = hashes(build_all(raw, tmp_path / "out"))
+    shutil.rmtree(raw / "dummy")
+    text = (raw / "catalog.toml").read_text()
+    start = text.index("[sources.dummy]")
+    other = '"new"' if change == "another set" else '"val"'
+    changed = re.sub(r'set = "old"', f"set = {other}", text[start:], count=1)
+    assert changed != text[start:]
+    (raw / "catalog.toml").write_text(text[:start] + changed)
+    with pytest.raises(ShardError, match=r"dummy was packed for old \(1\), the catalog says"):
+        build_all(raw, tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
 
 
 def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:

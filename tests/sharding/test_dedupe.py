@@ -172,6 +172,36 @@ def test_an_evaluation_set_is_the_same_built_alone_or_with_all_sets(tmp_path: Pa
     assert (tmp_path / "out/evalgen/index.json").read_bytes() == index
 
 
+DIVIDED = """
+[sets]
+phase = "train"
+held = "val"
+trial = "test"
+[sources.aa]
+license = "x"
+set = "phase"
+real = [{ folder = "real" }]
+[sources.zz]
+license = "x"
+set = { held = 0.5, trial = 0.5 }
+real = [{ folder = "real" }]
+"""
+
+
+def test_a_set_of_a_divided_source_is_the_same_built_alone(tmp_path: Path) -> None:
+    """Copies in a training source decide to which of its sets an image of `zz` goes."""
+    put(tmp_path / "raw", {f"zz/real/{n}.jpg": jpeg(n) for n in range(12)})
+    put(tmp_path / "raw", {f"aa/real/{n}.jpg": jpeg(n, 60) for n in range(12)})
+    (tmp_path / "catalog.toml").write_text(DIVIDED)
+    indexes = []
+    for only in ([], ["trial"], ["held"]):
+        build(read_catalog([tmp_path / "catalog.toml"]), tmp_path / "raw", tmp_path / "out",
+              only=only, tolerance=Tolerance(allow_incomplete=True))  # fmt: skip
+        indexes.append([(tmp_path / f"out/{name}/index.json").read_bytes()
+                        for name in ("held", "trial")])  # fmt: skip
+    assert indexes[0] == indexes[1] == indexes[2]
+
+
 BOTH = "the same bytes are labeled real and fake"
 
 
