@@ -258,6 +258,11 @@ class Source:
                     f"rule '{rule}' has generator {rule.generator}, a column of a parquet table, "
                     "but reads no parquet table; add `column`, or remove < and >"
                 )
+            if rule.where and not rule.column and not self.table:
+                raise ValueError(
+                    f"rule '{rule}' has `where`, a condition on a table, but reads none; add "
+                    "`column`, or a `table` to the source"
+                )
         for pattern in self.groups():
             try:
                 captured = re.compile(pattern).groups

@@ -38,6 +38,7 @@ from urllib.parse import unquote, urlsplit
 import filelock
 import requests
 
+import console
 from escape import without_secrets
 from installed import install_extra
 from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
@@ -169,8 +170,28 @@ def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -
         )
     for name, digest in fetch.sha256.items():
         check_hash(folder / name, digest)
+    _remove_earlier(folder, files)
     _write(folder / MARK, {"fetch": _wanted(fetch), "files": files, **facts})
     (folder / BEGUN).unlink(missing_ok=True)
+
+
+def _remove_earlier(folder: Path, files: Mapping[str, int]) -> None:
+    """Delete the files of an earlier download that are not among `files`, such as those of another
+    commit: a build would pack them. Files that have changed since are kept.
+    """
+    before = _read(folder / MARK).get("files") or {}
+    gone = [
+        folder / name for name in sorted(before.keys() - files.keys())
+        if size_of(folder / name) == before[name]
+    ]  # fmt: skip
+    for path in gone:
+        check_inside(path, folder)
+        path.unlink()
+    if gone:
+        console.log.info(
+            "%s: %s of an earlier download deleted, which the catalog no longer names",
+            folder.name, console.counted(len(gone), "file"),
+        )  # fmt: skip
 
 
 def _plain(error: object) -> str:

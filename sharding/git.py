@@ -114,7 +114,8 @@ class _Repository:
     def _explain(self, stderr: str) -> str:
         address = without_secrets(self.address)
         if re.search(
-            "not our ref|unadvertised object|find remote ref|bad object|valid object", stderr
+            "not our ref|unadvertised object|find remote ref|bad object|valid object|object info",
+            stderr,
         ):
             return f"{address} has no such commit; correct `commit` in the catalog"
         lines = [line for line in stderr.splitlines() if line.startswith(("fatal:", "error:"))]

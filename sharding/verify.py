@@ -52,15 +52,18 @@ from sharding.format import (
     read_index,
     timm_info,
 )
-from storage import AnyPath, any_path, files_in, parse_json, sha256_of
+from storage import AnyPath, any_path, files_in, is_local, parse_json, sha256_of
 
 
 def sets_in(folder: AnyPath) -> list[AnyPath]:
-    """Return the set at `folder`, or the sets directly below it.
+    """Return the set at `folder`, or the sets directly below it. A folder of this machine such as
+    `.` is returned as an absolute path, because a set has the name of its folder.
 
     Raises:
         ShardError: there is no set.
     """
+    if is_local(folder) and folder.name in ("", ".."):
+        folder = folder.resolve()
     if (folder / INDEX_FILE).exists():
         return [folder]
     below = sorted(path.parent for path in folder.glob(f"*/{INDEX_FILE}"))

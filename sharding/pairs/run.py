@@ -100,7 +100,7 @@ def make_pairs(
         OSError: a file cannot be read or written.
     """
     shards, index = open_shards([folder]), read_index(folder)
-    name = f"{index['set']}-pairs"
+    name = f"{_safe(index['set'], 'set')}-pairs"
     work = out / ".pairs" / name
     make_folder(work)
     identity = {
@@ -197,7 +197,8 @@ def _make_pair(
         )
     prepared = prepare(data)
     facts, pixels = prepared.facts, prepared.pixels
-    source, file = _folder_of(row["source"]), f"{row['key']}.{IMAGE_FORMATS[row['format']]}"
+    source = _safe(row["source"], "source")
+    file = f"{_safe(row['key'], 'key')}.{IMAGE_FORMATS[row['format']]}"
     real, fake = (folder / source / kind / file for kind in ("real", "fake"))
     if _is_whole(real, fake, data, facts):
         return True
@@ -220,14 +221,14 @@ def _is_whole(real: Path, fake: Path, data: bytes, facts: Facts) -> bool:
     return made == vars(facts)
 
 
-def _folder_of(source: str) -> str:
-    """Return the folder name of a source's pairs.
+def _safe(name: str, kind: str) -> str:
+    """Return the name of a set, a source or an image if it is safe in a path.
 
-    Names in an index of the builder are safe in paths; an index from elsewhere may have others.
+    Names in an index of the builder are; an index from elsewhere may have others.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", source):
-        raise ShardError(f"source {source!r} is no name for a folder; build the set again")
-    return source
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(name)):
+        raise ShardError(f"{kind} {name!r} is no name for a file or folder; build the set again")
+    return name
 
 
 def _catalog_text(

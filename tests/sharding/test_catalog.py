@@ -82,6 +82,15 @@ def test_a_file_name_may_give_the_generator(tmp_path: Path) -> None:
     assert {generator for _, generator in labels_of(tmp_path, source).values()} == {"sdxl", "flux"}
 
 
+def test_a_condition_on_a_table_needs_a_table(tmp_path: Path) -> None:
+    text = (
+        '[sources.s]\nlicense = "x"\nset = "train"\n'
+        'fake = [{ folder = "fake", where = { model = "sd" } }]\n'
+    )
+    with pytest.raises(CatalogError, match=r"`where`, a condition on a table, but reads none"):
+        catalog_of(tmp_path, text)
+
+
 def test_excluded_files_are_counted_by_reason(tmp_path: Path) -> None:
     touch(tmp_path / "s/real/a.png", tmp_path / "s/other/b.png", tmp_path / "s/skip/c.png")
     (tmp_path / "s/real/labels.csv").write_text("x")

@@ -161,6 +161,28 @@ def test_a_wrong_commit_is_a_one_line_error(tmp_path: Path) -> None:
     assert "download from file://" in result.note and "run the command again" in result.note
 
 
+def test_a_local_copy_without_the_commit_is_a_one_line_error(tmp_path: Path) -> None:
+    make(tmp_path / "r")
+    result = fetch_source("s", source(str(tmp_path / "r"), "1" * 40), tmp_path / "raw")
+    assert "has no such commit; correct `commit` in the catalog" in result.note
+
+
+def test_files_of_an_earlier_commit_are_removed(tmp_path: Path) -> None:
+    """A build would pack them. Files that this command did not write, or not so, are kept."""
+    repository, target = tmp_path / "r", tmp_path / "raw/s"
+    first = make(repository)
+    assert fetch_source("s", source(repository, first), tmp_path / "raw").status == "downloaded"
+    (target / "art/own.png").write_bytes(b"mine")
+    _gone, changed, *kept = sorted(IMAGES)
+    (target / changed).write_bytes(b"changed")
+    entries = [("100644", name[4:].encode(), blob_of(repository, IMAGES[name])) for name in kept]
+    art = tree_of(repository, entries)
+    later = commit_of(repository, tree_of(repository, [("40000", b"art", art)]))
+    assert fetch_source("s", source(repository, later), tmp_path / "raw").status == "downloaded"
+    assert files_of(target).keys() == {changed, "art/own.png", *kept}
+    assert json.loads((target / MARK).read_text())["files"].keys() == set(kept)
+
+
 def test_other_files_than_the_catalog_expects_are_refused(tmp_path: Path) -> None:
     commit = make(tmp_path / "r")
     lines = sorted(f"{blob_of(tmp_path / 'r', data)} {name}\n" for name, data in IMAGES.items())

@@ -346,3 +346,9 @@ def test_a_damaged_table_is_a_one_line_error(copy: Path) -> None:
         status, output = run("verify", copy / "old")
         assert status == 1
         assert "samples.parquet is not a samples table" in output
+
+
+def test_a_set_may_be_the_current_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy / "old")
+    assert run("verify", ".") == run("verify", copy / "old")
+    assert run("verify", ".")[0] == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tomllib
 from collections import Counter
 from dataclasses import replace
@@ -259,15 +260,27 @@ def test_a_name_that_is_too_long_leaves_no_catalog(decoder: Decoder, tmp_path: P
     assert not (tmp_path / "out" / "held-pairs.toml").exists()
 
 
-def test_a_source_name_cannot_point_outside_the_folder(
-    shots: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_name_of_a_set_cannot_point_outside_the_folder(
+    shots: Path, decoder: Decoder, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(shots, tmp_path / "shots"))
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(index | {"set": "../../escaped/x"}))
+    with pytest.raises(ShardError, match=r"set '\.\./\.\./escaped/x' is no name for"):
+        make_pairs(copy, tmp_path / "a/b/out", decoder, max_megapixels=0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shots"]
+
+
+@pytest.mark.parametrize("column", ["source", "key"])
+def test_names_of_rows_cannot_point_outside_the_folder(
+    shots: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
     shards = open_shards([shots])
-    index = shards.table.column_names.index("source")
+    index = shards.table.column_names.index(column)
     names = pa.array(["../../evil"] * len(shards))
-    evil = replace(shards, table=shards.table.set_column(index, "source", names))
+    evil = replace(shards, table=shards.table.set_column(index, column, names))
     monkeypatch.setattr("sharding.pairs.run.open_shards", lambda _folders: evil)
-    with pytest.raises(ShardError, match=r"source '\.\./\.\./evil' is no name for a folder"):
+    with pytest.raises(ShardError, match=rf"{column} '\.\./\.\./evil' is no name for a file"):
         make_pairs(shots, tmp_path / "out", decoder, max_megapixels=0.01)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".pairs"]
 
