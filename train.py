@@ -127,7 +127,7 @@ def main(
         from model.launch.folder import RECIPE as FOLDER_RECIPE
 
         path = recipes.FOLDER / FOLDER_RECIPE
-    extra = [f"name={json.dumps(name)}"] if name else []
+    extra = [f"name={json.dumps(name, ensure_ascii=False)}"] if name else []
     extra += ["network.pretrained=false"] if no_pretrained else []
     recipe = recipes.load(Recipe, path, [*overrides, *extra])
     if no_pretrained and recipe.run.init_from:

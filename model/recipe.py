@@ -118,6 +118,8 @@ class Run:
                 "epochs, log_every, validate_every and grad_accum_steps must be at least 1, and "
                 "save_every, seed and stop_after_no_gain must not be negative"
             )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,10 @@ to 20 us.
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
+UNREAD = "cannot be read: "
+"""Start of the text of a `ReadError` that is the fault of the disk or the network."""
+
+
 class ReadError(ValueError):
     """A sample whose bytes cannot be read or are not those that the index describes."""
 
@@ -175,7 +179,7 @@ class ShardReader:
                     f"{error}; raise the limit of open files (ulimit -n 4096) or use fewer "
                     "loading workers"
                 ) from error
-            return ReadError(f"cannot be read: {error}")
+            return ReadError(f"{UNREAD}{error}")
         if len(data) != size:
             return ReadError(f"the tar ends early: {len(data)} of {size} bytes")
         return data

@@ -206,8 +206,10 @@ class Stream:
         rng = repeat_rng(self.seed, epoch_number)
         return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))
 
-    def epoch(self, epoch_number: int) -> Epoch:
-        """Return the order of epoch `epoch_number`. Old samples are chosen anew for each epoch."""
+    def epoch(self, epoch_number: int, *, whole: bool = False) -> Epoch:
+        """Return the order of epoch `epoch_number`. Old samples are chosen anew for each epoch.
+        With `whole`, samples that fill no batch are kept: batches of one sample.
+        """
         shards, old = self.pool.shards, self.pool.old
         replayed = sample_old(
             old,
@@ -220,7 +222,7 @@ class Stream:
             self.new(epoch_number),
             seed=self.seed,
             number=epoch_number,
-            global_batch=self.loader.global_batch,
+            global_batch=1 if whole else self.loader.global_batch,
             shuffle=self.loader.loading.shuffle,
             old=replayed,
         )

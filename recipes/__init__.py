@@ -113,23 +113,31 @@ def _file_of(path: Path) -> Path:
     return shipped if is_name and not path.exists() and shipped.is_file() else path
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a recipe as nested dicts, merged with the recipes that it extends.
+def read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe as nested dicts, merged with the recipes that it extends. `within` are the
+    files that extend it.
 
     Raises:
-        RecipeError: no such file, or invalid TOML.
+        RecipeError: no such file, invalid TOML, or recipes that extend each other in a circle.
     """
     file = _file_of(path)
+    if file.resolve() in within:
+        raise RecipeError(f"{file} extends itself; a recipe can extend only other recipes")
     try:
         values = read_toml(file)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise RecipeError(f"no recipe at {path}; built-in recipes: {known}") from None
     merged: dict[str, Any] = {}
-    for base in values.pop("extends", []):
+    bases = values.pop("extends", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f'{file}: extends takes a list of recipes, such as ["phase1.toml"]')
+    for base in bases:
         beside = file.parent / base
-        shipped = _file_of(Path(base))
-        _merge(merged, read(shipped if not beside.exists() and shipped.exists() else beside))
+        if not beside.exists() or beside.samefile(file):  # the own copy of a built-in recipe
+            own = FOLDER / Path(base).name
+            beside = own if own.exists() and Path(base).parent == Path() else beside
+        _merge(merged, read(beside, (*within, file.resolve())))
     return _merge(merged, values)
 
 
@@ -149,6 +157,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +180,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    except RecursionError:
+        raise RecipeError(f"--set {name}: its value is nested too deeply") from None
     *tables, key = name.strip().split(".")
     for part in tables:
         values = values.setdefault(part, {})

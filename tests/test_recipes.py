@@ -171,3 +171,40 @@ def test_a_built_in_recipe_is_found_by_name_from_any_folder(
             recipes.read(path)
     (tmp_path / "demo-phase1.toml").write_text('name = "own"')
     assert recipes.read(Path("demo-phase1.toml")) == {"name": "own"}
+
+
+def test_a_recipe_may_extend_the_built_in_recipe_of_its_name(tmp_path: Path) -> None:
+    own = tmp_path / "phase1.toml"
+    own.write_text('extends = ["phase1.toml"]\n[optim]\nlr = 0.5\n')
+    assert recipes.load(Recipe, own).optim.lr == 0.5
+    assert recipes.read(own)["optim"].keys() > {"lr"}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.toml": 'extends = ["b.toml"]', "b.toml": 'extends = ["a.toml"]'}, "extends itself"),
+        ({"a.toml": 'extends = ["a.toml"]'}, "extends itself"),
+        ({"a.toml": "extends = [1]"}, "extends takes a list"),
+        ({"a.toml": "extends = 1"}, "extends takes a list"),
+        ({"a.toml": 'extends = "phase1.toml"'}, "extends takes a list"),
+        ({"a.toml": f"x = {'[' * 9000}"}, "nested too deeply"),
+    ],
+)
+def test_recipes_that_cannot_be_read_are_one_line(
+    tmp_path: Path, files: dict[str, str], said: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(recipes.RecipeError, match=said) as caught:
+        recipes.read(tmp_path / "a.toml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [(f"run.seed={'[' * 9000}", "nested too deeply"), (f"run.seed={2**64}", "seed must be below")],
+)
+def test_values_of_set_that_are_out_of_range(override: str, said: str) -> None:
+    with pytest.raises(recipes.RecipeError, match=said):
+        recipes.load(Recipe, recipes.FOLDER / "phase1.toml", [override])

@@ -33,7 +33,9 @@ The fields of an `Embedder` are passed by keyword:
   there are (default 1). Rank r computes every `world_size`-th shard.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +53,14 @@ from model.features.store import (
 from model.network import Detector
 from model.score import AT_A_TIME, autocast, evaluating, in_parts
 from pipeline.batch import Batch
-from pipeline.loader import open_loader
+from pipeline.loader import LoadError, open_loader
 from pipeline.loading import Loading
 from pipeline.order import Epoch
 from pipeline.params import view_params
+from pipeline.read import UNREAD
 from sharding.format import ShardSet
+
+log = logging.getLogger("ai_images_detector")
 
 AT_A_TIME_ON_GPU = 256
 """Number of images per forward pass on a GPU; `AT_A_TIME` on the CPU. It is constant, because the
@@ -111,22 +116,45 @@ def embed(
     batches = loader.batches(
         _in_order(np.concatenate(rows), loader.global_batch), view_params(shards, *settings)
     )
-    computed, left = _features(embedder, batches), sum(map(len, rows))
+    left = sum(map(len, rows))
     offsets = shards.column("offset")
     held: list[tuple[np.ndarray, np.ndarray, dict[int, str]]] = []
-    for file, wanted in zip(files, rows, strict=True):
-        while sum(len(part[1]) for part in held) < len(wanted):
-            held.append(next(computed))
-            new = min(len(held[-1][1]), left)  # what fills up the last batch does not count
-            left -= new
-            on_images(new)
-        features, valid, failures = _joined(held)
-        count = len(wanted)
-        own = {row: reason for row, reason in failures.items() if row < count}
-        write_file(file, offsets[wanted], valid[:count], features[:count], own)
-        later = {row - count: reason for row, reason in failures.items() if row >= count}
-        held = [(features[count:], valid[count:], later)]
+    # Closed at an error: a generator that is left inside `inference_mode` keeps the mode on.
+    with contextlib.closing(_features(embedder, batches)) as computed:
+        for file, wanted in zip(files, rows, strict=True):
+            while sum(len(part[1]) for part in held) < len(wanted):
+                held.append(next(computed))
+                new = min(len(held[-1][1]), left)  # what fills up the last batch does not count
+                left -= new
+                on_images(new)
+            features, valid, failures = _joined(held)
+            count = len(wanted)
+            own = {row: reason for row, reason in failures.items() if row < count}
+            _name_failures(shards, wanted, own, file)
+            write_file(file, offsets[wanted], valid[:count], features[:count], own)
+            later = {row - count: reason for row, reason in failures.items() if row >= count}
+            held = [(features[count:], valid[count:], later)]
     return sum(map(len, rows))
+
+
+def _name_failures(
+    shards: ShardSet, rows: np.ndarray, failures: Mapping[int, str], file: ShardFile
+) -> None:
+    """Log the images of a shard that have no features. `failures` maps a position in `rows` to the
+    reason.
+
+    Raises:
+        LoadError: the disk or the network failed. The image may be read the next time, so the shard
+            must not be stored without it.
+    """
+    for row, reason in failures.items():
+        name = shards.name(int(rows[row]))
+        if reason.startswith(UNREAD):
+            raise LoadError(
+                f"{name} {reason}; nothing of {file.path.stem} was stored, run the same command "
+                "again when it can be read"
+            )
+        log.warning("%s has no features: %s", name, reason)
 
 
 def _rows_of(shards: ShardSet, file: ShardFile) -> np.ndarray:
@@ -155,7 +183,7 @@ def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:
 
 def _features(
     embedder: Embedder, batches: Iterator[Batch]
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
+) -> Generator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
     """Yield (features float16 (N, D), valid bool (N,), failures row -> reason), in order. The
     features of an image that cannot be decoded are zeros.
     """

@@ -133,7 +133,7 @@ def gather(stream: Stream, epochs: int, dist: DistEnv | None = None) -> Samples:
     assert isinstance(loader, FeatureLoader)
     counts: dict[int, np.ndarray] = {}
     for number in range(epochs):
-        epoch, view = stream.epoch(number), stream.view(number)
+        epoch, view = stream.epoch(number, whole=True), stream.view(number)
         assert view is not None
         seen = counts.setdefault(view, np.zeros(len(loader.shards), np.int64))
         seen += np.bincount(epoch.samples, minlength=len(seen))

@@ -59,6 +59,7 @@ from model.training.optim import make_optimizer, schedule, set_learning_rate
 from model.training.plan import RunPlan
 from model.training.step import TrainState, train_step
 from model.training.validation import calibrate_checkpoint
+from pipeline.order import OrderError
 from pipeline.stream import Stream
 
 
@@ -70,17 +71,17 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
         CalibrationError: the remaining images do not fill a batch, or lack a class.
     """
     recipe, stream, net = planned.recipe, _without(planned.stream, without), train_state.net
+    if recipe.optim.solver == "lbfgs":
+        try:  # the head of all sources, or without others, is near: the search begins there
+            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim, new=True)
+        except (FitError, OrderError) as error:
+            raise CalibrationError(f"without {', '.join(without)} {error}") from error
+        return
     if not stream.steps_per_epoch:
         raise CalibrationError(
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
-    if recipe.optim.solver == "lbfgs":
-        try:  # the head of all sources, or without others, is near: the search begins there
-            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim, new=True)
-        except FitError as error:
-            raise CalibrationError(f"without {', '.join(without)} {error}") from error
-        return
     reset_head(train_state)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
     state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())

@@ -53,7 +53,7 @@ from pipeline.augment import AugmentPolicy
 from pipeline.params import policies_of
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
-from storage import parse_json, write_atomically, write_text
+from storage import AnyPath, parse_json, write_atomically, write_text
 
 STORE_VERSION = 1
 
@@ -177,7 +177,11 @@ class ShardFile:
 def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) -> list[ShardFile]:
     """Return the files of a view of a shard set, in the order of its shards, whether they exist or
     not.
+
+    Raises:
+        FeatureError: two sets have the same folder name.
     """
+    of_path: dict[Path, AnyPath] = {}
     codes = np.unique(shards.column("shard_code"))
     source_codes, names = shards.codes("source")
     first_rows = {int(code): int(row) for row, code in _first_rows(shards)}
@@ -196,6 +200,11 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
             source = names[source_codes[first_rows[code]]]
             entry |= {"seed": view.seed, "policy": asdict(policies[source])}
         path = store / backbone.folder / folder.name / view.folder / f"{shard[:-4]}.arrow"
+        if (other := of_path.setdefault(path, folder)) != folder:
+            raise FeatureError(
+                f"the sets {other} and {folder} have the same name, so their features would "
+                "overwrite each other; rename one of the folders"
+            )
         files.append(ShardFile(path=path, shard_code=code, id=parse_json(_canonical(entry))))
     return files
 

@@ -160,7 +160,9 @@ class RunPlan:
             work = f"{self.steps:,} steps of {loader.global_batch}"
         labels = stream.pool.shards.column("label")[stream.new(0)]
         counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
-        left = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
+        rest = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
+        fits = recipe.optim.solver == "lbfgs"
+        left = "" if fits else f", without the last {rest} that fill no batch"
         return [
             *([f"resuming from {self.resumed}"] if self.resumed else []),
             *([f"weights from {self.weights.path}"] if self.weights.path else []),
@@ -170,8 +172,7 @@ class RunPlan:
             f"{how}",
             *describe_preprocess(recipe),
             f"per epoch {len(labels):,} new samples ({counts}) and {stream.replayed_per_epoch:,} "
-            f"old ones, without the last {left} that fill no batch; "
-            f"{counted(recipe.run.epochs, 'epoch')}, {work}",
+            f"old ones{left}; {counted(recipe.run.epochs, 'epoch')}, {work}",
             f"images through {loader.backend} ({loader.reason})",
             f"torch.compile {'on' if self.compiled else 'off'} ({self.compiled_reason})",
         ]
@@ -210,6 +211,11 @@ def plan(
     check_sets(recipe, stream)
     check_apart(recipe, stream, validation)
     starts_trained = _starts_trained(recipe, init_from)
+    if starts_trained and recipe.calibration.on == "left_out":
+        raise ValueError(
+            f"calibration.on=left_out needs an untrained head, and {init_from} is trained: set "
+            "calibration.on=validation"
+        )
     if recipe.gate.mistakes and starts_trained:
         check_mistakes(recipe.gate, folder / START_FILE if resumed else None)
     weights, teacher = _weights(recipe, runs, init_from, resumed)

@@ -49,7 +49,8 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
     """Restore the training state of the checkpoint `folder`, saved after `done` steps."""
     state = checkpoint.load_state(folder)
     train_state.optimizer.load_state_dict(state["optimizer"])
-    train_state.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if saved in another precision, which has no loss scale
+        train_state.scaler.load_state_dict(state["scaler"])
     if train_state.ema is not None:
         train_state.net.backbone.load_state_dict(state["net"])
     dist = train_state.dist

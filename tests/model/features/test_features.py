@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,6 +40,7 @@ from model.training.run import train
 from pipeline.augment import AugmentPolicy
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
+from pipeline.read import _Files
 from pipeline.stream import evaluation_batches
 from sharding.format import ShardSet, open_shards
 from tests.builders import HARSH, ROOT, SMALL_PREPROCESS, TINY, broken_copy, losses_of
@@ -267,6 +269,36 @@ def test_images_that_cannot_be_decoded_are_left_out(
     named = [line for batch in batches for line in loader.name_failures(batch)]
     assert len(named) == 1
     assert shards.text("key", 3) in named[0]
+
+
+def test_a_disk_that_fails_loses_no_image(
+    net: Detector, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that cannot be read now may be read later, so its shard is not stored without it."""
+    source, read = source_in(tmp_path, net), _Files.read
+    lost = int(old.column("offset")[5])
+
+    def failing(files: _Files, code: int, offset: int, size: int) -> bytes:
+        if (code, offset) == (old.column("shard_code")[5], lost):
+            raise PermissionError(13, "token expired")
+        return read(files, code, offset, size)
+
+    with monkeypatch.context() as patched, pytest.raises(LoadError) as caught:
+        patched.setattr(_Files, "read", failing)
+        embed(embedder(net), old, source, 0)
+    assert f"{old.name(5)} cannot be read: [Errno 13] token expired; nothing of" in str(
+        caught.value
+    )
+    embed(embedder(net), old, source, 0)
+    table = open_table(source.store, source.backbone, old, source.numbered(0))
+    assert not table.failures(np.arange(len(old)))
+
+
+def test_two_sets_of_one_name_are_refused(net: Detector, data: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(data / "old", tmp_path / "again/old"))
+    both = open_shards([data / "old", other])
+    with pytest.raises(FeatureError, match="have the same name, so their features would overwri"):
+        embed(embedder(net), both, source_in(tmp_path / "store", net), 0)
 
 
 def test_many_broken_images_stop_the_embedding(net: Detector, data: Path, tmp_path: Path) -> None:

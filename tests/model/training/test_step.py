@@ -72,6 +72,19 @@ def test_the_scaler_state_is_restored_on_resume(
     assert parts["_growth_tracker"] == 10
 
 
+def test_a_run_resumes_in_another_precision(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a run of a CPU on a GPU without bf16, where the scaler has no saved state."""
+    recipe = recipes.load(Recipe, tiny_recipe, [])
+    train(recipe, data, tmp_path, stop_at=3)
+    half = (torch.float16, "as on an old GPU")
+    monkeypatch.setattr("model.training.plan.choose_precision", lambda *_: half)
+    train(recipe, data, tmp_path, stop_at=6)
+    saved = checkpoint.load_state(checkpoint.last_of(tmp_path / "tiny"))["scaler"]
+    assert saved["_growth_tracker"] == 3
+
+
 def test_one_step_of_the_schedule_per_optimizer_step(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
