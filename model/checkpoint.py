@@ -206,9 +206,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(hashes, dict):
         raise DamagedError(f"{path} is damaged: it has no hashes of the checkpoint's files")
-    if meta.get("classes") != list(CLASSES):
-        found = meta.get("classes")
-        raise CheckpointError(f"{folder} has classes {found}, expected {list(CLASSES)}")
+    if (classes := meta.get("classes")) != list(CLASSES):
+        raise CheckpointError(f"{folder} has classes {classes}, expected {list(CLASSES)}")
     return meta
 
 
