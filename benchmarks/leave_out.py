@@ -65,7 +65,7 @@ from model.features.loader import FeatureLoader
 from model.features.prepare import embed_run, source_of, with_features
 from model.metrics import measure
 from model.recipe import Recipe
-from model.score import evaluating, logits_of, probability, score_set
+from model.score import autocast, evaluating, logits_of, probability, score_set
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
@@ -188,7 +188,7 @@ def perturbed_features(
             there = [not isinstance(image, str) for image in images]
             pixels = np.stack([image for image in images if not isinstance(image, str)])
             tensor = torch.from_numpy(pixels).to(planned.device).permute(0, 3, 1, 2)
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(planned.device, planned.dtype):
                 own = state.net.features(tensor).float().cpu()
             features[sample] = np.full((len(images), own.shape[1]), np.nan, np.float32)
             features[sample][there] = own.numpy()
@@ -268,7 +268,7 @@ def main(
     )
     state = assemble(planned)
     planned = with_features(planned, state)
-    source = source_of(planned.recipe, state.net, torch.float32)
+    source = source_of(planned.recipe, state.net, planned.dtype)
     pool = planned.stream.pool
     embed_run(planned, state, source, [pool.shards])
     subset = subset_of(planned, per_source) if per_source else {}
