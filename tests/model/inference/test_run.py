@@ -145,7 +145,7 @@ def test_results_are_written_immediately(
     assert result.exit_code == 130
     assert seen == [1, 2]
     assert "stopped after 2 images" in result.stderr
-    assert "--resume continues it" in result.stderr
+    assert "--resume continues them" in result.stderr
     monkeypatch.setattr(results.ResultsFile, "write", write)
     assert ask(photos, "--out", out, "--resume").exit_code == 0
     assert len(out.read_bytes().splitlines()) == 3
