@@ -305,7 +305,7 @@ def test_a_calibration_that_is_not_an_object_is_refused(file: Path, tmp_path: Pa
     assert open_other(str(file), opening).predict(photo(1)).probability < 0.5
     damaged = {
         "{": "Expecting property name", "": "the file is empty", "[]": "it holds list, expected an",
-        "{}": "temperature is missing", "[" * 100_000: "maximum recursion depth",
+        "{}": "temperature is missing", "[" * 100_000: "it is nested too deeply",
     }  # fmt: skip
     for content, said in damaged.items():
         path.write_text(content)
