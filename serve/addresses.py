@@ -130,19 +130,19 @@ def _resolved(parts: SplitResult, port: int, private: bool, until: float) -> lis
     if time.monotonic() >= until:
         raise FetchError("the URL took too long to answer")
     host = parts.hostname or ""
-    found: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    answer: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def resolve() -> None:
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             entries = []
-        found.put([str(entry[4][0]) for entry in entries])
+        answer.put([str(entry[4][0]) for entry in entries])
 
     # In a thread that is left behind if it is late: the system's resolver has no deadline.
     threading.Thread(target=resolve, daemon=True).start()
     try:
-        addresses = found.get(timeout=max(0.0, until - time.monotonic()))
+        addresses = answer.get(timeout=max(0.0, until - time.monotonic()))
     except queue.Empty:
         raise FetchError("the URL took too long to answer") from None
     if not addresses:

@@ -154,8 +154,8 @@ def _sorted_entries(folder: str) -> Iterator[os.DirEntry[str]]:
 def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
     top = (raw / root).path.rstrip("/")
     with remote_errors(raw / root, "could not be listed"):
-        found = raw.fs.find(top, detail=True)
-    for path, info in sorted(found.items()):
+        files = raw.fs.find(top, detail=True)
+    for path, info in sorted(files.items()):
         inside = path.removeprefix(top).lstrip("/")
         if zip.is_hidden(inside):
             continue
