@@ -87,7 +87,7 @@ class Run:
     epochs: int
     """Passes over the training set. Range: at least 1"""
     seed: int = 70
-    """Seed of sample order, augmentation and initial weights. Range: at least 0"""
+    """Seed of sample order, augmentation and initial weights, below 2**63. Range: at least 0"""
     init_from: str = ""
     """Run whose best checkpoint gives the first weights. Empty: see `network.pretrained`."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

@@ -18,7 +18,9 @@ an interrupted run resumes there. Errors:
 
 - `FeatureError` (a `ValueError`): a feature is not finite, or `shards` is a selection that leaves
   out samples of a shard.
-- `LoadError` (a `ValueError`): the set cannot be loaded, or too many images cannot be decoded.
+- `LoadError` (a `ValueError`): the set cannot be loaded, too many images cannot be decoded, or the
+  disk or network failed for an image. The shard of that image is not written. An image that cannot
+  be decoded is logged.
 - `OSError`: a file cannot be written.
 
 The fields of an `Embedder` are passed by keyword:

@@ -31,7 +31,7 @@ forgetting) are not in it. The function also takes a `TrainState` (network, devi
 that may be left out: `on_head(sources)` is called once for each new head, with the list of names
 that this head was trained without; while `on_head` runs, `train_state.net` has this head.
 
-`refit(planned, train_state, without)` trains the head in `train_state` from zero on the stored
+`refit(planned, train_state, without)` trains a new head in `train_state` on the stored
 features of `planned` (from `with_features()`), without the sources `without` (names): in steps, or
 by `fit_head()` with `optim.solver` lbfgs. It raises `CalibrationError` if the other images fill no
 batch or, with lbfgs, lack a class or give a loss that is not finite. (In steps, a lacking class is
@@ -64,8 +64,8 @@ from pipeline.stream import Stream
 
 
 def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -> None:
-    """Train the head in `train_state` from zero without the sources `without`, by the run's recipe
-    and on stored features. Only this rank trains.
+    """Train a new head in `train_state` without the sources `without`, by the run's recipe and on
+    stored features. Only this rank trains.
 
     Raises:
         CalibrationError: the remaining images do not fill a batch, or lack a class.
