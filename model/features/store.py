@@ -2,11 +2,11 @@
 them.
 
     <store>/<backbone>-<hash>/backbone.json          identity of the backbone
-    <store>/<backbone>-<hash>/<set>/<view>/<shard>.arrow
+    <store>/<backbone>-<hash>/<set>/<view>/<shard>-<hash of the tar>.arrow
 
 View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (the first
 epoch is 0). A file has a row per sample, in the order of the tar. A file with another identity
-counts as missing.
+counts as missing. Sets of one name whose tars differ have different files.
 
 Main entries: `open_table(store, backbone, shards, view)` reads the features of one view, and
 `missing_of(store, backbone, shards, view, *, rank, world_size)` lists the files to compute.
@@ -53,7 +53,7 @@ from pipeline.augment import AugmentPolicy
 from pipeline.params import policies_of
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
-from storage import AnyPath, parse_json, write_atomically, write_text
+from storage import parse_json, write_atomically, write_text
 
 STORE_VERSION = 1
 
@@ -177,11 +177,7 @@ class ShardFile:
 def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) -> list[ShardFile]:
     """Return the files of a view of a shard set, in the order of its shards, whether they exist or
     not.
-
-    Raises:
-        FeatureError: two sets have the same folder name.
     """
-    of_path: dict[Path, AnyPath] = {}
     codes = np.unique(shards.column("shard_code"))
     source_codes, names = shards.codes("source")
     first_rows = {int(code): int(row) for row, code in _first_rows(shards)}
@@ -199,12 +195,8 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
         if view.number and policies is not None:
             source = names[source_codes[first_rows[code]]]
             entry |= {"seed": view.seed, "policy": asdict(policies[source])}
-        path = store / backbone.folder / folder.name / view.folder / f"{shard[:-4]}.arrow"
-        if (other := of_path.setdefault(path, folder)) != folder:
-            raise FeatureError(
-                f"the sets {other} and {folder} have the same name, so their features would "
-                "overwrite each other; rename one of the folders"
-            )
+        name = f"{shard[:-4]}-{shards.shard_sha256[code][:12]}.arrow"
+        path = store / backbone.folder / folder.name / view.folder / name
         files.append(ShardFile(path=path, shard_code=code, id=parse_json(_canonical(entry))))
     return files
 

@@ -43,7 +43,7 @@ from pipeline.loading import Loading
 from pipeline.read import _Files
 from pipeline.stream import evaluation_batches
 from sharding.format import ShardSet, open_shards
-from tests.builders import HARSH, ROOT, SMALL_PREPROCESS, TINY, broken_copy, losses_of
+from tests.builders import HARSH, ROOT, SMALL_PREPROCESS, TINY, broken_copy, build_all, losses_of
 
 CPU = torch.device("cpu")
 FROZEN = replace(TINY, freeze_backbone=True, head="stages")
@@ -294,11 +294,18 @@ def test_a_disk_that_fails_loses_no_image(
     assert not table.failures(np.arange(len(old)))
 
 
-def test_two_sets_of_one_name_are_refused(net: Detector, data: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(data / "old", tmp_path / "again/old"))
-    both = open_shards([data / "old", other])
-    with pytest.raises(FeatureError, match="have the same name, so their features would overwri"):
-        embed(embedder(net), both, source_in(tmp_path / "store", net), 0)
+def test_two_sets_of_one_name_keep_their_features(
+    net: Detector, old: ShardSet, raw: Path, tmp_path: Path
+) -> None:
+    """Two data folders share the default store; both have a set `old`, of other images."""
+    shutil.copytree(raw, tmp_path / "raw")
+    (tmp_path / "raw/alpha/real/003.webp").unlink()
+    sets = [old, open_shards([build_all(tmp_path / "raw", tmp_path / "data") / "old"])]
+    assert sets[0].shards == sets[1].shards
+    source = source_in(tmp_path / "store", net)
+    for shards in sets:
+        assert embed(embedder(net), shards, source, 0) > 0
+    assert [embed(embedder(net), shards, source, 0) for shards in sets] == [0, 0]
 
 
 def test_many_broken_images_stop_the_embedding(net: Detector, data: Path, tmp_path: Path) -> None:
