@@ -25,9 +25,10 @@ recipe that is read, and `words_of(params)` describes the parameters of one imag
 `CELL` is the side of an image in pixels, `GAIN` the factor by which differences are enlarged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,7 @@ def write_preview(
     policy = policy or values.get("data", {}).get("policy", "")
     if not policy:
         raise recipes.RecipeError(f"{recipe} names no data.policy; name one with --policy")
+    _announce_defaults(recipe, values.get("preprocess", {}), policies.preprocess)
     samples = _spread(opened, count, seed)
     request = _request(opened, samples, policies, policy, seed)
     shape = policies.preprocess.shape
@@ -129,6 +131,19 @@ def write_preview(
     picture_of(rows).save(out, "PNG")
     change = None if dali is None else np.abs(dali.astype(np.int16) - pil.images.numpy())
     return len(rows), change
+
+
+def _announce_defaults(recipe: Path, stated: Mapping[str, Any], preprocess: Preprocess) -> None:
+    """Name the preprocessing settings that the recipe leaves out and training takes from the
+    network's weights.
+    """
+    names = ("crop_size", "resize_size", "interpolation")
+    used = [f"{name}={getattr(preprocess, name)}" for name in names if name not in stated]
+    if used:
+        console.say(
+            f"{recipe} leaves out settings that training takes from the network's weights; shown "
+            f"with {', '.join(used)}. Set them in [preprocess] to see what the network sees."
+        )
 
 
 def _spread(shards: ShardSet, count: int, seed: int) -> np.ndarray:

@@ -43,6 +43,22 @@ def test_preview_without_dali_says_so(
     assert "dali - pil" not in output
 
 
+def test_preview_names_the_settings_that_training_takes_from_the_weights(
+    data: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        'name = "own"\n[data]\npolicy = "train"\n[augment.train]\n[augment.dda]\n'
+        '[preprocess]\ncrop_size = 224\n[network]\nname = "vit_base_patch16_clip_224.openai"\n'
+    )
+    out = tmp_path / "grid.png"
+    status, output = run("preview", data / "old", "--out", out, "--recipe", recipe)
+    assert status == 0, output
+    assert "shown with resize_size=288, interpolation=bilinear" in " ".join(output.split())
+    _, output = run("preview", data / "old", "--out", out)
+    assert "shown with" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
