@@ -229,9 +229,10 @@ def choose_reference(
         ValueError: the set `asked` has no real images.
     """
     if asked:
-        if not _count_reals(data, asked):
+        if not _has_reals(data, opened, asked):
             raise ValueError(
-                f"--reference-reals {asked}: this set has no real images; name a set that has some"
+                f"--reference-reals {asked}: this set has no real images to score; name a set that "
+                "has some"
             )
         return {"set": asked, "why": "--reference-reals", "for_all": True}
     defaults = read_catalog(SHIPPED).reference
@@ -239,11 +240,14 @@ def choose_reference(
         other = defaults.get(name)
         if (shards.column("label") == REAL).any() or other is None:
             continue
-        if (data / other / "index.json").exists() and _count_reals(data, other):
+        if (data / other / "index.json").exists() and _has_reals(data, opened, other):
             return {"set": other, "why": "the catalog's default", "for_all": False}
     return None
 
 
-def _count_reals(data: AnyPath, name: str) -> int:
-    labels = open_shards([data / name]).column("label")
-    return int((labels == REAL).sum())
+def _has_reals(data: AnyPath, opened: Mapping[str, ShardSet], name: str) -> bool:
+    """Return whether the set `name` has real images: among the samples to score if it is measured,
+    else in the whole set.
+    """
+    shards = opened[name] if name in opened else open_shards([data / name])
+    return bool((shards.column("label") == REAL).any())

@@ -68,6 +68,16 @@ def test_bad_input_is_refused_before_loading(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reference_without_real_images_in_the_subset_is_refused(
+    data: Path, tiny_checkpoint: Path
+) -> None:
+    table = open_shards([data / "val"]).table.to_pydict()
+    fakes = [key for key, label in zip(table["key"], table["label"], strict=True) if label == 1]
+    options = Options(subset=Subset("list.csv", "", {"val": fakes}), reference_reals="val")
+    with pytest.raises(ValueError, match="val: this set has no real images to score; name a set"):
+        plan(tiny_checkpoint, data, ["val"], options)
+
+
 def test_an_unavailable_backend_is_refused(
     data: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
