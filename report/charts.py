@@ -31,6 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from model.evaluation.bootstrap import wilson
 from model.metrics import roc
 
 REAL, FAKE, INK, MUTED, GRID, BAND = (f"#0a0b0{number}" for number in range(1, 7))
@@ -103,7 +104,7 @@ def reliability_chart(labels: np.ndarray, probabilities: np.ndarray) -> Markup:
     used = np.flatnonzero(counts)
     mean = np.bincount(bins, weights=probabilities, minlength=BINS)[used] / counts[used]
     share = np.bincount(bins, weights=labels, minlength=BINS)[used] / counts[used]
-    low, high = _wilson(share, counts[used])
+    low, high = wilson(share, counts[used])
     figure, axes = _figure()
     heights = counts / counts.max() * 0.25
     axes.bar(np.arange(BINS) / BINS + 0.05, heights, 0.09, color=BAND)
@@ -115,14 +116,6 @@ def reliability_chart(labels: np.ndarray, probabilities: np.ndarray) -> Markup:
     axes.set_xlabel("predicted probability of fake")
     axes.set_ylabel("share of fakes")
     return _svg(figure, "Reliability diagram: share of fakes against predicted probability")
-
-
-def _wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the 95 % score interval of Wilson (1927) for shares of `count` images."""
-    z2 = 1.96**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    reach = np.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) * 1.96 / (1 + z2 / count)
-    return middle - reach, middle + reach
 
 
 def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float]) -> Markup:

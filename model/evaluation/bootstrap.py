@@ -37,6 +37,10 @@ section 3.8). This is done separately for each source, and within a source for t
 reals, with only fakes, and with both. A part with a single group could not vary; so all such parts,
 of any source, form one part.
 
+The interval of `recall` and of `false_positive_rate` contains the score interval of Wilson (1927),
+for the number of independent images that has the variance of the resamples. `wilson(share, count)`
+returns its two ends; both arguments are floats, or arrays of one shape.
+
 An interval [0, 0] or [1, 1] at a bound of the metric is replaced by the exact one (Clopper and
 Pearson, 1934): [0, d] or [1 - d, 1], where d is 1 - (0.05 / 2) ** (1 / groups).
 """
@@ -60,6 +64,7 @@ _AT_A_TIME = 2_000_000
 """
 
 Line = TypeVar("Line", bound=Hashable)
+Shares = TypeVar("Shares", float, np.ndarray)
 
 Resamples = dict[str, np.ndarray]
 """Values of each metric in all resamples: name -> float64 (resamples,), NaN where undefined."""
@@ -359,17 +364,44 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
     """
     reals, fakes = groups.count(images.reals), groups.count(images.fakes)
     both = groups.count(np.concatenate([images.reals, images.fakes]))
+    shares = dict.fromkeys(_OF_FAKES, images.fakes) | dict.fromkeys(_OF_REALS, images.reals)
     intervals_of = {}
     for name, values in resamples.items():
         independent = min(reals, fakes)
         if name in _OF_ALL:
             independent = both
-        elif name in (*_OF_FAKES, *_OF_REALS):
+        elif name in shares:
             independent = fakes if name in _OF_FAKES else reals
         ends = () if name in _UNBOUNDED else (0.0, 1.0)
         if (low_high := interval(values, independent, ends)) is not None:
+            if name in shares:
+                low_high = _widened(low_high, values, len(shares[name]))
             intervals_of[name] = low_high
     return intervals_of
+
+
+def _widened(low_high: list[float], values: np.ndarray, images: int) -> list[float]:
+    """Widen the interval of a share of `images` images to the score interval of Wilson.
+
+    The percentiles alone are too narrow for a rare event: one error in 490 images would get a lower
+    upper end than none. The score interval takes the number of independent images that has the
+    variance of `values`.
+    """
+    share, variance = float(np.nanmean(values)), float(np.nanvar(values))
+    if variance == 0:
+        return low_high
+    low, high = wilson(share, min(images, share * (1 - share) / variance))
+    return [min(low_high[0], low), max(low_high[1], high)]
+
+
+def wilson(share: Shares, count: Shares) -> tuple[Shares, Shares]:
+    """Return the ends of the 95 % score interval of a share of `count` images (E. B. Wilson, 1927).
+    Both are numbers or arrays of one shape.
+    """
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5 * 1.96 / (1 + z2 / count)
+    return middle - reach, middle + reach
 
 
 def interval(

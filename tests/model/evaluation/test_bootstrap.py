@@ -1,5 +1,6 @@
 """Bootstrap intervals: the metrics equal `measure`, groups stay whole, and the coverage is 95 %."""
 
+import itertools
 from dataclasses import asdict
 
 import numpy as np
@@ -119,6 +120,33 @@ def test_no_error_in_few_images_still_has_an_interval() -> None:
     assert bounds["eer"] == [0.0, pytest.approx(reach)]
     assert bounds["nll"] == [pytest.approx(-np.log(0.9))] * 2
     assert "ece" not in bounds
+
+
+@pytest.mark.parametrize("count", [12, 100, 490])
+def test_more_errors_never_have_a_lower_upper_end(count: int) -> None:
+    labels = np.repeat([0, 1], count)
+    images, groups = images_of(labels), alone(labels)
+    ends = []
+    for errors in range(6):
+        fake = np.where(np.arange(2 * count) < errors, 0.9, 0.1)
+        bounds = intervals(images, groups, resample(fake, {"": images}, groups, 0.5)[""])
+        ends.append(bounds["false_positive_rate"][1])
+    assert all(low < high for low, high in itertools.pairwise(ends))
+
+
+def test_intervals_of_rare_errors_have_the_stated_coverage() -> None:
+    """95 %, up to the noise of 400 repeats (the standard error is 1.1 %)."""
+    rng = np.random.default_rng(3)
+    count, truth = 490, 0.0065
+    labels = np.zeros(count, int)
+    images, groups = images_of(labels), alone(labels)
+    hits = 0
+    for repeat in range(400):
+        fake = (rng.uniform(size=count) < truth).astype(float)
+        values = resample(fake, {"": images}, groups, 0.5, resamples=200, seed=repeat)[""]
+        low, high = intervals(images, groups, values)["false_positive_rate"]
+        hits += low <= truth <= high
+    assert hits / 400 > 0.925
 
 
 def test_a_metric_of_a_single_group_has_no_interval() -> None:
