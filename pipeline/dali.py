@@ -77,6 +77,7 @@ class DaliBackend:
         self.hw_decoder_load = hw_decoder_load
         self.status = WorkerStatus(["reader", "DALI"])
         self._repair: Callable[[bytes, int, AugmentBatch], torch.Tensor] | None = None
+        self._idle: tuple[_Source, Any] | None = None  # a pipeline whose run has ended, reset
 
     def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
         """Yield the pixels of each request, uint8 (B, *shape, 3) on the device. The first
@@ -104,7 +105,8 @@ class DaliBackend:
                 fed.put(request)
                 return columns_of(request.data, request.orientations, request.params, self.shape)
 
-            pipe = self._build(feed, self.batch_size, depth=2)
+            source, pipe = self._take_pipeline()
+            source.feed = feed
             step = start
             while True:
                 ready, before, began = ahead.ready, waited, time.perf_counter()
@@ -113,6 +115,11 @@ class DaliBackend:
                     with self.status.at(DECODER, "decoding", step):
                         images, failures = _tensor_of(pipe.run(*self._stream)), {}
                 except StopIteration:
+                    # Kept for the next run: building one takes 2 s on an H200. A run that is
+                    # stopped early leaves batches in its pipeline, which is not used again.
+                    pipe.reset()
+                    source.feed = None
+                    self._idle = source, pipe
                     return
                 except RuntimeError as error:
                     if self._device_failed(error) or fed.empty():  # no batch: `requests` failed
@@ -188,8 +195,8 @@ class DaliBackend:
 
     def _device_failed(self, error: RuntimeError) -> bool:
         """Return whether `error` means that the GPU is lost or out of memory, rather than that a
-        sample is bad. A lost GPU raises an error at the next call; the message of DALI contains the
-        name of CUDA's error.
+        sample is bad. A lost GPU raises an error at the next call. The message of DALI contains the
+        name of CUDA's error, or DALI's own text for no memory.
         """
         if self.device.type != "cuda":
             return False
@@ -221,6 +228,15 @@ class DaliBackend:
         on_gpu = self.device.type == "cuda"
         return (torch.cuda.current_stream(self.device),) if on_gpu else ()
 
+    def _take_pipeline(self) -> "tuple[_Source, Any]":
+        """Take the idle pipeline, or build one if there is none. A run has its pipeline alone."""
+        idle, self._idle = self._idle, None
+        if idle is None:
+            source = _Source()
+            # Not `source` itself: DALI inspects the code object of its source.
+            idle = source, self._build(lambda: source.next(), self.batch_size, depth=2)
+        return idle
+
     def _build(self, feed: Callable[[], tuple], batch_size: int, depth: int) -> Any:
         on_gpu = self.device.type == "cuda"
         pipe = graph(
@@ -230,11 +246,17 @@ class DaliBackend:
             self.hw_decoder_load,
             batch_size=batch_size,
             num_threads=self.threads,
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=self._device_id if on_gpu else None,
             prefetch_queue_depth=depth,
         )
         pipe.build()
         return pipe
+
+    @property
+    def _device_id(self) -> int:
+        """Number of the GPU. `cuda` without a number is the current one, that of the rank."""
+        index = self.device.index
+        return torch.cuda.current_device() if index is None else index
 
     def _one_by_one(self, request: Request) -> tuple[torch.Tensor, dict[int, str]]:
         """Redo a lost batch with the same graph, one image at a time, so that only the bad images
@@ -286,6 +308,17 @@ class DaliBackend:
         return decode
 
 
+class _Source:
+    """Source of a pipeline's batches: calls the function `feed` of the run that uses it."""
+
+    feed: Callable[[], tuple] | None = None
+
+    def next(self) -> tuple:
+        """Return the next batch."""
+        assert self.feed is not None  # only a run asks
+        return self.feed()
+
+
 def _tensor_of(outputs: tuple) -> torch.Tensor:
     """Return the batch as a tensor without a copy. DALI keeps the buffer as long as the tensor
     exists.
@@ -311,8 +344,11 @@ def _member(request: Request, row: int) -> tuple[bytes, str, int]:
     return request.data[row], request.formats[row], request.orientations[row]
 
 
-# Names of errors of CUDA's runtime and of its driver.
-_CUDA_ERROR = re.compile(r"\bcudaError[A-Z]\w+|\bCUDA_ERROR_[A-Z_]+")
+# Names of errors of CUDA's runtime and of its driver, and DALI's texts for no memory left.
+_CUDA_ERROR = re.compile(
+    r"\bcudaError[A-Z]\w+|\bCUDA_ERROR_[A-Z_]+"
+    r"|CUDA allocation failed|Can't allocate \d+ bytes on (device|host)|std::bad_alloc"
+)
 
 _SOURCE_LINE = re.compile(r"\[/[^\]]*\] ?|Current pipeline object is no longer valid\.")
 

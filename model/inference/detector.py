@@ -108,10 +108,11 @@ class ImageDetector(AnyDetector):
         Threads read and decode at most two batches ahead of the network, so `images` may be
         endless. The first batches are small (1, 4, 16, ...), so that the first prediction comes
         early. `start` is the number of images that the caller skipped; a batch must begin there.
-        Then batches and scores are, to the last bit, those of a run over the whole list.
+        Then batches and scores are, to the last bit, those of a run over the whole list. With a
+        `batch_size` of 1 Pillow decodes: a pipeline of DALI takes seconds to build on a GPU.
         """
         files = map(as_source, images, range(sys.maxsize))
-        decoded = self._by_dali if self.backend == "dali" else self._by_pil
+        decoded = self._by_dali if self.backend == "dali" and batch_size > 1 else self._by_pil
         for names, pixels, failures in decoded(files, batch_size, start):
             yield from self._score(names, pixels, failures)
 

@@ -174,6 +174,8 @@ def _try_features(planned: RunPlan, train_state: TrainState) -> Trial:
     def compute(batch: Batch) -> None:
         with evaluating(net), torch.no_grad(), autocast(planned.device, planned.dtype):
             features = net.features(batch.images).to(torch.float16)
+        if planned.device.type == "cuda":
+            torch.cuda.synchronize(planned.device)  # or the step waits for the features
         started = time.perf_counter()
         losses.append(step(replace(batch, images=features)))
         steps.append(time.perf_counter() - started)

@@ -132,7 +132,11 @@ def train_step(
         all_reduce_sum(train_state.dist, batch.valid.sum().float()) / train_state.dist.world_size
     )
     count = count.clamp(min=1.0 / train_state.dist.world_size)
-    replayed = torch.from_numpy(batch.replayed).to(train_state.device) if distill_weight else None
+    replayed = (
+        torch.from_numpy(batch.replayed).to(train_state.device, non_blocking=True)
+        if distill_weight
+        else None
+    )
     total = torch.zeros((), device=train_state.device)
     for rows, last in _pieces(len(batch), grad_accum_steps):
         with _synchronized(forward, last):

@@ -16,7 +16,7 @@ from imaging.decode import decode_image, prepare
 from imaging.jpeg import CHROMAS
 from pipeline.augment import AugmentParams, stack
 from pipeline.batch import PLACEHOLDER, Request
-from pipeline.dali import DaliBackend, _reason
+from pipeline.dali import DaliBackend
 from pipeline.pil import JPEG_SIDE, WEBP_SIDE, decode_request
 from tests.builders import ORIENTED_PLACES, color_matrix, encode, oriented, photo
 
@@ -382,46 +382,6 @@ def test_a_jpeg_that_is_cut_off_never_reaches_the_gpu(kind: str, kept: float | s
     (dali,) = backend.run([request])
     assert dali.failures == decode_request(request, (SIZE, SIZE)).failures
     assert set(dali.failures) == {1}
-
-
-MESSAGE = """Critical error in pipeline:
-Error in CPU operator `nvidia.dali.fn.decoders.image`,
-which was used in the pipeline definition with the following traceback:
-
-  File "/home/CUDA/pipeline/dali.py", line 95, in graph
-    image = fn.decoders.image(
-
-encountered:
-
-[/opt/dali/dali/operators/imgcodec/image_decoder.h:1002] Failed to decode sample #0 : {cause}
-Current pipeline object is no longer valid."""
-
-
-def test_the_reason_is_the_cause_in_dalis_message() -> None:
-    error = RuntimeError(MESSAGE.format(cause="no such\ncode stream"))
-    assert _reason(error) == "Failed to decode sample #0 : no such code stream"
-
-
-def test_a_lost_gpu_is_distinguished_from_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an error of CUDA or by the name of CUDA's error in the message, never by a folder name
-    like "CUDA".
-    """
-    sample = RuntimeError(MESSAGE.format(cause="corrupt"))
-    memory = RuntimeError(
-        MESSAGE.format(cause="CUDA runtime API error cudaErrorMemoryAllocation (2)")
-    )
-    backend = DaliBackend((SIZE, SIZE), 1, CPU, threads=1)
-    assert not backend._device_failed(memory)
-    backend.device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
-    assert not backend._device_failed(sample)
-    assert backend._device_failed(memory)
-
-    def lost(_device: torch.device) -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    assert backend._device_failed(sample)
 
 
 OTHER_VALUES = {

@@ -200,8 +200,16 @@ def test_input_that_is_not_an_image_is_refused(detector, tmp_path: Path) -> None
 def test_dali_takes_arrays_too(small_runs: Path, detector) -> None:
     dali = load_detector(runs=small_runs, backend="dali")
     array = decode(FILES[1])
-    (one, other) = (each.predict(array).probability for each in (dali, detector))
+    (one, other) = (each.predict([array])[0].probability for each in (dali, detector))
     assert one == pytest.approx(other, abs=1e-6)  # the network sees the same pixels
+
+
+def test_dali_is_not_started_for_one_image(
+    small_runs: Path, detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dali = load_detector(runs=small_runs, backend="dali")
+    monkeypatch.setattr("pipeline.dali.DaliBackend.run", lambda *_: pytest.fail("started"))
+    assert dali.predict(FILES[1]).probability == detector.predict(FILES[1]).probability
 
 
 def test_repr_of_detector_and_prediction_is_short(detector) -> None:

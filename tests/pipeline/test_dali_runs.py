@@ -1,0 +1,116 @@
+"""Runs of the DALI backend: which errors end one, and the pipeline that later runs use again."""
+
+import pytest
+import torch
+
+from pipeline.augment import AugmentParams, stack
+from pipeline.batch import Pixels, Request
+from pipeline.dali import DaliBackend, _reason
+from tests.builders import KINDS, encode, photo
+
+SIZE = 64
+CPU = torch.device("cpu")
+WHOLE = AugmentParams(top=0, left=0, height=SIZE, width=SIZE)
+FILES = [encode(photo(i, SIZE, SIZE)) for i in range(8)]
+
+MESSAGE = """Critical error in pipeline:
+Error in CPU operator `nvidia.dali.fn.decoders.image`,
+which was used in the pipeline definition with the following traceback:
+
+  File "/home/CUDA/pipeline/dali.py", line 95, in graph
+    image = fn.decoders.image(
+
+encountered:
+
+[/opt/dali/dali/operators/imgcodec/image_decoder.h:1002] Failed to decode sample #0 : {cause}
+Current pipeline object is no longer valid."""
+
+
+def test_the_reason_is_the_cause_in_dalis_message() -> None:
+    error = RuntimeError(MESSAGE.format(cause="no such\ncode stream"))
+    assert _reason(error) == "Failed to decode sample #0 : no such code stream"
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "CUDA runtime API error cudaErrorIllegalAddress (700)", "CUDA allocation failed",
+        "Can't allocate 123456 bytes on device 0.",
+    ],
+)  # fmt: skip
+def test_a_lost_gpu_is_distinguished_from_a_bad_sample(
+    monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """By an error of CUDA or by the texts of DALI's messages, never by a folder name like "CUDA".
+    The texts for no memory are those of DALI 2.4.
+    """
+    sample = RuntimeError(MESSAGE.format(cause="corrupt"))
+    memory = RuntimeError(MESSAGE.format(cause=cause))
+    backend = DaliBackend((SIZE, SIZE), 1, CPU, threads=1)
+    assert not backend._device_failed(memory)
+    backend.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    assert not backend._device_failed(sample)
+    assert backend._device_failed(memory)
+
+    def lost(_device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert backend._device_failed(sample)
+
+
+def request(count: int = 8, *, broken: bool = False) -> Request:
+    """A batch; the last image of a broken one is lost in DALI's decoder."""
+    files, formats = FILES[: count - broken], ["JPEG"] * (count - broken)
+    if broken:
+        files, formats = [*files, KINDS["noise in a png"]], [*formats, "PNG"]
+    return Request(files, formats, [1] * count, stack([WHOLE] * count))
+
+
+RUNS = {
+    "whole batches": [request()] * 5,
+    "a broken image in the middle": [request(), request(broken=True), request(), request(5)],
+    "a broken image at the end": [request(), request(broken=True)],
+    "nothing": [],
+    "whole batches again": [request()] * 2,
+}
+
+
+def test_later_runs_use_the_same_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = DaliBackend((SIZE, SIZE), 8, CPU, threads=1)
+    build, built = backend._build, []
+
+    def counted(*arguments, depth: int) -> object:
+        built.append(depth)
+        return build(*arguments, depth=depth)
+
+    monkeypatch.setattr(backend, "_build", counted)
+    (first,) = (pixels.images.clone() for pixels in backend.run([request()]))
+    for name, requests in RUNS.items():
+        pixels = [
+            Pixels(one.images.clone(), one.failures, one.timing) for one in backend.run(requests)
+        ]
+        assert len(pixels) == len(requests), name
+        for one, asked in zip(pixels, requests, strict=True):
+            good = [row for row in range(len(asked.data)) if row not in one.failures]
+            assert len(good) == len(asked.data) - ("PNG" in asked.formats)
+            assert torch.equal(one.images[good], first[good]), name
+    assert built == [2, 1]  # one pipeline for all runs, and one that decodes image by image
+
+
+def test_a_run_that_is_stopped_early_leaves_its_batches_to_no_other() -> None:
+    backend = DaliBackend((SIZE, SIZE), 8, CPU, threads=1)
+    stopped = backend.run([request()] * 6)
+    next(stopped)
+    inside = backend.run([request(3)] * 2)  # while the first one is not finished
+    assert [len(pixels.images) for pixels in inside] == [3, 3]
+    stopped.close()
+    assert [len(pixels.images) for pixels in backend.run([request(5)] * 4)] == [5] * 4
+
+
+def test_cuda_without_a_number_is_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of `torchrun` sets its GPU and may be asked for `cuda`."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    places = [torch.device("cuda"), torch.device("cuda", 1)]
+    assert [DaliBackend((8, 8), 1, place, threads=1)._device_id for place in places] == [2, 1]
