@@ -132,20 +132,10 @@ class Command(click.Command):
             return super().invoke(context)
 
 
-class Group(click.Group):
+class Group(Command, click.Group):
     """A click group that reports its own errors and those of its commands by `plain_errors`."""
 
     command_class = Command
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parse the command line."""
-        with plain_errors():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, context: click.Context) -> object:
-        """Run the group."""
-        with plain_errors():
-            return super().invoke(context)
 
 
 def _start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:

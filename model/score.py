@@ -20,9 +20,8 @@ It raises `ScoreError` for a score that is not finite, and what the loader raise
 cannot be scored (`LoadError`, `OrderError`, `FeatureError`). All are `ValueError`s.
 
 `score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
-finite or not. `score_batches(net, batches, device, dtype)` yields each batch with its logits, a
-float32 array (NaN for an image that could not be decoded). Both set the evaluation mode too.
-`logits_of(net, images, device, dtype)` does not; it returns the logits of one batch as a tensor.
+finite or not; it sets the evaluation mode too. `logits_of(net, images, device, dtype)` does not; it
+returns the logits of one batch as a tensor.
 
 `probability(logits, temperature)` returns the probabilities of fake, `join_ranks(parts)` merges the
 `Scores` of all ranks. `in_parts(images, size)` regroups tensors into parts of `size` rows
@@ -91,16 +90,6 @@ def logits_of(
     with torch.inference_mode(), autocast(device, dtype):
         real, fake = net(images).float().unbind(1)
         return fake - real
-
-
-def score_batches(
-    net: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield each batch with its logits, float32 (B,). Rows that are not valid are NaN."""
-    with evaluating(net):
-        for batch in batches:
-            logits = logits_of(net, batch.images, device, dtype)
-            yield batch, logits.masked_fill(~batch.valid, float("nan")).cpu().numpy()
 
 
 @contextlib.contextmanager

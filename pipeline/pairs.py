@@ -25,10 +25,9 @@ import logging
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
 from imaging.jpeg import CHROMAS
-from sharding.format import ShardSet
+from sharding.format import ShardSet, codes_of
 
 log = logging.getLogger("ai_images_detector")
 
@@ -57,8 +56,7 @@ def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
     for source in sources:
         rows = np.flatnonzero(codes == names.index(source))
         is_fake = shards.column("label")[rows] == 1
-        groups = shards.table.column("group").take(rows).combine_chunks()
-        group = np.asarray(pc.dictionary_encode(groups).indices)
+        group = codes_of(shards.table.column("group").take(rows))[0]
         reals = np.bincount(group[~is_fake], minlength=len(rows))
         partner = np.zeros(len(rows), np.int64)  # by group: the row of its one real image
         partner[group[~is_fake]] = rows[~is_fake]

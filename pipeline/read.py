@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from imaging.decode import claimed_size
+from imaging.decode import DecodeError, claimed_size, decode_image
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
 from storage import is_local, size_of
@@ -144,6 +144,19 @@ class ShardReader:
             expected = self.shards.table.column("sha256").take(rows).to_pylist()
             images = [_checked(data, sha) for data, sha in zip(images, expected, strict=True)]
         return images
+
+    def pixels(self, sample: int) -> np.ndarray:
+        """Read and decode one image to upright RGB, uint8 (height, width, 3).
+
+        Raises:
+            DecodeError: the image cannot be read or does not decode.
+        """
+        (data,) = self.read([sample])
+        if isinstance(data, ReadError):
+            raise DecodeError(str(data))
+        codes, formats = self.shards.codes("format")
+        orientation = int(self.shards.column("orientation")[sample])
+        return decode_image(data, formats[codes[sample]], orientation)
 
     def _check_sizes(
         self, rows: np.ndarray, images: list[bytes | ReadError]

@@ -1,8 +1,8 @@
 """Find the worst misclassified images of an evaluation, and make small pictures of them.
 
 Main entries: `worst_mistakes(scores, name, threshold, count)` returns a list of `Mistake`s: at most
-`count` reals called fake, the highest probability first, then at most `count` fakes called real,
-the lowest probability first.
+`count` reals called fake, the highest probability first, then at most `count` fakes that are not
+called fake (some may be uncertain), the lowest probability first.
 
 - `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of
   `model/evaluation/scores.py`).
@@ -24,6 +24,7 @@ a data: URL (text). Images that cannot be read or decoded are left out.
 """
 
 import base64
+import contextlib
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from imaging.decode import DecodeError, decode_image
+from imaging.decode import DecodeError
 from model.evaluation.scores import ScoreTable
-from pipeline.read import ReadError, ShardReader
+from pipeline.read import ShardReader
 from sharding.format import ShardSet
 
 SIDE = 160
@@ -59,7 +60,7 @@ class Mistake:
 
 def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) -> list[Mistake]:
     """Return at most `count` reals of set `name` called fake, highest probability first, then at
-    most `count` fakes called real, lowest probability first.
+    most `count` fakes not called fake, lowest probability first.
     """
     codes, names = scores.codes("set")
     probabilities, labels = scores.numbers("probability"), scores.numbers("label")
@@ -89,16 +90,10 @@ def thumbnails(
         mask = pc.is_in(shard_set.table.column("key"), value_set=pc.cast(keys, "string"))
         rows = np.flatnonzero(np.array(mask.to_pylist()))
         held = shard_set.table.column("key").take(rows).to_pylist()
-        formats = shard_set.names("format", rows)
-        orientations = shard_set.column("orientation")[rows].tolist()
-        data = ShardReader(shard_set).read(rows)
-        for key, encoded, form, turn in zip(held, data, formats, orientations, strict=True):
-            if isinstance(encoded, ReadError):
-                continue
-            try:
-                pictures[name, key] = _small(decode_image(encoded, form, turn))
-            except DecodeError:
-                continue
+        reader = ShardReader(shard_set)
+        for key, row in zip(held, rows.tolist(), strict=True):
+            with contextlib.suppress(DecodeError):
+                pictures[name, key] = _small(reader.pixels(row))
     return pictures
 
 

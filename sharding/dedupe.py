@@ -41,6 +41,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.catalog import Source
+from sharding.format import codes_of
 from sharding.listing import choose_set
 from storage import parse_json
 
@@ -108,7 +109,7 @@ def decide(
     named = good & _begins_with(inventory.column("sha256"), exclude)
     good &= ~named
     rows = np.flatnonzero(good)
-    group_code, group_names = _encode(inventory.column("group"))
+    group_code, group_names = codes_of(inventory.column("group"))
     sha = _bytes_of(inventory.column("sha256"), 32).view(np.uint64)
     phash = inventory.column("phash").to_numpy()
     thumbnails = _bytes_of(inventory.column("thumbnail"), 256)
@@ -118,7 +119,7 @@ def decide(
     edges = np.concatenate([near, np.stack([same, same_of], axis=1)])
     component = _components(len(group_names), group_code[edges])[group_code]
     names = _component_names(component, group_code, group_names)
-    destination_code, destinations = _encode(inventory.column("destination"))
+    destination_code, destinations = codes_of(inventory.column("destination"))
     share_of = [parse_json(destination) for destination in destinations]
     chosen: dict[tuple[int, int], str] = {}
     sets = np.empty(n, object)
@@ -326,14 +327,6 @@ def _component_names(
         if part not in names or name < names[part]:
             names[part] = name
     return names
-
-
-def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Convert a text column to integer codes (n,) and the list of their names."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(pa.string())
-    encoded = column.combine_chunks().dictionary_encode()
-    return encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
 def _bytes_of(column: pa.ChunkedArray, width: int) -> np.ndarray:

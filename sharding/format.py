@@ -236,7 +236,9 @@ def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Return codes and names of a dictionary column; its chunks may have different dictionaries."""
+    """Return codes and names of a text column; its chunks may have different dictionaries."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
     chunks = column.unify_dictionaries().chunks
     if not chunks:
         return np.empty(0, np.int32), []

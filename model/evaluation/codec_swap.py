@@ -43,7 +43,7 @@ class). `container_of(shards, samples)` returns the `Container` of these images 
 int64), or None if none is lossy (images converted by the build do not count). A `Swap` is one
 re-encoding. `plan_swaps(shards, samples)` returns the containers (a dict by class) and the list of
 swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` takes the
-`PerturbedScores`, the swaps and the `group_codes()` of the set. It returns the list `codec_swap`.
+`PerturbedScores`, the swaps and the codes of the set's groups. It returns the list `codec_swap`.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +58,6 @@ from model.evaluation.robustness import (
     FIGURES,
     PerturbedScores,
     VariantScorer,
-    group_codes,
     measure_perturbations,
     sample_by_hash,
     score_perturbations,
@@ -67,7 +66,7 @@ from model.evaluation.robustness import (
 from model.metrics import measure
 from model.score import probability
 from pipeline.perturb import ORIGINAL, Perturbation, fit_shorter, jpeg, webp
-from sharding.format import CLASSES, ShardSet
+from sharding.format import CLASSES, ShardSet, codes_of
 
 LOW_QUALITY = 75
 """Highest JPEG quality of the tests that re-encode both classes; libjpeg's default. A class with a
@@ -246,7 +245,7 @@ def report_robustness(
     containers, swaps = plan_swaps(shards, samples)
     ways = [*perturbations, *(swap.perturbation for swap in swaps)]
     perturbed = score_perturbations(scorer, shards, samples, ways, on_images)
-    groups = group_codes(shards)
+    groups = codes_of(shards.table.column("group"))[0]
     at = {"temperature": temperature, "threshold": threshold}
     rows = measure_perturbations(perturbed, groups, **at)[: len(perturbations)]
     return {

@@ -48,7 +48,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 import console
-from imaging.decode import DecodeError, decode_image
 from model.adapters.detector import OtherDetector
 from model.adapters.kept import calibration_path, keep_calibration
 from model.calibrate import (
@@ -64,7 +63,7 @@ from model.inference.prediction import Pixels, in_groups
 from model.recipe import Calibrating
 from model.score import AT_A_TIME, Scores, join_ranks
 from model.verdict import NOT_FINITE
-from pipeline.read import ReadError, ShardReader
+from pipeline.read import ShardReader
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath
 
@@ -99,17 +98,10 @@ def score_shards(
     """
     dist = dist or DistEnv()
     reader = ShardReader(shards)
-    codes, formats = shards.codes("format")
-    orientations = shards.column("orientation")
     rows = np.arange(dist.rank, len(shards), dist.world_size)
 
     def prepare(sample: _Sample) -> Any:
-        data = reader.read([sample.row])[0]
-        if isinstance(data, ReadError):
-            raise DecodeError(str(data))
-        image_format = formats[codes[sample.row]]
-        pixels = decode_image(data, image_format, int(orientations[sample.row]))
-        return detector.preprocess_file(Pixels(sample.name, pixels))
+        return detector.preprocess_file(Pixels(sample.name, reader.pixels(sample.row)))
 
     samples = (_Sample(str(row), int(row)) for row in rows)
     logits = np.full(len(shards), np.nan, np.float32)

@@ -22,7 +22,7 @@ It returns `PerturbedScores`. An image that cannot be read or decoded is no erro
 - `unreadable`: a dict, row number -> reason, of the images that are not among the N.
 
 `measure_perturbations(perturbed, groups, *, temperature, threshold)` takes the `PerturbedScores`,
-the result of `group_codes(shards)`, the temperature (1.0: none), and the decision threshold on
+the codes of their groups (`codes_of()`), the temperature (1.0: none), and the decision threshold on
 probabilities after the temperature. It returns a list with one dict per perturbation for
 `report.json`: `name`, `images`, the metrics (`FIGURES`) and their `intervals`, `flip_rate` (the
 share of changed verdicts), `shift` and more. `shift` is a dict, "real" and "fake" -> a `Shift` as a
@@ -51,16 +51,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from imaging.decode import DecodeError, decode_image
+from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
-from model.score import probability, score_batches
+from model.score import evaluating, logits_of, probability
 from pipeline import pil
-from pipeline.batch import Batch
 from pipeline.perturb import ORIGINAL, Perturbation
 from pipeline.preprocess import Preprocess
-from pipeline.read import ReadError, ShardReader
+from pipeline.read import ShardReader
 from sharding.format import CLASSES, ShardSet
 from storage import cores
 
@@ -128,8 +127,13 @@ class Scorer:
         """Return the logits of all variants of one image, float32 (D,), computed as one batch. A
         variant that is a reason (a string) gets NaN.
         """
-        batch = _batch_of(variants, self.device)
-        ((_, logits),) = score_batches(self.net, [batch], self.device, self.dtype)
+        made = [variant for variant in variants if not isinstance(variant, str)]
+        blank = np.zeros(made[0].shape if made else (1, 1, 3), np.uint8)
+        pixels = np.stack([blank if isinstance(v, str) else v for v in variants])
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        with evaluating(self.net):
+            logits = logits_of(self.net, images, self.device, self.dtype).cpu().numpy()
+        logits[[isinstance(variant, str) for variant in variants]] = np.nan
         return logits
 
 
@@ -213,16 +217,11 @@ def perturbed_variants(
     cannot be read or decoded gives a reason in place of the list.
     """
     reader = ShardReader(shards)
-    codes, formats = shards.codes("format")
     hashes = shards.table.column("sha256")
 
     def variants_of(sample: int) -> list[Any] | str:
-        data = reader.read([sample])[0]
-        if isinstance(data, ReadError):
-            return str(data)
-        orientation = int(shards.column("orientation")[sample])
         try:
-            pixels = decode_image(data, formats[codes[sample]], orientation)
+            pixels = reader.pixels(sample)
         except DecodeError as error:
             return str(error)
         sha256 = hashes[int(sample)].as_py()
@@ -253,25 +252,6 @@ def _variant_of(
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
     return prepare(arrived)
-
-
-def _batch_of(variants: Sequence[np.ndarray | str], device: torch.device) -> Batch:
-    """Return all variants of one sample as a batch. Missing variants are black and not valid."""
-    failures = {row: image for row, image in enumerate(variants) if isinstance(image, str)}
-    made = (variant.shape for variant in variants if not isinstance(variant, str))
-    blank = np.zeros(next(made, (1, 1, 3)), np.uint8)
-    pixels = np.stack(
-        [blank if row in failures else variant for row, variant in enumerate(variants)]
-    )
-    return Batch(
-        images=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2),
-        labels=torch.zeros(len(variants), dtype=torch.int64, device=device),
-        valid=torch.tensor([row not in failures for row in range(len(variants))]).to(device),
-        samples=np.zeros(len(variants), np.int64),
-        sources=np.zeros(len(variants), np.int32),
-        replayed=np.zeros(len(variants), np.bool_),
-        failures=failures,
-    )
 
 
 def measure_perturbations(
@@ -374,9 +354,3 @@ def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) 
     variance = np.square(sums).sum() * count / (count - 1)
     reach = 1.96 * float(np.sqrt(variance)) / len(changes)
     return Shift(len(changes), mean, mean - reach, mean + reach, of_gap)
-
-
-def group_codes(shards: ShardSet) -> np.ndarray:
-    """Return a group code per sample, int64 (N,), equal within a group (pair, prompt, video)."""
-    encoded = shards.table.column("group").combine_chunks().dictionary_encode()
-    return np.asarray(encoded.indices.to_pylist(), np.int64)

@@ -97,10 +97,7 @@ class ScoreTable:
 
     def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
         """Return a text column as (code per row, int32 (N,); name of each code)."""
-        column = self.table.column(name)
-        if not pa.types.is_dictionary(column.type):
-            column = column.dictionary_encode()
-        return codes_of(column)
+        return codes_of(self.table.column(name))
 
 
 def rows_of(name: str, shards: ShardSet, scores: Scores, temperature: float) -> pa.Table:

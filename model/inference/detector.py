@@ -71,11 +71,11 @@ from model.inference.prediction import (
     threads,
 )
 from model.network import Detector
-from model.score import evaluating, logits_of, probability, score_batches
+from model.score import evaluating, logits_of, probability
 from model.shipped.backbone import is_shipped
 from pipeline import pil
 from pipeline.augment import center_crop_params
-from pipeline.batch import PLACEHOLDER, Batch, Request
+from pipeline.batch import PLACEHOLDER, Request
 from pipeline.loader import choose_backend
 from pipeline.loading import Backend
 from pipeline.preprocess import Preprocess
@@ -114,7 +114,7 @@ class ImageDetector(AnyDetector):
         files = map(as_source, images, range(sys.maxsize))
         decoded = self._by_dali if self.backend == "dali" and batch_size > 1 else self._by_pil
         for names, pixels, failures in decoded(files, batch_size, start):
-            yield from self._score(names, pixels, failures)
+            yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
 
     def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
         """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB.
@@ -125,12 +125,12 @@ class ImageDetector(AnyDetector):
         with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
             return pil.preprocess(pixels, self.preprocess)
 
-    def score(self, pixels: np.ndarray) -> np.ndarray:
+    def score(self, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
         """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
         float64 (B,), NaN where the network's output is not finite. Equal to `predict` to the last
         bit, for a batch of the same size.
         """
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        images = torch.as_tensor(pixels, device=self.device).permute(0, 3, 1, 2)
         with evaluating(self.net):
             logits = logits_of(self.net, images, self.device, self.dtype)
         return probability(logits.cpu().numpy(), self.meta["temperature"])
@@ -140,7 +140,7 @@ class ImageDetector(AnyDetector):
         for names, pixels, failures in preprocess_ahead(
             files, self.preprocess_file, self.preprocess.shape, batch_size, start
         ):
-            yield _Group(names, torch.from_numpy(pixels), failures)
+            yield _Group(names, pixels, failures)
 
     def _by_dali(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
         """Yield groups of preprocessed images, decoded in batches by DALI."""
@@ -199,30 +199,12 @@ class ImageDetector(AnyDetector):
             getattr(params, name)[seen] = value
         return Request(data, formats, orientations, params, failures)
 
-    def _score(
-        self, names: Sequence[str], pixels: torch.Tensor, failures: dict[int, str]
-    ) -> Iterator[Prediction]:
-        valid = torch.ones(len(names), dtype=torch.bool)
-        valid[list(failures)] = False
-        batch = Batch(
-            images=pixels.to(self.device).permute(0, 3, 1, 2),
-            labels=torch.zeros(len(names), dtype=torch.int64, device=self.device),
-            valid=valid.to(self.device),
-            samples=np.arange(len(names)),
-            sources=np.zeros(len(names), np.int32),
-            replayed=np.zeros(len(names), np.bool_),
-            failures=failures,
-        )
-        for _, logits in score_batches(self.net, [batch], self.device, self.dtype):
-            probabilities = probability(logits, self.meta["temperature"]).tolist()
-        yield from predictions(names, probabilities, failures, self.band)
-
 
 class _Group(NamedTuple):
     """Images scored together: uint8 (B, height, width, 3). The rows in `failures` are black."""
 
     names: Sequence[str]
-    pixels: torch.Tensor
+    pixels: np.ndarray | torch.Tensor
     failures: dict[int, str]
 
 
@@ -240,7 +222,7 @@ def load_detector(
     detector. Without `checkpoint`, the best checkpoint of the newest run below `runs` is loaded.
     Without any run, the shipped detector is loaded, and a log line says so.
     `threshold`, 0 to 1, replaces the one of the checkpoint; then no verdict is *uncertain*.
-    For a band that keeps to error rates, call `at_rates(max_fpr=0.01)` of the result.
+    For a band that keeps to error rates, call `at_rates(max_fpr=0.02)` of the result.
 
     Raises:
         CheckpointError: the checkpoint does not exist or cannot be used.

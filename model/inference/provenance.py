@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from PIL import ExifTags, Image
 
+from imaging import png
 from imaging.decode import READABLE, without_warnings
 from imaging.jpeg import before_scan, segments
 from installed import install_extra
@@ -171,7 +172,7 @@ def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
 
 def _metadata(data: bytes, head: bytes) -> list[Evidence]:
     """Return all evidence other than C2PA. No pixel is decoded."""
-    is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(_PNG)
+    is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(png.SIGNATURE)
     if is_jpeg and not any(mark in head for mark in _JPEG_MARKS):
         return []
     with without_warnings():  # Pillow warns about odd metadata, which is expected here
@@ -200,7 +201,6 @@ def _metadata(data: bytes, head: bytes) -> list[Evidence]:
 # not parsed.
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", _EXTENDED_XMP, b"\xff\xfe")
-_PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000
 _MAX_READ = 500_000  # characters of one text that are read: a large graph has 300,000
 _MAX_READ_IN_ALL = 4_000_000
@@ -212,17 +212,11 @@ def _without_pixels(data: bytes) -> bytes:
     """
     if data.startswith(b"\xff\xd8"):
         return before_scan(data)
-    if not data.startswith(_PNG):
+    if not data.startswith(png.SIGNATURE):
         return data
-    kept, at = [_PNG], len(_PNG)
-    for _ in range(_MAX_CHUNKS):
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        if kind != b"IDAT":
-            kept.append(data[at : at + 12 + length])
-        at += 12 + length
-        if kind == b"IEND" or at >= len(data):
-            break
-    return b"".join(kept)
+    chunks = itertools.islice(png.chunks(data), _MAX_CHUNKS)
+    kept = [data[start:end] for kind, start, end in chunks if kind != b"IDAT"]
+    return b"".join([png.SIGNATURE, *kept])
 
 
 def _bounded(values: Mapping[str, Any]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharding.format import ShardSet
+from sharding.format import ShardSet, codes_of
 
 FEATURES = {
     "format": (0,),
@@ -144,9 +144,8 @@ def _frequent(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
 
 def _groups(shards: ShardSet) -> np.ndarray:
     """Return a number per group. An image without a group gets its own number."""
-    encoded = shards.table.column("group").combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    empty = np.array([not name for name in encoded.dictionary.to_pylist()], np.bool_)[codes]
+    codes, names = codes_of(shards.table.column("group"))
+    empty = np.array([not name for name in names], np.bool_)[codes]
     return np.where(empty, len(empty) + np.arange(len(codes)), codes.astype(np.int64))
 
 

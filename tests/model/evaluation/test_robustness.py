@@ -7,23 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from model.evaluation import robustness
 from model.evaluation.codec_swap import LOW_QUALITY, container_of, plan_swaps, report_robustness
 from model.evaluation.robustness import (
     Scorer,
-    group_codes,
     measure_perturbations,
     sample_by_hash,
     score_perturbations,
     shift_of,
 )
 from model.score import score_set
+from pipeline import read
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from pipeline.perturb import ORIGINAL, PERTURBATIONS, Perturbation
 from pipeline.preprocess import Preprocess
 from pipeline.read import ShardReader
-from sharding.format import ShardSet, join_sets, open_shards
+from sharding.format import ShardSet, codes_of, join_sets, open_shards
 from tests.builders import write_shards
 
 CPU = torch.device("cpu")
@@ -102,7 +101,7 @@ def test_figures_of_a_perturbation(shards: ShardSet) -> None:
         Scorer(Brightness(), PREPROCESS, CPU), shards, rows, [ORIGINAL, dark]
     )
     at = {"temperature": 2.0, "threshold": 0.5}
-    first, second = measure_perturbations(columns, group_codes(shards), **at)
+    first, second = measure_perturbations(columns, codes_of(shards.table.column("group"))[0], **at)
     labels, (before, after) = columns.labels, columns.logits > 0
     assert first["flip_rate"] == 0 and first["shift"]["real"]["mean"] == 0
     for row, called in ((first, before), (second, after)):
@@ -124,7 +123,8 @@ def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> N
     rows = np.arange(len(shards))
     ways = [ORIGINAL, Perturbation("refuse", "refuse", 1, (refuse,))]
     columns = score_perturbations(Scorer(Brightness(), PREPROCESS, CPU), shards, rows, ways)
-    row = measure_perturbations(columns, group_codes(shards), temperature=1.0, threshold=0.5)[1]
+    groups = codes_of(shards.table.column("group"))[0]
+    row = measure_perturbations(columns, groups, temperature=1.0, threshold=0.5)[1]
     missing = np.isnan(columns.logits[1])
     assert 5 < missing.sum() < 75
     assert row["failed"] == missing.sum() and row["failed_first"] == "too bright for this"
@@ -135,12 +135,12 @@ def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> N
 def test_an_unreadable_image_has_no_column(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = robustness.decode_image
+    decode = read.decode_image
 
     def broken(data: bytes, *rest: object) -> np.ndarray:
         return decode(data[:50] if data.startswith(b"\x89PNG") else data, *rest)
 
-    monkeypatch.setattr(robustness, "decode_image", broken)
+    monkeypatch.setattr(read, "decode_image", broken)
     columns = score_perturbations(
         Scorer(Brightness(), PREPROCESS, CPU),
         shards,

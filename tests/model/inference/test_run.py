@@ -88,13 +88,13 @@ def test_a_resumed_run_scores_whole_batches_of_the_list_again(
     for number in range(24):
         (folder / f"{number:02}.jpg").write_bytes(encode(photo(number)))
     sizes: list[int] = []
-    score = detector.score_batches
+    score = detector.ImageDetector.score
 
-    def recorded(net: Any, batches: Any, *rest: Any) -> Any:
-        sizes.extend(len(batch.images) for batch in batches)
-        return score(net, batches, *rest)
+    def recorded(self: Any, pixels: Any) -> Any:
+        sizes.append(len(pixels))
+        return score(self, pixels)
 
-    monkeypatch.setattr(detector, "score_batches", recorded)
+    monkeypatch.setattr(detector.ImageDetector, "score", recorded)
     arguments = (folder, "--out", out, "--batch-size", "8")
     assert ask(*arguments).exit_code == 0
     assert sizes == [1, 4, 8, 8, 3]
