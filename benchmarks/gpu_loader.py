@@ -48,6 +48,7 @@ from nvidia.dali import fn, pipeline_def
 import console
 import recipes
 from benchmarks import peers
+from benchmarks.gpu_selftest import damaged_png
 from pipeline.augment import AugmentPolicy
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend
@@ -188,10 +189,12 @@ def memory(shards: Path, device: torch.device, batches: int, seconds: float) -> 
     """Yield memory in MiB ten times over `batches` batches; stops after `seconds`."""
     batch, threads, share = OWN if device.type == "cuda" else (30, 2, HW_DECODER_LOAD)
 
+    broken = damaged_png()
+
     def damaged() -> Iterator[Request]:
         for step, request in enumerate(requests_of(shards, batch, device)):
             if step % BROKEN_EVERY == BROKEN_EVERY - 1:
-                request.data[step % batch] = request.data[step % batch][:300]
+                request.data[step % batch], request.formats[step % batch] = broken, "PNG"
             yield request
 
     lost, images, began = 0, 0, time.monotonic()

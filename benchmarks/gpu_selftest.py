@@ -40,6 +40,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 import console
+from imaging.decode import png_of
 from pipeline.augment import AugmentParams, concatenate, stack
 from pipeline.batch import Request
 from pipeline.dali import DaliBackend
@@ -312,7 +313,19 @@ def damaged_files(good: bytes) -> dict[str, bytes]:
         "noise in the scan": good[:half] + noise[: len(good) // 4] + good[len(good) * 3 // 4 :],
         "a web page": b"<html>404 not found</html>",
         "empty": b"",
+        "noise in a png": damaged_png(),
     }
+
+
+def damaged_png() -> bytes:
+    """Return a PNG with a sound header and noise in its pixels. Unlike damaged JPEGs, it reaches
+    DALI's decoder, so that the batch is repaired image by image.
+    """
+    rng = np.random.default_rng(1)
+    data = png_of(rng.integers(0, 256, (64, 64, 3), np.uint8))
+    middle = len(data) // 2
+    noise = rng.integers(0, 256, middle // 2, np.uint8).tobytes()
+    return data[:middle] + noise + data[middle + len(noise) :]
 
 
 def damage(given: Given) -> Any:
@@ -326,10 +339,11 @@ def damage(given: Given) -> Any:
     kinds = damaged_files(given.jpegs[0])
     for share in ENGINE_SHARES if given.device.type == "cuda" else ENGINE_SHARES[:1]:
         requests = [request_of(given.jpegs[:BATCH])]
-        for data in kinds.values():
+        for name, data in kinds.items():
             requests += [request_of(given.jpegs[:BATCH]), request_of(given.jpegs[:BATCH])]
             for row in bad_rows:
                 requests[-2].data[row] = data
+                requests[-2].formats[row] = "PNG" if name.endswith("png") else "JPEG"
         done = []
         try:
             for pixels in DaliBackend((SIZE, SIZE), BATCH, given.device, 4, share).run(

@@ -116,6 +116,11 @@ def memory_used(device: torch.device) -> int | None:
     return total - free
 
 
+def reserved(device: torch.device) -> int:
+    """Return the bytes that torch holds on the GPU; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
 def middle(runs: list[dict[str, Any]], name: str) -> float:
     """Return the median of one figure over the rounds."""
     return statistics.median(one[name] for one in runs)
@@ -183,10 +188,12 @@ def main(
     planned = plan(unsaved, data, Path("runs"), device=device)
     place, stream = planned.device, planned.stream
     stats = LoaderStats(stream.pool.shards.codes("source")[1])
-    before = memory_used(place)
+    before, own = memory_used(place), reserved(place)
     batches = endless(stream)
     cached = [keep(batch) for batch in itertools.islice(batches, CACHED)]
-    loader_bytes = None if before is None else memory_used(place) - before
+    # The copies of the batches are torch's memory, not the loader's.
+    copies = reserved(place) - own
+    loader_bytes = None if before is None else memory_used(place) - before - copies
     batches.close()
     for line in planned.describe():
         console.log.info("%s", line)

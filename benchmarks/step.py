@@ -67,6 +67,9 @@ WARM_UP = 5
 LEAST = 3
 """Smallest number of timed steps, even if they take longer than `--seconds`."""
 
+COUNTED = 8
+"""Images of the step whose operations are counted."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -191,8 +194,15 @@ def measure(
         dtype = DTYPES[way.dtype]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         train_state = TrainState(net, optimizer, scaler, device, dtype)
+        # Counted on few images: an uncompiled step of the whole batch needs more memory than a
+        # compiled one, and would be the peak.
+        few = random_batch(
+            replace(way, batch=min(way.batch, COUNTED)), recipe.preprocess.shape, device
+        )
+        work = operations(train_state, few, recipe) * way.batch // len(few)
+        del few
+        begin_memory(device)
         batch = random_batch(way, recipe.preprocess.shape, device)
-        work = operations(train_state, batch, recipe)
         forward = torch.compile(net) if way.compiled else net
         times = seconds_of(
             lambda: train_step(train_state, forward, batch, recipe.optim), device, seconds

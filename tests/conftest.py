@@ -70,6 +70,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With REQUIRE_GPU, print a failure at once: such a run may be stopped before its end."""
+    if os.environ.get("REQUIRE_GPU") and report.failed:
+        sys.stderr.write(f"\n{report.nodeid}\n{report.longreprtext}\n")
+        sys.stderr.flush()
+
+
 @pytest.fixture(autouse=True)
 def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the detectors that ship, so that tests do not depend on them."""

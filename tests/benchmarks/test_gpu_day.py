@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_day import ROOT, Stage, done_in, pack, run
+from benchmarks.gpu_day import ROOT, Stage, done_in, pack, run, stages_of
 from benchmarks.images import write_images
 from sharding.format import open_shards
 
@@ -63,6 +64,25 @@ def test_only_a_stage_with_exit_code_0_is_done(tmp_path: Path) -> None:
     assert done_in(tmp_path, cpu=True) == {"dry"}
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["rc"]) for row in rows] == [("bad", 3), ("good", 0), ("dry", 0)]
+
+
+def test_the_gpu_tests_say_what_failed_although_they_are_stopped(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    stages = {stage.name: stage for stage in stages_of(tmp_path, folder, tmp_path, cpu=False)}
+    command = stages["gpu-tests"].command
+    assert "gpu and not slow" in command
+    test = tmp_path / "test_it.py"
+    test.write_text(
+        "import os, pytest\n"
+        "@pytest.mark.gpu\ndef test_wrong():\n    assert 1 == 2, 'this reason'\n"
+        "@pytest.mark.gpu\ndef test_killed():\n    os.kill(os.getpid(), 9)\n"
+    )
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_logreport\n")
+    own = [str(test) if word == "tests/pipeline" else word for word in command]
+    folder.mkdir()
+    assert run(replace(stages["gpu-tests"], command=tuple(own)), folder, 300, cpu=False) == -9
+    text = (folder / "log.txt").read_text()
+    assert "test_it.py::test_wrong" in text and "this reason" in text
 
 
 @pytest.mark.slow
