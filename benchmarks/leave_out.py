@@ -24,7 +24,8 @@ A dict is printed as JSON. Its keys (the first two leave out sources that have b
 sources of reals alone and of fakes alone, "one left out" is null, and what needs pairs is missing):
 
 - "one left out": `mean`, 95 % `interval` and `worst` (the ten lowest) of the AUROCs of all pairs of
-  a source of reals and a source of fakes. The interval is from 200 resamples of the sources.
+  a source of reals and a source of fakes. The interval is from 200 resamples of the sources; those
+  that `calibration.together` groups are drawn together.
 - "at 5 % over all": source -> share of its images called fake, at the threshold for 5 % false
   positives over all sources of reals together.
 - "within subjects": `auroc`, the mean, weighted by images, over `clusters` clusters of similar
@@ -38,7 +39,7 @@ sources of reals alone and of fakes alone, "one left out" is null, and what need
   `recall`, `uncertain` and numbers of images).
 - "perturbed", with `--robustness`: perturbation -> `auroc` (mean over pairs of sources),
   `false_positive_rate` and `recall` (means over sources) at the threshold of the recipe's own
-  calibration, one of the three above.
+  calibration, one of the three above, and the numbers of images, `reals` and `fakes`.
 - "pairs left out", with `--pairs`: like "one left out", by heads trained without either source, and
   `pairs`, their number, and `one_left_out`, the mean of "one left out" over the same pairs.
 """
@@ -46,7 +47,7 @@ sources of reals alone and of fakes alone, "one left out" is null, and what need
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,13 +97,17 @@ def of_pairs(real: Mapping[str, np.ndarray], fake: Mapping[str, np.ndarray]) -> 
     return {f"{r} | {f}": auroc(real[r], fake[f]) for r, f in itertools.product(real, fake)}
 
 
-def interval(values: Mapping[str, float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean, resampling real and fake sources. `values`
-    may lack pairs.
+def interval(
+    values: Mapping[str, float], group_of: Callable[[str], str] = str, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean, resampling groups of real and of fake
+    sources. `group_of` maps a source to its group. `values` may lack pairs.
     """
     rng = np.random.default_rng(seed)
-    sides = [np.unique([key.split(" | ")[side] for key in values], return_inverse=True)[1]
-             for side in (0, 1)]  # fmt: skip
+    sides = [
+        np.unique([group_of(key.split(" | ")[side]) for key in values], return_inverse=True)[1]
+        for side in (0, 1)
+    ]
     aurocs, means = np.array([*values.values()]), []
     for _ in range(200):
         drawn = [rng.integers(0, own.max() + 1, own.max() + 1) for own in sides]
@@ -224,6 +229,8 @@ def robustness(
             "auroc": float(np.mean([*of_pairs(real, fake).values()])),
             "false_positive_rate": float(np.mean([(z >= threshold).mean() for z in real.values()])),
             "recall": float(np.mean([(z >= threshold).mean() for z in fake.values()])),
+            "reals": sum(map(len, real.values())),
+            "fakes": sum(map(len, fake.values())),
         }
     return figures
 
@@ -288,7 +295,8 @@ def main(
     kinds = kinds_of(scored)
     real, fake = ({n: scored[n][1] for n in kinds if kinds[n] == label} for label in (0, 1))
     one = of_pairs(real, fake)
-    figures: dict[str, Any] = {"one left out": summary(one) if one else None}
+    group_of = recipe.calibration.group_of
+    figures: dict[str, Any] = {"one left out": summary(one, group_of) if one else None}
     if real:
         pooled = threshold_over_sources([probability(z) for z in real.values()], 0.05, "pooled")
         figures["at 5 % over all"] = {
@@ -316,7 +324,7 @@ def main(
         figures["perturbed"] = robustness(perturbed_logits, kinds, at)
     if most_pairs and one:
         pairs = left_out_pairs(planned, state, scored, most_pairs)
-        figures["pairs left out"] = summary(pairs) | {
+        figures["pairs left out"] = summary(pairs, group_of) | {
             "pairs": len(pairs),
             "one_left_out": float(np.mean([one[name] for name in pairs])),
         }
@@ -325,12 +333,12 @@ def main(
         out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def summary(values: Mapping[str, float]) -> dict[str, Any]:
+def summary(values: Mapping[str, float], group_of: Callable[[str], str]) -> dict[str, Any]:
     """Return the mean, the interval and the ten lowest of some pairs."""
     worst = sorted(values, key=values.__getitem__)[:10]
     return {
         "mean": float(np.mean([*values.values()])),
-        "interval": interval(values),
+        "interval": interval(values, group_of),
         "worst": {name: round(values[name], 3) for name in worst},
     }
 

@@ -31,7 +31,7 @@ from model.verdict import band_of, capital, left_out_sources
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 
-TAGS = ["ai-generated-image-detection", "deepfake-detection"]
+TAGS = ["ai-generated-image-detection"]
 
 LIMITS = """\
 - A score is not a proof. Do not decide about a person from a score alone.
@@ -166,7 +166,7 @@ def _summary(meta: Mapping[str, Any]) -> str:
     classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
     return (
         f"{markdown(meta['recipe']['network']['name'])} at {size} x {size}, two outputs "
-        f"({classes}: AI-generated or deepfake); {trained}."
+        f"({classes}: AI-generated); {trained}."
     )
 
 
@@ -231,10 +231,16 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
         return (
             "**Not calibrated**: the number is only a score; choose a threshold on your own images."
         )
-    return (
-        f"Temperature and thresholds were fitted on {_names(calibration['fitted_on'])} "
-        f"({calibration['reals']:,} real, {calibration['fakes']:,} fake images)."
+    images = (
+        f"{_names(calibration['fitted_on'])} ({calibration['reals']:,} real, "
+        f"{calibration['fakes']:,} fake images)"
     )
+    if left_out_sources(meta):
+        return (
+            "Temperature and thresholds were fitted on the scores that heads gave to sources which "
+            f"they had not seen, of {images}."
+        )
+    return f"Temperature and thresholds were fitted on {images}."
 
 
 def _left_out(meta: Mapping[str, Any]) -> str:
@@ -251,9 +257,10 @@ def _left_out(meta: Mapping[str, Any]) -> str:
                     f"| {rates['uncertain']:.3f} |"
                 )
     return (
-        "Each source was scored by a head that was trained without that source. Expect such rates "
-        "for new kinds of images. They are much worse than the figures below, which are for images "
-        "of the same kinds as the training images.\n\n" + "\n".join(rows)
+        "Each source was scored by a head that was trained without that source. Expect such rates, "
+        "or somewhat worse ones, for new kinds of images: the thresholds were chosen on these "
+        "scores. The rates are much worse than the figures below, which are for images of the same "
+        "kinds as the training images.\n\n" + "\n".join(rows)
     )
 
 
@@ -262,17 +269,23 @@ def _new_kinds(left_out: Mapping[str, Any]) -> str:
     perturbation.
     """
     pairs, inside = left_out["one left out"], left_out["within subjects"]
-    low, high = pairs["interval"]
-    worst = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in pairs["worst"].items())
-    text = (
-        f"Over all these images the AUROC is {left_out['pooled']:.3f}. The mean over pairs of a "
-        f"real and a fake source is {pairs['mean']:.3f} ({low:.3f} to {high:.3f}); the lowest are "
-        f"{worst}.\n\nWithin subjects (the mean over {inside['clusters']} clusters of similar "
-        f"images that hold both classes) it is {inside['auroc']:.2f}: a detector that knows only "
-        "the subject has 0.5 there."
-    )
+    text = f"Over all these images the AUROC is {left_out['pooled']:.3f}."
+    if pairs is not None:
+        low, high = pairs["interval"]
+        worst = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in pairs["worst"].items())
+        text += (
+            f" The mean over pairs of a real and a fake source is {pairs['mean']:.3f} ({low:.3f} "
+            f"to {high:.3f}); the lowest are {worst}."
+        )
+    if inside["auroc"] is not None:
+        text += (
+            f"\n\nWithin subjects (the mean over {inside['clusters']} clusters of similar images "
+            f"that hold both classes) it is {inside['auroc']:.2f}: a detector that knows only the "
+            "subject has 0.5 there."
+        )
     if not left_out.get("perturbed"):
         return text
+    most = max(left_out["perturbed"].values(), key=lambda of: of["reals"] + of["fakes"])
     rows = ["| perturbation | AUROC | recall | reals called fake |", "|---|---|---|---|"]
     for name, of in left_out["perturbed"].items():
         rows.append(
@@ -280,7 +293,8 @@ def _new_kinds(left_out: Mapping[str, Any]) -> str:
             f"{of['false_positive_rate']:.2f} |"
         )
     return (
-        f"{text}\n\nA few images of each source, changed before the detector sees them. AUROC is "
+        f"{text}\n\n{most['reals']:,} real and {most['fakes']:,} fake images, equally many of "
+        "each source where it has them, changed before the detector sees them. AUROC is "
         "the mean over pairs of sources, the shares are means over sources, at the threshold of "
         "the verdict *likely AI*.\n\n" + "\n".join(rows)
     )

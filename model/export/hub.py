@@ -150,10 +150,17 @@ def read_left_out(path: Path) -> dict[str, Any]:
     try:
         figures = parse_json(path.read_text(encoding="utf-8"))
         pairs, inside = figures["one left out"], figures["within subjects"]
-        whole = [figures["pooled"], pairs["mean"], *pairs["interval"], inside["auroc"]]
-        shares = [of[key] for of in figures.get("perturbed", {}).values() for key in _SHARES]
-        ok = len(pairs["interval"]) == 2 and all(0 <= value <= 1 for value in [*whole, *shares])
-        ok = ok and isinstance(pairs["worst"], dict) and isinstance(inside["clusters"], int)
+        perturbed = figures.get("perturbed", {}).values()
+        shares = [figures["pooled"], *(of[key] for of in perturbed for key in _SHARES)]
+        counts = [inside["clusters"], *(of[key] for of in perturbed for key in _COUNTS)]
+        ok = all(isinstance(count, int) for count in counts)
+        if inside["auroc"] is not None:  # None: no cluster has both classes
+            shares.append(inside["auroc"])
+        if pairs is not None:  # None: all sources of single classes have the same class
+            low, high = pairs["interval"]
+            shares += [pairs["mean"], low, high]
+            ok = ok and isinstance(pairs["worst"], dict)
+        ok = ok and all(0 <= value <= 1 for value in shares)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(
             f"{path} is no file of figures on left-out sources ({type(error).__name__}: {error}); "
@@ -165,6 +172,7 @@ def read_left_out(path: Path) -> dict[str, Any]:
 
 
 _SHARES = "auroc", "recall", "false_positive_rate"
+_COUNTS = "reals", "fakes"
 
 
 def refuse_if_there(out: Path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.leave_out import interval, main, of_pairs, within_subjects
+from benchmarks.leave_out import interval, main, of_pairs, robustness, within_subjects
+from pipeline.perturb import PERTURBATIONS
 
 
 def test_the_figure_within_subjects_ignores_what_the_subject_tells() -> None:
@@ -28,6 +29,29 @@ def test_pairs_and_their_interval() -> None:
     assert values == {"a | f": 1.0, "b | f": 0.25}
     low, high = interval(values)
     assert (low, high) == (0.25, 1.0)
+
+
+def test_sources_of_one_group_are_resampled_together() -> None:
+    """A source that is split into four of one group does not make the interval narrower."""
+    rng = np.random.default_rng(0)
+    real = {name: rng.normal(-1, 1, 50) for name in "abcd"}
+    fake = {name: rng.normal(place, 1, 50) for place, name in enumerate("fgh")}
+    copies = {**fake, **{f"{name}{i}": z for name, z in fake.items() for i in (1, 2, 3)}}
+    expected = interval(of_pairs(real, fake))
+    assert interval(of_pairs(real, copies), lambda name: name[0]) == pytest.approx(expected)
+    low, high = interval(of_pairs(real, copies))
+    assert high - low < 0.8 * (expected[1] - expected[0])
+
+
+def test_perturbed_figures_state_how_many_images_they_rest_on() -> None:
+    ways = len(PERTURBATIONS)
+    logits = {"a": np.full((ways, 3), -1.0), "f": np.full((ways, 2), 1.0)}
+    logits["f"][1, 0] = np.nan  # one image that the second perturbation cannot change
+    figures = list(robustness(logits, {"a": 0, "f": 1}, 0.0).values())
+    assert [of["fakes"] for of in figures[:3]] == [2, 1, 2]
+    assert figures[0] == {
+        "auroc": 1.0, "false_positive_rate": 0.0, "recall": 1.0, "reals": 3, "fakes": 2
+    }  # fmt: skip
 
 
 def test_a_recipe_without_stored_features_is_refused(tiny_recipe: Path) -> None:
