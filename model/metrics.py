@@ -210,7 +210,7 @@ def what_is_missing(reals: int, fakes: int) -> str | None:
     if not reals:
         return (
             "There are no real images here: recall gives the share of fakes found and nothing "
-            "about false alarms. Read it together with a false-positive rate on real photographs."
+            "about false alarms. Read it together with a false-positive rate on real images."
         )
     if not fakes:
         return "There are no fake images here: only the false-positive rate can be measured."

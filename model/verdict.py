@@ -92,8 +92,9 @@ def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
     within = [(float(rate), float(threshold)) for rate, threshold in rows if rate <= asked]
     if not within:
         raise ValueError(
-            f"this detector was calibrated on too few images for an error rate of {asked:g}; the "
-            f"smallest is {min(rate for rate, _ in rows):g}"
+            f"this detector has no threshold for an error rate of {asked:g}: its calibration, or "
+            "too many sources of it, has too few images; the smallest rate is "
+            f"{min(rate for rate, _ in rows):g}"
         )
     return max(within)[1]
 

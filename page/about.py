@@ -22,6 +22,8 @@ from page.html import show
 
 LIMITS = """
 - **A probability is not a proof.** Do not accuse anybody because of this page alone.
+- **The probability assumes that about half of such images are AI-generated**, as in the
+  calibration. Where they are rare, many of the images called *likely AI* are real.
 - **The detector knows only kinds of images that it was trained on.** A newer generator, an unusual
   camera, a screenshot, heavy filters or repeated compression can cause errors in both directions.
 - **The detector sees a center crop of the image**, scaled to a few hundred pixels (some detectors

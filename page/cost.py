@@ -10,7 +10,7 @@ both ends of its band are this threshold. If the slider was not moved or not yet
 `detector` itself. `rule(detector)` returns a text: which probabilities give which verdict, and the
 default threshold if the slider was moved.
 
-`hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real photographs and 100
+`hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real images and 100
 fakes, how many get each verdict.
 
 - `roc`: the ROC curve, a list of one or more rows (threshold, share of reals, share of fakes), all
@@ -19,14 +19,16 @@ fakes, how many get each verdict.
 - `band`: the uncertain band of probabilities, (low, high).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import streamlit as st
 from markupsafe import Markup
 
 from model.inference import fitness
 from model.inference.detector import ImageDetector
+from model.verdict import left_out_sources
 from page.figures import Ends, Row, ends, of_hundred
 from page.html import show
 
@@ -40,7 +42,7 @@ def moved(detector: ImageDetector) -> ImageDetector:
 
 
 def show_threshold(detector: ImageDetector) -> None:
-    """Show the slider, and the verdicts of 100 fakes and 100 real photographs at its threshold."""
+    """Show the slider, and the verdicts of 100 fakes and 100 real images at its threshold."""
     calibration = detector.meta["calibration"]
     curve = calibration["roc"] if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
@@ -64,14 +66,18 @@ def show_threshold(detector: ImageDetector) -> None:
             )
             return
         show(hundred_html(curve, moved(detector).band))
-        sets = ", ".join(calibration["fitted_on"])
-        how = ", each source by a detector trained without it" if calibration.get("sources") else ""
-        show(
-            Markup(
-                '<p class="quiet">Measured on {}: {} real and {} fake images{}. On other kinds of '
-                "images, expect more errors.</p>"
-            ).format(sets, f"{calibration['reals']:,}", f"{calibration['fakes']:,}", how)
-        )
+        show(Markup('<p class="quiet">{}</p>').format(measured_on(detector.meta)))
+
+
+def measured_on(meta: Mapping[str, Any]) -> str:
+    """Describe the images of the calibration, and by which detectors they were scored."""
+    calibration = meta["calibration"]
+    sets = ", ".join(calibration["fitted_on"])
+    how = ", each source by a detector trained without it" if left_out_sources(meta) else ""
+    return (
+        f"Measured on {sets}: {calibration['reals']:,} real and {calibration['fakes']:,} fake "
+        f"images{how}. On other kinds of images, expect more errors."
+    )
 
 
 def rule(detector: ImageDetector) -> str:
@@ -84,13 +90,13 @@ def rule(detector: ImageDetector) -> str:
 
 
 def hundred_html(roc: Sequence[Row], band: tuple[float, float]) -> Markup:
-    """Return a table: of 100 real photographs and 100 fakes, how many get each verdict."""
+    """Return a table: of 100 real images and 100 fakes, how many get each verdict."""
     reals, fakes = ends(list(roc), band)
     is_doubt = band[0] < band[1]
-    rows = [_row("Of 100 real photographs", reals, is_doubt), _row("Of 100 fakes", fakes, is_doubt)]
+    rows = [_row("Of 100 real images", reals, is_doubt), _row("Of 100 fakes", fakes, is_doubt)]
     return Markup(
         '<div class="card scroll"><table class="hundred"><caption class="for-readers">Approximate '
-        "verdicts of 100 real photographs and 100 fakes</caption><thead><tr><td></td>"
+        "verdicts of 100 real images and 100 fakes</caption><thead><tr><td></td>"
         '<th scope="col">no sign of AI</th><th scope="col">uncertain</th>'
         '<th scope="col">likely AI</th></tr></thead><tbody>{}</tbody></table></div>'
     ).format(Markup().join(rows))

@@ -84,7 +84,7 @@ def figures_html(measured: Rates | None) -> Markup:
     cards = [
         _card("likely", "of 100 fakes are called likely AI", measured.recall, "fakes"),
         _card(
-            "none", "of 100 real photographs are called likely AI", measured.false_positives,
+            "none", "of 100 real images are called likely AI", measured.false_positives,
             "real images",
         ),
     ]  # fmt: skip

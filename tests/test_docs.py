@@ -243,10 +243,20 @@ def test_every_page_states_the_same_figure(name: str) -> None:
 def test_the_cost_of_the_threshold_is_that_of_the_detector_that_ships() -> None:
     calibration = CLIP["calibration"]
     shares = ends(calibration["roc"], tuple(calibration["band"]))
-    for name, of in zip(("real photographs", "fakes"), shares, strict=True):
+    for name, of in zip(("real images", "fakes"), shares, strict=True):
         cells = [of_hundred(share) for share in (of.no_sign, of.uncertain, of.likely)]
         row = f"| Of 100 {name} | {' | '.join(cells)} |"
         assert row in text_of(ROOT / "docs/page.md")
+
+
+def test_the_error_rates_of_the_examples_have_a_threshold() -> None:
+    """`predict.py` refuses a rate below the smallest of the detector that ships."""
+    for option, name in (("fpr", "at_fpr"), ("miss", "at_miss")):
+        pattern = rf"predict\.py \S+ --max-{option} ([\d.]+)|at_rates\(max_{option}=([\d.]+)\)"
+        texts = [text_of(page) for page in PAGES]
+        texts.append(text_of(ROOT / "model/inference/detector.py"))
+        rates = [float(rate) for text in texts for rate in stated(pattern, text)]
+        assert rates and min(rates) >= min(CLIP["calibration"][name])[0]
 
 
 def test_the_figures_of_the_gpu_are_those_of_its_results() -> None:

@@ -223,7 +223,7 @@ def test_the_slider_changes_the_verdict_and_the_figures(visit, detector) -> None
             wait_for(page, f"No sign of AI below {100 * threshold:.3g}%, likely AI from")
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
         asked = replace(detector, asked=(threshold, threshold))
-        kinds = "real photographs", "fakes"
+        kinds = "real images", "fakes"
         for name, of in zip(kinds, ends(calibration["roc"], asked.band), strict=True):
             row = page.get_by_role("row", name=f"Of 100 {name}")
             row.get_by_text(of_hundred(of.likely), exact=True).last.wait_for()

@@ -11,7 +11,7 @@ from imaging import decode_lock as locks
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.verdict import percent
-from page.cost import hundred_html
+from page.cost import hundred_html, measured_on
 from page.examples import examples
 from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
 from page.photo import crops_of, photo_html
@@ -65,15 +65,30 @@ def test_without_sources_the_rates_come_from_the_roc_curve() -> None:
     assert "Not known" in figures_html(None)
 
 
+def test_only_left_out_sources_were_scored_by_detectors_without_them() -> None:
+    calibration = {
+        "fitted_on": ["val"], "reals": 1000, "fakes": 20, "sources": {"a": {}},
+        "method": "validation sets by source, pooled",
+    }  # fmt: skip
+    assert measured_on({"calibration": calibration}) == (
+        "Measured on val: 1,000 real and 20 fake images. On other kinds of images, expect more "
+        "errors."
+    )
+    calibration["method"] = "sources left out, pooled"
+    assert "images, each source by a detector trained without it." in measured_on(
+        {"calibration": calibration}
+    )
+
+
 def test_the_verdicts_of_100_images_follow_the_band() -> None:
     assert [row_at(ROC, at)[0] for at in (0.05, 0.4, 0.69, 0.95)] == [0.1, 0.4, 0.4, 0.9]
     reals, fakes = ends(ROC, (0.4, 0.7))
     assert reals == Ends(pytest.approx(0.7), pytest.approx(0.26), pytest.approx(0.04))
     assert fakes == Ends(pytest.approx(0.1), pytest.approx(0.3), pytest.approx(0.6))
     cells = Markup(hundred_html(ROC, (0.4, 0.7))).striptags()
-    assert "Of 100 real photographs 70 26 4 Of 100 fakes 10 30 60".replace(
+    assert "Of 100 real images 70 26 4 Of 100 fakes 10 30 60".replace(" ", "") in cells.replace(
         " ", ""
-    ) in cells.replace(" ", "")
+    )
     assert hundred_html(ROC, (0.7, 0.7)).count("<td>-</td>") == 2
 
 
