@@ -19,7 +19,7 @@ features and writes them to a temporary folder. Its first batch is not measured.
 `measure(embedder, shards, source, seconds)` measures one round and returns the dict of `network`
 and `embed` in images/s. It takes an `Embedder(net=..., device=..., dtype=..., loading=...)` of
 `model.features.embed`, the set (`open_shards([folder])`), the `FeatureSource` that
-`model.features.prepare.source_of()` makes (backbone and preprocessing), and the seconds.
+`model.features.loader.source_of()` makes (backbone and preprocessing), and the seconds.
 click.ClickException is raised if the set has only one batch (one forward pass).
 """
 
@@ -40,8 +40,7 @@ from model.backbones.resolve import resolved
 from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.features.embed import AT_A_TIME_ON_GPU, Embedder, embed
-from model.features.loader import FeatureSource
-from model.features.prepare import source_of
+from model.features.loader import FeatureSource, source_of
 from model.network import build
 from model.recipe import Recipe
 from model.score import AT_A_TIME, autocast, evaluating

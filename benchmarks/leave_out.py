@@ -62,8 +62,8 @@ import recipes
 from model.calibrate import calibrate_sources, threshold_over_sources
 from model.evaluation.robustness import perturbed_variants
 from model.features.leave_out import leave_one_out, refit
-from model.features.loader import FeatureLoader
-from model.features.prepare import embed_run, source_of, with_features
+from model.features.loader import FeatureLoader, source_of
+from model.features.prepare import embed_run, with_features
 from model.metrics import measure
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of, probability, score_set

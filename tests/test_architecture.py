@@ -1,6 +1,8 @@
 """Import directions: a stage may import the stages that produce its input, never later stages."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,24 @@ def test_imports_point_upstream(owner: str) -> None:
                 f"{path.relative_to(ROOT)} imports {module}; "
                 f"{owner} may import only {sorted(MAY_IMPORT[owner])}"
             )
+
+
+@pytest.mark.parametrize("package", ["evaluation", "inference", "export", "adapters"])
+def test_what_uses_a_detector_does_not_load_the_trainer(package: str) -> None:
+    """Checked in a fresh process: an import of another module may bring the trainer."""
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in files_of(f"model/{package}")
+        if path.stem != "__init__"
+    ]
+    code = (
+        f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+        "print([m for m in sys.modules if m.startswith(('model.training.', 'model.launch.'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_the_rule_can_refuse() -> None:

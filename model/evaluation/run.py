@@ -62,9 +62,8 @@ from model.evaluation.others import DetectorScorer, score_shards
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
 from model.evaluation.robustness import Scorer, VariantScorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
-from model.features.embed import Embedder
-from model.features.loader import FeatureSource, open_scored
-from model.features.prepare import embed_sets, source_of_checkpoint
+from model.features.embed import Embedder, embed_sets
+from model.features.loader import FeatureSource, open_scored, source_of_checkpoint
 from model.inference.onnx_detector import OnnxDetector
 from model.network import Detector
 from model.score import score_set

@@ -6,7 +6,7 @@ Main entry: `embed(embedder, shards, source, number, on_images)` computes the fe
 - `embedder`: an `Embedder`, below.
 - `shards`: a `ShardSet`, opened by `open_shards()` in `sharding/format.py`.
 - `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation).
-  `source_of()` in `prepare.py` makes one from a `ResolvedRecipe` and the `net` and `dtype` of the
+  `source_of()` in `loader.py` makes one from a `ResolvedRecipe` and the `net` and `dtype` of the
   `Embedder`.
 - `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
 - `on_images`: a function that is called after each forward pass with the number of images done
@@ -23,6 +23,9 @@ an interrupted run resumes there. Errors:
   be decoded is logged.
 - `OSError`: a file cannot be written.
 
+`embed_sets(embedder, sets, source, number)` does this for several sets, with progress, and returns
+the number of images of all of them.
+
 The fields of an `Embedder` are passed by keyword:
 
 - `net`: a `Detector` (a torch module) with a frozen backbone, on `device`. It comes from
@@ -37,13 +40,14 @@ The fields of an `Embedder` are passed by keyword:
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+import console
 from model.features.loader import FeatureSource
 from model.features.store import (
     FeatureError,
@@ -229,3 +233,27 @@ def _joined(
         first += len(valid)
     features = np.concatenate([part[0] for part in parts])
     return features, np.concatenate([part[1] for part in parts]), failures
+
+
+def embed_sets(
+    embedder: Embedder, sets: Sequence[ShardSet], source: FeatureSource, number: int
+) -> int:
+    """Compute the missing features of a view of some sets, with progress; return the number of
+    images computed on this rank.
+    """
+    count = 0
+    for shards in sets:
+        own = missing_of(
+            source.store, source.backbone, shards, source.numbered(number),
+            rank=embedder.rank, world_size=embedder.world_size,
+        )  # fmt: skip
+        if not own:
+            continue
+        images = sum(shards.shard_samples[file.shard_code] for file in own)
+        label = f"embedding {shards.describe()}, view {number}"
+        console.log.info(
+            "%s: features of %d images in %d shards are missing", label, images, len(own)
+        )
+        with console.progress(label, images, shown=embedder.rank == 0) as advance:
+            count += embed(embedder, shards, source, number, advance)
+    return count

@@ -52,8 +52,8 @@ from model.checkpoint import load_network
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object
 from model.features.fit import FitError, fit_head, gather, head_weights, reset_head, set_head
-from model.features.loader import FeatureLoader, FeatureSource
-from model.features.prepare import embed_run, source_of
+from model.features.loader import FeatureLoader, FeatureSource, source_of
+from model.features.prepare import embed_run
 from model.score import score_set
 from model.training.optim import make_optimizer, schedule, set_learning_rate
 from model.training.plan import RunPlan

@@ -6,7 +6,7 @@ Main entries: `FeatureLoader(shards, source, loading, device, rank, world_size)`
 
 - `shards`: a `ShardSet` (packed images), opened by `open_shards()` in `sharding/format.py`.
 - `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation), made by
-  `source_of()` or `source_of_checkpoint()` in `prepare.py`.
+  `source_of()` or `source_of_checkpoint()`, below.
 - `loading`: a `Loading`, of which only `batch_size`, the batch size per rank, is used.
 - `device`: the torch device of the batches.
 - `rank`, `world_size`: this process's rank (default 0) and the number of processes (default 1).
@@ -25,6 +25,11 @@ Errors are raised when the first batch is taken: `FeatureError` if features are 
 `LoadError` if the epoch has another batch size (both are `ValueError`s), and `TypeError` for
 another kind of `params_for`.
 
+`source_of(recipe, net, dtype)` and `source_of_checkpoint(net, meta, dtype, store)` return the
+`FeatureSource` of a `ResolvedRecipe` with `[features]`, or of a checkpoint's meta (a dict). `net`
+is the `Detector` with its weights loaded, `dtype` its precision, `store` the `Path` of the store.
+Both raise `FeatureError` if the backbone is not frozen.
+
 `open_scored(shards, preprocess, loading, device, *, dist, features)` returns a loader for
 evaluation, with the same `batches()`. It is a `FeatureLoader` if `features`, a `FeatureSource`, is
 given; else a loader of images, which are preprocessed by `preprocess` (a `Preprocess`). `dist` is a
@@ -32,15 +37,19 @@ given; else a loader of images, which are preprocessed by `preprocess` (a `Prepr
 default to None. It raises `LoadError` if the images cannot be loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+import recipes
 from model.distributed import DistEnv
-from model.features.store import BackboneId, FeatureTable, View, open_table
+from model.features.store import BackboneId, FeatureTable, View, backbone_id, open_table
+from model.network import Detector
+from model.recipe import Network, ResolvedRecipe
 from pipeline.batch import Batch
 from pipeline.loader import LoadError, open_loader
 from pipeline.loading import Loading
@@ -68,6 +77,35 @@ class FeatureSource:
         return View(
             number=number, augment=self.view.augment, policy=self.view.policy, seed=self.view.seed
         )
+
+
+def source_of(recipe: ResolvedRecipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
+    """Return the location of a recipe's features. `net` has its weights loaded.
+
+    Raises:
+        FeatureError: the backbone of `net` is not frozen.
+    """
+    assert recipe.features is not None
+    return FeatureSource(
+        store=Path(recipe.features.store),
+        backbone=backbone_id(net, recipe.network, recipe.preprocess, dtype),
+        view=View(augment=recipe.augment, policy=recipe.data.policy, seed=recipe.run.seed),
+    )
+
+
+def source_of_checkpoint(
+    net: Detector, meta: Mapping[str, Any], dtype: torch.dtype, store: Path
+) -> FeatureSource:
+    """Return the location of the center-crop features of a checkpoint's network. `meta` is the
+    checkpoint's meta.
+
+    Raises:
+        FeatureError: the backbone was not frozen.
+    """
+    network = recipes.build(Network, meta["recipe"]["network"], "the checkpoint")
+    preprocess = Preprocess(**meta["preprocess"])
+    backbone = backbone_id(net, network, preprocess, dtype)
+    return FeatureSource(store=store, backbone=backbone, view=View())
 
 
 @dataclass(frozen=True, eq=False)

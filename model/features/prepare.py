@@ -31,64 +31,25 @@ cannot be loaded or a set of `names` cannot be opened. All of these are `ValueEr
 `OSError` for a file that cannot be read or written.
 
 `views_of(recipe)` returns the numbers of the stored views that training reads: 0 is the center
-crop, v >= 1 the augmentation of epoch v - 1. `source_of(recipe, net, dtype)` and
-`source_of_checkpoint(net, meta, dtype, store)` return the `FeatureSource` (folder, backbone,
-augmentation) of a `ResolvedRecipe` with `[features]` or of a checkpoint's meta, given the loaded
-network and its precision. `embed_run()` computes the missing features of a run, and of view 0 of
-more `sets`; `embed_sets(embedder, sets, source, number)` those of the view `number` of some sets.
-Both return the number of images computed by this rank or task.
+crop, v >= 1 the augmentation of epoch v - 1. `embed_run()` computes the missing features of a run,
+and of view 0 of more `sets`. It returns the number of images computed by this rank or task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import console
-import recipes
 from model.distributed import all_gather_object
-from model.features.embed import Embedder, embed
-from model.features.loader import FeatureLoader, FeatureSource
-from model.features.store import FeatureError, View, backbone_id, frozen_sha256, missing_of
-from model.network import Detector
-from model.recipe import Network, Recipe, ResolvedRecipe
+from model.features.embed import Embedder, embed_sets
+from model.features.loader import FeatureLoader, FeatureSource, source_of
+from model.features.store import FeatureError, frozen_sha256
+from model.recipe import Recipe
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
-from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath
-
-
-def source_of(recipe: ResolvedRecipe, net: Detector, dtype: torch.dtype) -> FeatureSource:
-    """Return the location of a recipe's features. `net` has its weights loaded.
-
-    Raises:
-        FeatureError: the backbone of `net` is not frozen.
-    """
-    assert recipe.features is not None
-    return FeatureSource(
-        store=Path(recipe.features.store),
-        backbone=backbone_id(net, recipe.network, recipe.preprocess, dtype),
-        view=View(augment=recipe.augment, policy=recipe.data.policy, seed=recipe.run.seed),
-    )
-
-
-def source_of_checkpoint(
-    net: Detector, meta: Mapping[str, Any], dtype: torch.dtype, store: Path
-) -> FeatureSource:
-    """Return the location of the center-crop features of a checkpoint's network. `meta` is the
-    checkpoint's meta.
-
-    Raises:
-        FeatureError: the backbone was not frozen.
-    """
-    network = recipes.build(Network, meta["recipe"]["network"], "the checkpoint")
-    preprocess = Preprocess(**meta["preprocess"])
-    backbone = backbone_id(net, network, preprocess, dtype)
-    return FeatureSource(store=store, backbone=backbone, view=View())
 
 
 def views_of(recipe: Recipe) -> range:
@@ -196,27 +157,3 @@ def embed_part(
     train_state = assemble(planned)
     source = source_of(planned.recipe, train_state.net, planned.dtype)
     return embed_run(planned, train_state, source, sets, rank=rank, world_size=world_size)
-
-
-def embed_sets(
-    embedder: Embedder, sets: Sequence[ShardSet], source: FeatureSource, number: int
-) -> int:
-    """Compute the missing features of a view of some sets, with progress; return the number of
-    images computed on this rank.
-    """
-    count = 0
-    for shards in sets:
-        own = missing_of(
-            source.store, source.backbone, shards, source.numbered(number),
-            rank=embedder.rank, world_size=embedder.world_size,
-        )  # fmt: skip
-        if not own:
-            continue
-        images = sum(shards.shard_samples[file.shard_code] for file in own)
-        label = f"embedding {shards.describe()}, view {number}"
-        console.log.info(
-            "%s: features of %d images in %d shards are missing", label, images, len(own)
-        )
-        with console.progress(label, images, shown=embedder.rank == 0) as advance:
-            count += embed(embedder, shards, source, number, advance)
-    return count

@@ -36,8 +36,8 @@ import torch
 
 import console
 from model.distributed import DistEnv, all_gather_object, all_reduce_any
-from model.features.loader import FeatureLoader, FeatureSource, open_scored
-from model.features.prepare import check_teacher, source_of, views_of
+from model.features.loader import FeatureLoader, FeatureSource, open_scored, source_of
+from model.features.prepare import check_teacher, views_of
 from model.features.store import missing_of
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of

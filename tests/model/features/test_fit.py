@@ -16,7 +16,8 @@ from model import checkpoint
 from model.distributed import DistEnv
 from model.features.fit import FitError, Samples, check_fit, fit_head, gather, linear_of
 from model.features.leave_out import leave_one_out
-from model.features.prepare import source_of, with_features
+from model.features.loader import source_of
+from model.features.prepare import with_features
 from model.network import Detector, build
 from model.recipe import Optim, Recipe
 from model.training import run

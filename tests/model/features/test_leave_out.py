@@ -15,7 +15,8 @@ from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores
 from model.features.leave_out import leave_one_out
-from model.features.prepare import source_of, with_features
+from model.features.loader import source_of
+from model.features.prepare import with_features
 from model.features.store import FeatureError
 from model.recipe import Calibrating, Recipe
 from model.score import probability
