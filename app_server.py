@@ -19,6 +19,7 @@ read at the import. Streamlit has no settings for such a limit or such headers.
 at least `LEAST_BYTES`. It works only while Streamlit's server runs.
 """
 
+import asyncio
 import os
 from pathlib import Path
 from typing import cast
@@ -32,8 +33,17 @@ from streamlit.runtime import get_instance
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.starlette import App
 
-MAX_HELD_BYTES = int(os.environ.get("DETECTOR_UPLOADS_MB", "1024")) * 2**20
+_UPLOADS_MB = os.environ.get("DETECTOR_UPLOADS_MB") or "1024"
+if not _UPLOADS_MB.isdecimal() or not int(_UPLOADS_MB):
+    raise SystemExit(
+        f"Error: DETECTOR_UPLOADS_MB is {_UPLOADS_MB!r}, expected a whole number above 0"
+    )
+
+MAX_HELD_BYTES = int(_UPLOADS_MB) * 2**20
 """Limit for the uploads of all visitors together, in bytes."""
+
+IDLE_S = 20.0
+"""Seconds without a byte after which an upload is ended. Until then its memory is reserved."""
 
 LEAST_BYTES = 2**20
 """Smallest size that a file is counted with, in bytes: previews of small files take memory too."""
@@ -86,9 +96,21 @@ class Guard:
             text = "The memory for images is full; try again later.\n"
             await PlainTextResponse(text, 503)(scope, receive, send)
             return
+        arrived = False
+
+        async def receive_soon() -> Message:
+            nonlocal arrived
+            async with asyncio.timeout(None if arrived else IDLE_S):
+                message = await receive()
+            arrived = not message.get("more_body", False)
+            return message
+
         self.arriving += size
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive_soon, send)
+        except TimeoutError:
+            text = f"No part of the upload arrived in {IDLE_S:g} seconds.\n"
+            await PlainTextResponse(text, 408)(scope, receive, send)
         finally:
             self.arriving -= size
 

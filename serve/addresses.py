@@ -162,6 +162,8 @@ def is_public(address: str) -> bool:
             return is_public(str(ip.ipv4_mapped))
         if ip.sixtofour is not None and not is_public(str(ip.sixtofour)):
             return False
+        if ip.is_site_local:  # private, by an older standard
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

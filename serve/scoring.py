@@ -60,14 +60,16 @@ MAX_RETRY_S = 60
 class Job:
     """One image of a request.
 
-    `done` is a future for its row; it is cancelled if the request has ended, and the image is then
-    not scored. `pixels` is the preprocessed image, None until it is decoded. `left` is true when
-    the job is out of the queue.
+    `done` is a future for its row; it is cancelled if the request has ended, and the image then
+    leaves the queue at once. `data` is the encoded image while it waits to be decoded, `pixels` the
+    preprocessed image, None until it is decoded. `left` is true when the job is out of the queue:
+    then it holds neither.
     """
 
     file: ImageFile
     done: "Future[dict[str, Any]]" = field(default_factory=Future)
     provenance: list[Evidence] = field(default_factory=list)
+    data: bytes = b""
     pixels: np.ndarray | None = None
     left: bool = False
 
@@ -128,6 +130,7 @@ class Scorer:
             self.unread += len(jobs)
         self.metrics.waiting.set(self.waiting)
         for job in jobs:
+            job.done.add_done_callback(lambda _done, job=job: self._leave(job))
             self._readers.submit(self._read, job).add_done_callback(partial(self._drop, job))
         return jobs
 
@@ -143,26 +146,38 @@ class Scorer:
     def _read(self, job: Job) -> None:
         """Read an image, then decode it here or pass it to the thread for large images."""
         with self._failing([job]):
+            if job.left:
+                return
             data = done_or_reason(lambda file: file.read(), job.file)
-            if job.done.cancelled() or isinstance(data, str):
-                self._finish(job, math.nan, str(data))
+            if isinstance(data, str):
+                self._finish(job, math.nan, data)
                 return
             job.provenance = read_evidence(data, self.trust)
-            if pixels_of(data) >= LARGE_PIXELS:
-                decoding = self._large_reader.submit(self._decode, job, data)
+            is_large = pixels_of(data) >= LARGE_PIXELS
+            with self._lock:
+                if job.left:
+                    return
+                job.data = data
+            if is_large:
+                decoding = self._large_reader.submit(self._decode, job)
                 decoding.add_done_callback(partial(self._drop, job))
             else:
-                self._decode(job, data)
+                self._decode(job)
 
-    def _decode(self, job: Job, data: bytes) -> None:
+    def _decode(self, job: Job) -> None:
         with self._failing([job]):
+            data = job.data
+            if job.left:
+                return
             image = ImageFile(job.file.name, lambda: data)
             pixels = done_or_reason(self.detector.preprocess_file, image)
-            if job.done.cancelled() or isinstance(pixels, str):
-                self._finish(job, math.nan, str(pixels))
+            if isinstance(pixels, str):
+                self._finish(job, math.nan, pixels)
                 return
-            job.pixels = pixels
             with self._lock:
+                if job.left:
+                    return
+                job.data, job.pixels = b"", pixels
                 self.unread -= 1
             self._decoded.put(job)
 
@@ -193,19 +208,18 @@ class Scorer:
         return group
 
     def _score(self, group: Sequence[Job]) -> None:
-        wanted = [job for job in group if not job.done.cancelled()]
-        probabilities = [math.nan] * len(wanted)
-        if wanted:
-            began = time.monotonic()
-            pixels = np.stack([job.pixels for job in wanted if job.pixels is not None])
-            probabilities = self.detector.score(pixels).tolist()
-            passed = time.monotonic() - began
-            self._seconds += 0.2 * (passed / len(wanted) - self._seconds)
-            self.metrics.batch_images.observe(len(wanted))
-            self.metrics.batch_seconds.observe(passed)
-        scored = dict(zip(wanted, probabilities, strict=True))
-        for job in group:
-            self._finish(job, scored.get(job, math.nan))
+        # A job may leave at any time, and then has no pixels.
+        held = [(job, pixels) for job in group if (pixels := job.pixels) is not None]
+        if not held:
+            return
+        began = time.monotonic()
+        probabilities = self.detector.score(np.stack([pixels for _, pixels in held])).tolist()
+        passed = time.monotonic() - began
+        self._seconds += 0.2 * (passed / len(held) - self._seconds)
+        self.metrics.batch_images.observe(len(held))
+        self.metrics.batch_seconds.observe(passed)
+        for (job, _), probability in zip(held, probabilities, strict=True):
+            self._finish(job, probability)
 
     # --- all threads ------------------------------------------------------------------------------
 
@@ -250,6 +264,7 @@ class Scorer:
             job.left = True
             self.waiting -= 1
             self.unread -= job.pixels is None
-        job.file, job.pixels = ImageFile(job.file.name, bytes), None  # the bytes are not needed
+            job.data, job.pixels = b"", None
+        job.file = ImageFile(job.file.name, bytes)  # its bytes are not needed
         self.metrics.waiting.set(self.waiting)
         return True

@@ -83,6 +83,34 @@ def test_an_interrupted_upload_frees_its_memory(
     assert guard.arriving == 0
 
 
+@pytest.mark.usefixtures("streamlit")
+def test_an_upload_that_stops_frees_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_server, "IDLE_S", 0.05)
+    parts = [{"type": "http.request", "body": b"a", "more_body": True}]
+
+    async def reading(_scope: object, receive, _send: object) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def upload() -> list[int]:
+        guard, statuses = app_server.Guard(reading), []
+
+        async def receive() -> dict:
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        async def send(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        headers = [(b"content-length", b"1048576")]
+        await guard({"type": "http", "method": "PUT", "path": UPLOAD, "headers": headers},
+                    receive, send)  # fmt: skip
+        assert guard.arriving == 0
+        return statuses
+
+    assert asyncio.run(upload()) == [408]
+
+
 def test_simultaneous_uploads_are_counted_together(streamlit: Streamlit) -> None:
     """Ten uploads of 1 MB are in progress at once, and four fit. An upload without a stated size
     counts as the largest size that Streamlit accepts.

@@ -115,6 +115,7 @@ def names(monkeypatch: pytest.MonkeyPatch, site: Site) -> list[str]:
      ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
      ("100.64.0.1", False), ("224.0.0.1", False), ("255.255.255.255", False), ("240.0.0.1", False),
      ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fd00::1", False), ("ff02::1", False),
+     ("fec0::1", False),
      ("::ffff:127.0.0.1", False), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False),
      ("2001:0:1::1", False)],
 )  # fmt: skip

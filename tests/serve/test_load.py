@@ -245,6 +245,38 @@ def test_images_that_a_stop_drops_are_refused(
     assert first.done.result(10)["verdict"] and scorer.waiting == scorer.unread == 0
 
 
+def test_images_of_ended_requests_hold_no_memory(
+    detector: ImageDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave the queue at once, although the thread for large images is busy."""
+    monkeypatch.setattr(scoring, "LARGE_PIXELS", 1)
+    began, go_on, decoded = threading.Event(), threading.Event(), []
+
+    decode = ImageDetector.preprocess_file
+
+    def preprocess_file(_self: ImageDetector, file: ImageFile) -> np.ndarray:
+        decoded.append(file.name)
+        began.set()
+        assert go_on.wait(30)
+        return decode(detector, file)
+
+    monkeypatch.setattr(ImageDetector, "preprocess_file", preprocess_file)
+    scorer = scoring.Scorer(detector, Limits(), Metrics())
+    jobs = scorer.submit([ImageFile(str(n), lambda: PHOTO) for n in range(5)])
+    assert began.wait(10)
+    wait_for(lambda: sum(bool(job.data) for job in jobs) == 5)
+    for job in jobs:
+        assert job.done.cancel()
+    assert scorer.waiting == scorer.unread == 0
+    assert [job.data for job in jobs] == [b""] * 5
+    go_on.set()
+    later = scorer.submit([ImageFile("later", lambda: PHOTO)])
+    assert later[0].done.result(30)["probability"] is not None
+    assert decoded == ["0", "later"]
+    scorer.close()
+    assert scorer.waiting == scorer.unread == 0
+
+
 def test_a_disconnected_client_frees_its_queue_slots(detector: ImageDetector, gate: Gate) -> None:
     service = Service(detector, Limits(batch_size=1))
     whole = {"type": "http.request", "body": PHOTO, "more_body": False}
