@@ -2,19 +2,23 @@
 
 Main entries: every function takes one `text` (str) and returns a new str; none raises an error.
 `printable()` replaces control characters, which a terminal would execute, and characters that it
-cannot show by visible escapes; newlines stay. `spreadsheet_cell()` puts a `'` before a text that
-would run as a formula, and `from_spreadsheet_cell()` takes its result and returns the original
-text. `markdown()` returns one line in which markup is escaped and addresses do not become links;
-all words stay readable. (A text that is only a number with a full stop, such as `7.`, is not
-escaped: it can show as a list item.) `without_secrets()` replaces the logins, queries and fragments
-of web addresses (passwords, tokens, signatures) by `***`.
+cannot show by visible escapes; newlines stay. `spreadsheet_cell()` puts a `'` before a text, or a
+part after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes its result
+and returns the original text. `markdown()` returns one line in which markup is escaped and
+addresses do not become links; all words stay readable. (A text that is only a number with a full
+stop, such as `7.`, is not escaped: it can show as a list item.) `without_secrets()` replaces the
+logins, queries and fragments of web addresses (passwords, tokens, signatures) by `***`.
 """
 
 import re
 
 # First characters of a formula by OWASP's page "CSV Injection", and their full-width forms, which
 # some programs run too. Quotes before them are matched so that escaping can be undone.
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_FORMULA = r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"
+# Some programs read `;` and tabs as separators of cells, whatever quotes are around them.
+_START = r"(?:^|(?<=[;\t]))"
+_RUNS = re.compile(f"{_START}(?={_FORMULA})")
+_ESCAPED = re.compile(f"{_START}'(?={_FORMULA})")
 
 
 def printable(text: str) -> str:
@@ -27,15 +31,15 @@ def printable(text: str) -> str:
 
 
 def spreadsheet_cell(text: str) -> str:
-    """Put a `'` before a text that a spreadsheet would run as a formula. `from_spreadsheet_cell`
-    removes it again, so two different texts stay different.
+    """Put a `'` before a text, or a part of it after `;` or a tab, that a spreadsheet would run as
+    a formula. `from_spreadsheet_cell` removes it again, so two different texts stay different.
     """
-    return f"'{text}" if _FORMULA.match(text) else text
+    return _RUNS.sub("'", text)
 
 
 def from_spreadsheet_cell(text: str) -> str:
     """Return the text that was passed to `spreadsheet_cell`."""
-    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+    return _ESCAPED.sub("", text)
 
 
 # Three Streamlit parts turn plain text into links and icons after Markdown was parsed, so that a

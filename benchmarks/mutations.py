@@ -8,8 +8,8 @@ formats in turn, with names such as `000000-jpeg`. It writes nothing. A file get
 changed bytes, extreme numbers, deleted, repeated or copied parts, or a missing end. About 3 of 100
 files get none.
 
-`seeds()` returns the valid files (name of the format -> bytes), images of `SIDE` x `SIDE` pixels
-(the ICO is smaller), and `mutated(seed, rng)` takes the bytes of one of these files and a NumPy
+`seeds()` returns the valid files (name of the format -> bytes), images of `SIDE` x `SIDE` pixels,
+and `mutated(seed, rng)` takes the bytes of one of these files and a NumPy
 generator, and returns a damaged copy. The command writes COUNT files in total, not per format, to
 FOLDER, with the random seed 0, as input of `benchmarks.hostile`.
 """
@@ -77,7 +77,6 @@ def seeds() -> dict[str, bytes]:
         "tiff-deep": encode(deep, "TIFF", compression="tiff_deflate"),
         "bmp": encode(image, "BMP"),
         "dib": encode(image, "DIB"),
-        "ico": encode(image, "ICO"),
         "jpeg2000": encode(image, "JPEG2000"),
         "ppm": encode(image, "PPM"),
         "pgm-deep": encode(deep, "PPM"),

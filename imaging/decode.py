@@ -17,7 +17,6 @@ import math
 import os
 import re
 import stat
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,13 +46,17 @@ silence_pillow()
 Image.init()  # load every plugin now: `Image.open(formats=...)` knows only loaded ones
 
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
+    ".avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
     ".qoi .tga .tif .tiff .webp".split()
 )
 """File name suffixes of images. In a folder, other files are not opened."""
 
 MAX_PIXELS = 200_000_000
 """Pixels of the largest phone picture (Samsung, 16,320 x 12,240). More are refused undecoded."""
+
+MAX_SLOW_PIXELS = 8_000_000
+"""Pixels above which an image is refused whose decoder is written in Python: RLE BMP, QOI and PPM
+of unusual depth. Such decoders take up to 1.6 seconds per megapixel."""
 
 MAX_BYTES = 512 * 2**20
 """Bytes above which a file is refused before it is read into memory."""
@@ -62,9 +65,10 @@ MAX_BYTES = 512 * 2**20
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
-# Formats that Pillow may open. PostScript, PDF and formats that run other programs are excluded.
+# Formats that Pillow may open. PostScript, PDF and formats that run other programs are excluded,
+# and icons (ICO), which Pillow decodes while it opens them, before their size can be refused.
 READABLE = (
-    "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG2000",
+    "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG2000",
     "PPM", "QOI", "TGA", "TIFF",
 )  # fmt: skip
 
@@ -255,19 +259,6 @@ def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndar
     return pixels, orientation if plain else None
 
 
-def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Read (width, height) from a JPEG or PNG header; None for other formats and bad headers."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
-        return struct.unpack_from(">2I", data, 16)
-    if data.startswith(b"\xff\xd8"):
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
-        except (ValueError, KeyError):  # KeyError: simplejpeg has no name for color space -1
-            return None
-        return width, height
-    return None
-
-
 class Encoded(NamedTuple):
     """Bytes that every decoder decodes alike. `width` and `height` are of the upright image."""
 
@@ -356,10 +347,10 @@ def boundary(name: str = "") -> Iterator[None]:
         raise DecodeError(f"{name or 'image'} does not decode: {_in_words(error)}") from error
 
 
-def _too_large(pixels: int) -> str:
+def _too_large(pixels: int, most: int = MAX_PIXELS) -> str:
     return (
-        f"{math.ceil(pixels / 10**6):,} megapixels, more than the {MAX_PIXELS // 10**6} allowed; "
-        "scale it down"
+        f"{math.ceil(pixels / 10**6):,} megapixels, more than the {most // 10**6} allowed"
+        f"{'' if most == MAX_PIXELS else ' for this format'}; scale it down"
     )
 
 
@@ -386,6 +377,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
         if image.width * image.height > MAX_PIXELS:
             raise DecodeError(_too_large(image.width * image.height))
+        slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+        if slow and image.width * image.height > MAX_SLOW_PIXELS:
+            raise DecodeError(_too_large(image.width * image.height, MAX_SLOW_PIXELS))
         with boundary(_name_of(image)):
             yield image
 

@@ -37,7 +37,7 @@ LOCKS = threading.Lock(), threading.Lock()
 @contextlib.contextmanager
 def decode_lock(data: bytes) -> Iterator[None]:
     """Wait until no other image of the same size class (small or large) is being decoded, and make
-    others wait until the block ends. The largest image takes 2.8 GB and several seconds.
+    others wait until the block ends. The largest image takes up to 5 GB and several seconds.
 
     Raises:
         Busy: the wait took longer than `WAIT_S`.

@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from imaging.decode import DecodeError, claimed_size, decode_image
+from imaging.decode import DecodeError, decode_image
+from imaging.header import claimed_size
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
 from storage import is_local, size_of

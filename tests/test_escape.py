@@ -43,6 +43,11 @@ def test_spreadsheet_cells_contain_no_formula_and_stay_distinct() -> None:
     for cell in cells[: len(FORMULAS)]:
         assert cell[0] == "'"
     assert cells[-5:] == texts[-5:]
+    for separator in ";\t":  # of cells, for some programs, whatever quotes are around the text
+        texts = [f"x{separator}{text}" for text in (*FORMULAS, *(f"'{f}" for f in FORMULAS))]
+        cells = [spreadsheet_cell(text) for text in texts]
+        assert all(cell.split(separator)[1][0] == "'" for cell in cells)
+        assert [from_spreadsheet_cell(cell) for cell in cells] == texts
 
 
 # Regular expressions that these libraries apply to text after parsing, when backslashes are gone:

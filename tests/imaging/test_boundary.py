@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 import warnings
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image, ImageFile
 
 from benchmarks.mutations import mutated, mutations, seeds
 from imaging import decode as boundary
-from imaging.decode import READABLE, DecodeError, as_is, claimed_size, decode, prepare
+from imaging.decode import READABLE, DecodeError, as_is, decode, prepare
+from imaging.header import claimed_size
+from tests.builders import encode, photo
 
 SEEDS = seeds()
 
@@ -115,3 +118,25 @@ def test_decoders_print_nothing(capfd: pytest.CaptureFixture) -> None:
                 continue
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_no_format_is_decoded_when_it_is_opened(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its size could not be refused, nor memory for it reserved, before it is decoded."""
+    if name not in Image.SAVE:
+        pytest.skip(f"Pillow writes no {name}")
+    data = encode(photo(1, 64, 64), name)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    with Image.open(io.BytesIO(data), formats=READABLE) as image:
+        assert image.size == (64, 64)
+
+
+def test_a_large_image_whose_decoder_is_slow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imaging.decode.MAX_SLOW_PIXELS", 63 * 64)
+    rle = struct.pack("<2sI2HI", b"BM", 62, 0, 0, 62) + struct.pack(
+        "<I2i2H6I", 40, 64, 64, 1, 8, 1, 0, 0, 0, 2, 0
+    ) + bytes(8) + b"\0\1"  # fmt: skip
+    for data in (rle, encode(photo(1, 64, 64), "QOI")):
+        with pytest.raises(DecodeError, match="megapixels, more than the 0 allowed for this form"):
+            decode(data)
+    assert decode(encode(photo(1, 64, 64), "BMP")).shape == (64, 64, 3)

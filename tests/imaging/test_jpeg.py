@@ -1,11 +1,15 @@
 """Parsing of JPEG headers against Pillow: the same facts, or None."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from imaging import decode
-from imaging.decode import DecodeError, as_is, claimed_size, prepare
+from imaging.decode import DecodeError, as_is, prepare
+from imaging.header import claimed_size
 from imaging.jpeg import before_scan, read_header
 from tests.builders import encode, photo
 
@@ -126,3 +130,22 @@ def test_claimed_size_equals_the_decoded_size(kind: str) -> None:
     unsaid = ("one byte", "no image data", "no size", "no width")
     expected = None if kind in unsaid else IMAGE.size
     assert claimed_size((PLAIN | OTHER)[kind]) == expected
+
+
+def test_claimed_size_is_the_one_that_the_decoder_uses() -> None:
+    """A small header before the real one must not let a large image pass."""
+    large = encode(IMAGE.resize((640, 480)), "PNG")
+    start, header, rest = large[:8], large[8:33], large[33:]
+    small = encode(IMAGE.resize((32, 32)), "PNG")[8:33]
+    for data in (start + small + header + rest, start + text_chunk() + header + rest):
+        assert claimed_size(data) == (640, 480)
+    for lossless in (True, False):
+        data = encode(IMAGE.resize((640, 480)), "WEBP", lossless=lossless)
+        assert claimed_size(data) == (640, 480)
+
+
+def text_chunk() -> bytes:
+    """Return a tEXt chunk of a PNG."""
+    content = b"tEXtComment\0" + b"x" * 40
+    crc = struct.pack(">I", zlib.crc32(content))
+    return struct.pack(">I", len(content) - 4) + content + crc
