@@ -104,9 +104,11 @@ def one_line(error: Exception) -> str:
         if error.filename is None:
             return error.strerror
         name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
-        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+        # Not `path.exists()`: it raises an error below a folder that cannot be searched.
+        if isinstance(error, FileNotFoundError) and not os.path.isdir(path.parent):  # noqa: PTH112
             return f"there is no folder {_name_of(path.parent)}; create it, or name another folder"
-        if isinstance(error, PermissionError) and path.exists() and not os.access(path, os.R_OK):
+        there = os.path.exists(path)  # noqa: PTH110
+        if isinstance(error, PermissionError) and there and not os.access(path, os.R_OK):
             mode = stat.S_IMODE(path.stat().st_mode)
             return f"{name}: not readable by this user (mode {mode:o})"
         return f"{name}: {error.strerror}"

@@ -279,6 +279,13 @@ def _check(output: str) -> None:
     for path in paths:
         if path != "-" and not inputs.is_there(path):
             raise click.UsageError(f"{path!r} does not exist")
+    heatmap = given["heatmap"]
+    for path in (*paths, *([watch] if watch else [])):
+        if heatmap and path != "-" and heatmap.resolve().is_relative_to(Path(path).resolve()):
+            raise click.UsageError(
+                f"--heatmap {heatmap} is inside {path}, so its pictures would be scored too; name "
+                "a folder outside"
+            )
     if resume and not given["out"]:
         raise click.UsageError("--resume continues a results file; name the file with --out")
     if resume and output == "table":

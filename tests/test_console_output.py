@@ -162,6 +162,20 @@ def test_a_missing_folder_and_an_unreadable_file_are_named(
     assert said == f"{path}: not readable by this user (mode 600)"
 
 
+def test_a_file_below_a_closed_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There `Path.exists` raises an error. Root can search every folder."""
+    error = PermissionError(13, "Permission denied", "closed/x")
+
+    def closed(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "stat", closed)
+    monkeypatch.setattr(os, "stat", closed)
+    said = console.one_line(error)
+    monkeypatch.undo()
+    assert said == "closed/x: Permission denied"
+
+
 def test_ctrl_c_says_that_the_command_can_resume() -> None:
     def action() -> None:
         with interrupts.resumable():

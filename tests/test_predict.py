@@ -134,6 +134,8 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
         ([f"{tmp_path}/*.none"], "does not exist"),
         ([photos, "--watch", photos], "not both"),
         ([photos, "--resume"], "name the file with --out"),
+        ([photos, "--heatmap", photos / "heat"], "is inside"),
+        (["--watch", photos, "--heatmap", photos / "heat"], "name a folder outside"),
         ([photos, "--out", tmp_path / "x.txt", "--resume"], "--format csv or jsonl"),
         ([photos, "--threshold", "2"], "0<=x<=1"),
         ([photos, "--device", "none"], "no such device"),
@@ -345,7 +347,7 @@ def test_verdicts_follow_the_error_rates_asked_for(
         ]  # fmt: skip
         refused = ask(photos, "--max-fpr", 0.001)
         assert refused.exit_code == 2
-        assert "too few images for an error rate of 0.001; the smallest is 0.01" in refused.stderr
+        assert "no threshold for an error rate of 0.001" in refused.stderr
         both = ask(photos, "--max-fpr", 0.05, "--threshold", 0.5)
         assert both.exit_code == 2
         assert "--threshold cannot be combined with --max-fpr" in both.stderr

@@ -33,6 +33,7 @@ whether a path has the suffix of a compressed tar, and `is_image(name)` whether 
 suffix of an image. At most `RUN` names of a folder are sorted at a time.
 """
 
+import contextlib
 import glob
 import os
 import re
@@ -97,11 +98,12 @@ def is_image(name: str) -> bool:
 
 def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     lower = path.lower()
-    if path and Path(path).is_dir():  # `Path("")` is the current folder
+    # Methods of `Path` raise an error for a name that is too long and below a closed folder.
+    if os.path.isdir(path):  # noqa: PTH112
         yield from _in_folder(path, excluded)
-    elif lower.endswith(".zip") and Path(path).is_file():
+    elif lower.endswith(".zip") and os.path.isfile(path):  # noqa: PTH113
         yield from _in_zip(path, excluded)
-    elif lower.endswith(TARS) and Path(path).is_file():
+    elif lower.endswith(TARS) and os.path.isfile(path):  # noqa: PTH113
         yield from _in_tar(path, excluded)
     else:
         yield ImageFile(path, partial(read_file, path))
@@ -134,15 +136,31 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             folders.append(_entries(entry.path))
         elif is_image(entry.name):
             yield ImageFile(entry.path, partial(read_file, entry.path))
-        elif Path(entry.path).with_name(INDEX_FILE).exists():  # part of a shard set
-            if entry.name.endswith(".tar"):
+        elif entry.name == INDEX_FILE:
+            yield from _missing_shards(Path(entry.path))
+        elif os.path.exists(Path(entry.path).with_name(INDEX_FILE)):  # noqa: PTH110
+            if entry.name.endswith(".tar"):  # part of a shard set
                 yield from _in_tar(entry.path, Counter())
-        elif entry.is_dir():
+        elif os.path.isdir(entry.path):  # noqa: PTH112  links may form a loop
             excluded["a link to a folder"] += 1
         elif entry.name.lower().endswith(ARCHIVES):
             excluded["an archive (name it to look inside)"] += 1
         else:
             excluded[NO_IMAGE] += 1
+
+
+def _missing_shards(index: Path) -> Iterator[ImageFile]:
+    """Yield one unreadable image for each tar that the index of a shard set lists and that is not
+    there. A file of this name that is no index yields none.
+    """
+    from sharding.format import ShardError, read_index
+
+    with contextlib.suppress(ShardError, OSError):
+        for shard in read_index(index.parent)["shards"]:
+            if not index.with_name(shard["name"]).exists():
+                yield _unreadable(
+                    str(index.with_name(shard["name"])), f"listed in {index.name}, but missing"
+                )
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:

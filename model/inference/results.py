@@ -328,13 +328,17 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
                 yield {name: from_spreadsheet_cell(text) for name, text in row.items()}
         else:
             for row in map(parse_json, _texts(stream, end)):
-                if not isinstance(row, dict) or tuple(row) != COLUMNS:
+                if not isinstance(row, dict) or tuple(row) != COLUMNS or not _has_texts(row):
                     raise ValueError(f"it contains the row {str(row)[:100]}")
                 yield row
     except (ValueError, TypeError, csv.Error) as error:
         raise ResultsError(
             f"{path} is not a {output} file of this program ({error}); name another file with --out"
         ) from error
+
+
+def _has_texts(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row[name], str) for name in ("path", "error", "checkpoint"))
 
 
 def _texts(stream: BinaryIO, end: int) -> Iterator[str]:

@@ -153,14 +153,15 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
         BackboneError: the file in the cache is damaged.
     """
     files = [file for file in spec.files if file.sha256 in spec.tested or not spec.tested]
+    if by_hand:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        return _take(files, by_hand)
     for file in files:
         path = cached_path(file.sha256)
         if path.is_file():
             verify_file(path, file.sha256, "delete it, then run this command again")
             return path
     cache_folder().mkdir(parents=True, exist_ok=True)
-    if by_hand:
-        return _take(files, by_hand)
     reasons: list[str] = []
     for what, fetch, file in _places(files):
         if reasons:

