@@ -51,6 +51,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,6 +208,19 @@ def partial_of(path: Path) -> Path:
 def is_partial(path: Path) -> bool:
     """Return whether `path` is the temporary name of a file or folder."""
     return path.name.endswith(".partial")
+
+
+def remove_left(folder: Path, unchanged_s: float = 3600) -> None:
+    """Remove temporary files in `folder` that killed processes left: those that have not changed
+    for `unchanged_s` seconds. Another process may be writing a younger one.
+    """
+    for left in folder.glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if _PRIVATE.search(left.name) and time.time() - left.stat().st_mtime > unchanged_s:
+                left.unlink()
+
+
+_PRIVATE = re.compile(r"\.\d+\.partial$")
 
 
 MAX_NAME_BYTES = 255 - len(".4194304.partial")

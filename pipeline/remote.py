@@ -104,7 +104,8 @@ class RemoteShards:
         while True:
             try:
                 with path.open("rb") as stream:
-                    os.utime(stream.fileno())  # time of the last use, for `_make_room`
+                    with contextlib.suppress(OSError):  # the file may be of another user
+                        os.utime(stream.fileno())  # time of the last use, for `_make_room`
                     return os.pread(stream.fileno(), size, start)
             except FileNotFoundError:  # not fetched yet, or deleted by another process
                 self._fetch(code, index, path)

@@ -283,7 +283,7 @@ def _read_everything(
 ) -> pa.Table:  # fmt: skip
     """Return the inventory of all sources in catalog order; decode new and changed images."""
     tasks = [
-        (str(raw), str(folder), file, chunk)
+        (str(raw.absolute()), str(folder.absolute()), file, chunk)
         for name, table in scan.items.items()
         for file, chunk in missing_chunks(name, table, known_facts(folder, name))
     ]
@@ -335,11 +335,12 @@ class _SetBuild:
         return table.append_column("split", pa.array([self.split] * len(keys), pa.string()))
 
     def refuse_many_bad(self, max_bad: float) -> None:
-        """Raise an error if more than `max_bad` of the images are unreadable; one bad image may
-        pass.
+        """Raise an error if more than `max_bad` of the images are unreadable. One bad image may
+        pass unless `max_bad` is 0.
         """
         bad = self.quarantined.num_rows
-        if bad > max(1, max_bad * self.total) or (bad and bad == self.total):
+        allowed = max(1, max_bad * self.total) if max_bad else 0
+        if bad > allowed or (bad and bad == self.total):
             first = self.quarantined.slice(0, 1).to_pylist()[0]
             raise ShardError(
                 f"{bad:,} of {counted(self.total, 'image')} of set {self.name} cannot be read, "
@@ -378,8 +379,8 @@ class _SetBuild:
             (self.folder / INDEX_FILE).unlink(missing_ok=True)
         for plan in self.todo:
             yield (
-                self.name, str(raw), str(self.folder), str(self.marks), plan.name,
-                plan.fingerprint, self.samples.take(plan.rows),
+                self.name, *(str(path.absolute()) for path in (raw, self.folder, self.marks)),
+                plan.name, plan.fingerprint, self.samples.take(plan.rows),
             )  # fmt: skip
 
     def _refuse_to_lose(self, out: AnyPath) -> None:

@@ -330,3 +330,14 @@ def test_text_fault_names_the_byte_or_the_place(data: bytes, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         json.loads(data.decode("utf-8"))
     assert storage.text_fault(caught.value) == said
+
+
+def test_only_old_temporary_files_are_removed(tmp_path: Path) -> None:
+    for name in ("a.arrow.17.partial", "b.arrow.18.partial", "c.partial", "d.arrow"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("a.arrow.17.partial", "c.partial", "d.arrow"):
+        os.utime(tmp_path / name, (1, 1))
+    storage.remove_left(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "b.arrow.18.partial", "c.partial", "d.arrow",
+    ]  # fmt: skip

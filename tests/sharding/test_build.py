@@ -262,6 +262,14 @@ def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
     assert not (tmp_path / "out/old/index.json").exists()
 
 
+def test_one_bad_file_passes_unless_none_may(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw")
+    (raw / "alpha/real/000.jpg").write_bytes(b"<html>")
+    with pytest.raises(ShardError, match="1 of 80 images of set old cannot be read, more than 0 %"):
+        build_one(raw, tmp_path / "out", "old", max_bad=0)
+    assert build_one(raw, tmp_path / "out", "old").index["samples"] == 79
+
+
 def test_a_folder_without_an_index_is_not_a_set(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "out")
     (tmp_path / "out/old/index.json").unlink()
