@@ -176,7 +176,7 @@ def main(
 
     The commands below calibrate it, or compare runs.
 
-    On several GPUs: torchrun --nproc-per-node 4 evaluate.py --shards evalgen
+    On several GPUs: torchrun --nproc-per-node 4 -- evaluate.py --shards evalgen
     """
     if command := context.invoked_subcommand:
         _refuse_options_before(context, command)

@@ -56,6 +56,7 @@ with exit code 1 (2 for a wrong option, 130 after Ctrl-C). The constant `NAME` i
 of all runs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,8 +209,12 @@ def embed_command(
     from model.shipped.fetch import weights_at
     from sharding.executor import run_all
 
-    init_from = weights_at(init_from) if init_from else None
-    tasks = [(recipe, any_path(data), runs, init_from, sets, part, jobs) for part in range(jobs)]
+    init_from = weights_at(init_from).absolute() if init_from else None
+    folder, runs = any_path(data).absolute(), runs.absolute()  # tasks run in other folders
+    if recipe.features:
+        store = str(Path(recipe.features.store).absolute())
+        recipe = replace(recipe, features=replace(recipe.features, store=store))
+    tasks = [(recipe, folder, runs, init_from, sets, part, jobs) for part in range(jobs)]
     images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
     assert recipe.features is not None
     console.say(f"features of {images:,} images were computed, stored in {recipe.features.store}")

@@ -23,11 +23,10 @@ import hashlib
 import json
 import pickle
 import platform
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +44,14 @@ from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
-from storage import atomic_folder, is_partial, parse_json, sha256_of, text_fault, write_text
+from storage import (
+    atomic_folder,
+    is_partial,
+    parse_json,
+    sha256_of,
+    text_fault,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from model.recipe import ResolvedRecipe
@@ -105,9 +111,7 @@ def save(
     """
     try:
         with atomic_folder(folder, replace=True) as partial:
-            weights = {
-                name: value.contiguous() for name, value in net.backbone.state_dict().items()
-            }
+            weights = {name: w.contiguous() for name, w in net.backbone.state_dict().items()}
             save_file(weights, partial / WEIGHTS_FILE)
             if state is not None:
                 torch.save(dict(state), partial / STATE_FILE)
@@ -430,14 +434,6 @@ def runs_below(runs: Path) -> list[Path]:
         if not folder.is_symlink():  # links may form a loop
             with_checkpoint += runs_below(folder)
     return with_checkpoint
-
-
-def prune(run: Path, keep: Collection[Path]) -> None:
-    """Remove all checkpoints of a run except those in `keep`."""
-    for folder in checkpoints_of(run):
-        if folder not in keep:
-            (folder / META_FILE).unlink()  # without its meta it is no checkpoint
-            shutil.rmtree(folder)
 
 
 def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Path:

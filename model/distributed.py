@@ -15,29 +15,49 @@ own value. Each returns the same result on every rank; for one process it is the
 - `all_reduce_any(dist, flag)`: whether `flag` (bool) is true on any rank.
 - `all_gather_object(dist, value)`: the list of all ranks' values, in the order of ranks. `value` is
   any object that can be pickled.
+
+`on_main(dist, work)` calls the function `work` on rank 0 alone and returns its result, which can be
+pickled, on every rank; the other ranks wait. Whatever only rank 0 does, and may fail, goes through
+it: if `work` raises an error, every rank does, rank 0 the same error and the others `RankError`
+with its message.
+
+All four raise `RankError` (a `ValueError`) if another rank has ended or does not answer.
 """
 
 import contextlib
+import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+from console import one_line
+
 T = TypeVar("T")
+
+LONGEST_WAIT = datetime.timedelta(days=7)
+"""Time that ranks wait for one another, long because rank 0 alone packs a folder or fits a head per
+source for hours (torch's default is 30 minutes). A rank that ends is noticed at once.
+"""
+
+
+class RankError(ValueError):
+    """Another rank has failed. The message is its error, or says that it has ended."""
 
 
 @dataclass(frozen=True)
 class DistEnv:
     """Rank of this process among `world_size` processes, and its rank on its own machine
-    (`local_rank`).
+    (`local_rank`). `meeting` is the group in which ranks wait for one another (`LONGEST_WAIT`).
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    meeting: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -55,21 +75,63 @@ def init_distributed() -> Iterator[DistEnv]:
     if world_size == 1:
         yield DistEnv()
         return
-    dist = DistEnv(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size}, but RANK is not set: start the command with torchrun, or "
+            "unset WORLD_SIZE"
+        )
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(dist.local_rank)
+        torch.cuda.set_device(local_rank)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    meeting = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    yield DistEnv(rank, world_size, local_rank, meeting)
+    # Not after an error: NCCL would wait for the other ranks, which do not come here. The end of
+    # the process closes the connections, and so ends the other ranks.
+    distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _with_others() -> Iterator[None]:
+    """Raise `RankError` for the error of an exchange whose other ranks have ended."""
     try:
-        yield dist
-    finally:
-        distributed.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise RankError("another rank has ended or does not answer; see its message") from error
+
+
+def on_main(dist: DistEnv, work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 while the other ranks wait, and return its result on every rank.
+
+    Raises:
+        RankError: `work` has failed, on the other ranks. Rank 0 raises the error itself.
+    """
+    if dist.world_size == 1:
+        return work()
+    result: T | None = None
+    failure: Exception | None = None
+    if dist.is_main:
+        try:
+            result = work()
+        except Exception as error:  # of any kind: the other ranks must not wait for a result
+            failure = error
+    reason = failure and one_line(failure)
+    result, reason = all_gather_object(dist, (result, reason))[0]
+    if failure is not None:
+        raise failure
+    if reason is not None:
+        raise RankError(reason)
+    return result  # type: ignore[return-value]
 
 
 def all_reduce_sum(dist: DistEnv, value: torch.Tensor) -> torch.Tensor:
     """Sum `value` over all ranks. The result is on the device of `value`, equal on every rank."""
     if dist.world_size > 1:
         value = value.clone()
-        distributed.all_reduce(value)
+        with _with_others():
+            distributed.all_reduce(value)
     return value
 
 
@@ -80,7 +142,8 @@ def all_reduce_any(dist: DistEnv, flag: bool) -> bool:
     if dist.world_size == 1:
         return flag
     value = torch.tensor([int(flag)])
-    distributed.all_reduce(value, distributed.ReduceOp.MAX)
+    with _with_others():
+        distributed.all_reduce(value, distributed.ReduceOp.MAX)
     return bool(value.item())
 
 
@@ -89,5 +152,6 @@ def all_gather_object(dist: DistEnv, value: T) -> list[T]:
     if dist.world_size == 1:
         return [value]
     values: list[Any] = [None] * dist.world_size
-    distributed.all_gather_object(values, value)
+    with _with_others():
+        distributed.all_gather_object(values, value, group=dist.meeting)
     return values

@@ -47,6 +47,7 @@ from pipeline.augment import AugmentPolicy
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess, PreprocessSettings
 from pipeline.replay import Replay
+from storage import local_path
 
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
 """Pattern of the folder names of a run's checkpoints. Folders with other names are no
@@ -286,6 +287,7 @@ class Features:
             raise ValueError(f"views must be 0 to 1000, got {self.views}")
         if not self.store:
             raise ValueError("store is empty; name a folder, such as data/features")
+        local_path(self.store)  # an address would be taken for a folder of that name
 
 
 @dataclass(frozen=True, kw_only=True)

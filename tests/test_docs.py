@@ -114,7 +114,7 @@ CLIP = read_meta(ROOT / "detectors/clip")
 PHASE_1, PHASE_2 = (recipes.load(Recipe, recipes.FOLDER / f"phase{phase}.toml") for phase in (1, 2))
 SOURCES = len(tomllib.loads(text_of(ROOT / "sharding/catalog-github.toml"))["sources"])
 STREAMLIT = tomllib.loads(text_of(ROOT / ".streamlit/config.toml"))
-(UPLOADS_MB,) = re.findall(r'"DETECTOR_UPLOADS_MB", "(\d+)"', text_of(ROOT / "app_server.py"))
+(UPLOADS_MB,) = re.findall(r'"DETECTOR_UPLOADS_MB"\) or "(\d+)"', text_of(ROOT / "app_server.py"))
 GPU = text_of(ROOT / "benchmarks/results/gpu_h200_202611.md")
 
 

@@ -57,7 +57,7 @@ from model.calibrate import (
     calibrate_by,
     check_validation_sets,
 )
-from model.distributed import DistEnv, all_gather_object
+from model.distributed import DistEnv, all_gather_object, on_main
 from model.inference.onnx_detector import OnnxDetector
 from model.inference.prediction import Pixels, in_groups
 from model.recipe import Calibrating
@@ -198,6 +198,5 @@ def calibrate_other(
         rule, np.concatenate(labels), np.concatenate(logits), np.array(sources)
     )
     path = calibration_path(detector, runs)
-    if dist.is_main:
-        keep_calibration(detector, runs, calibration.entries(hashes))
+    on_main(dist, lambda: keep_calibration(detector, runs, calibration.entries(hashes)))
     return calibration, path

@@ -54,7 +54,7 @@ from model.adapters.detector import OtherDetector
 from model.adapters.open import Opening, as_checkpoint, open_other
 from model.checkpoint import find, git_commit, load_network, weights_name
 from model.device import choose_device, describe, keep_freed_memory
-from model.distributed import DistEnv, all_gather_object
+from model.distributed import DistEnv, all_gather_object, on_main
 from model.evaluation import report
 from model.evaluation.bootstrap import RESAMPLES
 from model.evaluation.codec_swap import report_robustness
@@ -99,8 +99,7 @@ def evaluate(
     if planned.trained_on:
         console.log.warning("%s", report.on_training_data(planned.trained_on))
     keep_freed_memory(planned.device)
-    if planned.dist.is_main:
-        out.mkdir(parents=True, exist_ok=True)
+    on_main(planned.dist, lambda: out.mkdir(parents=True, exist_ok=True))
     scorer: VariantScorer
     if planned.detector:
         console.log.info("%s (%s)", planned.checkpoint, planned.backend_reason)

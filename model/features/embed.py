@@ -41,7 +41,7 @@ The fields of an `Embedder` are passed by keyword:
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ from pipeline.order import Epoch
 from pipeline.params import view_params
 from pipeline.read import UNREAD
 from sharding.format import ShardSet
+from storage import remove_left
 
 log = logging.getLogger("ai_images_detector")
 
@@ -111,6 +112,8 @@ def embed(
     if not files:
         return 0
     describe_backbone(source.store, source.backbone)
+    for folder in {file.path.parent for file in files}:
+        remove_left(folder)
     rows = [_rows_of(shards, file) for file in files]
     loader = open_loader(
         shards,
@@ -241,11 +244,14 @@ def embed_sets(
     """Compute the missing features of a view of some sets, with progress; return the number of
     images computed on this rank.
     """
-    count = 0
+    count = first = 0
     for shards in sets:
+        # Shards are numbered through all sets; else rank 0 would compute every set of one shard.
+        here = replace(embedder, rank=(embedder.rank - first) % embedder.world_size)
+        first += len(shards.shards)
         own = missing_of(
             source.store, source.backbone, shards, source.numbered(number),
-            rank=embedder.rank, world_size=embedder.world_size,
+            rank=here.rank, world_size=here.world_size,
         )  # fmt: skip
         if not own:
             continue
@@ -255,5 +261,5 @@ def embed_sets(
             "%s: features of %d images in %d shards are missing", label, images, len(own)
         )
         with console.progress(label, images, shown=embedder.rank == 0) as advance:
-            count += embed(embedder, shards, source, number, advance)
+            count += embed(here, shards, source, number, advance)
     return count

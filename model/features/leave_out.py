@@ -50,7 +50,7 @@ import console
 from model.calibrate import Calibration, CalibrationError, calibrate_sources
 from model.checkpoint import load_network
 from model.device import one_thread
-from model.distributed import DistEnv, all_gather_object
+from model.distributed import DistEnv, all_gather_object, on_main
 from model.features.fit import FitError, fit_head, gather, head_weights, reset_head, set_head
 from model.features.loader import FeatureLoader, FeatureSource, source_of
 from model.features.prepare import embed_run
@@ -158,16 +158,16 @@ def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
     source = source_of(recipe, net, planned.dtype)
     embed_run(planned, state, source, [planned.stream.pool.shards])
     all_gather_object(dist, None)  # barrier: read only after all ranks have written
-    fitted: list[Calibration | CalibrationError | None] = [None]
-    if dist.is_main:
+
+    def fitted() -> Calibration | CalibrationError:
         try:
-            fitted = [calibrate_sources(leave_one_out(planned, state, source), recipe.calibration)]
+            return calibrate_sources(leave_one_out(planned, state, source), recipe.calibration)
         except CalibrationError as error:
-            fitted = [error]
-    calibration = all_gather_object(dist, fitted[0])[0]
+            return error  # every rank raises it: the run goes on without a calibration
+
+    calibration = on_main(dist, fitted)
     if isinstance(calibration, CalibrationError):
         raise calibration
-    assert calibration is not None
     folders = [planned.data / name for name in recipe.data.validate]
     return calibrate_checkpoint(
         best, folders, recipe.loading, planned.device,

@@ -33,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import console
-from model.distributed import DistEnv, all_gather_object
+from model.distributed import DistEnv, on_main
 from model.recipe import Recipe
 from model.shipped.backbone import CLIP_8_BIT, cached_path
 from sharding.folder import PackedFolder, pack_folder
@@ -76,7 +76,7 @@ def with_folder(
     Raises:
         ValueError: as `sharding.folder.pack_folder`.
     """
-    packed = _packed(folder, data, dist)
+    packed = on_main(dist, lambda: pack_folder(folder, data, progress=_progress))
     console.log.info("%s", _words_for(packed, folder))
     samples, batch = sum(packed.train_counts), recipe.loading.batch_size
     most = max(1, samples // (FEWEST_STEPS * dist.world_size))
@@ -89,26 +89,6 @@ def with_folder(
         data=replace(recipe.data, train=[packed.train], validate=[packed.validate, *own]),
         loading=replace(recipe.loading, batch_size=min(batch, most)),
     )
-
-
-def _packed(folder: Path, data: AnyPath, dist: DistEnv) -> PackedFolder:
-    """Pack the folder on rank 0 and return the result on every rank.
-
-    Raises:
-        ValueError: the folder could not be packed; raised on every rank.
-    """
-    packed, reason = None, ""
-    if dist.is_main:
-        try:
-            packed = pack_folder(folder, data, progress=_progress)
-        except (ValueError, OSError) as error:
-            if dist.world_size == 1:
-                raise
-            reason = console.one_line(error)
-    packed, reason = all_gather_object(dist, (packed, reason))[0]
-    if packed is None:
-        raise ValueError(reason)
-    return packed
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ import numpy as np
 import console
 from model import checkpoint
 from model.calibrate import CalibrationError
-from model.distributed import all_gather_object
+from model.distributed import on_main
 from model.features.leave_out import calibrate_left_out
 from model.inference.detector import load_detector
 from model.mistakes.gate import (
@@ -66,11 +66,10 @@ def conclude(
         Refused: the gate refuses the checkpoint.
     """
     _calibrate(planned, best.path)
-    reasons: list[str] = []
-    if baseline and best.validation and planned.dist.is_main:
-        reasons = _judge(planned, best, baseline, start)
+    if not (baseline and best.validation):
+        return
     # All ranks end alike: a rank that returned would look like a run that passed the gate.
-    if reasons := all_gather_object(planned.dist, reasons)[0]:
+    if reasons := on_main(planned.dist, lambda: _judge(planned, best, baseline, start)):
         raise _refused(best, reasons)
 
 
@@ -90,7 +89,7 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
     """
     baseline, start = None, None
     # What rank 0 has read, because another rank may read only after rank 0 has changed the file.
-    meta = all_gather_object(planned.dist, checkpoint.read_meta(best.path))[0]
+    meta = on_main(planned.dist, lambda: checkpoint.read_meta(best.path))
     if meta.get("refused"):
         raise _refused(best, meta["refused"])
     judged = meta["compared"] is not None
@@ -102,15 +101,19 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
 
 def start_on_mistakes(planned: RunPlan) -> Mapping[str, Verdict] | None:
     """Return the verdicts of the initial detector on the kept mistakes of the gate, by hash. None
-    on ranks other than 0, without `gate.mistakes`, or without a trained detector to start from.
+    without `gate.mistakes`, or without a trained detector to start from.
     """
     gate, file = planned.recipe.gate, planned.folder / START_FILE
-    if not gate.mistakes or planned.baseline is None or not planned.dist.is_main:
+    if not gate.mistakes or planned.baseline is None:
         return None
-    if planned.resumed:
-        return read_start(file)
-    start = load_detector(planned.weights.path, device=str(planned.device))
-    return measure_start(Path(gate.mistakes), start, file)
+
+    def verdicts() -> dict[str, Verdict]:
+        if planned.resumed:
+            return read_start(file)
+        start = load_detector(planned.weights.path, device=str(planned.device))
+        return measure_start(Path(gate.mistakes), start, file)
+
+    return on_main(planned.dist, verdicts)
 
 
 def _calibrate(planned: RunPlan, best: Path) -> None:

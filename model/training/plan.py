@@ -278,10 +278,12 @@ def _checkpoints_of(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
         CheckpointError: the run has checkpoints, and all are damaged.
     """
     whole, damaged = checkpoint.whole_checkpoints(folder)
+    stateless = [one for one in whole if not (one / checkpoint.STATE_FILE).exists()]
+    damaged += [f"{one} has no {checkpoint.STATE_FILE}" for one in stateless]
+    whole = [one for one in whole if one not in stateless]
     if damaged and not whole:
         raise checkpoint.CheckpointError(
-            f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one from a copy, or use "
-            "--run NAME for a new run"
+            f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one, or use --run NAME"
         )
     return whole, tuple(damaged)
 
@@ -447,12 +449,11 @@ def _check_network(
     if recipe.optim.solver == "lbfgs":
         check_fit(recipe, outline)
     check_size(outline, recipe.network.name, recipe.preprocess)
-    if weights.path is None:
-        if weights.kind == "timm":
-            check_pretrained(recipe.network)
-    elif weights.kind == "imagenet":
+    if weights.kind == "timm":
+        check_pretrained(recipe.network)
+    elif weights.path and weights.kind == "imagenet":
         check_backbone_file(outline, weights.path)
-    else:
+    elif weights.path:
         checkpoint.check(weights.path, outline)
     if teacher and teacher.path:
         checkpoint.check(teacher.path)
@@ -485,8 +486,7 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) ->
 
 def _best(whole: Sequence[Path]) -> Best | None:
     """Return the best of a run's undamaged checkpoints."""
-    path = checkpoint.best_among(whole)
-    if path is None:
+    if (path := checkpoint.best_among(whole)) is None:
         return None
     metrics = checkpoint.read_meta(path)["metrics"]
     return Best(path=path, validation=Validation.from_json(metrics) if metrics else None)

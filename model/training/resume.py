@@ -23,6 +23,9 @@ has the higher `validation.selection`, a number from 0 to 1. If they are equal, 
 better. A checkpoint without a validation is worse than one with a validation. If neither has one,
 this checkpoint is returned.
 
+`prune(run, keep)` removes the checkpoints of the folder `run` except the folders in `keep`, and
+what killed processes left unfinished there.
+
 `restore(train_state, folder, done)` takes a `TrainState` whose network has the weights of the
 checkpoint `folder` (a `Path`) already, and sets the rest of it to the saved state; `done` is the
 number of steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing
@@ -31,18 +34,25 @@ uninterrupted run (a warning is logged).
 """
 
 import logging
+import re
+import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from model import checkpoint
-from model.distributed import all_gather_object
+from model.distributed import all_gather_object, on_main
+from model.recipe import STEP_FOLDER
 from model.training.plan import Best, RunPlan, better
 from model.training.step import TrainState
 from model.training.validation import Gain, Validation
+from storage import partial_of
 
 log = logging.getLogger("ai_images_detector")
+
+_UNFINISHED = re.compile(rf"{STEP_FOLDER.pattern}\.(old\.)?\d+\.partial")
 
 
 def restore(train_state: TrainState, folder: Path, done: int) -> None:
@@ -91,44 +101,60 @@ def save(
     )
     saved = plan.folder / f"step_{done:07d}"
     best = better(best, Best(path=saved, validation=validation))
-    if not dist.is_main:
-        return best
-    recipe, stream = plan.recipe, plan.stream
-    sources = stream.pool.shards.sources
-    state = {
-        "optimizer": train_state.optimizer.state_dict(),
-        "scaler": train_state.scaler.state_dict(),
-        "order": stream.state(done),
-        "gain": asdict(gain),
-        "rng": rng,
-        "cuda_rng": cuda_rng if on_gpu else [],
-    }
-    if train_state.ema is not None:
-        state["net"] = train_state.net.backbone.state_dict()
-    checkpoint.save(
-        saved,
-        train_state.shown,
-        recipe=recipe,
-        state=state,
-        replayed=stream.replayed_until(done) if recipe.replay.sets else None,
-        record=checkpoint.Record(
-            step=done,
-            epoch=done / plan.steps_per_epoch,
-            metrics=asdict(validation) if validation else {},
-            selection=validation.selection if validation else None,
-            data={
-                "train": recipe.data.train,
-                "replay": recipe.replay.sets,
-                "replayed_per_epoch": stream.replayed_per_epoch,
-                "index_sha256": stream.pool.shards.sha256,
-                "set_sha256": stream.pool.hashes,
-                "sources": sorted(sources),
-                "synthetic_sources": sorted(n for n in sources if sources[n].get("synthetic")),
-            },
-            first_weights=plan.first_weights,
-            ended=ended,
-        ),
-    )
-    # Only now: the new checkpoint is on the disk, so a power cut cannot leave the run without one.
-    checkpoint.prune(plan.folder, {saved, best.path})
+
+    def write() -> None:
+        recipe, stream = plan.recipe, plan.stream
+        sources = stream.pool.shards.sources
+        state = {
+            "optimizer": train_state.optimizer.state_dict(),
+            "scaler": train_state.scaler.state_dict(),
+            "order": stream.state(done),
+            "gain": asdict(gain),
+            "rng": rng,
+            "cuda_rng": cuda_rng if on_gpu else [],
+        }
+        if train_state.ema is not None:
+            state["net"] = train_state.net.backbone.state_dict()
+        checkpoint.save(
+            saved,
+            train_state.shown,
+            recipe=recipe,
+            state=state,
+            replayed=stream.replayed_until(done) if recipe.replay.sets else None,
+            record=checkpoint.Record(
+                step=done,
+                epoch=done / plan.steps_per_epoch,
+                metrics=asdict(validation) if validation else {},
+                selection=validation.selection if validation else None,
+                data={
+                    "train": recipe.data.train,
+                    "replay": recipe.replay.sets,
+                    "replayed_per_epoch": stream.replayed_per_epoch,
+                    "index_sha256": stream.pool.shards.sha256,
+                    "set_sha256": stream.pool.hashes,
+                    "sources": sorted(sources),
+                    "synthetic_sources": sorted(n for n in sources if sources[n].get("synthetic")),
+                },
+                first_weights=plan.first_weights,
+                ended=ended,
+            ),
+        )
+        # Only now: the new checkpoint is on the disk; a power cut cannot leave the run without one.
+        prune(plan.folder, {saved, best.path})
+
+    on_main(dist, write)
     return best
+
+
+def prune(run: Path, keep: Collection[Path]) -> None:
+    """Remove all checkpoints of a run except those in `keep`, and those that killed processes left
+    unfinished. The run has one writer at a time.
+    """
+    for folder in checkpoint.checkpoints_of(run):
+        if folder not in keep:
+            folder.rename(partial_of(folder))  # a name that is removed below, also after a kill
+    for left in run.glob("step_*.partial"):
+        if _UNFINISHED.fullmatch(left.name) and left.is_symlink():
+            left.unlink()  # what it points to is not this program's
+        elif _UNFINISHED.fullmatch(left.name):
+            shutil.rmtree(left)

@@ -43,7 +43,7 @@ same; it fits the head to all stored features at once.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -53,7 +53,13 @@ import console
 import interrupts
 from model import checkpoint
 from model.device import one_thread
-from model.distributed import DistEnv, all_gather_object, all_reduce_any, all_reduce_sum
+from model.distributed import (
+    DistEnv,
+    all_gather_object,
+    all_reduce_any,
+    all_reduce_sum,
+    on_main,
+)
 from model.features.fit import fit_head, gather, reset_head
 from model.features.prepare import with_features
 from model.recipe import Recipe, flat_settings
@@ -68,8 +74,9 @@ from model.training.step import TrainState, not_finite_in, train_step
 from model.training.validation import (
     Gain,
     Validation,
-    remembered,
+    read_validation,
     validate,
+    write_validation,
 )
 from pipeline.monitor import LoaderStats
 from storage import AnyPath
@@ -135,20 +142,21 @@ def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
             since.
     """
     busy = f"another training is writing {folder}; wait for it to end, or use --run NAME"
-    reason, lock = "", filelock.FileLock(folder / LOCK_FILE, timeout=0)
-    if dist.is_main:
+    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
+
+    def acquire() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except filelock.Timeout:
-            reason = busy
+            raise ValueError(busy) from None
         except NotImplementedError:
             console.log.warning("%s: its file system has no locks", folder)
-        if not reason and is_new and checkpoint.checkpoints_of(folder):
-            reason = f"another training has just written {folder}; run the command again"
+        if is_new and checkpoint.checkpoints_of(folder):
+            raise ValueError(f"another training has just written {folder}; run the command again")
+
     try:
-        if reason := all_gather_object(dist, reason)[0]:
-            raise ValueError(reason)
+        on_main(dist, acquire)
         yield
     finally:
         lock.release()
@@ -164,11 +172,9 @@ def _run(planned: RunPlan, stop_at: int | None) -> Path:
         ended, best = run_fit(planned, train_state, stop_at)
     else:
         ended, best = run_steps(planned, train_state, stop_at)
-    # A barrier: rank 0 writes the checkpoint, and the others must not read it before.
-    path = all_gather_object(planned.dist, best.path)[0]
     if ended:
-        conclude(planned, replace(best, path=path), baseline, start)
-    return path
+        conclude(planned, best, baseline, start)
+    return best.path
 
 
 def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
@@ -265,8 +271,9 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
             advance(1)
 
         fit = fit_head(train_state.net, samples, recipe.optim, dist, on_evaluation)
+        count = int(all_reduce_sum(dist, torch.tensor(len(samples.labels))))
         over = (
-            f"fitted to {len(samples.labels):,} features in {fit.iterations} iterations of L-BFGS, "
+            f"fitted to {count:,} features in {fit.iterations} iterations of L-BFGS, "
             f"largest gradient {fit.gradient:.1e}"
         )
         console.log.info("%s, loss %.4f", over, fit.loss)
@@ -321,12 +328,14 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
     """Return the metrics before the first step if the run starts from a trained detector, else
     None. They are written to a file, so that a resumed run can still compute forgetting.
     """
-    if planned.baseline is None:
+    if (path := planned.baseline) is None:
         return None
-    console.log.info("metrics before training: %s", planned.baseline)
-    return remembered(
-        planned.baseline, lambda: _validate(planned, train_state), planned.dist.is_main
-    )
+    console.log.info("metrics before training: %s", path)
+    if planned.resumed:  # else a file is that of an attempt without a checkpoint, of other weights
+        return read_validation(path)
+    validation = _validate(planned, train_state)
+    on_main(planned.dist, lambda: write_validation(path, validation))
+    return validation
 
 
 def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:

@@ -32,6 +32,8 @@ the training sets (unless `data.allow_shared_images`). Sets that are only replay
 do sources that `data.repeats` sets to 0.
 """
 
+import posixpath
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -60,6 +62,8 @@ def open_stream(
     dist = dist or DistEnv()
     if not recipe.data.train:
         raise ValueError('data.train names no set; name one, such as data.train=["phase1"]')
+    _refuse_repeated("data.train", recipe.data.train, "; data.repeats reads a source more often")
+    _refuse_repeated("replay.sets", recipe.replay.sets)
     pool = open_pool(data, recipe.data.train, recipe.replay)
     _refuse_test_sets("data.train", recipe.data.train, data)
     if recipe.replay.fraction:
@@ -78,6 +82,13 @@ def open_stream(
         recipe.data.repeats,
         recipe.features.views if recipe.features else None,
     )
+
+
+def _refuse_repeated(key: str, names: Sequence[str], advice: str = "") -> None:
+    """Refuse a set that is named more than once, also by another spelling such as `./old`."""
+    counts = Counter(posixpath.normpath(name) for name in names)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise ValueError(f"{key} names {', '.join(twice)} more than once; name each once{advice}")
 
 
 def _refuse_test_sets(key: str, names: Sequence[str], data: AnyPath) -> None:

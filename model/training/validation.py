@@ -34,14 +34,12 @@ used. `calibrate_checkpoint()` raises `OSError` if a file cannot be read, or (on
 cannot be written. `Gain` has the `highest` selection so far, the `step` that reached it first, and
 `validations_since`. Its `after(step, selection)` returns the `Gain` after one more validation.
 
-`remembered(path, find, first)` returns the `Validation` in a JSON file (`Path`). If there is no
-file, it calls `find()` and returns the `Validation` that `find()` gives. `first` is True on rank 0,
-which writes it to the file, and False on the others. `read_validation(path)` only reads the file.
-Both raise `ValueError` for a damaged file.
+`write_validation(path, validation)` writes a `Validation` to a JSON file (`Path`), and
+`read_validation(path)` returns it. It raises `ValueError` for a damaged file.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +50,7 @@ import torch
 from model.calibrate import Calibration, ThresholdAt, calibrate_by, check_validation_sets
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
-from model.distributed import DistEnv
+from model.distributed import DistEnv, on_main
 from model.features.loader import FeatureSource, open_scored
 from model.metrics import Metrics, measure, measure_sources
 from model.recipe import Calibrating
@@ -142,24 +140,14 @@ def _measured(
     return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
 
 
-def remembered(path: Path, find: Callable[[], Validation], first: bool) -> Validation:
-    """Read a validation from `path`; if there is no such file, compute it with `find`, and rank 0
-    writes the file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    if path.exists():
-        return read_validation(path)
-    validation = find()
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(validation), indent=1) + "\n")
-    return validation
+def write_validation(path: Path, validation: Validation) -> None:
+    """Write the metrics before training, which a resumed run compares with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(asdict(validation), indent=1) + "\n")
 
 
 def read_validation(path: Path) -> Validation:
-    """Read the validation that `remembered` wrote.
+    """Read the validation that `write_validation` wrote.
 
     Raises:
         ValueError: the file is damaged.
@@ -216,8 +204,7 @@ def calibrate_checkpoint(
         calibrate_by(rule, labels, logits, np.array(sources)),
         hashes,
     )
-    if dist.is_main:
-        calibrated = _measured(scored, calibration.temperature, calibration.threshold)
-        entries = calibration.entries(fitted_on) | {"calibrated_metrics": asdict(calibrated)}
-        annotate(checkpoint, entries)
+    calibrated = _measured(scored, calibration.temperature, calibration.threshold)
+    entries = calibration.entries(fitted_on) | {"calibrated_metrics": asdict(calibrated)}
+    on_main(dist, lambda: annotate(checkpoint, entries))
     return calibration

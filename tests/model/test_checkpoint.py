@@ -28,6 +28,7 @@ from model.network import (
     load_backbone_file,
     load_weights,
 )  # fmt: skip
+from model.training.resume import prune
 from tests.builders import ROOT, TINY, small_disk, small_recipe
 from tests.servers import Server
 
@@ -133,16 +134,6 @@ def test_a_crash_while_saving_keeps_the_last_good_one(
         save(tmp_path, step=2, state={"a": 1})
     assert checkpoint.checkpoints_of(tmp_path) == [good]
     assert checkpoint.load_network(good)
-
-
-def test_best_and_last_are_kept_and_others_pruned(tmp_path: Path) -> None:
-    net = build(TINY, pretrained=False)
-    for step, selection in ((1, 0.6), (2, 0.9), (3, None), (4, 0.7)):
-        save(tmp_path, net, step=step, selection=selection)
-    checkpoint.prune(tmp_path, {checkpoint.best_of(tmp_path), checkpoint.last_of(tmp_path)})
-    assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == ["step_0000002", "step_0000004"]
-    assert checkpoint.best_of(tmp_path).name == "step_0000002"
-    assert checkpoint.last_of(tmp_path).name == "step_0000004"
 
 
 def test_find_returns_the_best_checkpoint_of_the_newest_run(tmp_path: Path) -> None:
@@ -262,7 +253,7 @@ def test_folders_with_other_names_are_no_checkpoints_and_are_kept(tmp_path: Path
     (tmp_path / "step_0000004/notes.txt").write_text("mine")
     assert checkpoint.checkpoints_of(tmp_path) == [one, two]
     assert checkpoint.last_of(tmp_path) == checkpoint.best_of(tmp_path) == two
-    checkpoint.prune(tmp_path, {two})
+    prune(tmp_path, {two})
     assert not one.exists()
     assert all((copy / "weights.safetensors").exists() for copy in copies)
     assert (tmp_path / "step_0000004/notes.txt").exists()

@@ -20,7 +20,7 @@ from model import checkpoint
 from model.__main__ import main as command
 from model.features import embed as embedding
 from model.features import prepare
-from model.features.embed import Embedder, embed
+from model.features.embed import Embedder, embed, embed_sets
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.prepare import views_of
 from model.features.store import (
@@ -306,6 +306,17 @@ def test_two_sets_of_one_name_keep_their_features(
     for shards in sets:
         assert embed(embedder(net), shards, source, 0) > 0
     assert [embed(embedder(net), shards, source, 0) for shards in sets] == [0, 0]
+
+
+def test_ranks_share_the_shards_of_all_sets(
+    net: Detector, old: ShardSet, new: ShardSet, tmp_path: Path
+) -> None:
+    """The rank after the last shard of the first set computes the first shard of the second."""
+    ranks, source = len(old.shards) + 1, source_in(tmp_path, net)
+    last = embedder(net, ranks - 1, ranks)
+    assert embed_sets(last, [old], source, 0) == 0
+    assert embed_sets(last, [old, new], source, 0) > 0
+    assert [path.name.rpartition("-")[0] for path in arrow_files(tmp_path)] == [new.shards[0][:-4]]
 
 
 def test_many_broken_images_stop_the_embedding(net: Detector, data: Path, tmp_path: Path) -> None:

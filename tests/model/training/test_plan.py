@@ -206,6 +206,8 @@ def test_a_test_set_is_not_trained_on(
         (['data.validate=["vall"]'], ShardError, "no shard set at .*vall"),
         (["data.validate=[]"], ValueError, "data.validate names no set"),
         (['data.validate=["val", "val"]'], ValueError, "names val more than once"),
+        (['data.train=["old", "./old"]'], ValueError, "data.train names old more than once"),
+        (['replay.sets=["old", "old/"]'], ValueError, "replay.sets names old more than once"),
         (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sources are alpha"),
         (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe"),
         (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa"),
@@ -325,7 +327,7 @@ def test_a_run_of_another_recipe_order_or_without_state_is_refused(
     with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt is damaged.*--run NAME"):
         plan(load(), data, tmp_path)
     state.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="so training cannot resume from it"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"has no state\.pt.*--run NAME"):
         plan(load(), data, tmp_path)
 
 
@@ -350,6 +352,20 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_resumes(
     assert f"{path} is damaged" in logged[0] and "it is not used" in logged[0]
     assert f"resuming from {older}" in logged
     assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000004"
+
+
+def test_a_checkpoint_without_its_state_is_not_resumed_from(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    recipe = load("run.epochs=1", "run.save_every=1")
+    train(recipe, data, tmp_path, stop_at=2)
+    older = shutil.copytree(tmp_path / "tiny/step_0000002", tmp_path / "older")
+    train(recipe, data, tmp_path, stop_at=3)
+    older = older.rename(tmp_path / "tiny/step_0000002")
+    (tmp_path / "tiny/step_0000003/state.pt").unlink()
+    planned = plan(recipe, data, tmp_path)
+    assert planned.resumed == older
+    assert planned.damaged == (f"{tmp_path / 'tiny/step_0000003'} has no state.pt",)
 
 
 def test_the_first_weights_are_described_and_recorded(

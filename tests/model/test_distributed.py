@@ -1,0 +1,84 @@
+"""Ranks that wait for rank 0, and end when another one fails."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from model import distributed
+from model.distributed import DistEnv, RankError, all_reduce_any, init_distributed, on_main
+
+FORK = multiprocessing.get_context("forkserver")
+
+
+def one_rank(rank: int, port: int, body: Callable[[DistEnv], object], said: Connection) -> None:
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        with init_distributed() as dist:
+            said.send(body(dist))
+    except Exception as error:
+        said.send(f"{type(error).__name__}: {error}")
+
+
+def two_ranks(body: Callable[[DistEnv], object]) -> list[object]:
+    """Call `body` on two ranks, and return the result or the error of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
+    ranks = [
+        FORK.Process(target=one_rank, args=(rank, port, body, pipes[rank][1])) for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    results = [pipe.recv() if pipe.poll(60) else "nothing in 60 s" for pipe, _ in pipes]
+    for process in ranks:
+        process.join(10)
+        assert not process.is_alive()
+    return results
+
+
+def full(_dist: DistEnv) -> None:
+    def work() -> None:
+        raise OSError(28, "No space left on device", "/runs/one")
+
+    on_main(_dist, work)
+
+
+def answers(dist: DistEnv) -> object:
+    return on_main(dist, lambda: Path("/runs") if dist.is_main else None)
+
+
+def rank_1_fails(dist: DistEnv) -> None:
+    if not dist.is_main:
+        raise ValueError("too many images cannot be decoded")
+    all_reduce_any(dist, False)
+
+
+def test_all_ranks_get_what_rank_0_returns() -> None:
+    assert two_ranks(answers) == [Path("/runs"), Path("/runs")]
+
+
+def test_a_failure_of_rank_0_ends_all_ranks_with_its_message() -> None:
+    assert two_ranks(full) == [
+        "OSError: [Errno 28] No space left on device: '/runs/one'",
+        "RankError: /runs/one: No space left on device",
+    ]
+
+
+def test_a_failure_of_another_rank_ends_the_rest() -> None:
+    first, second = two_ranks(rank_1_fails)
+    assert first == "RankError: another rank has ended or does not answer; see its message"
+    assert second == "ValueError: too many images cannot be decoded"
+
+
+def test_one_process_raises_the_error_itself() -> None:
+    with pytest.raises(ZeroDivisionError):
+        on_main(DistEnv(), lambda: 1 / 0)
+    assert issubclass(RankError, ValueError)
+    assert distributed.LONGEST_WAIT.days >= 1

@@ -1,0 +1,47 @@
+"""Removal of the checkpoints that a run no longer needs."""
+
+from pathlib import Path
+
+import pytest
+
+from model import checkpoint
+from model.network import build
+from model.training.resume import prune
+from tests.builders import TINY
+from tests.model.test_checkpoint import save
+
+
+def test_best_and_last_are_kept_and_others_pruned(tmp_path: Path) -> None:
+    net = build(TINY, pretrained=False)
+    for step, selection in ((1, 0.6), (2, 0.9), (3, None), (4, 0.7)):
+        save(tmp_path, net, step=step, selection=selection)
+    prune(tmp_path, {checkpoint.best_of(tmp_path), checkpoint.last_of(tmp_path)})
+    assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == ["step_0000002", "step_0000004"]
+    assert checkpoint.best_of(tmp_path).name == "step_0000002"
+    assert checkpoint.last_of(tmp_path).name == "step_0000004"
+
+
+def test_pruning_leaves_what_a_link_points_to(tmp_path: Path) -> None:
+    save(tmp_path / "run", step=1)
+    moved = (tmp_path / "run/step_0000001").rename(tmp_path / "moved")
+    (tmp_path / "run/step_0000001").symlink_to(moved)
+    prune(tmp_path / "run", ())
+    assert not list((tmp_path / "run").iterdir()) and checkpoint.verify(moved)
+
+
+def test_what_killed_processes_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = build(TINY, pretrained=False)
+    for step in (1, 2):
+        save(tmp_path, net, step=step)
+    (tmp_path / "step_0000003.4194303.partial").mkdir()
+    (tmp_path / "step_0000003 notes.partial").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda _folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, {tmp_path / "step_0000002"})
+    prune(tmp_path, {tmp_path / "step_0000002"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_0000002", "step_0000003 notes.partial",
+    ]  # fmt: skip
