@@ -332,6 +332,7 @@ class _Requests(Dataset):
         self.orientations = loader.shards.column("orientation")
         self.status = loader._status
         self._sampled: dict[int, AugmentBatch] = {}
+        _ = epoch.repeat_index  # once, before the workers start: else each of them computes it
 
     def __len__(self) -> int:
         return self.epoch.steps

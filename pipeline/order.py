@@ -77,6 +77,10 @@ class Epoch:
         """How many times each sample appeared before in this epoch, int64: 0 for the first time.
         With this index, an image that appears twice gets two different augmentations.
         """
+        seen = np.zeros(self.samples.max(initial=-1) + 1, np.bool_)
+        seen[self.samples] = True
+        if np.count_nonzero(seen) == len(self.samples):  # none twice: no sort of the whole epoch
+            return np.zeros(len(self.samples), np.int64)
         order = np.argsort(self.samples, kind="stable")
         ordered = self.samples[order]
         begins = np.r_[True, ordered[1:] != ordered[:-1]]

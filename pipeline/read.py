@@ -142,7 +142,9 @@ class ShardReader:
             images = list(self._threads.map(self._read_one, wanted))
         images = self._check_sizes(rows, images)
         if self.verify_checksums:
-            expected = self.shards.table.column("sha256").take(rows).to_pylist()
+            # Not `take`, which copies the whole column first.
+            hashes = self.shards.table.column("sha256")
+            expected = [hashes[row].as_py() for row in rows.tolist()]
             images = [_checked(data, sha) for data, sha in zip(images, expected, strict=True)]
         return images
 

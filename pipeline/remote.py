@@ -74,8 +74,8 @@ class RemoteShards:
             shards.folders, shards.shards, strict=True)]  # fmt: skip
         self._bytes = shards.shard_bytes
         self._options = [dict(getattr(f, "storage_options", {})) for f in shards.folders]
-        # A rebuilt set at the same address is another set, so its pieces need other names.
-        self._identity = shards.sha256
+        # A tar that was built again has other bytes, so its pieces need other names.
+        self._sha256 = shards.shard_sha256
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class RemoteShards:
         """Return `size` bytes of one piece from `start` on. The piece is fetched first if it is not
         cached.
         """
-        text = f"{self._identity} {self._names[code]} {index}"
+        text = f"{self._sha256[code]} {self._names[code]} {index}"
         path = self.cache.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.piece"
         while True:
             try:
@@ -158,11 +158,20 @@ class RemoteShards:
         return self._systems[key]
 
     def _make_room(self, needed: int) -> None:
-        """Delete the least recently used pieces until `needed` more bytes fit below the limit."""
+        """Delete the least recently used pieces until `needed` more bytes fit below the limit, and
+        a twentieth of the limit more, so that not every fetch has to look at all of them.
+        """
+        with os.scandir(self.cache.folder) as entries:
+            count = sum(entry.name.endswith(".piece") for entry in entries)
+        if count * PIECE + needed <= self.cache.limit:  # without asking for their sizes
+            return
         pieces = sorted(_pieces(self.cache.folder))
         total = sum(size for _used, size, _path in pieces) + needed
+        if total <= self.cache.limit:
+            return
+        spare = self.cache.limit // 20 // PIECE * PIECE
         for _used, size, path in pieces:
-            if total <= self.cache.limit:
+            if total <= self.cache.limit - spare:
                 return
             path.unlink(missing_ok=True)
             total -= size

@@ -245,6 +245,8 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     masks = [((1 << (b - a)) - 1) << a for a, b in pairwise(edges.tolist())]
     for bands in combinations(masks, keep):
         key = hashes & np.uint64(sum(bands))
+        # Of all choices in which a pair agrees, only the first one reports it.
+        before = [mask for mask in masks[: masks.index(bands[-1])] if mask not in bands]
         order = np.argsort(key, kind="stable")
         key = key[order]
         active = np.arange(len(key) - 1)
@@ -254,8 +256,11 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
             active = active[active + distance < len(key)]
             active = active[key[active] == key[active + distance]]
             a, b = order[active], order[active + distance]
-            bits = np.bitwise_count(hashes[a] ^ hashes[b])
+            differing = hashes[a] ^ hashes[b]
+            bits = np.bitwise_count(differing)
             close = (bits > 0) & (bits <= MAX_BITS)
+            for mask in before:
+                close &= (differing & np.uint64(mask)) != 0
             pairs = np.stack([rows[a[close]], rows[b[close]]], axis=1)
             pairs_of_bands.append(pairs[_alike(thumbnails, pairs)])
     pairs = np.sort(np.concatenate(pairs_of_bands), axis=1)

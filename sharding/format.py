@@ -196,6 +196,15 @@ class ShardSet:
             self._columns[name] = codes_of(self.table.column(name))
         return self._columns[name]
 
+    def rows_of_shards(self) -> dict[int, np.ndarray]:
+        """Return the rows of each shard in the order of its tar: shard code -> int64 (n,). They are
+        sorted once, so the cost does not grow with rows times shards.
+        """
+        codes = self.column("shard_code")
+        order = np.lexsort((self.column("offset"), codes))
+        found, starts = np.unique(codes[order], return_index=True)
+        return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+
     def names(self, column: str, samples: np.ndarray) -> list[str]:
         """Return the values of a column of names for `samples`."""
         codes, names = self.codes(column)

@@ -173,7 +173,9 @@ def missing_chunks(
     where = _match(items, facts)
     missing = items.filter(pc.is_null(where))
     for start in range(0, missing.num_rows, CHUNK):
-        chunk = missing.slice(start, CHUNK).combine_chunks()
+        chunk = missing.slice(start, CHUNK)
+        # A copy: pickling a slice for a worker would send the whole table.
+        chunk = chunk.take(pa.array(range(chunk.num_rows)))
         content = "\n".join(chunk.column("origin").to_pylist())
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
         yield f"{source}+{fingerprint}.parquet", chunk

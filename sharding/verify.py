@@ -90,16 +90,14 @@ def verify(
         opened.append(shards)
         index = read_index(folder)
         faults += _check_totals(folder, index, shards)
-        tasks = [
-            (
-                str(folder),
-                entry,
-                shards.table.filter(np.equal(shards.column("shard_code"), shard_code)),
-            )
-            for shard_code, entry in enumerate(index["shards"])
-        ]
+        entries, rows_of = index["shards"], shards.rows_of_shards()
+        # Rows are copied by `take`: pickling a slice for a process would send the whole table.
+        tasks = (
+            (str(folder), entry, shards.table.take(rows_of.get(code, np.empty(0, np.int64))))
+            for code, entry in enumerate(entries)
+        )
         for count, new_faults in run_all(
-            verify_shard, tasks, "local", jobs if len(tasks) > 1 else 1
+            verify_shard, tasks, "local", jobs if len(entries) > 1 else 1
         ):
             faults += new_faults
             on_images(count)

@@ -114,7 +114,8 @@ def embed(
     describe_backbone(source.store, source.backbone)
     for folder in {file.path.parent for file in files}:
         remove_left(folder)
-    rows = [_rows_of(shards, file) for file in files]
+    of_shard = shards.rows_of_shards()
+    rows = [_whole(of_shard[file.shard_code], shards, file) for file in files]
     loader = open_loader(
         shards,
         preprocess=source.backbone.preprocess,
@@ -166,20 +167,19 @@ def _name_failures(
         log.warning("%s has no features: %s", name, reason)
 
 
-def _rows_of(shards: ShardSet, file: ShardFile) -> np.ndarray:
-    """Return the samples of a shard in the order of the tar.
+def _whole(rows: np.ndarray, shards: ShardSet, file: ShardFile) -> np.ndarray:
+    """Return the rows of a shard if they are all of its samples.
 
     Raises:
         FeatureError: `shards` is a subset that lacks samples of the shard.
     """
-    rows = np.flatnonzero(shards.column("shard_code") == file.shard_code)
     expected = shards.shard_samples[file.shard_code]
     if len(rows) != expected:
         raise FeatureError(
             f"{shards.shards[file.shard_code]} has {expected} samples, but the set has {len(rows)} "
             "of them; compute the features of whole sets"
         )
-    return rows[np.argsort(shards.column("offset")[rows], kind="stable")]
+    return rows
 
 
 def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:

@@ -182,13 +182,15 @@ class FeatureLoader:
         ]
 
     def table(self, view: int) -> FeatureTable:
-        """Return the features of a view; each view is opened once.
+        """Return the features of a view. Only the last view that was asked for stays open: a system
+        allows some 65,000 mapped files.
 
         Raises:
             FeatureError: features are missing or damaged.
         """
         if view not in self._tables:
             source = self.source
+            self._tables.clear()
             self._tables[view] = open_table(
                 source.store, source.backbone, self.shards, source.numbered(view)
             )

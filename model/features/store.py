@@ -35,6 +35,7 @@ of images that cannot be decoded. It raises `FeatureError` if a feature is not f
 `backbone_id()` does, if the backbone is not frozen.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -260,11 +261,19 @@ def write_file(
 def is_there(file: ShardFile) -> bool:
     """Return whether a file exists and has the expected identity. An unreadable file counts as
     missing.
+
+    Raises:
+        FeatureError: this process has mapped as many files as the system allows.
     """
     try:
         with pa.memory_map(str(file.path)) as source:
             metadata = pa.ipc.open_file(source).schema.metadata or {}
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) == errno.ENOMEM:
+            raise FeatureError(
+                f"{file.path} cannot be mapped: the system allows no more mapped files; raise the "
+                "limit, such as by `sysctl vm.max_map_count=1000000`"
+            ) from error
         return False
     try:
         return parse_json(metadata.get(_ID_KEY, b"null")) == dict(file.id)
@@ -364,11 +373,11 @@ def open_table(store: Path, backbone: BackboneId, shards: ShardSet, view: View) 
     """
     files = files_of(store, backbone, shards, view)
     parts = [read_file(file) for file in files]
-    codes, offsets = shards.column("shard_code"), shards.column("offset")
-    part_of = np.searchsorted(np.array([file.shard_code for file in files]), codes)
-    row_of = np.empty(len(codes), np.int64)
+    offsets, rows_of = shards.column("offset"), shards.rows_of_shards()
+    part_of, row_of = np.empty(len(shards), np.int64), np.empty(len(shards), np.int64)
     for number, (file, part) in enumerate(zip(files, parts, strict=True)):
-        chosen = part_of == number
+        chosen = rows_of[file.shard_code]
+        part_of[chosen] = number
         rows = np.searchsorted(part.offsets, offsets[chosen])
         held = part.offsets[np.minimum(rows, len(part.offsets) - 1)] if len(part.offsets) else -1
         if not np.array_equal(held, offsets[chosen]):

@@ -257,6 +257,24 @@ def test_the_cache_stays_below_its_limit(web: Callable, old: ShardSet, tmp_path:
     assert web.handler.asked > pieces  # some pieces were deleted and fetched again
 
 
+def test_other_selections_of_a_set_use_the_same_pieces(web: Callable, tmp_path: Path) -> None:
+    """Such as the old set of phase 1, which phase 2 replays, or a subset."""
+    shards = web()
+    ShardReader(shards, cache=Cache(folder=tmp_path)).read(range(len(shards)))
+    asked = web.handler.asked
+    part = shards.take(np.arange(5))
+    assert len(ShardReader(part, cache=Cache(folder=tmp_path)).read(range(5))) == 5
+    assert web.handler.asked == asked
+
+
+def test_a_cache_below_its_limit_asks_for_no_sizes(
+    web: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_pieces", lambda _folder: pytest.fail("looked at all pieces"))
+    shards = web()
+    ShardReader(shards, cache=Cache(folder=tmp_path)).read(range(len(shards)))
+
+
 def test_a_cache_of_too_few_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="a cache needs at least"):
         Cache(limit=remote.PIECE)

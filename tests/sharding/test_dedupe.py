@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,24 @@ def test_the_search_finds_every_pair_of_an_exhaustive_comparison(n: int) -> None
     assert len(expected) > 100 or n < 3000
     for a, b in pairs - expected:
         assert hashes[a] == hashes[b]
+
+
+def test_the_search_of_similar_frames_needs_little_memory() -> None:
+    """Frames of a video agree in many choices of bands; each pair is kept once."""
+    rng = np.random.default_rng(5)
+    frames = np.repeat(rng.integers(0, 2**63, 20, dtype=np.uint64), 100)
+    flips = [np.uint64(sum(1 << int(b) for b in rng.permutation(64)[:3])) for _ in range(2000)]
+    hashes = frames ^ np.array(flips, np.uint64)
+    thumbnails = np.zeros((2000, 256), np.uint8)
+    tracemalloc.start()
+    pairs = near_duplicates(hashes, thumbnails)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    expected = sum(
+        int((np.bitwise_count(hashes[a] ^ hashes[a + 1 :]) <= MAX_BITS).sum()) for a in range(2000)
+    )
+    assert len({tuple(sorted(pair)) for pair in pairs.tolist()}) == expected
+    assert peak < 200 * len(pairs)
 
 
 def test_copies_are_near_duplicates_and_different_images_are_not() -> None:

@@ -1,6 +1,7 @@
 """Tests of the record of a build: a build replaces and removes only its own files."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, read_index
+from sharding.inventory import item_table, missing_chunks
 from tests.builders import build_all, hashes, write_raw
 
 
@@ -110,6 +112,19 @@ def test_a_link_out_of_the_output_is_refused(
     with pytest.raises(ValueError, match="is outside of"):
         build_all(raw, built)
     assert hashes(tmp_path / "elsewhere") == before
+
+
+def test_tasks_for_workers_hold_their_own_rows_alone() -> None:
+    """Else packing would send the whole source with every 256 images."""
+    sizes = []
+    for count in (1_000, 20_000):
+        names = [f"real/{number:06d}.jpg" for number in range(count)]
+        items = item_table(
+            [("alpha", name, name, "", 100, "1", 0, "", "", "{}", "") for name in names]
+        )
+        _, chunk = next(iter(missing_chunks("alpha", items, None)))
+        sizes.append(len(pickle.dumps(chunk)))
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def test_temporary_files_of_killed_builds_are_removed(raw: Path, built: Path) -> None:

@@ -1,5 +1,6 @@
 """Feature store: heads equal to those from pixels, resuming, ranks, damage, refusals."""
 
+import errno
 import json
 import os
 import shutil
@@ -317,6 +318,20 @@ def test_ranks_share_the_shards_of_all_sets(
     assert embed_sets(last, [old], source, 0) == 0
     assert embed_sets(last, [old, new], source, 0) > 0
     assert [path.name.rpartition("-")[0] for path in arrow_files(tmp_path)] == [new.shards[0][:-4]]
+
+
+def test_a_limit_of_the_system_is_not_a_missing_file(
+    net: Detector, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_in(tmp_path, net)
+    embed(embedder(net), old, source, 0)
+
+    def full(_path: str) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("pyarrow.memory_map", full)
+    with pytest.raises(FeatureError, match=r"no more mapped files; raise .* vm\.max_map_count"):
+        open_table(source.store, source.backbone, old, source.numbered(0))
 
 
 def test_many_broken_images_stop_the_embedding(net: Detector, data: Path, tmp_path: Path) -> None:
