@@ -221,7 +221,12 @@ def main(
 def _format_of(out: Path | None) -> str:
     """Return the output format for the suffix of the results file: `csv`, `jsonl` or `table`."""
     suffix = out.suffix.lower() if out else ""
-    return {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix, "table")
+    formats = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "table", "": "table"}
+    if suffix not in formats:
+        raise click.UsageError(
+            f"there is no format for {suffix}: name a .csv, .jsonl or .txt file, or give --format"
+        )
+    return formats[suffix]
 
 
 def _trust_list(file: Path | None) -> TrustList | None:

@@ -25,6 +25,7 @@ bool. `kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns
 reading it. `printable(name)` returns the name with escapes for bytes that are not UTF-8.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -198,6 +199,10 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
     try:
         with zipfile.ZipFile(io.BufferedReader(volumes, 1 << 20)) as opened:
             entries, start = opened.infolist(), opened.start_dir
+        for entry in entries:
+            if not entry.flag_bits & 0x800:  # many programs write UTF-8 without this flag
+                with contextlib.suppress(UnicodeError):
+                    entry.filename = entry.filename.encode("cp437").decode("utf-8")
     except (
         zipfile.BadZipFile, NotImplementedError, OSError, struct.error, ValueError, OverflowError,
         IndexError, RuntimeError,

@@ -87,7 +87,9 @@ def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
         return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
     said = f"{name} takes {takes}, got {json.dumps(value)}"
     if takes == "a list" and isinstance(value, str):
-        written = f"{name}={json.dumps([value])}"
+        inside = value.removeprefix("[").removesuffix("]") if value.startswith("[") else value
+        items = [item.strip() for item in inside.split(",")] if inside != value else [value]
+        written = f"{name}={json.dumps(items)}"
         said += f": --set '{written}'" if name in changed else f": {written}"
     return said
 

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import evaluate
-from model import score
+from model import distributed, score
 from model.checkpoint import find, read_meta
 from model.distributed import DistEnv
 from model.evaluation.plan import Options
@@ -117,7 +117,10 @@ def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: P
             options=Options(loading=Loading(batch_size=batch_size, num_workers=0, backend="pil")),
         )  # fmt: skip
 
-    before, score.all_gather_object = score.all_gather_object, all_gather_object
+    users = (score, distributed)
+    before = distributed.all_gather_object
+    for module in users:
+        module.all_gather_object = all_gather_object
     try:
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
         for thread in threads:
@@ -125,7 +128,8 @@ def evaluate_on(world_size: int, batch_size: int, data: Path, runs: Path, out: P
         for thread in threads:
             thread.join()
     finally:
-        score.all_gather_object = before
+        for module in users:
+            module.all_gather_object = before
     assert len(reports) == world_size, "a rank failed"
     assert [bool(reports[rank]) for rank in range(world_size)] == [True] + [False] * (
         world_size - 1

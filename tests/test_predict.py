@@ -134,6 +134,7 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
         ([f"{tmp_path}/*.none"], "does not exist"),
         ([photos, "--watch", photos], "not both"),
         ([photos, "--resume"], "name the file with --out"),
+        ([photos, "--out", tmp_path / "report.pdf"], "there is no format for .pdf"),
         ([photos, "--heatmap", photos / "heat"], "is inside"),
         (["--watch", photos, "--heatmap", photos / "heat"], "name a folder outside"),
         ([photos, "--out", tmp_path / "x.txt", "--resume"], "--format csv or jsonl"),

@@ -120,6 +120,7 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
         ("data.repeats=3", "data.repeats takes a table, got 3"),
         ("network.pretrained=7", "network.pretrained takes true or false, got 7"),
         ("network.mean=[1, 2]", "network.mean has 2 values, which is too few"),
+        ("data.train=[a, b]", """takes a list, got "[a, b]": --set 'data.train=["a", "b"]'"""),
         ("run.epochs", "--set takes KEY=VALUE"),
         ("name.x=1", "name is a value, not a table"),
     ],

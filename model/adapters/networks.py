@@ -131,6 +131,11 @@ def open_transformers(
             f"{name} has no weights for {missing[0]}{rest}, so it is not a trained image "
             "classifier; name a trained one"
         )
+    if ignored := [key for key in loading["unexpected_keys"] if key.startswith("timm_model.")]:
+        raise DetectorError(
+            f"{name} has weights that its network does not use, such as {ignored[0]}: transformers "
+            "builds another network than the one that was trained; use its own program"
+        )
     net.to(where, torch.float32)
     keep_freed_memory(where)
 

@@ -69,8 +69,8 @@ print(pipeline("image-classification", model="OWNER/NAME")("photo.jpg"))
 """
 
 _STAGES = """\
-The head uses features from inside the backbone. timm and transformers cannot build such a network
-and refuse these weights. Download the folder and use the project that trained the detector:
+The head uses features from inside the backbone. timm and transformers cannot build such a network.
+Download the folder and use the project that trained the detector:
 """
 
 _HEAD = """\
@@ -137,10 +137,10 @@ def card_of(
         f"Weights: {markdown(license.text)}. The training images have their own licenses, see "
         "above. Neither this card nor the license of any code changes these licenses.",
     ]
-    return f"---\n{_front(license, timm=_is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front(license, timm=is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _is_plain(meta: Mapping[str, Any]) -> bool:
+def is_plain(meta: Mapping[str, Any]) -> bool:
     """Return whether timm alone can build the network: not with a head that uses all stages, and
     not without the backbone's weights.
     """
@@ -179,17 +179,18 @@ def _use(meta: Mapping[str, Any], onnx: bool) -> str:
     """Return code examples, and the thresholds of the verdicts."""
     temperature, (low, high) = meta["temperature"], band_of(meta)
     text = _BY_TIMM.format(temperature=temperature)
-    if not _is_plain(meta):
+    if not is_plain(meta):
         text = (_HEAD if KEY in meta else _STAGES) + _BY_PROJECT
     if onnx:
         height, width = Preprocess(**meta["preprocess"]).shape
         text += f"""
-`onnx/detector.onnx` (fp32), `onnx/detector-fp16.onnx` and `onnx/detector-int8.onnx` (linear layers
-in 8 bits) take `images`, uint8 (batch, {height}, {width}, 3) RGB, and return `probability`, that of
+`onnx/detector.onnx` (fp32), `onnx/detector-fp16.onnx` and, where it is close enough,
+`onnx/detector-int8.onnx` (linear layers in 8 bits) take `images`, uint8 (batch, {height},
+{width}, 3) RGB, and return `probability`, that of
 fake. Their metadata contains the preprocessing, the thresholds and this license.
 `onnx/parity.json` contains the differences from PyTorch.
 """
-    heated = temperature != 1 and _is_plain(meta)
+    heated = temperature != 1 and is_plain(meta)
     heat = " (transformers' pipeline returns it without the temperature)" if heated else ""
     verdict = (
         f"The verdict is likely AI-generated from {high:.3g} on, and no sign of AI below"

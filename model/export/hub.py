@@ -53,9 +53,9 @@ from timm.models import save_for_hf
 
 import console
 from escape import without_secrets
-from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network, seal
+from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network, read_meta, seal
 from model.evaluation.report import REPORT_VERSION
-from model.export.card import card_of
+from model.export.card import card_of, is_plain
 from model.export.license import license_of
 from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
@@ -107,7 +107,10 @@ def write_hub(
             raise HubError(
                 f"{out} could not be written ({error}); free space, or name another folder"
             ) from error
-        _let_transformers_in(partial / CONFIG_FILE)
+        if is_plain(meta):
+            _let_transformers_in(partial / CONFIG_FILE)
+        else:  # transformers would build another network from it, and answer at random
+            (partial / CONFIG_FILE).unlink()
         seal(partial, without_paths(meta))
         if onnx:
             shutil.copytree(onnx, partial / ONNX_FOLDER)
@@ -260,11 +263,10 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     Raises:
         HubError: the folder is incomplete, or the upload failed.
     """
-    missing = [
-        name
-        for name in (HUB_WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, META_FILE)
-        if not (folder / name).is_file()
-    ]
+    needed = [HUB_WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, META_FILE]
+    if (folder / META_FILE).is_file() and not is_plain(read_meta(folder)):
+        needed.remove(CONFIG_FILE)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise HubError(
             f"{folder} has no {', '.join(missing)}; write a complete folder with `python -m model "

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import timm
 
-from model.shipped.backbone import KEY, KEY_INSIDE
+from model.shipped.backbone import KEY, KEY_INSIDE, KNOWN
 
 
 class License(NamedTuple):
@@ -72,6 +72,10 @@ def license_of(meta: Mapping[str, Any]) -> License:
     if first and first["kind"] == "random":
         text = "chosen by whoever trained it, because training started from random weights"
         return License("other", text, "")
+    for known in KNOWN if first else ():
+        if first.get("sha256") in {file.sha256 for file in known.files} and known.license:
+            said = f"{known.license.upper()}, the license of the backbone {known.name}"
+            return License(known.license, f"{said}, on which the head was trained", known.name)
     # An average without a record can be of a run that began from a file.
     assumed = network["pretrained"] and "average" not in meta
     is_timm = first["kind"] == "timm" if first else assumed

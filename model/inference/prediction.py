@@ -278,7 +278,7 @@ class AnyDetector(DecisionRule, ABC):
         if isinstance(images, Path | str | bytes | Image.Image | np.ndarray | ImageFile):
             (prediction,) = self.stream([images], 1)
             return prediction
-        if not hasattr(images, "__iter__"):
+        if not hasattr(images, "__iter__") or hasattr(images, "read"):  # an open file has lines
             raise _unknown(images)
         return list(self.stream(images, batch_size))
 

@@ -355,3 +355,17 @@ def test_backslashes_separate_folders_as_in_old_windows_programs(tmp_path: Path)
         "..\\up.png": "a path that leaves the archive", "d/a.png": "", "d/b.png": "",
         "d/.c.png": "hidden",
     }  # fmt: skip
+
+
+def test_names_in_utf_8_without_the_flag_are_read(tmp_path: Path) -> None:
+    """As the usual `zip` of Linux writes them; other names stay in the code page of DOS."""
+    names = {"Größe ü.jpg".encode(): "Größe ü.jpg", b"\x81.jpg": "ü.jpg"}
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, name in enumerate(names):
+            archive.writestr(f"{number}" + "x" * (len(name) - 5) + ".jpg", b"x")
+    data = path.read_bytes()
+    for number, name in enumerate(names):
+        data = data.replace((f"{number}" + "x" * (len(name) - 5) + ".jpg").encode(), name)
+    path.write_bytes(data)
+    assert sorted(member.name for member in zip.members(path)) == sorted(names.values())

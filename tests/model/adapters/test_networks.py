@@ -127,6 +127,18 @@ def test_missing_weights_are_not_initialized_at_random(tmp_path: Path) -> None:
         open_transformers(str(folder))
 
 
+def test_weights_of_another_network_are_not_ignored(tmp_path: Path) -> None:
+    """As of a head on stages: transformers builds timm's own head and scores with it."""
+    from safetensors.torch import load_file
+
+    folder = vit(tmp_path / "made", {0: "fake", 1: "real"})
+    extra = {"timm_model.stage_head.fc.weight": torch.zeros(2, 8)}
+    tensors = load_file(folder / "model.safetensors") | extra
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DetectorError, match=r"weights that its network does not use.*stage_head"):
+        open_transformers(str(folder))
+
+
 def test_a_missing_model_is_refused(server: Server) -> None:
     pytest.importorskip("transformers")
     for name, said in ((MODEL, "could not be downloaded"), ("no such name", "neither a folder")):

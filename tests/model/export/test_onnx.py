@@ -328,6 +328,24 @@ def test_a_file_that_differs_too_much_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_int8_file_that_differs_too_much_is_left_out_alone(
+    exported: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    logged: list[str],
+) -> None:  # fmt: skip
+    model = onnx.load(exported / "detector.onnx")
+    monkeypatch.setattr(export, "_graph_of", lambda *_: model)
+    out = tmp_path / "onnx"
+    export.export_onnx(tiny_checkpoint, out)
+    assert (out / "detector-int8.onnx").exists()
+    monkeypatch.setitem(export.TOLERANCE, "int8", 1e-12)
+    report = export.export_onnx(tiny_checkpoint, out)
+    assert [entry["precision"] for entry in report["files"]] == ["fp32", "fp16"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "detector-fp16.onnx", "detector.onnx", "parity.json",
+    ]  # fmt: skip
+    assert any("detector-int8.onnx differs from PyTorch by up to" in line for line in logged)
+
+
 def test_without_images_noise_is_compared(
     exported: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     logged: list[str],

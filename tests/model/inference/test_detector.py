@@ -204,6 +204,12 @@ def test_dali_takes_arrays_too(small_runs: Path, detector) -> None:
     assert one == pytest.approx(other, abs=1e-6)  # the network sees the same pixels
 
 
+def test_an_open_file_is_no_list_of_images(detector, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(FILES[0])
+    with (tmp_path / "a.jpg").open("rb") as file, pytest.raises(TypeError, match="BufferedReader"):
+        detector.predict(file)
+
+
 def test_dali_is_not_started_for_one_image(
     small_runs: Path, detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
