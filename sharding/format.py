@@ -202,8 +202,8 @@ class ShardSet:
         """
         codes = self.column("shard_code")
         order = np.lexsort((self.column("offset"), codes))
-        found, starts = np.unique(codes[order], return_index=True)
-        return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+        present, starts = np.unique(codes[order], return_index=True)
+        return dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True))
 
     def names(self, column: str, samples: np.ndarray) -> list[str]:
         """Return the values of a column of names for `samples`."""
