@@ -130,7 +130,7 @@ class Scorer:
             self.unread += len(jobs)
         self.metrics.waiting.set(self.waiting)
         for job in jobs:
-            job.done.add_done_callback(lambda _done, job=job: self._leave(job))
+            job.done.add_done_callback(partial(self._forget, job))
             self._readers.submit(self._read, job).add_done_callback(partial(self._drop, job))
         return jobs
 
@@ -155,7 +155,7 @@ class Scorer:
             job.provenance = read_evidence(data, self.trust)
             is_large = pixels_of(data) >= LARGE_PIXELS
             with self._lock:
-                if job.left:
+                if _has_left(job):
                     return
                 job.data = data
             if is_large:
@@ -175,7 +175,7 @@ class Scorer:
                 self._finish(job, math.nan, pixels)
                 return
             with self._lock:
-                if job.left:
+                if _has_left(job):
                     return
                 job.data, job.pixels = b"", pixels
                 self.unread -= 1
@@ -256,6 +256,10 @@ class Scorer:
                 if self._leave(job) and job.done.set_running_or_notify_cancel():
                     job.done.set_exception(error)
 
+    def _forget(self, job: Job, _done: "Future[dict[str, Any]]") -> None:
+        """Remove a job whose request has ended."""
+        self._leave(job)
+
     def _leave(self, job: Job) -> bool:
         """Remove a job from the queue; returns whether it was still in the queue."""
         with self._lock:
@@ -268,3 +272,8 @@ class Scorer:
         job.file = ImageFile(job.file.name, bytes)  # its bytes are not needed
         self.metrics.waiting.set(self.waiting)
         return True
+
+
+def _has_left(job: Job) -> bool:
+    """Return whether a job is out of the queue. Another thread may have removed it at any time."""
+    return job.left

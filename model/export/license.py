@@ -72,8 +72,9 @@ def license_of(meta: Mapping[str, Any]) -> License:
     if first and first["kind"] == "random":
         text = "chosen by whoever trained it, because training started from random weights"
         return License("other", text, "")
-    for known in KNOWN if first else ():
-        if first.get("sha256") in {file.sha256 for file in known.files} and known.license:
+    sha256 = first.get("sha256") if first else None
+    for known in KNOWN:
+        if known.license and sha256 in [file.sha256 for file in known.files]:
             said = f"{known.license.upper()}, the license of the backbone {known.name}"
             return License(known.license, f"{said}, on which the head was trained", known.name)
     # An average without a record can be of a run that began from a file.
