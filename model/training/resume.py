@@ -16,7 +16,7 @@ call it, and rank 0 writes.
 It writes the checkpoint folder `step_<done>` (seven digits) in the run's folder: weights,
 optimizer, random generators, order of samples, `gain`. Then it removes the run's other checkpoints
 except the best one. It raises `CheckpointError` if the folder cannot be written, and `OSError` if
-an old checkpoint cannot be removed; both on rank 0 only.
+an old checkpoint cannot be removed; then the other ranks raise `RankError` with that message.
 
 It returns the new `Best`, never None: the better one of `best` and this checkpoint. The better one
 has the higher `validation.selection`, a number from 0 to 1. If they are equal, this checkpoint is
