@@ -42,6 +42,7 @@ from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
+from model.verdict import calibration_fault
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 from storage import (
@@ -212,6 +213,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged: it has no hashes of the checkpoint's files")
     if (classes := meta.get("classes")) != list(CLASSES):
         raise CheckpointError(f"{folder} has classes {classes}, expected {list(CLASSES)}")
+    if fault := calibration_fault(meta):
+        raise DamagedError(f"{path} cannot be used: {fault}")
     return meta
 
 

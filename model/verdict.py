@@ -21,12 +21,17 @@ threshold for the rate, such as without a calibration.
 `left_out_sources(meta)` returns the error rates of the sources that were left out of training, a
 dict, name -> rates as in `meta.json`; empty if the calibration was fitted otherwise.
 
+`calibration_fault(meta)` returns what is wrong in the temperature, threshold or calibration of a
+detector, or "" if all can be used. These values come from files of strangers.
+
 `percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
 `capital(text)` makes the first letter upper case.
 """
 
 import math
+import sys
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any
 
 VERDICTS = ("no sign of AI", "uncertain", "likely AI")
@@ -35,6 +40,9 @@ VERDICTS = ("no sign of AI", "uncertain", "likely AI")
 NOT_FINITE = "its score is not a finite number; the weights or the precision are at fault"
 """Reason why an image that was decoded has no verdict."""
 
+ROUNDING = 1e-12
+"""How far a threshold may be outside 0 to 1. A fitted one is the next number above a score, or 1
+minus such a number, so it can be just above 1 or just below 0."""
 
 LEFT_OUT = "sources left out"
 """Start of the `method` of a calibration by detectors that had not seen the source."""
@@ -97,6 +105,57 @@ def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
             f"{min(rate for rate, _ in rows):g}"
         )
     return max(within)[1]
+
+
+def calibration_fault(meta: Mapping[str, Any]) -> str:
+    """Return what is wrong in the `temperature`, `threshold` or `calibration` of a detector, or ""
+    if all can be used. A calibration of None is no fault.
+    """
+    if missing := [key for key in ("temperature", "threshold", "calibration") if key not in meta]:
+        return f"{missing[0]} is missing"
+    temperature, threshold = meta["temperature"], meta["threshold"]
+    if not (_is_number(temperature) and 0 < temperature <= sys.float_info.max):
+        return f"temperature is {short(temperature)}, expected a finite number above 0"
+    if not _is_share(threshold):
+        return f"threshold is {short(threshold)}, expected a number from 0 to 1"
+    calibration: Any = meta["calibration"]
+    if calibration is None:
+        return ""
+    if not isinstance(calibration, Mapping):
+        return f"calibration is {short(calibration)}, expected an object"
+    band: Any = calibration.get("band")
+    if not (_is_pair(band) and band[0] <= band[1]):
+        return f"band is {short(band)}, expected two numbers from 0 to 1, the lower one first"
+    for name in ("at_fpr", "at_miss"):
+        rows = calibration.get(name, [])
+        if not (isinstance(rows, list) and all(map(_is_pair, rows))):
+            return f"{name} is {short(rows)}, expected a list of pairs of numbers from 0 to 1"
+    if not isinstance(method := calibration.get("method", ""), str):
+        return f"method is {short(method)}, expected a text"
+    sources = calibration.get("sources") or {}
+    if not (isinstance(sources, Mapping) and all(map(_has_rates, sources.values()))):
+        return f"sources is {short(sources)}, expected the two error rates of each source"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
+
+
+def _has_rates(value: Any) -> bool:
+    """Return whether a source has the rates that `model/inference/fitness.py` reads."""
+    rates = ("false_positive_rate", "recall")
+    return isinstance(value, dict) and all(
+        value.get(name, "") is None or _is_share(value.get(name)) for name in rates
+    )
 
 
 def percent(p: float) -> str:

@@ -21,7 +21,6 @@ files are not changed.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +29,11 @@ from typing import Any
 
 import console
 from model.adapters.detector import DetectorError, OtherDetector
+from model.verdict import calibration_fault
 from storage import parse_json, text_fault, write_text
 
 CALIBRATION_FILE = "calibration.json"
 KEYS = ("temperature", "threshold", "calibration")
-
-ROUNDING = 1e-12
-"""How far a threshold may be outside 0 to 1. A fitted one is the next number above a score, or 1
-minus such a number, so it can be just above 1 or just below 0."""
 
 
 def calibration_path(detector: OtherDetector, runs: Path) -> Path:
@@ -92,41 +88,6 @@ def _fault_in(kept: Any) -> str:
         return f"it holds {type(kept).__name__}, expected an object"
     if missing := [key for key in (*KEYS, "detector") if key not in kept]:
         return f"{missing[0]} is missing"
-    temperature, threshold, calibration = (kept[key] for key in KEYS)
-    if not (_is_number(temperature) and 0 < temperature <= sys.float_info.max):
-        return f"temperature is {short(temperature)}, expected a finite number above 0"
-    if not _is_share(threshold):
-        return f"threshold is {short(threshold)}, expected a number from 0 to 1"
-    if not isinstance(calibration, dict):
-        return f"calibration is {short(calibration)}, expected an object"
-    band: Any = calibration.get("band")
-    if not (_is_pair(band) and band[0] <= band[1]):
-        return f"band is {short(band)}, expected two numbers from 0 to 1, the lower one first"
-    for name in ("at_fpr", "at_miss"):
-        rows = calibration.get(name, [])
-        if not (isinstance(rows, list) and all(map(_is_pair, rows))):
-            return f"{name} is {short(rows)}, expected a list of pairs of numbers from 0 to 1"
-    sources = calibration.get("sources", {})
-    if not (isinstance(sources, dict) and all(map(_has_rates, sources.values()))):
-        return f"sources is {short(sources)}, expected the two error rates of each source"
-    return ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
-
-
-def _has_rates(value: Any) -> bool:
-    """Return whether a source has the rates that `model/inference/fitness.py` reads."""
-    rates = ("false_positive_rate", "recall")
-    return isinstance(value, dict) and all(
-        value.get(name, "") is None or _is_share(value.get(name)) for name in rates
-    )
+    if not isinstance(kept["calibration"], dict):
+        return f"calibration is {short(kept['calibration'])}, expected an object"
+    return calibration_fault(kept)

@@ -58,6 +58,7 @@ from model.inference.prediction import (
     preprocess_ahead,
     threads,
 )
+from model.verdict import calibration_fault
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
@@ -274,4 +275,9 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
             f"{error} in its metadata; export the detector again with `python -m model export "
             "--onnx`"
         ) from error
+    if fault := calibration_fault(meta):
+        raise OnnxError(
+            f"{file}: {fault} in its metadata; export the detector again with `python -m model "
+            "export --onnx`"
+        )
     return meta

@@ -48,6 +48,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import recipes
+from model.verdict import calibration_fault
 from storage import cache_folder, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
@@ -252,8 +253,15 @@ def read_backbone(spec: BackboneSpec, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def with_calibration(meta: Mapping[str, Any], spec: BackboneSpec, sha256: str) -> dict[str, Any]:
-    """Return `meta` with the temperature, threshold and calibration for one backbone file."""
-    return {**meta, **spec.tested[sha256]}
+    """Return `meta` with the temperature, threshold and calibration for one backbone file.
+
+    Raises:
+        BackboneError: one of these values is impossible.
+    """
+    found = {**meta, **spec.tested[sha256]}
+    if fault := calibration_fault(found):
+        raise BackboneError(f"the head cannot be used with the backbone {sha256[:16]}...: {fault}")
+    return found
 
 
 def recalibrated(

@@ -191,6 +191,15 @@ def test_each_backbone_file_may_have_its_own_calibration(
     )
 
 
+def test_an_impossible_calibration_of_a_backbone_file_is_refused(
+    trained: Path, file: Path, tmp_path: Path
+) -> None:
+    wrong = {file.stem: {"temperature": 0, "threshold": 0.8, "calibration": None}}
+    folder = head.save_head(trained, tmp_path / "two", spec_of(file, tested=wrong))
+    with pytest.raises(BackboneError, match="temperature is 0, expected a finite number above 0"):
+        load_detector(folder)
+
+
 def test_only_the_backbone_of_the_training_is_accepted(
     trained: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

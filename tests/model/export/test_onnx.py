@@ -285,6 +285,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
                     ("calibration", "{}", "band"),
                     ("data", "[1]", "data"),
                     ("temperature", '"warm"', "temperature"),
+                    ("temperature", "-1", "temperature is -1, expected a finite number above 0"),
+                    ("threshold", "1.5", "threshold is 1.5, expected a number from 0 to 1"),
+                    ("calibration", '{"band": [0.9, 0.1]}', "the lower one first in its metadata"),
+                    ("calibration", '{"band": [0.1, 0.9], "at_fpr": [1]}', "at_fpr is"),
+                    ("calibration", '{"band": [0.1, 0.9], "method": 3}', "method is 3"),
                     ("threshold", "NaN", "not finite|threshold"),
                 ]
             )
