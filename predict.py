@@ -283,7 +283,11 @@ def _check(output: str) -> None:
         )
     for path in paths:
         if path != "-" and not inputs.is_there(path):
-            raise click.UsageError(f"{path!r} does not exist")
+            address = "://" in path
+            raise click.UsageError(
+                f"{path!r} does not exist"
+                + ("; images are read from disk, so download it first" if address else "")
+            )
     heatmap = given["heatmap"]
     for path in (*paths, *([watch] if watch else [])):
         if heatmap and path != "-" and heatmap.resolve().is_relative_to(Path(path).resolve()):

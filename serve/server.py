@@ -17,6 +17,7 @@ unknown, or the address is in use or not of this machine. `handle_exit()` is cal
 signal.
 """
 
+import errno
 import signal
 import socket
 from types import FrameType
@@ -82,7 +83,11 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise OSError(
+            f"port {port} of {host} is in use; name another with --port (0 takes any free one)"
+        ) from error
     return sock

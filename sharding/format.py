@@ -44,6 +44,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,17 @@ def _explained(folder: AnyPath) -> Iterator[None]:
         ) from error
 
 
+def _where_sets_are(folder: AnyPath) -> str:
+    """Return what to do where a folder holds no shard set."""
+    for start in range(1, len(folder.parts) - 1):  # a path where the name of a set is expected
+        if Path(*(tail := folder.parts[start:]), INDEX_FILE).is_file():
+            return f"name the set without its folder: {tail[-1]} instead of {'/'.join(tail)}"
+    beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{INDEX_FILE}"))
+    if beside:
+        return f"{folder.parent} has the sets {', '.join(beside)}"
+    return f"make one with `python -m sharding build`, or try `{DEMO}`"
+
+
 def _read_index(folder: AnyPath) -> dict[str, Any]:
     path = folder / INDEX_FILE
     if not path.exists():
@@ -292,15 +304,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
                 f"{folder} has tar files but no {INDEX_FILE}, so its build did not finish; run "
                 "`python -m sharding build` again to resume it"
             )
-        beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{INDEX_FILE}"))
-        raise ShardError(
-            f"no shard set at {folder}; "
-            + (
-                f"{folder.parent} has the sets {', '.join(beside)}"
-                if beside
-                else f"make one with `python -m sharding build`, or try `{DEMO}`"
-            )
-        )
+        raise ShardError(f"no shard set at {folder}; {_where_sets_are(folder)}")
     try:
         index = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

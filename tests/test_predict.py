@@ -132,6 +132,7 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
         ([], "name images, folders or archives"),
         ([tmp_path / "none"], "does not exist"),
         ([f"{tmp_path}/*.none"], "does not exist"),
+        (["https://example.com/a.jpg"], "does not exist; images are read from disk, so download"),
         ([photos, "--watch", photos], "not both"),
         ([photos, "--resume"], "name the file with --out"),
         ([photos, "--out", tmp_path / "report.pdf"], "there is no format for .pdf"),

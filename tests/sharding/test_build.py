@@ -279,6 +279,15 @@ def test_a_folder_without_an_index_is_not_a_set(data: Path, tmp_path: Path) -> N
         open_shards([tmp_path / "out/nowhere"])
 
 
+def test_a_path_where_the_name_of_a_set_belongs_is_explained(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data, tmp_path / "data/shards")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ShardError, match=r"without its folder: val instead of data/shards/val$"):
+        open_shards([Path("data/shards") / "data/shards/val"])
+
+
 def test_no_sets_at_all_are_one_error() -> None:
     with pytest.raises(ShardError, match="no shard sets to open; name at least one folder"):
         open_shards([])
