@@ -153,8 +153,17 @@ class OtherDetector(AnyDetector):
     @property
     def folder_name(self) -> str:
         """Name of the folder, below the runs folder, for this detector's output."""
-        detector = self.meta["detector"]
-        return re.sub(r"[^A-Za-z0-9._]+", "-", f"{detector['kind']}-{detector['name']}").strip("-.")
+        detector, typed = self.meta["detector"], str(self.checkpoint)
+        path = Path(typed if detector["kind"] == "file" else typed.partition(":")[2])
+        return output_name(detector["kind"], detector["name"], path)
+
+
+def output_name(kind: str, name: str, path: Path) -> str:
+    """Return the name of the folder for a detector's output. For a local file or folder, `path`,
+    the name of the folder that it is in is part of it: many files are called `detector.py`.
+    """
+    place = f"{path.resolve().parent.name}-" if path.exists() else ""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{kind}-{place}{name}").strip("-.")
 
 
 def logits_from(probabilities: np.ndarray) -> np.ndarray:

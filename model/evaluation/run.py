@@ -50,7 +50,7 @@ import pyarrow as pa
 
 import console
 from installed import command
-from model.adapters.detector import OtherDetector
+from model.adapters.detector import OtherDetector, output_name
 from model.adapters.open import Opening, as_checkpoint, open_other
 from model.checkpoint import find, git_commit, load_network, weights_name
 from model.device import choose_device, describe, keep_freed_memory
@@ -142,7 +142,9 @@ def choose_subject(
         device = str(choose_device(device, dist.local_rank))
     detector = open_other(name, opening, device=device)
     if isinstance(detector, OnnxDetector):
-        return detector, opening.runs / f"onnx-{detector.checkpoint.stem}"
+        return detector, opening.runs / output_name(
+            "onnx", detector.checkpoint.stem, detector.checkpoint
+        )
     return detector, opening.runs / detector.folder_name
 
 

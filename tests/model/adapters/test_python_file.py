@@ -189,6 +189,17 @@ def test_predict_in_every_format_and_resume(file: Path, tmp_path: Path) -> None:
     assert run(predict.main, photos, *ask, "--out", part, "--resume").exit_code == 2
 
 
+def test_files_of_one_name_have_different_outputs(file: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "detector.py").write_bytes(file.read_bytes())
+    names = [
+        open_file(tmp_path / folder / "detector.py", trust=True, threshold=None).folder_name
+        for folder in ("a", "b")
+    ]
+    assert names == ["file-a-detector.py", "file-b-detector.py"]
+
+
 def test_evaluate_report_and_comparison_of_a_python_file(
     file: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -196,7 +207,7 @@ def test_evaluate_report_and_comparison_of_a_python_file(
     detector = ("--detector", file, "--trust", *ask)
     result = run(evaluate.main, "--shards", "val", "--robustness", 3, *detector)
     assert result.exit_code == 0, result.output
-    out = tmp_path / "runs/file-bright.py/evaluation/val"
+    out = tmp_path / f"runs/file-{file.parent.name}-bright.py/evaluation/val"
     assert sorted(path.name for path in out.iterdir()) == [
         "figures.csv", "report.html", "report.json", "robustness.csv", "scores.parquet",
         "speed.json",
