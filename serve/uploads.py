@@ -26,6 +26,7 @@ written to disk.
 """
 
 import asyncio
+import reprlib
 from collections.abc import AsyncGenerator
 from functools import partial
 
@@ -37,6 +38,8 @@ from serve.limits import MB, Limits, Refused
 from storage import parse_json
 
 MAX_JSON_BYTES = MB // 4
+PARAMETER = "name"
+"""Parameter of the URL: the name of the image, if the body is one image."""
 RAW = ("image/", "application/octet-stream")
 FORM, LIST = "multipart/form-data", "application/json"
 TAKEN = f"{FORM} with files, one image as image/*, or {LIST}"
@@ -46,8 +49,14 @@ def kind_of(request: Request) -> str:
     """Return the content type of a request, without its parameters.
 
     Raises:
-        Refused: the content type is not supported, or the body is compressed (status 415).
+        Refused: the content type is not supported, or the body is compressed (status 415). Or the
+            URL has a parameter that means nothing (400): the client may rely on it.
     """
+    if strange := sorted(set(request.query_params) - {PARAMETER}):
+        raise Refused(
+            400, f"unknown parameter {reprlib.repr(strange[0])}; the URL may have ?{PARAMETER}= "
+            "with an image as the body. Error rates and the like are options of the server",
+        )  # fmt: skip
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
@@ -80,7 +89,7 @@ async def read_images(request: Request, kind: str, limits: Limits) -> list[Image
     """
     if kind != FORM:
         body = b"".join([part async for part in _bounded(request, limits.max_bytes)])
-        return [_image(request.query_params.get("name") or "image 0", body)]
+        return [_image(request.query_params.get(PARAMETER) or "image 0", body)]
     form = Form(request.headers["content-type"], limits.max_files)
     async for part in _bounded(request, limits.max_bytes):
         # A body of near-boundaries takes a second per megabyte; other requests go on meanwhile.

@@ -194,6 +194,8 @@ def test_wrong_methods_paths_and_encodings_are_refused(serve: Serve) -> None:
     assert client.post("/nothing").status_code == 404
     compressed = client.post("/predict", content=PHOTO, headers=JPEG | {"content-encoding": "gzip"})
     assert compressed.status_code == 415 and "gzip" in compressed.json()["detail"]
+    strange = client.post("/predict?max_fpr=0.01", content=PHOTO, headers=JPEG)
+    assert strange.status_code == 400 and "unknown parameter 'max_fpr'" in strange.json()["detail"]
 
 
 # --- the key, the metrics, the docs page ----------------------------------------------------------
