@@ -459,9 +459,9 @@ def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
 
 
 def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
-    """Keep at most `cap[class]` items of each class: whole groups, in the order of their hashes.
-
-    The choice depends only on this source, so that other sources never change it.
+    """Keep at most `cap[class]` items of each class: whole groups, in the order of a hash that is
+    not the one of `choose_set`, which would put all that is kept into the first set. The choice
+    depends only on this source.
     """
     if not cap:
         return
@@ -470,7 +470,7 @@ def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
         groups.setdefault(item.group, []).append(item)
     room = [cap.get(name, len(listing.items)) for name in CLASSES]
     kept: set[str] = set()
-    for group in sorted(groups, key=hash_point):
+    for group in sorted(groups, key=lambda group: hash_point(f"cap {group}")):
         need = [sum(item.label == label for item in groups[group]) for label in range(len(CLASSES))]
         if all(n <= r for n, r in zip(need, room, strict=True)):
             kept.add(group)

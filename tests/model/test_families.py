@@ -50,6 +50,10 @@ TINY_VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip": ("vit_base_patch16_clip_quickgelu_224.openai", TINY_VIT),
+    "interpolated": (  # its weights are of 24 pixels
+        "vit_base_patch16_clip_quickgelu_224.openai",
+        TINY_VIT | {"img_size": 24, "dynamic_img_size": True},
+    ),
     "siglip": ("vit_base_patch16_siglip_224.webli", TINY_VIT),
     "swin": (
         "swin_tiny_patch4_window7_224.ms_in1k",
@@ -63,7 +67,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov3": ("vit_small_patch16_dinov3.lvd1689m", TINY_VIT),
     "efficientnet": ("efficientnet_b0.ra_in1k", {}),
 }
-QUICK = ("clip", "siglip")
+QUICK = ("clip", "interpolated", "siglip")
 EACH = [
     pytest.param(key, marks=() if key in QUICK else pytest.mark.slow, id=key) for key in FAMILIES
 ]
@@ -97,7 +101,7 @@ def test_a_family_trains_predicts_is_exported_and_explained(
 ) -> None:
     name, options = FAMILIES[key]
     path = tmp_path / "family.toml"
-    settings = "\n".join(f"{option} = {value}" for option, value in options.items())
+    settings = "\n".join(f"{option} = {json.dumps(value)}" for option, value in options.items())
     path.write_text(
         f"""
 name = "{key}"
