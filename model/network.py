@@ -441,12 +441,14 @@ def _without_classifier(
     # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]
     if missing or strange:
-        sized = any("pos_embed" in name for name in strange)
+        sized = "; set preprocess.crop_size to the size that it was made for"
+        if hasattr(net.backbone, "dynamic_img_size"):
+            sized += ", or network.options={dynamic_img_size=true}"
         raise NetworkError(
             f"{path} does not fit the network: {len(missing)} parameters are missing "
             f"(first: {missing[:1]}), {len(strange)} are unknown or of another shape "
             f"(first: {strange[:1]})"
-            + ("; set preprocess.crop_size to the size that it was made for" if sized else "")
+            + (sized if any("pos_embed" in name for name in strange) else "")
         )
     return kept
 

@@ -388,7 +388,8 @@ def test_a_clip_file_of_another_size_says_what_to_set(tmp_path: Path) -> None:
     weights = state_of(build(network, pretrained=False))
     weights["pos_embed"] = torch.zeros(1, 50, 48)
     save_file(weights, tmp_path / "other.safetensors")
-    with pytest.raises(NetworkError, match=r"pos_embed.*set preprocess.crop_size to the size"):
+    said = r"pos_embed.*set preprocess.crop_size to the size .*, or network.options={dynamic_img"
+    with pytest.raises(NetworkError, match=said):
         check_backbone_file(
             build(network, pretrained=False, empty=True), tmp_path / "other.safetensors"
         )
