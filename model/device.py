@@ -82,6 +82,14 @@ def describe(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
+def choose_compile(asked: str, device: torch.device) -> tuple[bool, str]:
+    """Return whether torch.compile is used for `asked` (auto, on or off), and the reason."""
+    if asked != "auto":
+        return asked == "on", "asked for"
+    pays = device.type == "cuda"
+    return pays, f"{'faster' if pays else 'not faster'} on {device.type}"
+
+
 @contextlib.contextmanager
 def one_thread(active: bool = True) -> Iterator[None]:
     """Let torch compute with one CPU thread in the block, if `active`, and then as before.

@@ -441,14 +441,13 @@ def _without_classifier(
     # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]
     if missing or strange:
-        sized = "; set preprocess.crop_size to the size that it was made for"
-        if hasattr(net.backbone, "dynamic_img_size"):
-            sized += ", or network.options={dynamic_img_size=true}"
+        other = "; set preprocess.crop_size to the size that it was made for"
+        other += ", or network.options={dynamic_img_size=true}" * hasattr(net.backbone, "pos_embed")
+        other *= any("pos_embed" in name for name in strange)
         raise NetworkError(
-            f"{path} does not fit the network: {len(missing)} parameters are missing "
-            f"(first: {missing[:1]}), {len(strange)} are unknown or of another shape "
-            f"(first: {strange[:1]})"
-            + (sized if any("pos_embed" in name for name in strange) else "")
+            f"{path} does not fit the network: {len(missing)} parameters are missing (first: "
+            f"{missing[:1]}), {len(strange)} are unknown or of another shape (first: {strange[:1]})"
+            f"{other}"
         )
     return kept
 

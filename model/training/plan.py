@@ -40,7 +40,7 @@ from console import counted
 from installed import command
 from model import checkpoint
 from model.backbones.resolve import describe_preprocess, normalization_warnings, resolved
-from model.device import choose_device, choose_precision, describe
+from model.device import choose_compile, choose_device, choose_precision, describe
 from model.distributed import DistEnv
 from model.features.fit import check_fit
 from model.features.loader import FeatureSource
@@ -102,7 +102,7 @@ class RunPlan:
     `resumed` is the run's checkpoint to resume from, after `done` of its `steps`; None for a new
     run. `best` is its best checkpoint, `gain` the record of its validations, and `ended` the reason
     why the run is over, empty if it is not. `damaged` lists why other checkpoints of the run are
-    not used. `warnings` are lines for the user.
+    not used; those of `spared` are not deleted. `warnings` are lines for the user.
 
     `weights` are loaded first. `first_weights` is the origin of the weights of the run's first step
     (see `_first_weights`). `teacher` gives the target logits of replayed samples, None without
@@ -119,6 +119,7 @@ class RunPlan:
     folder: Path
     resumed: Path | None
     damaged: tuple[str, ...]
+    spared: frozenset[Path]
     warnings: tuple[str, ...]
     done: int
     steps: int
@@ -151,18 +152,17 @@ class RunPlan:
         """Describe the run and every automatic choice, a line each."""
         recipe, stream, loader = self.recipe, self.stream, self.stream.loader
         least, most = self.learning_rates[0], self.learning_rates[-1]
+        labels = stream.pool.shards.column("label")[stream.new(0)]
         if recipe.optim.solver == "lbfgs":
             how = f"L-BFGS of at most {recipe.optim.iterations} iterations"
-            work = "fitted together"
+            work, left = "fitted together", ""
         else:
             many = f"{len(self.learning_rates)} learning rates from {least:.2g} to {most:.2g}"
             how = many if least < most else f"learning rate {most:.2g}"
             work = f"{self.steps:,} steps of {loader.global_batch}"
-        labels = stream.pool.shards.column("label")[stream.new(0)]
+            rest = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
+            left = f", without the last {rest} that fill no batch"
         counts = ", ".join(f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(CLASSES))
-        rest = (len(labels) + stream.replayed_per_epoch) % loader.global_batch
-        fits = recipe.optim.solver == "lbfgs"
-        left = "" if fits else f", without the last {rest} that fill no batch"
         return [
             *([f"resuming from {self.resumed}"] if self.resumed else []),
             *([f"weights from {self.weights.path}"] if self.weights.path else []),
@@ -200,7 +200,7 @@ def plan(
     dist, recipe = dist or DistEnv(), resolved(recipe)
     folder = runs / recipe.name
     whole, damaged = _checkpoints_of(folder)
-    resumed = whole[-1] if whole else None
+    resumed = next((one for one in reversed(whole) if (one / checkpoint.STATE_FILE).exists()), None)
     if resumed:
         _check_same_recipe(resumed, recipe)
         _check_same_start(resumed, init_from)
@@ -210,7 +210,7 @@ def plan(
     validation = open_validation(recipe, data)
     check_sets(recipe, stream)
     check_apart(recipe, stream, validation)
-    starts_trained = _starts_trained(recipe, init_from)
+    starts_trained = _starts_trained(recipe, init_from, resumed)
     if starts_trained and recipe.calibration.on == "left_out":
         raise ValueError(
             f"calibration.on=left_out needs an untrained head, and {init_from} is trained: set "
@@ -222,13 +222,14 @@ def plan(
     parameters, learning_rates = _check_network(recipe, weights, teacher)
     state = checkpoint.load_state(resumed, lazy=True) if resumed else {}
     done = stream.resume(state["order"]) if resumed else 0
-    compiled, compiled_reason = _choose_compile(recipe.run.compile, where)
+    compiled, compiled_reason = choose_compile(recipe.run.compile, where)
     return RunPlan(
         recipe=recipe,
         data=data,
         folder=folder,
         resumed=resumed,
         damaged=damaged,
+        spared=frozenset(checkpoint.checkpoints_of(folder)) - {*whole},
         warnings=_warnings(recipe, weights, starts_trained),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
@@ -272,16 +273,15 @@ affect the result.
 
 
 def _checkpoints_of(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the undamaged checkpoints of a run, and why each other one is not used.
+    """Return the undamaged checkpoints of a run, and why others are not used, or not resumed from.
 
     Raises:
-        CheckpointError: the run has checkpoints, and all are damaged.
+        CheckpointError: the run has checkpoints, and none can be resumed from.
     """
     whole, damaged = checkpoint.whole_checkpoints(folder)
     stateless = [one for one in whole if not (one / checkpoint.STATE_FILE).exists()]
     damaged += [f"{one} has no {checkpoint.STATE_FILE}" for one in stateless]
-    whole = [one for one in whole if one not in stateless]
-    if damaged and not whole:
+    if damaged and len(whole) == len(stateless):
         raise checkpoint.CheckpointError(
             f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one, or use --run NAME"
         )
@@ -314,11 +314,8 @@ def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
     """
     before = flat_settings(checkpoint.read_meta(resumed)["recipe"])
     now = flat_settings(_as_saved(recipe))
-    changed = sorted(
-        key
-        for key in (before.keys() | now.keys()) - _DECIDE_NOTHING
-        if before.get(key) != now.get(key)
-    )
+    keys = (before.keys() | now.keys()) - _DECIDE_NOTHING
+    changed = sorted(key for key in keys if before.get(key) != now.get(key))
     if changed:
         key = changed[0]
         raise ValueError(
@@ -359,7 +356,14 @@ def _weights(
         return weights, None
     if init_from is None or init_from.suffix == ".safetensors":
         raise ValueError("replay.distill_weight needs a run that starts from a trained checkpoint")
-    return weights, _weights_at(init_from)
+    teacher = _weights_at(init_from)
+    began = checkpoint.read_meta(resumed)["first_weights"] if resumed else None
+    if began and began["sha256"] != teacher.sha256:
+        raise ValueError(
+            f"the teacher is the checkpoint that the run began from, {_words_for(began)}, and not "
+            f"{init_from}; give it with --init-from"
+        )
+    return weights, teacher
 
 
 def _weights_at(path: Path) -> Weights:
@@ -426,8 +430,12 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     return best
 
 
-def _starts_trained(recipe: Recipe, init_from: Path | None) -> bool:
-    """Return whether the run starts from a trained detector, so that forgetting can be measured."""
+def _starts_trained(recipe: Recipe, init_from: Path | None, resumed: Path | None) -> bool:
+    """Return whether the run starts from a trained detector, so that forgetting can be measured.
+    The first checkpoint says how a resumed run started, whatever the command line says today.
+    """
+    if resumed:
+        return (checkpoint.read_meta(resumed)["first_weights"] or {}).get("kind") == "checkpoint"
     if init_from is not None:
         return init_from.suffix != ".safetensors"
     return bool(recipe.run.init_from)
@@ -490,11 +498,3 @@ def _best(whole: Sequence[Path]) -> Best | None:
         return None
     metrics = checkpoint.read_meta(path)["metrics"]
     return Best(path=path, validation=Validation.from_json(metrics) if metrics else None)
-
-
-def _choose_compile(asked: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether torch.compile is used, and the reason."""
-    if asked != "auto":
-        return asked == "on", "asked for"
-    pays = device.type == "cuda"
-    return pays, f"{'faster' if pays else 'not faster'} on {device.type}"

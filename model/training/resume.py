@@ -87,7 +87,7 @@ def save(
     ended: str = "",
 ) -> Best:
     """Write a checkpoint with all that resuming needs, after `done` steps, and return the best one.
-    All checkpoints except these two are removed.
+    All checkpoints except these two, and those that cannot be read, are removed.
 
     `validation` is the one of this step, None if there was none. `best` is the best checkpoint so
     far. `ended` is the reason why the run is over, empty if it is not. Every rank calls this
@@ -140,7 +140,7 @@ def save(
             ),
         )
         # Only now: the new checkpoint is on the disk; a power cut cannot leave the run without one.
-        prune(plan.folder, {saved, best.path})
+        prune(plan.folder, {saved, best.path, *plan.spared})
 
     on_main(dist, write)
     return best

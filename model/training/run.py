@@ -119,7 +119,7 @@ def train(
         if is_new:
             held.enter_context(_locked(folder, dist, is_new))
         for line in planned.damaged:
-            console.log.warning("%s; it is not used", line)
+            console.log.warning("%s; this run does not resume from it", line)
         for line in planned.warnings:
             console.log.warning("%s", line)
         if planned.finished and planned.best:
