@@ -6,28 +6,29 @@ end) and yields a `DistEnv`: `rank`, number of ranks (`world_size`), rank on thi
 (`local_rank`), and `is_main` (rank 0, which writes files). Without torchrun, or with one process,
 it yields `DistEnv()`: rank 0 of 1.
 
-Three functions exchange values. All ranks must call them together, each with the `DistEnv` and its
-own value. Each returns the same result on every rank; for one process it is the value itself
-(`all_gather_object()`: a list with it).
+Four functions exchange values. All ranks must call them together, each with the `DistEnv` and its
+own value. The first three return the same result on every rank; for one process it is the value
+itself (`all_gather_object()`: a list with it).
 
 - `all_reduce_sum(dist, value)`: the sum of the tensors, which have the same shape on all ranks. The
   result is on the device of `value` (CPU or GPU).
 - `all_reduce_any(dist, flag)`: whether `flag` (bool) is true on any rank.
 - `all_gather_object(dist, value)`: the list of all ranks' values, in the order of ranks. `value` is
   any object that can be pickled.
+- `broadcast(dist, tensors)`: returns nothing; the tensors of all ranks get the values of rank 0's.
 
 `on_main(dist, work)` calls the function `work` on rank 0 alone and returns its result, which can be
 pickled, on every rank; the other ranks wait. Whatever only rank 0 does, and may fail, goes through
 it: if `work` raises an error, every rank does, rank 0 the same error and the others `RankError`
 with its message.
 
-All four raise `RankError` (a `ValueError`) if another rank has ended or does not answer.
+All five raise `RankError` (a `ValueError`) if another rank has ended or does not answer.
 """
 
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -133,6 +134,14 @@ def all_reduce_sum(dist: DistEnv, value: torch.Tensor) -> torch.Tensor:
         with _with_others():
             distributed.all_reduce(value)
     return value
+
+
+def broadcast(dist: DistEnv, tensors: Iterable[torch.Tensor]) -> None:
+    """Give the tensors of every rank the values of those of rank 0, in place."""
+    if dist.world_size > 1:
+        with _with_others():
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
 
 
 def all_reduce_any(dist: DistEnv, flag: bool) -> bool:

@@ -299,9 +299,10 @@ class Calibrating:
     `left_out` those of each source by a head that was trained without the source. The latter
     resemble the scores of a new source."""
     threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
-    """With `left_out`, the images for which `max_fpr` and `max_miss` must hold: `pooled` all images
-    together, `most_sources` those of each of three quarters of the sources, `worst_source` those of
-    each source."""
+    """The images for which `max_fpr` and `max_miss` must hold: `pooled` all images together,
+    `most_sources` those of each of three quarters of the sources, `worst_source` those of each
+    source. With `validation`, and if none of the three is changed, the threshold is the larger of
+    0.5 and that of 5 % false positives over all images."""
     max_fpr: float = 0.05
     """Largest share of real images that may be called likely AI. Range: above 0, below 0.5"""
     max_miss: float = 0.05
@@ -309,6 +310,15 @@ class Calibrating:
     together: dict[str, list[str]] = field(default_factory=dict)
     """Groups of sources that are left out together, such as several galleries of one generator: the
     sources by the name of the group."""
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether the recipe gives a rate or `threshold` other than the default."""
+        default = Calibrating()
+        return any(
+            getattr(self, name) != getattr(default, name)
+            for name in ("threshold", "max_fpr", "max_miss")
+        )
 
     def group_of(self, source: str) -> str:
         """Return the group that a source is left out with. Without a group in `together`, the group

@@ -258,12 +258,15 @@ class Stream:
             )
             epoch_number += 1
 
-    def replayed_until(self, done: int) -> list[tuple[int, str]]:
-        """Return (epoch, key) of every old sample in the first `done` steps, in their order."""
+    def replayed_until(self, done: int, *, whole: bool = False) -> list[tuple[int, str]]:
+        """Return (epoch, key) of every old sample in the first `done` steps, in their order. With
+        `whole`, those of whole epochs, as in `epoch()`.
+        """
         replayed = []
         for epoch_number in range(-(-done // self.steps_per_epoch)):
-            epoch = self.epoch(epoch_number)
-            steps = min(epoch.steps, done - epoch_number * epoch.steps)
+            epoch = self.epoch(epoch_number, whole=whole)
+            left = done - epoch_number * self.steps_per_epoch
+            steps = epoch.steps if whole else min(epoch.steps, left)
             seen = slice(0, steps * epoch.global_batch)
             keys = self.pool.shards.table.column("key").take(
                 epoch.samples[seen][epoch.replayed[seen]]

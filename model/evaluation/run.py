@@ -120,6 +120,9 @@ def evaluate(
         return {}
     write_scores(out / SCORES_FILE, rows, _about(planned, perturbed))
     images = sum(map(len, rows))
+    if planned.options.features:  # the time of reading features is no speed of the detector
+        (out / SPEED_FILE).unlink(missing_ok=True)
+        return report_on(out / SCORES_FILE)
     speed = {"images": images, "seconds": seconds, "images_per_s": images / seconds,
              "device": str(planned.device), "ranks": planned.dist.world_size}  # fmt: skip
     write_text(out / SPEED_FILE, json.dumps(speed) + "\n")

@@ -8,8 +8,8 @@ Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all ca
 - `best`: the run's best checkpoint, a `Best` of `plan.py`.
 - `baseline`: the `Validation` (metrics) of the initial detector, measured before training (in the
   file `planned.baseline`, which `read_validation()` of `validation.py` reads); None if the run did
-  not start from a trained detector. In this case, or if `best` has no validation, nothing is
-  compared or refused; the checkpoint is only calibrated.
+  not start from a trained detector. Then nothing is compared, and the gate only limits false
+  positives. If `best` has no validation, the checkpoint is only calibrated.
 - `start`: the verdicts of the initial detector on the kept mistakes, which `start_on_mistakes()`
   returns before training: a dict, hash of an image -> `Verdict`; None if the recipe names no folder
   of kept mistakes (`gate.mistakes`). On every rank but 0 it is always None.
@@ -66,10 +66,19 @@ def conclude(
         Refused: the gate refuses the checkpoint.
     """
     _calibrate(planned, best.path)
-    if not (baseline and best.validation):
+    after = best.validation
+    if after is None:
         return
+
+    def judge() -> list[str]:
+        if baseline:
+            return _judge(planned, best, baseline, start)
+        if reasons := refusals(planned.recipe.gate, [], after.sets):
+            checkpoint.annotate(best.path, {"refused": reasons})
+        return reasons
+
     # All ranks end alike: a rank that returned would look like a run that passed the gate.
-    if reasons := on_main(planned.dist, lambda: _judge(planned, best, baseline, start)):
+    if reasons := on_main(planned.dist, judge):
         raise _refused(best, reasons)
 
 
@@ -128,6 +137,7 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     try:
         calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
             best, folders, recipe.loading, planned.device,
+            rule=recipe.calibration if recipe.calibration.is_stated else "auto",
             dist=planned.dist, features=planned.features,
         )  # fmt: skip
     except CalibrationError as error:
@@ -154,7 +164,8 @@ def _judge(
     gate, after = planned.recipe.gate, best.validation
     pool = planned.stream.pool
     codes, names = pool.shards.codes("source")
-    new = {names[code] for code in np.unique(codes[pool.new])}
+    repeats = planned.stream.repeats  # 0: a source of a new set that is not trained on
+    new = {names[code] for code in np.unique(codes[pool.new]) if repeats.get(names[code], 1) > 0}
     rows = changes(before.sources, after.sources, new)
     step = best.path.name[5:].lstrip("0")
     console.table(

@@ -470,13 +470,13 @@ def _check_network(
 
 def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) -> tuple[str, ...]:
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
-    preprocessing other than that of the checkpoint that the run starts from, or `gate.mistakes`
-    without a trained checkpoint to compare with.
+    preprocessing other than that of the checkpoint that the run starts from, or a gate that
+    compares without a trained checkpoint to compare with.
     """
-    unused = () if starts_trained or not recipe.gate.mistakes else (
-        f"gate.mistakes ({recipe.gate.mistakes}) is not used: this run starts from no trained "
-        "detector, so there are no earlier verdicts to compare with",
-    )  # fmt: skip
+    gate, unused = recipe.gate, ()
+    if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
+        name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
+        unused = (f"gate.{name} is not used: this run starts from no trained detector to compare",)
     if weights.kind in ("timm", "imagenet"):
         return (*unused, *normalization_warnings(recipe))
     if weights.path is None:

@@ -120,7 +120,11 @@ def save(
             train_state.shown,
             recipe=recipe,
             state=state,
-            replayed=stream.replayed_until(done) if recipe.replay.sets else None,
+            replayed=(
+                stream.replayed_until(done, whole=recipe.optim.solver == "lbfgs")
+                if recipe.replay.sets
+                else None
+            ),
             record=checkpoint.Record(
                 step=done,
                 epoch=done / plan.steps_per_epoch,

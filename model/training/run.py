@@ -70,7 +70,7 @@ from model.training.history import History
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
 from model.training.resume import save
-from model.training.step import TrainState, not_finite_in, train_step
+from model.training.step import TrainState, not_finite_in, share_buffers, train_step
 from model.training.validation import (
     Gain,
     Validation,
@@ -319,6 +319,7 @@ def _why_over(planned: RunPlan, done: int, gain: Gain) -> str:
 def _validate(planned: RunPlan, train_state: TrainState) -> Validation:
     """Compute the metrics of the plan's validation sets."""
     recipe = planned.recipe
+    share_buffers(train_state)
     return validate(
         train_state, planned.validation, recipe.preprocess, recipe.loading, planned.features
     )
@@ -338,6 +339,12 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
     return validation
 
 
+_OTHER_RUN = (
+    "start another run (--run NAME) with a lower optim.lr, or with --set run.precision=fp32"
+)
+"""Advice for a run whose numbers are not finite: with its own recipe it would fail again."""
+
+
 def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
     """Stop the run if a loss was not finite since the last check.
 
@@ -353,8 +360,7 @@ def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
     samples = epoch.samples[epoch.positions(step)]
     keys = ", ".join(stream.pool.shards.text("key", sample) for sample in samples[:8])
     raise ValueError(
-        f"the loss is not finite at step {bad + 1} (first samples: {keys}); lower optim.lr, or use "
-        "--set run.precision=fp32"
+        f"the loss is not finite at step {bad + 1} (first samples: {keys}); {_OTHER_RUN}"
     )
 
 
@@ -366,8 +372,7 @@ def _refuse_bad_weights(train_state: TrainState, done: int) -> None:
     """
     if name := not_finite_in(train_state):
         raise ValueError(
-            f"the weights are not finite after step {done} (the first is {name}); lower optim.lr, "
-            "or use --set run.precision=fp32; the same command resumes from the last checkpoint"
+            f"the weights are not finite after step {done} (the first is {name}); {_OTHER_RUN}"
         )
 
 

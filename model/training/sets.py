@@ -40,6 +40,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+import console
 from model.distributed import DistEnv
 from model.recipe import Recipe, ResolvedRecipe
 from pipeline.loader import check_shards, open_loader
@@ -123,6 +124,12 @@ def open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
         if not len(shards):
             raise ValueError(f"validation set {name} has no samples; build it again")
         check_shards(shards)
+        if (split := read_index(shards.folders[0])["split"]) != "val":
+            console.log.warning(
+                "validation set %s is of the split %s, not val: the run will not be calibrated%s",
+                name, split,
+                ", and this set no longer tests it" if split == "test" else "",
+            )  # fmt: skip
     return sets
 
 

@@ -38,7 +38,7 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from model.distributed import DistEnv, all_reduce_sum
+from model.distributed import DistEnv, all_reduce_sum, broadcast
 from model.network import Detector
 from model.recipe import Optim
 from model.score import autocast
@@ -97,6 +97,14 @@ def not_finite_in(train_state: TrainState) -> str | None:
 def average_of(net: Detector) -> Detector:
     """Create the EMA copy of a network, without gradients."""
     return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def share_buffers(train_state: TrainState) -> None:
+    """Give every rank the buffers of rank 0, such as the running statistics of batch norms. DDP
+    does so before each forward pass; after the last one, each rank has its own.
+    """
+    for net in filter(None, (train_state.net, train_state.ema)):
+        broadcast(train_state.dist, net.buffers())
 
 
 def wrap_ddp(train_state: TrainState) -> torch.nn.Module:

@@ -8,9 +8,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import distributed
-from model.distributed import DistEnv, RankError, all_reduce_any, init_distributed, on_main
+from model.distributed import (
+    DistEnv,
+    RankError,
+    all_reduce_any,
+    broadcast,
+    init_distributed,
+    on_main,
+)
 
 FORK = multiprocessing.get_context("forkserver")
 
@@ -62,6 +70,19 @@ def rank_1_fails(dist: DistEnv) -> None:
 
 def test_all_ranks_get_what_rank_0_returns() -> None:
     assert two_ranks(answers) == [Path("/runs"), Path("/runs")]
+
+
+def averages_of_batches(dist: DistEnv) -> float:
+    """Return the running mean of a batch norm that has seen the rank's own images."""
+    net = torch.nn.BatchNorm1d(1)
+    net(torch.full((2, 1), 1.0 + dist.rank))
+    broadcast(dist, net.buffers())
+    return net.running_mean.item()
+
+
+def test_ranks_share_the_statistics_of_rank_0() -> None:
+    first, second = two_ranks(averages_of_batches)
+    assert first == second == pytest.approx(0.1)
 
 
 def test_a_failure_of_rank_0_ends_all_ranks_with_its_message() -> None:

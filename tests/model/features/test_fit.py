@@ -213,7 +213,10 @@ def test_phase_2_fits_replayed_images_too(
     )
     saved = train(second, data, tmp_path / "runs", init_from=first)
     meta = checkpoint.read_meta(saved)
-    assert meta["compared"]["sources"] and meta["data"]["replayed_per_epoch"] > 0
+    replayed = meta["data"]["replayed_per_epoch"]
+    assert meta["compared"]["sources"] and replayed > 0
+    rows = (saved / "replayed.csv").read_text().splitlines()[1:]
+    assert len(rows) == replayed * second.run.epochs  # also those that would fill no batch
     alone = train(
         replace(second, name="alone", replay=replace(second.replay, ratio="0:1")),
         data, tmp_path / "runs", init_from=first,

@@ -202,6 +202,7 @@ def test_evaluation_reads_the_store(
         options = Options(loading=Loading(num_workers=0), features=features)
         report = evaluate(best, data, ["val", "new"], tmp_path / name, options=options)
         assert set(report["sets"]) == {"val", "new"}
+        assert (tmp_path / name / "speed.json").exists() == (name == "pixels")
         figures[name] = read_scores(tmp_path / name / "scores.parquet").numbers("probability")
     np.testing.assert_allclose(figures["stored"], figures["pixels"], atol=2e-3)
     assert len(list((tmp_path / "store").glob("*/new/view0/*.arrow"))) > 0

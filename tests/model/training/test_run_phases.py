@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import recipes
 import train as command
 from model import checkpoint
-from model.calibrate import Calibration
+from model.calibrate import Calibration, CalibrationError
 from model.evaluation.run import evaluate
 from model.metrics import measure
 from model.recipe import Gate, Recipe
@@ -206,6 +206,33 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
     assert "The checkpoint and the one that the run started from are kept" in result.output
     with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
         train(recipe, data, tmp_path)  # finished, and refused as before
+
+
+def test_the_gate_limits_false_positives_also_of_a_first_run(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load(Recipe, tiny_recipe, ["gate.max_fpr=0.0", "optim.lr=1e-2"])
+    for _ in range(2):  # a finished run is refused again
+        with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
+            train(recipe, data, tmp_path)
+    assert checkpoint.read_meta(checkpoint.best_of(tmp_path / "tiny"))["refused"]
+
+
+def test_stated_error_rates_hold_on_validation_sets(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules: list[object] = []
+
+    def noted(rule: object, *_scores: object) -> Calibration:
+        rules.append(rule)
+        raise CalibrationError("only the rule is of interest")
+
+    monkeypatch.setattr("model.training.validation.calibrate_by", noted)
+    for name, changes in (("a", []), ("b", ["calibration.max_fpr=0.01"])):
+        recipe = recipes.load(Recipe, tiny_recipe, [f'name="{name}"', *changes])
+        train(recipe, data, tmp_path)
+    assert rules == ["auto", recipe.calibration]
+    assert recipe.calibration.max_fpr == 0.01
 
 
 def metrics(accuracy: float, fpr: float = 0.0):
