@@ -290,7 +290,8 @@ def _check(output: str) -> None:
             )
     heatmap = given["heatmap"]
     for path in (*paths, *([watch] if watch else [])):
-        if heatmap and path != "-" and heatmap.resolve().is_relative_to(Path(path).resolve()):
+        below = inputs.fixed_part(path)
+        if heatmap and path != "-" and heatmap.resolve().is_relative_to(below.resolve()):
             raise click.UsageError(
                 f"--heatmap {heatmap} is inside {path}, so its pictures would be scored too; name "
                 "a folder outside"

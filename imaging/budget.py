@@ -3,8 +3,8 @@
 Main entry: `decoding(pixels)`, a context manager around the decoding of one image of `pixels`
 pixels (width x height). It waits until `pixels * BYTES_PER_PIXEL` of the `DECODE_BYTES` bytes that
 all threads of the process share are free, and reserves them until the block ends. An image that
-needs more than `DECODE_BYTES` reserves all of them, so it is decoded alone. Nothing is yielded or
-raised.
+needs more than `LARGEST_SHARE` reserves this share, so that small images need not wait for it.
+Nothing is yielded or raised.
 
 `share_large(lock)` takes a lock that several processes share, such as a `multiprocessing.Lock`, and
 returns nothing. Each of the processes calls it once. Then `decoding()` holds the lock while it
@@ -22,7 +22,12 @@ import threading
 from collections.abc import Iterator
 
 DECODE_BYTES = 4 * 2**30
-"""Bytes for decoding, over all threads of a process. An image that needs more is decoded alone."""
+"""Bytes for decoding, over all threads of a process."""
+
+LARGEST_SHARE = DECODE_BYTES * 3 // 4
+"""Largest number of these bytes that one image reserves. The largest image takes up to 5 GB, with
+the rest for small images beside it.
+"""
 
 BYTES_PER_PIXEL = 25
 """Largest number of bytes per pixel while an image is decoded: the decoder's own copies, Pillow's
@@ -76,7 +81,7 @@ def decoding(pixels: int) -> Iterator[None]:
     block ends.
     """
     large = _one_large if pixels >= LARGE_PIXELS else contextlib.nullcontext()
-    with _budget.of(pixels * BYTES_PER_PIXEL), large:
+    with _budget.of(min(pixels * BYTES_PER_PIXEL, LARGEST_SHARE)), large:
         if pixels >= LARGE_PIXELS:
             give_back_freed()
         yield

@@ -288,10 +288,14 @@ def as_is(data: bytes) -> Encoded | None:
 
 
 class ImageFile(NamedTuple):
-    """Image in a file or archive. `read` returns its bytes or raises `DecodeError` or `OSError`."""
+    """Image in a file or archive. `read` returns its bytes or raises `DecodeError` or `OSError`.
+    Call `skip` for a file that is held or passed over without reading: a compressed archive counts
+    its members in memory, and waits until they are read or skipped.
+    """
 
     name: str
     read: Callable[[], bytes]
+    skip: Callable[[], object] = bool
 
 
 def read_file(path: Path | str) -> bytes:

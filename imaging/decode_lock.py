@@ -25,6 +25,9 @@ from imaging.decode import READABLE, without_warnings
 WAIT_S = 60.0
 """Seconds that an image waits for others before it is refused."""
 
+BUSY = "the server is busy with other images; try this one again later"
+"""Message of a `Busy` error."""
+
 
 class Busy(Exception):
     """Other images were being decoded for all of `WAIT_S`; the message says what to do."""
@@ -44,7 +47,7 @@ def decode_lock(data: bytes) -> Iterator[None]:
     """
     lock = LOCKS[pixels_of(data) >= LARGE_PIXELS]
     if not lock.acquire(timeout=WAIT_S):
-        raise Busy("the server is busy with other images; try this one again later")
+        raise Busy(BUSY)
     try:
         yield
     finally:

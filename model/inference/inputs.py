@@ -28,13 +28,15 @@ A file or folder that cannot be read is yielded too: its `read()` raises `Decode
 So is a path of `find_images()` that does not exist, or a pattern that matches nothing. If the
 folder of `watch()` does not exist, its lists are empty.
 
+`fixed_part(path)` returns the folder below which all matches of a pattern are (a `Path`).
 `is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
 whether a path has the suffix of a compressed tar, and `is_image(name)` whether a name has the
 suffix of an image. At most `RUN` names of a folder are sorted at a time.
 """
 
-import contextlib
+import functools
 import glob
+import itertools
 import os
 import re
 import time
@@ -117,12 +119,22 @@ def _fail(reason: str) -> NoReturn:
     raise DecodeError(reason)
 
 
+def fixed_part(path: str) -> Path:
+    """Return the folder below which all matches of a pattern are. A path that exists, or has no
+    `*`, `?` or `[`, is returned as it is.
+    """
+    if os.path.exists(path):  # noqa: PTH110  strings, as in the folder
+        return Path(path)
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+
+
 def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     """Yield all images below a folder, also from the tars of a shard set. Hidden files are skipped,
     and links to folders too, because such links may form a cycle.
     """
     from sharding.format import INDEX_FILE  # imports pyarrow: slow, and not always needed
 
+    shards_of = functools.lru_cache(maxsize=64)(_shards_of)  # asked for every file
     folders = [_entries(str(Path(top)))]
     while folders:
         entry = next(folders[-1], None)
@@ -136,10 +148,13 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             folders.append(_entries(entry.path))
         elif is_image(entry.name):
             yield ImageFile(entry.path, partial(read_file, entry.path))
-        elif entry.name == INDEX_FILE:
-            yield from _missing_shards(Path(entry.path))
-        elif os.path.exists(Path(entry.path).with_name(INDEX_FILE)):  # noqa: PTH110
-            if entry.name.endswith(".tar"):  # part of a shard set
+        elif entry.name == INDEX_FILE and (shards := shards_of(entry.path)) is not None:
+            for shard in shards:
+                if not Path(entry.path).with_name(shard).exists():
+                    path = str(Path(entry.path).with_name(shard))
+                    yield _unreadable(path, f"listed in {INDEX_FILE}, but missing")
+        elif (shards := shards_of(str(Path(entry.path).with_name(INDEX_FILE)))) is not None:
+            if entry.name in shards:
                 yield from _in_tar(entry.path, Counter())
         elif os.path.isdir(entry.path):  # noqa: PTH112  links may form a loop
             excluded["a link to a folder"] += 1
@@ -149,18 +164,18 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             excluded[NO_IMAGE] += 1
 
 
-def _missing_shards(index: Path) -> Iterator[ImageFile]:
-    """Yield one unreadable image for each tar that the index of a shard set lists and that is not
-    there. A file of this name that is no index yields none.
+def _shards_of(index: str) -> frozenset[str] | None:
+    """Return the names of the tars that the index of a shard set lists. None if there is no such
+    file, or if it is another program's.
     """
     from sharding.format import ShardError, read_index
 
-    with contextlib.suppress(ShardError, OSError):
-        for shard in read_index(index.parent)["shards"]:
-            if not index.with_name(shard["name"]).exists():
-                yield _unreadable(
-                    str(index.with_name(shard["name"])), f"listed in {index.name}, but missing"
-                )
+    if not os.path.exists(index):  # noqa: PTH110
+        return None
+    try:
+        return frozenset(shard["name"] for shard in read_index(Path(index).parent)["shards"])
+    except (ShardError, OSError, KeyError, TypeError):
+        return None
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
@@ -202,12 +217,14 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             return False
         return True
 
+    packed = is_compressed(path)
     try:
         for member in tar.members(Path(path), wanted):
-            name = f"{path}/{member.name}"
-            yield (
-                ImageFile(name, member.read) if member.read else _unreadable(name, member.excluded)
-            )
+            name, read = f"{path}/{member.name}", member.read
+            if read is None:
+                yield _unreadable(name, member.excluded)
+            else:  # the bytes of a packed member are in memory, so reading it costs nothing
+                yield ImageFile(name, read, read) if packed else ImageFile(name, read)
     except (DecodeError, OSError) as error:
         yield _unreadable(path, str(error))
 

@@ -167,7 +167,11 @@ def _rgb_of(array: np.ndarray) -> np.ndarray:
             "width, 3) in RGB or (height, width) in gray; convert it first, and pass several "
             "images as a list"
         )
-    return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+    if array.ndim == 2:
+        return np.repeat(array[:, :, None], 3, axis=2)
+    # A copy: torch takes no negative strides, such as those of `bgr[:, :, ::-1]`, and a caller may
+    # fill the same array with the next frame of a video while this one waits.
+    return np.array(array, order="C")
 
 
 @contextmanager

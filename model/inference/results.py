@@ -95,7 +95,7 @@ def _is_utf8(text: str) -> bool:
 def _table_line(row: Mapping[str, Any]) -> str:
     name = printable(row["path"]).replace("\n", "\\n")
     if row["error"]:
-        return f"{'-':>11}  {row['verdict']:<13}  {name}: {row['error']}"
+        return f"{'-':>11}  {row['verdict']:<13}  {name}: {printable(row['error'])}"
     lines = [f"{row['probability']:11.3f}  {row['verdict']:<13}  {name}"]
     lines += [f"{'':28}the file says: {evidence}" for evidence in row["provenance"]]
     return "\n".join(lines)

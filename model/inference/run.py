@@ -92,6 +92,7 @@ class Run:
     trust: TrustList | None = None
     verdicts: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
+    resumes: bool = True  # whether images that are in the results file already are skipped
     skipped: int = 0  # images that are in the results file already
     undrawn: int = 0  # heatmaps that could not be written
     started: float = field(default_factory=time.monotonic)
@@ -123,6 +124,8 @@ class Run:
                 if not is_written or index < first:
                     notes.append(Note(is_written=is_written))
                     yield self._noted(file, notes[-1])
+                else:
+                    file.skip()
                 self.skipped += is_written
 
         with contextlib.closing(self.detector.stream(reading(), batch_size, start)) as predictions:
@@ -133,8 +136,10 @@ class Run:
                 yield self.done + self.skipped
 
     def _is_written(self, file: ImageFile) -> bool:
-        """Return whether the results file had a line for this image when the run began."""
-        return bool(self.out and file.name in self.out)
+        """Return whether the results file had a line for this image when the run began. It does not
+        count for an image that has come, or has changed, since then.
+        """
+        return bool(self.resumes and self.out and file.name in self.out)
 
     def _remaining(
         self, files: Iterable[ImageFile], batch_size: int
@@ -142,10 +147,13 @@ class Run:
         """Return the files from the first incomplete batch on, and the number of files before."""
         files = iter(files)
         start = 0
-        if not self.out or not len(self.out.names):
+        if not self.resumes or not self.out or not len(self.out.names):
             return files, start
         for size in group_sizes(batch_size):
-            group = list(islice(files, size))
+            group = []
+            for file in islice(files, size):
+                file.skip()
+                group.append(file)
             if not group or not all(map(self._is_written, group)):
                 return chain(group, files), start
             start += size
@@ -264,3 +272,4 @@ def predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
     for ready in inputs.watch(folder, run.excluded):
         for _ in run.over(ready, batch_size):
             pass
+        run.resumes = False  # later lists have only files that are new or have changed

@@ -3,6 +3,7 @@
 import io
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,22 @@ def test_dali_takes_arrays_too(small_runs: Path, detector) -> None:
     array = decode(FILES[1])
     (one, other) = (each.predict([array])[0].probability for each in (dali, detector))
     assert one == pytest.approx(other, abs=1e-6)  # the network sees the same pixels
+
+
+def test_arrays_with_negative_strides_and_reused_ones(detector) -> None:
+    image = photo(1, 60, 60)
+    expected = [p.probability for p in detector.predict([image[:, ::-1].copy(), image])]
+    flipped, straight = detector.predict([image[:, ::-1], image])
+    assert [flipped.probability, straight.probability] == expected
+    frame, frames = np.empty_like(image), [photo(seed, 60, 60) for seed in range(6)]
+
+    def video() -> Iterator[np.ndarray]:
+        for pixels in frames:
+            frame[:] = pixels
+            yield frame
+
+    seen = [p.probability for p in detector.stream(video())]
+    assert seen == [p.probability for p in detector.predict(frames)]
 
 
 def test_an_open_file_is_no_list_of_images(detector, tmp_path: Path) -> None:
