@@ -19,7 +19,6 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ from sharding.inventory import (
     read_source,
     take_inventory,
 )  # fmt: skip
-from sharding.listing import Listing, capped, list_source
+from sharding.listing import Listing, list_source
 from sharding.lock import locked
 from sharding.plan import plan_shards, sample_key
 from sharding.raw import folder_of
@@ -65,6 +64,7 @@ from sharding.record import (
     remove_earlier,
     write_record,
 )  # fmt: skip
+from sharding.split import capped
 from sharding.write import Written, read_done, write_shard
 from storage import (
     AnyPath,
@@ -83,7 +83,7 @@ WORK_FOLDER = ".build"
 COUNT_TOLERANCE = 0.02
 """Allowed relative difference between a source's image count and `expected` in the catalog."""
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 """`progress(what, total)` is a context manager for a progress bar. Its value is called with the
 number of newly finished images.
 """

@@ -39,11 +39,11 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
 `LONGEST_NAME` characters. A source must have `license`, `set`, and `real` or `fake`. All its keys:
 
 - `real`, `fake`, `ignore` (files of no class): lists of rules. A rule is a folder, or a table with
-  any keys of `Rule`: `folder`, `name` (pattern of the file name), `where` (column -> value in the
-  table), `generator` (its name), `set` (as that of the source), `optional` (may match no file),
-  `column` (of a parquet table). In a folder, `**` stands for any number of parts, and `<generator>`
-  for one part, the name of the generator. With `column`, the images are in that column of parquet
-  tables, and `generator = "<model>"` takes the generator from the column `model`.
+  any keys of `Rule`: `folder`, `name` (pattern of the file name), `optional` (may match no file),
+  and, but not in `ignore`, `where` (column -> value in the table), `generator` (its name), `set`
+  (as that of the source), `column` (of a parquet table). In a folder, `**` stands for any number of
+  parts, and `<generator>` for one part, the name of the generator. With `column`, the images are in
+  that column of parquet tables; `generator = "<model>"` takes the generator from a column `model`.
 - `root`: its folder below the raw folder (default: its name). A zip archive in this folder is read
   like a folder.
 - `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
@@ -262,6 +262,12 @@ class Source:
                 raise ValueError(
                     f"rule '{rule}' has `where`, a condition on a table, but reads none; add "
                     "`column`, or a `table` to the source"
+                )
+        for rule in self.ignored():
+            if rule.column or rule.where or rule.generator or rule.set:
+                raise ValueError(
+                    f"rule '{rule}' of `ignore` has more than `folder`, `name` and `optional`; "
+                    "files are ignored by their path alone"
                 )
         for pattern in self.groups():
             try:

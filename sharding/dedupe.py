@@ -42,7 +42,7 @@ import pyarrow.compute as pc
 
 from sharding.catalog import Source
 from sharding.format import codes_of
-from sharding.listing import choose_set
+from sharding.split import choose_set
 from storage import parse_json
 
 MAX_BITS = 6

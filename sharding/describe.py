@@ -15,9 +15,9 @@ a folder that is missing or cannot be read `OSError`.
 
 `WORDS` are two sets of words, such as "photo" for real and "generated" for fake. The names in the
 path of a folder are read from the deepest to the top. The first name with words of only one class
-decides. If there is none, the folder is undecided. The catalog has two lines for it, one under each
-class, both commented out; a person removes the `#` of the right one. A person has to check the
-whole catalog.
+decides, but not a word for content, such as "human", below a name for fakes. If there is none, the
+folder is undecided. The catalog has two lines for it, one under each class, both commented out; a
+person removes the `#` of the right one. A person has to check the whole catalog.
 """
 
 import re
@@ -39,6 +39,9 @@ WORDS = (
               "diffusion midjourney dalle flux sdxl sd imagen firefly stylegan".split()),
 )  # fmt: skip
 """Words that indicate a class, by label."""
+
+_CONTENT = frozenset("nature natural photo photos photograph photographs human".split())
+"""Words for real images that also say what generated images show."""
 
 _GENERIC = frozenset(
     "fake fakes ai aigc synthetic synth generated artificial images image 1".split()
@@ -101,9 +104,15 @@ def _class_of(inside: str) -> tuple[int | None, str]:
     for depth in range(len(parts), 0, -1):
         words = set(re.split(r"[^a-z]+", parts[depth - 1].lower()))
         spoken = [label for label, known in enumerate(WORDS) if words & known]
-        if len(spoken) == 1:
+        if len(spoken) == 1 and not (words & _CONTENT and _is_fake(parts[: depth - 1])):
             return spoken[0], "/".join(parts[:depth])
     return None, ""
+
+
+def _is_fake(parts: list[str]) -> bool:
+    """Return whether a part of the path names only fakes: `fake/human` is no folder of reals."""
+    named = [set(re.split(r"[^a-z]+", part.lower())) for part in parts]
+    return any(words & WORDS[1] and not words & WORDS[0] for words in named)
 
 
 def _catalog(

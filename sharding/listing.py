@@ -25,8 +25,7 @@ real and a fake rule of equal depth, or a parquet cell matches both; if there ar
 matches any; if a table is damaged, or lacks a column or a class that the catalog names. `RawError`
 is raised for a broken archive, `OSError` for an unreadable file or missing source folder.
 
-`capped(listing, cap)` keeps at most `cap["real"]` and `cap["fake"]` items, whole groups, in place.
-`choose_set(group, share_of)` chooses a set by the hash of the group (`share_of`: set -> share).
+`sharding/split.py` chooses which of these items are packed, and into which set.
 """
 
 import contextlib
@@ -314,6 +313,8 @@ def _read_table(
     if not source.table:
         return {}
     pattern = source.table.name.lower()
+    rules = [rule for label in range(len(CLASSES)) for rule in source.rules(label)]
+    needed = {source.table.key}.union(*(rule.where for rule in rules if not rule.column))
     rows: dict[str, dict[str, str]] = {}
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
@@ -323,10 +324,10 @@ def _read_table(
             (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
         ):
             reader = csv.DictReader(stream)
-            if source.table.key not in (reader.fieldnames or []):
+            if missing := sorted(needed - {*(reader.fieldnames or [])}):
                 raise CatalogError(
                     f"{raw / file.path} has columns {reader.fieldnames}, expected "
-                    f"{source.table.key!r} among them"
+                    f"{', '.join(map(repr, missing))} among them"
                 )
             for row in reader:
                 named = row.pop(source.table.key)
@@ -384,7 +385,7 @@ def _list_cells(
         taken[row] = True
         origin = nfc(f"{root}/{file.inside}:{row}:{column}")
         group = nfc(f"{root}/{file.inside}:{row}")
-        if captions and captions[row]:
+        if captions and captions[row] not in (None, ""):
             group = f"{name}/{hashlib.sha256(str(captions[row]).encode()).hexdigest()[:16]}"
         member = f"{group_of[row]}:{row_of[row]}:{column}"
         _add(listing, claim, name, file, origin, member, group)
@@ -453,48 +454,3 @@ def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
         raise CatalogError(
             f"{path}: its `huggingface` metadata is damaged ({reason}); fetch it again"
         ) from error
-
-
-# --- which items, and where to --------------------------------------------------------------------
-
-
-def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
-    """Keep at most `cap[class]` items of each class: whole groups, in the order of a hash that is
-    not the one of `choose_set`, which would put all that is kept into the first set. The choice
-    depends only on this source.
-    """
-    if not cap:
-        return
-    groups: dict[str, list[Item]] = {}
-    for item in listing.items:
-        groups.setdefault(item.group, []).append(item)
-    room = [cap.get(name, len(listing.items)) for name in CLASSES]
-    kept: set[str] = set()
-    for group in sorted(groups, key=lambda group: hash_point(f"cap {group}")):
-        need = [sum(item.label == label for item in groups[group]) for label in range(len(CLASSES))]
-        if all(n <= r for n, r in zip(need, room, strict=True)):
-            kept.add(group)
-            room = [r - n for n, r in zip(need, room, strict=True)]
-    reason = "beyond the cap of " + ", ".join(f"{count:,} {name}" for name, count in cap.items())
-    for item in listing.items:
-        if item.group not in kept:
-            listing.exclude(reason, item.origin)
-    listing.items = [item for item in listing.items if item.group in kept]
-
-
-def hash_point(group: str) -> float:
-    """Map a group to a point in [0, 1) by its hash, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-
-
-def choose_set(group: str, share_of: Mapping[str, float]) -> str:
-    """Choose the set of a group: the shares divide [0, 1), and the group's hash is a point in it.
-
-    The choice depends only on the group, so new files never move old ones to another set.
-    """
-    point = hash_point(group)
-    for name, share in share_of.items():
-        if point < share:
-            return name
-        point -= share
-    return name

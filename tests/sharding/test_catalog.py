@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
-from sharding.listing import choose_set, folder_pattern, list_source
+from sharding.listing import folder_pattern, list_source
+from sharding.split import choose_set
 from tests.builders import ROOT, build_all, encode, photo
 
 
@@ -255,6 +256,7 @@ def test_a_catalog_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> Non
         ("set = { train = 2, held = -1 }", "a share of"),
         ("set = { train = inf }", "must be a finite number, got inf"),
         ("cap = { real = -1 }", "0 or more"),
+        ('ignore = [{ folder = "x", where = { a = 1 } }]', "ignored by their path alone"),
         ("expected = { fake = -1 }", "0 or more"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
+from sharding.describe import describe
 from sharding.format import SAMPLES_SCHEMA, ShardError, open_shards
 from sharding.verify import sets_in, verify
 from tests.builders import encode, photo, write_raw
@@ -225,6 +226,13 @@ def test_describe_then_build(tmp_path: Path) -> None:
     assert len(rows) == 4
     assert "in no folder the catalog names" in output
     assert run("describe", folder, "--out", out)[0] == 1  # never overwrites
+
+
+def test_a_word_for_content_below_fakes_makes_no_real_images(tmp_path: Path) -> None:
+    for name in ("fake/human/a.jpg", "real/human/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encode(photo(1)))
+    assert describe(tmp_path).folders == {"fake": ("fake", 1), "real/human": ("real", 1)}
 
 
 def test_describe_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the largest numbers of images: `cap` in a catalog, and `build --cap`."""
+"""Tests of groups and of the largest numbers of images: `cap` in a catalog, and `build --cap`."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,8 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
+from sharding.catalog import CatalogError, read_catalog
 from sharding.format import open_shards
+from sharding.listing import Listing, list_source
 from tests.builders import encode, photo
+from tests.raw_copies import image, parquet, put
 
 CATALOG = """
 [sets]
@@ -56,6 +59,39 @@ def test_a_cap_takes_images_of_every_set(raw: Path, tmp_path: Path) -> None:
     assert counts["train"][0] + counts["val"][0] == 20
     assert min(counts["train"][0], counts["val"][0]) >= 4
     assert counts["train"][1] + counts["val"][1] == 60
+
+
+def test_a_cap_below_the_size_of_the_groups_takes_parts_of_them(raw: Path, tmp_path: Path) -> None:
+    """Frames of one video are a group, and a source must not vanish."""
+    videos = "cap = { real = 5, fake = 5 }\ngroup = '/(\\d)\\d?\\.png$'"
+    counts = build(raw, tmp_path, videos, "--allow-incomplete")
+    assert sum(counts["train"].values()) + sum(counts["val"].values()) == 10
+
+
+def listing_of(tmp_path: Path, text: str) -> Listing:
+    (tmp_path / "catalog.toml").write_text(
+        f'[sets]\nm = "train"\n[sources.mine]\nlicense = "x"\nset = "m"\n{text}'
+    )
+    source = read_catalog([tmp_path / "catalog.toml"]).sources["mine"]
+    return list_source("mine", source, tmp_path / "raw")
+
+
+def test_a_group_column_that_counts_from_0(tmp_path: Path) -> None:
+    cells = {"image": [image() for _ in range(6)], "video": [0, 0, 0, 1, None, None]}
+    parquet(tmp_path / "raw/mine/a.parquet", cells)
+    listing = listing_of(tmp_path, 'real = [{ column = "image" }]\ngroup_column = "video"\n')
+    groups = [item.group for item in listing.items]
+    assert len(groups) == 6 and groups[0] == groups[1] == groups[2]
+    assert len(set(groups[2:])) == 4  # None is no group
+
+
+def test_a_table_without_a_column_of_a_rule_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "raw/mine/f", "a.png", kind="PNG")
+    (tmp_path / "raw/mine/labels.csv").write_text("file,label\na.png,1\n")
+    table = 'table = { name = "labels.csv", key = "file" }\n'
+    assert len(listing_of(tmp_path, f"fake = [{{ where = {{ label = 1 }} }}]\n{table}").items) == 1
+    with pytest.raises(CatalogError, match=r"has columns .*, expected 'lable' among them"):
+        listing_of(tmp_path, f"fake = [{{ where = {{ lable = 1 }} }}]\n{table}")
 
 
 def test_the_option_lowers_every_cap(raw: Path, tmp_path: Path) -> None:
