@@ -363,6 +363,7 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
             _check_name("set", name, file)
         for name, source in catalog.sources.items():
             _check(name, source, sets, file)
+        _check_downloads(catalog, file)
         named = [("reference", name) for pair in reference.items() for name in pair]
         named += [("suites", name) for listed in catalog.suites.values() for name in listed]
         for table, name in named:
@@ -451,6 +452,17 @@ def leaves_raw(root: str) -> bool:
     """Return whether a source's root is not a relative path below the raw folder."""
     strange = any(ord(character) < 32 for character in root) or "://" in root
     return strange or leaves_archive(root) or not PurePosixPath(root).parts
+
+
+def _check_downloads(catalog: Catalog, file: Path) -> None:
+    """Check that no two sources download to one folder: each deletes the files of the other."""
+    first: dict[str, str] = {}
+    for name, source in catalog.sources.items():
+        if source.fetch:
+            other = first.setdefault(source.root or name, name)
+            if catalog.sources[other].fetch != source.fetch:
+                where = f"{file}: sources {other} and {name} have the root {source.root or name!r}"
+                raise CatalogError(f"{where} and different downloads; give each its own root")
 
 
 def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> None:

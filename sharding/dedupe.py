@@ -102,11 +102,13 @@ def decide(
     """Assign every row of an inventory to a set, or exclude it.
 
     `split_of` gives the split of each set; of two sets with the same split, the first one keeps a
-    duplicate. `exclude` contains the first digits of the SHA-256 of images that go to no set.
+    duplicate. `exclude` contains the first digits of the SHA-256 of images that go to no set,
+    as files or as they are packed.
     """
     n = inventory.num_rows
     good = np.asarray(pc.equal(inventory.column("error"), "").to_numpy(), bool)
-    named = good & _begins_with(inventory.column("sha256"), exclude)
+    hashes = (inventory.column(name) for name in ("sha256", "original"))
+    named = good & np.logical_or.reduce([_begins_with(column, exclude) for column in hashes])
     good &= ~named
     rows = np.flatnonzero(good)
     group_code, group_names = codes_of(inventory.column("group"))

@@ -26,9 +26,9 @@ source, and `folder` a path:
 - `read_source(folder, source, destinations)` returns (table, `Listing`) of a source whose raw files
   are gone, or None if there is no `<source>.parquet`. It raises `ShardError` for a file with
   another `FACTS_VERSION`, or packed for sets that are not in `destinations`, those of the catalog.
-- `describe(prepared)` returns the facts of a good image (a `Prepared` of imaging/decode.py) as a
-  dict, and `refuse(reason)` those of a bad one; the perceptual hash is not among them.
-
+- `describe(prepared, data)` returns the facts of a good image as a dict (a `Prepared` of
+  imaging/decode.py, and the bytes of its file), and `refuse(reason)` those of a bad one; the
+  perceptual hash is not among them.
 A damaged file of the inventory raises `ShardError`.
 """
 
@@ -49,7 +49,7 @@ from sharding.listing import Item, Listing
 from sharding.raw import read_all
 from storage import AnyPath, any_path, files_in, parse_json, write_atomically
 
-FACTS_VERSION = "3"
+FACTS_VERSION = "4"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
 
 CHUNK = 256
@@ -71,6 +71,7 @@ FACT_SCHEMA = pa.schema(
     [
         ("error", pa.string()),  # why the image cannot be used; the rest is then empty
         ("sha256", pa.binary(32)), ("stored", pa.int32()),  # of the bytes to pack
+        ("original", pa.binary(32)),  # SHA-256 of the bytes that were read
         ("thumbnail", pa.binary(256)),
         ("width", pa.int32()), ("height", pa.int32()), ("format", _name), ("chroma", _name),
         ("jpeg_quality", pa.int8()), ("jpeg_tables", _name), ("exif", pa.bool_()),
@@ -98,10 +99,11 @@ def item_table(items: Sequence[Item]) -> pa.Table:
     return pa.table(arrays, schema=ITEM_SCHEMA)
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
-    """Return the row of an image that can be decoded."""
+def describe(prepared: Prepared, data: bytes) -> dict[str, Any]:
+    """Return the row of an image that can be decoded; `data` is its file as it was read."""
     return {
         "error": "",
+        "original": hashlib.sha256(data).digest(),
         "sha256": hashlib.sha256(prepared.data).digest(),
         "stored": len(prepared.data),
         **vars(prepared.facts),
@@ -112,6 +114,7 @@ def refuse(reason: str) -> dict[str, Any]:
     """Return the row of an image that cannot be decoded."""
     return {
         "error": reason or "unknown",
+        "original": bytes(32),
         "sha256": bytes(32),
         "stored": 0,
         **vars(_NO_FACTS),
@@ -135,7 +138,7 @@ def take_inventory(raw: str, folder: str, name: str, items: pa.Table) -> int:
                 raise data
             prepared = prepare(data)
             grid[:] = green_grid(prepared.pixels)
-            facts.append(describe(prepared))
+            facts.append(describe(prepared, data))
         except DecodeError as error:
             facts.append(refuse(str(error)))
     prints = zip(*fingerprints(grids), strict=True)

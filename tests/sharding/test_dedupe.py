@@ -211,6 +211,7 @@ def decided(*rows: tuple[str, bytes, int, int, str]) -> Decision:
     columns = {
         "error": pa.array([""] * len(rows)),
         "sha256": pa.array([row[1].ljust(32) for row in rows], pa.binary(32)),
+        "original": pa.array([bytes(32)] * len(rows), pa.binary(32)),
         "phash": pa.array([row[2] for row in rows], pa.uint64()),
         "thumbnail": pa.array([bytes(256)] * len(rows), pa.binary(256)),
         "group": pa.array([row[4] for row in rows]),

@@ -1,5 +1,6 @@
 """Tests of groups and of the largest numbers of images: `cap` in a catalog, and `build --cap`."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -38,9 +39,11 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(raw: Path, folder: Path, cap: str, *arguments: str) -> dict[str, Counter]:
+def build(
+    raw: Path, folder: Path, cap: str, *arguments: str, before: str = ""
+) -> dict[str, Counter]:
     """Build the source, and return the number of real (0) and fake (1) images of each set."""
-    (folder / "catalog.toml").write_text(CATALOG.format(cap=cap))
+    (folder / "catalog.toml").write_text(before + CATALOG.format(cap=cap))
     result = CliRunner().invoke(
         main,
         ["build", "--raw", str(raw), "--catalog", str(folder / "catalog.toml"),
@@ -92,6 +95,29 @@ def test_a_table_without_a_column_of_a_rule_is_refused(tmp_path: Path) -> None:
     assert len(listing_of(tmp_path, f"fake = [{{ where = {{ label = 1 }} }}]\n{table}").items) == 1
     with pytest.raises(CatalogError, match=r"has columns .*, expected 'lable' among them"):
         listing_of(tmp_path, f"fake = [{{ where = {{ lable = 1 }} }}]\n{table}")
+
+
+def test_an_excluded_file_is_also_found_if_it_is_packed_as_png(tmp_path: Path) -> None:
+    raw = tmp_path / "raw/mine"
+    for label, name in enumerate(("real", "fake")):
+        (raw / name).mkdir(parents=True)
+        for number in range(8):
+            image = photo(100 * label + number, 48, 40)
+            (raw / name / f"{number}.gif").write_bytes(encode(image, "GIF"))
+    digest = hashlib.sha256((raw / "real/3.gif").read_bytes()).hexdigest()
+    (tmp_path / "kept.txt").write_text(f"{digest[:16]}\n")
+    counts = build(raw.parent, tmp_path, "", before='exclude = ["kept.txt"]')
+    assert counts["train"][0] + counts["val"][0] == 7
+
+
+def test_two_sources_do_not_download_to_one_folder(tmp_path: Path) -> None:
+    text = '[sets]\nm = "train"\n'
+    for name in ("a", "b"):
+        text += f'[sources.{name}]\nlicense = "x"\nset = "m"\nreal = ["**"]\nroot = "both"\n'
+        text += f'fetch = {{ urls = ["https://example.com/{name}.zip"] }}\n'
+    (tmp_path / "catalog.toml").write_text(text)
+    with pytest.raises(CatalogError, match="sources a and b have the root 'both' and different"):
+        read_catalog([tmp_path / "catalog.toml"])
 
 
 def test_the_option_lowers_every_cap(raw: Path, tmp_path: Path) -> None:
