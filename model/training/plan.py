@@ -473,14 +473,14 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) ->
     preprocessing other than that of the checkpoint that the run starts from, or a gate that
     compares without a trained checkpoint to compare with.
     """
-    gate, unused = recipe.gate, ()
+    gate, unused = recipe.gate, list[str]()
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
         name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
-        unused = (f"gate.{name} is not used: this run starts from no trained detector to compare",)
+        unused = [f"gate.{name} is not used: this run starts from no trained detector to compare"]
     if weights.kind in ("timm", "imagenet"):
         return (*unused, *normalization_warnings(recipe))
     if weights.path is None:
-        return unused
+        return tuple(unused)
     before, now = checkpoint.read_meta(weights.path), _as_saved(recipe)
     seen = before["preprocess"], before["recipe"]["network"]
     differ = [
