@@ -6,12 +6,12 @@ Main entry: `main()`, this click command. For each source, a head is trained wit
 the sources that the recipe's `calibration.together` groups with it). This head scores the source.
 Missing features are first computed and written to the recipe's feature store. No run is written. An
 error in the input is printed in one line, with exit code 1 (2 for a wrong option, or if the file of
-`--recipe` or `--init-from` does not exist).
+`--recipe` does not exist).
 
 - `--recipe`: a recipe file with a table `[features]` (a head on a frozen backbone), such as
   `recipes/clip-all.toml`. `--set KEY=VALUE` changes a value of it; may be repeated.
-- `--init-from`: a `.safetensors` file or a checkpoint folder with the backbone's weights (default:
-  what the recipe says).
+- `--init-from`: a `.safetensors` file or a checkpoint folder with the backbone's weights, or the
+  name of a fetched backbone, such as clip (default: what the recipe says).
 - `--pairs N`: for up to N random pairs of a source of reals and one of fakes, also train a head
   without both, which is harder (seconds a pair).
 - `--robustness N`: up to N images of each source are scored again after each perturbation of
@@ -67,6 +67,7 @@ from model.features.prepare import embed_run, with_features
 from model.metrics import measure
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of, probability, score_set
+from model.shipped.fetch import weights_at
 from model.training.assemble import assemble
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
@@ -238,7 +239,7 @@ def robustness(
 @click.command(cls=console.Command)
 @click.option("--recipe", "recipe_path", type=console.LocalPath(exists=True), required=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
-@click.option("--init-from", type=console.LocalPath(exists=True), help="Weights of the backbone.")
+@click.option("--init-from", type=console.LocalPath(), help="Weights of the backbone, or its name.")
 @click.option(
     "--pairs",
     "most_pairs",
@@ -270,8 +271,9 @@ def main(
             f"{recipe_path} has no stored features; give a recipe with a frozen "
             "backbone, such as recipes/clip-all.toml"
         )
+    weights = weights_at(init_from) if init_from else None
     planned = plan(
-        replace(recipe, name=f"{recipe.name}-left-out"), any_path(data), runs, init_from=init_from
+        replace(recipe, name=f"{recipe.name}-left-out"), any_path(data), runs, init_from=weights
     )
     state = assemble(planned)
     planned = with_features(planned, state)
