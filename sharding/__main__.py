@@ -17,9 +17,9 @@ Every command has --verbose (more log lines). A packed set may be at an address.
     build              pack raw images into shard sets (tars with an index), one subfolder each of
                        --out (data/shards); --set: a set to build (default: all; may be repeated);
                        --engine: local (processes, the default) or ray (a Ray cluster); --max-bad:
-                       allowed fraction of unreadable or missing images, 0 to 1 (0.01); --cap: the
-                       most images of each class of a source (all); --allow-incomplete: a flag to
-                       accept rules that match no file, and training sets with only one class
+                       allowed fraction of unreadable or missing images, 0 to 1 (0.01);
+                       --allow-incomplete: a flag to accept catalog rules that match no file, and
+                       training sets with only one class
     show FOLDER        count the images of the set there by source, class and generator
     list [SOURCE...]   print the known sources and the sets in the folder --out (data/shards), or
                        only all facts about each SOURCE
@@ -151,7 +151,6 @@ def fetch_command(
     is_flag=True,
     help="Build even if a rule matches no file or a training set has only one class.",
 )
-@click.option("--cap", type=click.IntRange(1), help="Most images of each class of a source.")
 @console.options()
 def build_command(
     raw: AnyPath,
@@ -162,15 +161,13 @@ def build_command(
     engine: "Engine",
     max_bad: float,
     allow_incomplete: bool,
-    cap: int | None,
 ) -> None:
     """Pack the datasets in the raw folder into shard sets. Run again to resume."""
     from sharding.build import Tolerance, build
-    from sharding.catalog import SHIPPED, read_catalog, with_cap
+    from sharding.catalog import SHIPPED, read_catalog
     from sharding.summary import say_what_is_missing, say_what_was_built
 
     catalog = read_catalog([*SHIPPED, *catalogs])
-    catalog = with_cap(catalog, cap) if cap else catalog
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:

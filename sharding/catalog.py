@@ -407,18 +407,6 @@ def _read_excluded(file: Path, lists: Any) -> set[str]:
     return hashes
 
 
-def with_cap(catalog: Catalog, most: int) -> Catalog:
-    """Return the catalog with at most `most` images of each class of a source; lower caps stay."""
-
-    def lower(cap: Mapping[Literal["real", "fake"], int]) -> dict[Literal["real", "fake"], int]:
-        return {"real": min(cap.get("real", most), most), "fake": min(cap.get("fake", most), most)}
-
-    sources = {
-        name: replace(source, cap=lower(source.cap)) for name, source in catalog.sources.items()
-    }
-    return replace(catalog, sources=sources)
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         return recipes.read_toml(file)

@@ -1,4 +1,4 @@
-"""Tests of groups and of the largest numbers of images: `cap` in a catalog, and `build --cap`."""
+"""Tests of groups and of the largest numbers of images: `cap` in a catalog."""
 
 import hashlib
 from collections import Counter
@@ -118,9 +118,3 @@ def test_two_sources_do_not_download_to_one_folder(tmp_path: Path) -> None:
     (tmp_path / "catalog.toml").write_text(text)
     with pytest.raises(CatalogError, match="sources a and b have the root 'both' and different"):
         read_catalog([tmp_path / "catalog.toml"])
-
-
-def test_the_option_lowers_every_cap(raw: Path, tmp_path: Path) -> None:
-    counts = build(raw, tmp_path, "cap = { real = 12 }", "--cap", "16")
-    assert counts["train"][0] + counts["val"][0] == 12
-    assert counts["train"][1] + counts["val"][1] == 16

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import predict
-from model.inference import detector, results
+from model.inference import detector, inputs, results
 from model.inference.run import heatmap_path
-from tests.builders import encode, photo
+from tests.builders import encode, photo, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -159,3 +159,54 @@ def test_heatmaps_of_images_with_similar_paths_have_different_names(tmp_path: Pa
     assert all(path.is_relative_to(tmp_path) and ".." not in path.parts for path in paths)
     assert paths[1] == heatmap_path("/a/x.jpg", tmp_path)
     assert heatmap_path("./a//x.jpg", tmp_path) == paths[0]
+
+
+def test_a_changed_file_is_scored_again_by_a_resumed_watch(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "in/latest.png", tmp_path / "out.csv"
+    file.parent.mkdir()
+    file.write_bytes(encode(photo(1), "PNG"))
+    os.utime(file, (1, 1))
+    assert ask(file.parent, "--out", out).exit_code == 0
+    looks = []
+
+    def sleep(_seconds: float) -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            file.write_bytes(encode(photo(2, 60, 50), "PNG"))
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "SETTLED_S", 0.0)
+    monkeypatch.setattr(inputs.time, "sleep", sleep)
+    assert ask("--watch", file.parent, "--out", out, "--resume").exit_code == 0
+    rows = out.read_text().splitlines()[1:]
+    assert len(rows) == 2 and rows[0] != rows[1]
+
+
+def test_a_finished_run_over_a_compressed_tar_is_resumed(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members that are passed over must not fill the memory for members that wait."""
+    images = {f"{number}.png": encode(photo(number), "PNG") for number in range(12)}
+    archive, out = write_tar(tmp_path / "a.tar.gz", images, "w:gz"), tmp_path / "out.csv"
+    monkeypatch.setattr("imaging.tar.WAITING_BYTES", 2 * len(images["0.png"]))
+    assert ask(archive, "--out", out).exit_code == 0
+    before = out.read_bytes()
+    result = ask(archive, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes() == before
+
+
+def test_an_index_of_another_program_hides_nothing(
+    ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "a.png").write_bytes(encode(photo(1), "PNG"))
+    (tmp_path / "notes.txt").write_text("none")
+    write_tar(tmp_path / "more.tar", {"b.png": encode(photo(2), "PNG")})
+    result = ask(tmp_path, "--format", "jsonl")
+    names = [json.loads(line)["path"] for line in result.stdout.splitlines()]
+    assert [Path(name).name for name in names] == ["a.png"]
+    assert "an archive (name it to look inside)" in result.stderr

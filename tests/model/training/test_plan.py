@@ -371,44 +371,6 @@ def test_a_checkpoint_without_its_state_is_not_resumed_from(
     assert planned.best.path == last  # it may be the best that the run has, so it is kept
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_deleted(
-    load: Load, data: Path, tmp_path: Path
-) -> None:
-    """The disk may only have failed for a moment."""
-    recipe = load("run.epochs=1", "run.save_every=1")
-    train(recipe, data, tmp_path, stop_at=1)
-    older = shutil.copytree(tmp_path / "tiny/step_0000001", tmp_path / "older")
-    train(recipe, data, tmp_path, stop_at=2)
-    older = older.rename(tmp_path / "tiny/step_0000001")
-    (older / "weights.safetensors").write_bytes(b"unreadable")
-    train(recipe, data, tmp_path, stop_at=3)
-    assert (older / "weights.safetensors").read_bytes() == b"unreadable"
-
-
-def test_a_run_that_is_resumed_without_init_from_keeps_its_gate(
-    load: Load, data: Path, trained: Path, tmp_path: Path
-) -> None:
-    start = trained / "first/step_0000003"
-    recipe = load("run.epochs=1", "run.save_every=1")
-    train(recipe, data, tmp_path, init_from=start, stop_at=2)
-    planned = plan(recipe, data, tmp_path)
-    assert planned.baseline == tmp_path / "tiny/baseline_metrics.json"
-    assert planned.baseline.exists()
-
-
-def test_a_resumed_run_keeps_its_teacher(
-    load: Load, data: Path, trained: Path, tmp_path: Path
-) -> None:
-    start = trained / "first/step_0000003"
-    train(load("run.epochs=1", "run.save_every=1", "run.seed=9"), data, tmp_path, stop_at=1)
-    (tmp_path / "tiny").rename(tmp_path / "other")
-    recipe = load('run.init_from="other"', "replay.distill_weight=1", "run.save_every=1")
-    train(recipe, data, tmp_path, init_from=start, stop_at=2)
-    with pytest.raises(ValueError, match="the teacher is the checkpoint that the run began from"):
-        plan(recipe, data, tmp_path)
-    assert plan(recipe, data, tmp_path, init_from=start).teacher.path == start
-
-
 def test_the_first_weights_are_described_and_recorded(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,38 @@
+"""Values of a calibration that a stranger's checkpoint may have."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import checkpoint
+from model.network import build
+from tests.builders import TINY, small_recipe
+
+IMPOSSIBLE: dict[str, dict[str, Any]] = {
+    "temperature is -1.0, expected a finite number above 0": {"temperature": -1.0},
+    "threshold is 7, expected a number from 0 to 1": {"threshold": 7},
+    "band is .*, the lower one first": {"calibration": {"band": [0.9, 0.1]}},
+    "at_miss is .*, expected a list of pairs": {
+        "calibration": {"band": [0.1, 0.9], "at_miss": [[0.05, "low"]]}
+    },
+    "sources is .*, expected the two error rates": {
+        "calibration": {"band": [0.1, 0.9], "sources": {"ffhq": {"recall": 2}}}
+    },
+}
+
+
+@pytest.mark.parametrize("said", IMPOSSIBLE)
+def test_an_impossible_calibration_is_refused(tmp_path: Path, said: str) -> None:
+    """The hashes of a stranger's folder fit what is in it."""
+    folder = tmp_path / "step_0000001"
+    checkpoint.save(
+        folder,
+        build(TINY, pretrained=False),
+        recipe=small_recipe(),
+        state=None,
+        record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]}),
+    )
+    checkpoint.seal(folder, checkpoint.read_meta(folder) | IMPOSSIBLE[said])
+    with pytest.raises(checkpoint.DamagedError, match=rf"meta\.json cannot be used: {said}"):
+        checkpoint.load_network(folder)

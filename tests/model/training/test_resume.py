@@ -1,0 +1,60 @@
+"""Resuming a run: what it began with stays, and what cannot be read is kept."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import recipes
+from model.recipe import Recipe
+from model.training.plan import plan
+from model.training.run import train
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture
+def load(tiny_recipe: Path) -> Load:
+    """Return a loader of the tiny recipe with changes: `load("optim.lr=1e-3", ...)`."""
+    return lambda *changes: recipes.load(Recipe, tiny_recipe, changes)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_deleted(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    """The disk may only have failed for a moment."""
+    recipe = load("run.epochs=1", "run.save_every=1")
+    train(recipe, data, tmp_path, stop_at=1)
+    older = shutil.copytree(tmp_path / "tiny/step_0000001", tmp_path / "older")
+    train(recipe, data, tmp_path, stop_at=2)
+    older = older.rename(tmp_path / "tiny/step_0000001")
+    (older / "weights.safetensors").write_bytes(b"unreadable")
+    train(recipe, data, tmp_path, stop_at=3)
+    assert (older / "weights.safetensors").read_bytes() == b"unreadable"
+
+
+def test_a_run_that_is_resumed_without_init_from_keeps_its_gate(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    train(load('name="first"', "run.epochs=1", "run.seed=4"), data, tmp_path, stop_at=1)
+    start = tmp_path / "first/step_0000001"
+    recipe = load("run.epochs=1", "run.save_every=1")
+    train(recipe, data, tmp_path, init_from=start, stop_at=2)
+    planned = plan(recipe, data, tmp_path)
+    assert planned.baseline == tmp_path / "tiny/baseline_metrics.json"
+    assert planned.baseline.exists()
+
+
+def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path) -> None:
+    train(load('name="first"', "run.epochs=1", "run.seed=4"), data, tmp_path, stop_at=1)
+    start = tmp_path / "first/step_0000001"
+    train(load("run.epochs=1", "run.save_every=1", "run.seed=9"), data, tmp_path, stop_at=1)
+    (tmp_path / "tiny").rename(tmp_path / "other")
+    recipe = load('run.init_from="other"', "replay.distill_weight=1", "run.save_every=1")
+    train(recipe, data, tmp_path, init_from=start, stop_at=2)
+    with pytest.raises(ValueError, match="the teacher is the checkpoint that the run began from"):
+        plan(recipe, data, tmp_path)
+    assert plan(recipe, data, tmp_path, init_from=start).teacher.path == start
