@@ -8,8 +8,9 @@ There are two size classes: images of `LARGE_PIXELS` (`imaging/budget.py`) or mo
 ones. The block starts when no other image of the same class is being decoded. Until it ends, other
 images of this class wait. After `WAIT_S` seconds of waiting, `Busy` (an `Exception`) is raised.
 
-`LOCKS` are the locks of the two classes. `pixels_of(data)` returns the number of pixels that the
-header states, or 0 if the header cannot be read; such a file counts as small.
+`hold(lock)` waits for any lock in the same way. `LOCKS` are the locks of the two classes.
+`pixels_of(data)` returns the number of pixels that the header states, or 0 if the header cannot be
+read; such a file counts as small.
 """
 
 import contextlib
@@ -24,9 +25,6 @@ from imaging.decode import READABLE, without_warnings
 
 WAIT_S = 60.0
 """Seconds that an image waits for others before it is refused."""
-
-BUSY = "the server is busy with other images; try this one again later"
-"""Message of a `Busy` error."""
 
 
 class Busy(Exception):
@@ -45,9 +43,19 @@ def decode_lock(data: bytes) -> Iterator[None]:
     Raises:
         Busy: the wait took longer than `WAIT_S`.
     """
-    lock = LOCKS[pixels_of(data) >= LARGE_PIXELS]
+    with hold(LOCKS[pixels_of(data) >= LARGE_PIXELS]):
+        yield
+
+
+@contextlib.contextmanager
+def hold(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock in the block.
+
+    Raises:
+        Busy: the wait took longer than `WAIT_S`.
+    """
     if not lock.acquire(timeout=WAIT_S):
-        raise Busy(BUSY)
+        raise Busy("the server is busy with other images; try this one again later")
     try:
         yield
     finally:

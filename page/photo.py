@@ -30,11 +30,11 @@ from markupsafe import Markup
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from imaging.decode_lock import Busy, decode_lock
+from imaging.decode_lock import Busy, decode_lock, hold
 from model.inference import gradcam
 from model.inference.detector import ImageDetector
 from page.html import show
-from page.scored import Scored, as_jpeg, data_url, forward
+from page.scored import FORWARD, Scored, as_jpeg, data_url
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
 
@@ -100,7 +100,7 @@ def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> N
         show(photo_html(result, detector.preprocess, busy=True), picture)
         try:
             data = file.getvalue()
-            with decode_lock(data), forward():
+            with decode_lock(data), hold(FORWARD):
                 drawn = gradcam.heatmap(detector, data)
             crops = np.split(drawn, detector.preprocess.crops)
             maps[file.file_id] = [as_jpeg(Image.fromarray(crop)) for crop in crops]

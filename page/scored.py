@@ -31,11 +31,10 @@ image (RGB) as a JPEG file, as bytes; `data_url(jpeg)` makes a data: URL (text) 
 """
 
 import base64
-import contextlib
 import io
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import streamlit as st
@@ -44,7 +43,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from escape import markdown
 from imaging.decode import ImageFile, decode
-from imaging.decode_lock import BUSY, WAIT_S, Busy, decode_lock
+from imaging.decode_lock import Busy, decode_lock, hold
 from model.inference import signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction, done_or_reason, predictions
@@ -98,21 +97,6 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
     return {file.file_id: scored[file.file_id] for file in files}
 
 
-@contextlib.contextmanager
-def forward() -> Iterator[None]:
-    """Hold `FORWARD` in the block.
-
-    Raises:
-        Busy: the wait took longer than `WAIT_S`.
-    """
-    if not FORWARD.acquire(timeout=WAIT_S):
-        raise Busy(BUSY)
-    try:
-        yield
-    finally:
-        FORWARD.release()
-
-
 def _predict(detector: ImageDetector, data: bytes) -> Prediction:
     """Return the result of `detector.predict(data)`. `FORWARD` is not held while the image is
     decoded, which can take ten seconds.
@@ -122,7 +106,7 @@ def _predict(detector: ImageDetector, data: bytes) -> Prediction:
     if isinstance(pixels, str):
         failures[0] = pixels
     else:
-        with forward():
+        with hold(FORWARD):
             (probability,) = detector.score(pixels[None]).tolist()
     return next(predictions(["image 0"], [probability], failures, detector.band))
 

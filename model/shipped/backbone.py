@@ -258,10 +258,10 @@ def with_calibration(meta: Mapping[str, Any], spec: BackboneSpec, sha256: str) -
     Raises:
         BackboneError: one of these values is impossible.
     """
-    found = {**meta, **spec.tested[sha256]}
-    if fault := calibration_fault(found):
+    in_use = {**meta, **spec.tested[sha256]}
+    if fault := calibration_fault(in_use):
         raise BackboneError(f"the head cannot be used with the backbone {sha256[:16]}...: {fault}")
-    return found
+    return in_use
 
 
 def recalibrated(

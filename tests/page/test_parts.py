@@ -2,12 +2,14 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from markupsafe import Markup
 from PIL import Image
 
 from imaging import decode_lock as locks
+from model import load_detector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.verdict import percent
@@ -15,7 +17,7 @@ from page.cost import hundred_html, measured_on
 from page.examples import examples
 from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
 from page.photo import crops_of, photo_html
-from page.scored import Scored, score
+from page.scored import FORWARD, Scored, score
 from page.start import figures_html
 from page.verdict import evidence_html, refused_html, scale_html
 from pipeline.preprocess import Preprocess
@@ -161,6 +163,20 @@ def test_the_metadata_of_the_examples_says_that_a_program_drew_them() -> None:
         assert Image.open(io.BytesIO(example.data)).size == (640, 480)
         (said,) = read_evidence(example.data)
         assert "algorithmicMedia" in said.value and said.suggests == ""
+
+
+def test_an_image_is_decoded_while_the_network_is_in_use(
+    small_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, image = load_detector(runs=small_runs), encode(photo(1))
+    expected = detector.predict(image)
+    assert score(detector, "a.jpg", image).prediction == expected
+    monkeypatch.setattr(locks, "WAIT_S", 0.1)
+    with FORWARD:
+        refused = score(detector, "b.jpg", b"<html>").prediction
+        waited = score(detector, "c.jpg", image).prediction
+    assert refused.error.startswith("not an image")
+    assert "busy with other images" in waited.error
 
 
 def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
