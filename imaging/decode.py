@@ -287,6 +287,10 @@ def as_is(data: bytes) -> Encoded | None:
             return Encoded(data, name, orientation, *size)
 
 
+def _nothing() -> None:
+    """Do nothing: most files need no `skip`."""
+
+
 class ImageFile(NamedTuple):
     """Image in a file or archive. `read` returns its bytes or raises `DecodeError` or `OSError`.
     Call `skip` for a file that is held or passed over without reading: a compressed archive counts
@@ -295,7 +299,7 @@ class ImageFile(NamedTuple):
 
     name: str
     read: Callable[[], bytes]
-    skip: Callable[[], object] = bool
+    skip: Callable[[], object] = _nothing
 
 
 def read_file(path: Path | str) -> bytes:

@@ -33,12 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Load = Callable[..., Recipe]
 
 
-@pytest.fixture
-def load(tiny_recipe: Path) -> Load:
-    """Return a loader of the tiny recipe with changes: `load("optim.lr=1e-3", ...)`."""
-    return lambda *changes: recipes.load(Recipe, tiny_recipe, changes)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """Return a runs folder with a checkpoint of the run `first`, of the tiny recipe's network."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import recipes
 from model.recipe import Recipe
 from model.training.plan import plan
 from model.training.run import train
@@ -14,12 +13,6 @@ from model.training.run import train
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 Load = Callable[..., Recipe]
-
-
-@pytest.fixture
-def load(tiny_recipe: Path) -> Load:
-    """Return a loader of the tiny recipe with changes: `load("optim.lr=1e-3", ...)`."""
-    return lambda *changes: recipes.load(Recipe, tiny_recipe, changes)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_deleted(
