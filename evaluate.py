@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from model.calibrate import Over, ThresholdAt
     from model.distributed import DistEnv
     from model.evaluation.scores import ScoreTable
-    from model.inference.run import Loaded
+    from model.inference.prediction import AnyDetector
     from pipeline.loading import Backend
 
 PER_CLASS = 1000
@@ -245,7 +245,7 @@ def _refuse_options_before(context: click.Context, command: str) -> None:
 
 
 def _measure_mistakes(
-    folder: Path, images: Path | None, out: Path | None, load: Callable[[], "Loaded"]
+    folder: Path, images: Path | None, out: Path | None, load: Callable[[], "AnyDetector"]
 ) -> None:
     """Score the mistakes recorded in `folder` again with the detector that `load` returns.
 

@@ -51,12 +51,12 @@ import click
 
 import console
 import interrupts
+from model.c2pa.signatures import TrustList, read_trust_list, usual_trust_list
 from model.inference import fitness, inputs, results
 from model.inference.run import Run, named, predict_all, predict_as_they_come
-from model.inference.signatures import TrustList, read_trust_list, usual_trust_list
 
 if TYPE_CHECKING:
-    from model.inference.run import Loaded
+    from model.inference.prediction import AnyDetector
     from model.mistakes.keep import Label
     from pipeline.loading import Backend
 
@@ -185,7 +185,7 @@ def main(
         if onnx:
             from model.inference.onnx_detector import load_onnx
 
-            loaded: Loaded = load_onnx(onnx, device=device, threshold=threshold)
+            loaded: AnyDetector = load_onnx(onnx, device=device, threshold=threshold)
         else:
             loaded = load_any(
                 detector, checkpoint, opening, device=device, backend=backend, threshold=threshold,
@@ -238,7 +238,7 @@ def _trust_list(file: Path | None) -> TrustList | None:
 
 
 def _report_mistakes(
-    detector: "Loaded", paths: tuple[str, ...], label: "Label", folder: Path, keep_image: bool
+    detector: "AnyDetector", paths: tuple[str, ...], label: "Label", folder: Path, keep_image: bool
 ) -> None:
     """Score images of which the true label is known, and record each wrong verdict in `folder`.
     Print a line per image. Exit with 1 if an image could not be read or recorded.
@@ -302,7 +302,7 @@ def _check(output: str) -> None:
         raise click.UsageError("--resume needs --format csv or jsonl; a table cannot be read back")
 
 
-def _log_detector(detector: "Loaded") -> None:
+def _log_detector(detector: "AnyDetector") -> None:
     """Log the detector and what is known against it."""
     console.log.info("checkpoint: %s, %s", detector.checkpoint, _describe(detector))
     for notice in detector.notices:
@@ -322,7 +322,7 @@ def _introduce(run: Run) -> None:
         console.say(heading)
 
 
-def _describe(detector: "Loaded") -> str:
+def _describe(detector: "AnyDetector") -> str:
     """Describe the decision band and the decoding backend in one line."""
     low, high = detector.band
     band = (

@@ -61,14 +61,13 @@ import console
 import recipes
 from model.calibrate import calibrate_sources, threshold_over_sources
 from model.evaluation.robustness import perturbed_variants
-from model.features.leave_out import leave_one_out, refit
 from model.features.loader import FeatureLoader, source_of
-from model.features.prepare import embed_run, with_features
 from model.metrics import measure
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of, probability, score_set
 from model.shipped.fetch import weights_at
-from model.training.assemble import assemble
+from model.training.assemble import assemble, embed_run, with_features
+from model.training.leave_out import leave_one_out, refit
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
 from pipeline import pil

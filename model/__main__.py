@@ -149,7 +149,7 @@ def fetch_command(
             f"--file is not for original: type `python -m model import {file}` instead"
         )
     if trust_list:
-        from model.shipped.trust_list import fetch_trust_list
+        from model.c2pa.trust_list import fetch_trust_list
 
         console.say(f"C2PA trust list: {fetch_trust_list(file).describe()}")
         return
@@ -205,8 +205,8 @@ def embed_command(
     from model.recipe import Recipe
 
     recipe = recipes.load(Recipe, recipe_path, overrides)
-    from model.features.prepare import embed_part
     from model.shipped.fetch import weights_at
+    from model.training.assemble import embed_part
     from sharding.executor import run_all
 
     init_from = weights_at(init_from).absolute() if init_from else None

@@ -32,8 +32,8 @@ import streamlit as st
 
 import console
 from model import load_detector
+from model.c2pa import signatures
 from model.checkpoint import NoCheckpointError
-from model.inference import signatures
 from model.inference.detector import ImageDetector
 from model.shipped.backbone import MissingError
 

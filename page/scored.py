@@ -44,7 +44,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from escape import markdown
 from imaging.decode import ImageFile, decode
 from imaging.decode_lock import Busy, decode_lock, hold
-from model.inference import signatures
+from model.c2pa import signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import UNREADABLE, Prediction, done_or_reason, predictions
 from model.inference.provenance import Evidence, read_evidence

@@ -16,7 +16,7 @@ for N training images, an `AugmentBatch`: an array of N values per field of `Aug
   times each image was already used in this epoch, int (N,) (None, the default: never).
 - `partners`: None (the default), or two int arrays (N,): quality and chroma (position in
   `imaging.jpeg.CHROMAS`) of a JPEG to which the whole image is compressed in place of `whole_jpeg`
-  of its policy. Where the quality is 0, the policy decides.
+  of its policy (0 for a policy with `match_pair_jpeg`). Where the quality is 0, the policy decides.
 
 `center_crop_params(preprocess, widths, heights)` returns the `AugmentBatch` of evaluation: a center
 crop. `AugmentPolicy` and `Preprocess` raise ValueError for a setting out of range. Order: resizing,
@@ -106,12 +106,12 @@ class AugmentPolicy:
     """libwebp quality. Range: 1 to 100"""
     match_pair_jpeg: bool = False
     """Compress a fake as JPEG with the quality and chroma subsampling of its real partner, if the
-    index has one (`pipeline/pairs.py`)."""
+    index has one (`pipeline/pairs.py`). Excludes `whole_jpeg`, `whole_resize` and `whole_webp`."""
     vflip: float = 0.0
     """Probability of a vertical flip. Range: 0 to 1"""
     whole_jpeg: float = 0.0
     """Probability of JPEG compression (4:2:0) of the whole image before the crop, as web sites do.
-    A compression like a partner's (`match_pair_jpeg`) replaces it. Range: 0 to 1"""
+    Range: 0 to 1"""
     whole_jpeg_quality: tuple[int, int] = (95, 95)
     """libjpeg quality of `whole_jpeg`. Range: 1 to 100"""
     whole_resize: float = 0.0
@@ -127,13 +127,16 @@ class AugmentPolicy:
     def __post_init__(self) -> None:
         for name in (
             "hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale", "jpeg_grid_shift",
-            "webp", "vflip", "whole_jpeg", "whole_resize", "whole_webp",
+            "webp", "vflip", "whole_jpeg", "whole_resize", "whole_webp", "brightness", "contrast",
+            "saturation", "hue",
         ):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
-        for name in ("brightness", "contrast", "saturation", "hue"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.match_pair_jpeg and (self.whole_jpeg or self.whole_resize or self.whole_webp):
+            raise ValueError(
+                "match_pair_jpeg gives a fake the stored compression of its real partner; whole_* "
+                "would change only the partner's: set whole_jpeg, whole_resize and whole_webp to 0"
+            )
         if not self.resample_filters or not set(self.resample_filters) <= set(FILTERS):
             raise ValueError(
                 f"resample_filters takes one or more of {', '.join(FILTERS)}, got "
@@ -146,11 +149,8 @@ class AugmentPolicy:
                 raise ValueError(f"{field.name} must be 0 < low <= high, got {pair}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
-        if self.whole_resize_scale[1] > 2:
-            most = self.whole_resize_scale[1]
-            raise ValueError(f"whole_resize_scale is at most 2, got {most}")
         qualities = ("jpeg_quality", "webp_quality", "whole_jpeg_quality", "whole_webp_quality")
-        limits = {**dict.fromkeys(qualities, 100), "num_jpegs": 3}
+        limits = {**dict.fromkeys(qualities, 100), "num_jpegs": 3, "whole_resize_scale": 2}
         for name, most in limits.items():
             if getattr(self, name)[1] > most:
                 raise ValueError(f"{name} is at most {most}, got {list(getattr(self, name))}")

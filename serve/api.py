@@ -61,9 +61,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from imaging.decode import DecodeError, ImageFile
+from model.c2pa.signatures import State
 from model.inference.detector import ImageDetector
 from model.inference.provenance import MEANING
-from model.inference.signatures import State
 from serve import addresses, uploads
 from serve.docs import docs_page
 from serve.limits import Limits, Refused

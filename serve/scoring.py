@@ -42,11 +42,11 @@ import console
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import ImageFile
 from imaging.decode_lock import pixels_of
+from model.c2pa.signatures import usual_trust_list
 from model.inference.detector import ImageDetector
 from model.inference.prediction import done_or_reason, predictions, threads
 from model.inference.provenance import Evidence, read_evidence
 from model.inference.results import COLUMNS
-from model.inference.signatures import usual_trust_list
 from serve.limits import Limits, Refused
 from serve.metrics import Metrics
 

@@ -33,7 +33,7 @@ from model.evaluation.scores import (
 )
 from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
 from model.score import probability
-from model.training.history import rows_of
+from model.tracking.history import rows_of
 from model.training.run import train
 from pipeline.augment import AugmentPolicy
 from pipeline.color import color_matrices

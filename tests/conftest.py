@@ -98,7 +98,7 @@ def streamlit_leaves_nothing() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide a C2PA trust list of this machine, so that tests do not depend on it."""
-    monkeypatch.setattr("model.inference.signatures.CACHED", "no list")
+    monkeypatch.setattr("model.c2pa.signatures.CACHED", "no list")
     monkeypatch.delenv("DETECTOR_TRUST_LIST", raising=False)
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,33 @@ def test_what_uses_a_detector_does_not_load_the_trainer(package: str) -> None:
     assert done.stdout == "[]\n"
 
 
+def imports_between(owner: str) -> dict[str, set[str]]:
+    """Return, for each folder of `owner`, the other folders of it that its files import."""
+    folders = {path.name for path in (ROOT / owner).iterdir() if (path / "__init__.py").is_file()}
+    pattern = re.compile(rf"{owner}\.(\w+)")
+    return {
+        folder: {
+            match[1]
+            for path in files_of(f"{owner}/{folder}")
+            for module in imports_of(path)
+            if (match := pattern.match(module)) and match[1] in folders - {folder}
+        }
+        for folder in folders
+    }
+
+
+@pytest.mark.parametrize("owner", ["model", "sharding"])
+def test_folders_do_not_import_each_other_in_a_circle(owner: str) -> None:
+    TopologicalSorter(imports_between(owner)).prepare()
+
+
+def test_a_circle_of_folders_is_detected() -> None:
+    folders = imports_between("model")
+    assert "features" in folders["training"]
+    with pytest.raises(CycleError, match="training"):
+        TopologicalSorter(folders | {"features": {"training"}}).prepare()
+
+
 def test_the_rule_can_refuse() -> None:
     assert refused("pipeline", "sharding.build.build_set")
     assert refused("sharding", "pipeline.augment")
@@ -101,7 +129,7 @@ def test_the_rule_can_refuse() -> None:
     ("library", "home"),
     [("nvidia", {"pipeline/dali.py", "pipeline/dali_graph.py"}), ("streamlit", PAGE),
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
-     ("c2pa", {"model/inference/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
+     ("c2pa", {"model/c2pa/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
      ("uvicorn", {"serve/server.py"}),
      *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow", "trackio"))],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import predict
 from model import load_detector
-from model.inference import signatures
+from model.c2pa import signatures
 from page.detector import loaded_detector
 from page.scored import score
 from page.verdict import evidence_html

@@ -113,7 +113,7 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
         ("loading.stall_error_s=-1", "stall_error_s must be more than 0, got -1"),
         ("gate.max_fpr=nan", "max_forgetting and max_fpr are shares"),
         ("gate.max_newly_wrong=-1", "max_newly_wrong must not be negative, got -1"),
-        ("augment.train.jpeg=1.5", "jpeg is a probability, got 1.5"),
+        ("augment.train.jpeg=1.5", "jpeg must be from 0 to 1, got 1.5"),
         ("replay.ratio=much", "ratio must look like 1:8"),
         ("run.epochs=many", 'run.epochs takes a whole number, got "many"'),
         ("data.train=phase1", """got "phase1": --set 'data.train=["phase1"]'"""),

@@ -57,7 +57,7 @@ from model.inference.prediction import band_from
 
 if TYPE_CHECKING:
     from model.inference.onnx_detector import OnnxDetector
-    from model.inference.run import Loaded
+    from model.inference.prediction import AnyDetector
     from pipeline.loading import Backend
 
 Kind: TypeAlias = Literal["hf", "timm", "file", "onnx", "checkpoint"]
@@ -92,7 +92,7 @@ def kind_of(name: str) -> Kind:
 def load_any(
     name: str | None, checkpoint: Path | None, opening: Opening, *, device: str = "auto",
     backend: "Backend" = "auto", threshold: float | None = None, heatmap: bool = False,
-) -> "Loaded":  # fmt: skip
+) -> "AnyDetector":  # fmt: skip
     """Load the detector of `--detector` (`name`) or of `--checkpoint`. Without both, load the
     newest run, or the shipped detector if there is no run. `heatmap`: heatmaps are requested.
 

@@ -31,9 +31,9 @@ fake) and `weights`, float32 (N,). An image that comes several times in one view
 weight is how many times. It raises `FeatureError` for missing or damaged features.
 `check_fit(recipe, net)` raises `FitError` if a `ResolvedRecipe` and its network cannot be fitted.
 
-`head_weights(train_state)` returns a copy of the weights that learn (`HeadWeights`, name ->
-tensor), `set_head(train_state, weights)` restores such a copy, and `reset_head(train_state)` sets
-these weights to 0. Each takes a `TrainState`.
+`head_weights(net)` returns a copy of the weights of a `Detector` that learn (`HeadWeights`, name ->
+tensor), `set_head(net, weights)` restores such a copy, and `reset_head(net)` sets these weights to
+0.
 """
 
 import math
@@ -51,7 +51,6 @@ from model.features.loader import FeatureLoader
 from model.lean_import import lean_import
 from model.network import Detector
 from model.recipe import Optim, ResolvedRecipe
-from model.training.step import TrainState
 from pipeline.stream import Stream
 
 ROWS = 1024
@@ -243,20 +242,20 @@ def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor
 HeadWeights = Mapping[str, torch.Tensor]
 
 
-def head_weights(train_state: TrainState) -> HeadWeights:
+def head_weights(net: Detector) -> HeadWeights:
     """Copy the weights that learn."""
-    parameters = train_state.net.backbone.named_parameters()
+    parameters = net.backbone.named_parameters()
     return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
 
 
-def set_head(train_state: TrainState, weights: HeadWeights) -> None:
+def set_head(net: Detector, weights: HeadWeights) -> None:
     """Restore weights that `head_weights` has copied."""
     with torch.no_grad():
-        for name, parameter in train_state.net.backbone.named_parameters():
+        for name, parameter in net.backbone.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
 
 
-def reset_head(train_state: TrainState) -> None:
+def reset_head(net: Detector) -> None:
     """Set the weights that learn to 0."""
-    set_head(train_state, {n: 0 * weight for n, weight in head_weights(train_state).items()})
+    set_head(net, {name: 0 * weight for name, weight in head_weights(net).items()})

@@ -1,1 +1,1 @@
-"""Inference: score image files and read the provenance data that the files contain."""
+"""Inference: score image files, and read what their metadata says of their origin."""

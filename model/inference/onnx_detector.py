@@ -98,7 +98,8 @@ class OnnxDetector(AnyDetector):
     """A loaded ONNX file, with the prediction methods of `model.inference.detector.ImageDetector`.
 
     `checkpoint` is the file. `meta` is its metadata, with the hash of the file as `sha256`. `asked`
-    is a band (low, high) that replaces the one of the file.
+    is a band (low, high) that replaces the one of the file. `reason` names the execution provider
+    of ONNX Runtime. Pillow decodes the images, because DALI needs torch.
     """
 
     checkpoint: Path
@@ -106,16 +107,8 @@ class OnnxDetector(AnyDetector):
     preprocess: Preprocess
     meta: dict[str, Any]
     asked: tuple[float, float] | None = None
-
-    @property
-    def backend(self) -> str:
-        """Name of the image decoder: Pillow, because DALI needs torch here."""
-        return "pil"
-
-    @property
-    def reason(self) -> str:
-        """Name of the execution provider of ONNX Runtime."""
-        return f"ONNX Runtime, {self.session.get_providers()[0]}"
+    reason: str = ""
+    backend: str = "pil"
 
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32, start: int = 0

@@ -254,11 +254,18 @@ class DecisionRule:
 class AnyDetector(DecisionRule, ABC):
     """Base class of detectors: `predict` and `stream` take images and return predictions."""
 
+    backend: str
+    """What decodes the images, such as "pil"."""
+    reason: str
+    """What computes the score, or why this backend; for the log."""
+
     @abstractmethod
     def stream(
-        self, images: Iterable[Picture], batch_size: int = 32
+        self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
-        """Yield one prediction per image, in order. An unreadable image gets an `error`."""
+        """Yield one prediction per image, in order. An unreadable image gets an `error`. `start` is
+        the number of images that were done before, as for `ahead`.
+        """
 
     # The overloads overlap: a str is an iterable of str, an array of arrays. The first match wins.
     @overload

@@ -35,9 +35,9 @@ from imaging import png
 from imaging.decode import READABLE, without_warnings
 from imaging.jpeg import before_scan, segments
 from installed import install_extra
-from model.inference import signatures
+from model.c2pa import signatures
+from model.c2pa.signatures import State, TrustList
 from model.inference.generators import is_named, is_signature, settings_across, settings_in
-from model.inference.signatures import State, TrustList
 
 log = logging.getLogger("ai_images_detector")
 

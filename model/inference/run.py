@@ -53,23 +53,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, TypeAlias
 
 import console
 from imaging.decode import ImageFile
+from model.c2pa.signatures import TrustList
 from model.inference import inputs, results
-from model.inference.prediction import group_sizes
+from model.inference.prediction import AnyDetector, Prediction, group_sizes
 from model.inference.provenance import Evidence, read_evidence
-from model.inference.signatures import TrustList
 from storage import file_name, write_atomically
-
-if TYPE_CHECKING:
-    from model.adapters.detector import OtherDetector
-    from model.inference.detector import ImageDetector
-    from model.inference.onnx_detector import OnnxDetector
-    from model.inference.prediction import Prediction
-
-    Loaded: TypeAlias = ImageDetector | OnnxDetector | OtherDetector
 
 
 @dataclass(eq=False)
@@ -85,7 +76,7 @@ class Note:
 class Run:
     """State of one run over images: destination of the results, and counts so far."""
 
-    detector: "Loaded"
+    detector: AnyDetector
     output: str
     out: results.ResultsFile | None = None
     heatmaps: Path | None = None
@@ -171,7 +162,7 @@ class Run:
 
         return ImageFile(file.name, read)
 
-    def _write(self, result: "Prediction", note: Note) -> None:
+    def _write(self, result: Prediction, note: Note) -> None:
         self.verdicts[result.verdict] += 1
         values = (
             result.name, result.probability, result.verdict, result.error, note.provenance,
@@ -204,7 +195,7 @@ class Run:
 _OF_ONE_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
 
 
-def draw_heatmap(detector: "Loaded", name: str, data: bytes, folder: Path) -> None:
+def draw_heatmap(detector: AnyDetector, name: str, data: bytes, folder: Path) -> None:
     """Write the heatmap of an image to `heatmap_path`, atomically."""
     from PIL import Image
 

@@ -37,11 +37,10 @@ import torch
 import console
 from model.distributed import DistEnv, all_gather_object, all_reduce_any
 from model.features.loader import FeatureLoader, FeatureSource, open_scored, source_of
-from model.features.prepare import check_teacher, views_of
 from model.features.store import missing_of
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of
-from model.training.assemble import assemble, compile_network
+from model.training.assemble import assemble, check_teacher, compile_network, views_of
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState, train_step

@@ -36,7 +36,7 @@ from model.mistakes.keep import Label, MistakeError, keep_mistake, verdict_of
 from model.verdict import percent
 
 if TYPE_CHECKING:
-    from model.inference.run import Loaded
+    from model.inference.prediction import AnyDetector
 
 AT_ONCE = 8
 """Images scored at a time. The bytes of twice as many images are in memory."""
@@ -51,7 +51,7 @@ class Reported:
 
 
 def keep_wrong(
-    detector: "Loaded", paths: Iterable[str], label: Label, folder: Path, *, keep_image: bool
+    detector: "AnyDetector", paths: Iterable[str], label: Label, folder: Path, *, keep_image: bool
 ) -> Iterator[Reported]:
     """Score the images of `paths`, which all have the true label `label`. Yield a result for each.
 

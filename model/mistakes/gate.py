@@ -48,7 +48,7 @@ from model.recipe import Gate
 from storage import parse_json, text_fault, write_text
 
 if TYPE_CHECKING:
-    from model.inference.run import Loaded
+    from model.inference.prediction import AnyDetector
 
 START_FILE = "baseline_mistakes.json"
 
@@ -84,7 +84,7 @@ def check_mistakes(gate: Gate, start_file: Path | None = None) -> None:
         read_start(start_file)
 
 
-def measure_start(folder: Path, start: "Loaded", file: Path) -> dict[str, Verdict]:
+def measure_start(folder: Path, start: "AnyDetector", file: Path) -> dict[str, Verdict]:
     """Score the mistakes that have a copy of their image with the initial detector `start`. Write
     its verdicts to `file` and return them by hash.
     """
@@ -113,7 +113,7 @@ def read_start(file: Path) -> dict[str, Verdict]:
 
 
 def against_start(
-    folder: Path, start: Mapping[str, Verdict], detector: "Loaded"
+    folder: Path, start: Mapping[str, Verdict], detector: "AnyDetector"
 ) -> list[Regression]:
     """Score the mistakes in `folder`, and compare each with the verdict of the initial detector in
     `start` (by hash). A mistake without such a verdict, or without a copy of its image, has the

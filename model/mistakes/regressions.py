@@ -49,7 +49,7 @@ from model.inference.inputs import find_images
 from model.mistakes.keep import Mistake, Verdict, standing, verdict_of, with_verdict, write_mistake
 
 if TYPE_CHECKING:
-    from model.inference.run import Loaded
+    from model.inference.prediction import AnyDetector
 
 Outcome: TypeAlias = Literal["newly wrong", "still wrong", "uncertain", "fixed", "not measurable"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -73,7 +73,7 @@ class Regression:
 def measure_again(
     folder: Path,
     mistakes: Sequence[Mistake],
-    detector: "Loaded",
+    detector: "AnyDetector",
     images: Path | None = None,
     advance: Callable[[], object] = lambda: None,
     lacking: str = "no copy of its image was kept; give the folder of the image with --images",
@@ -196,7 +196,7 @@ def counts_of(rows: Iterable[Regression]) -> dict[Outcome, int]:
     return {outcome: counted[outcome] for outcome in OUTCOMES}
 
 
-def report_of(rows: Sequence[Regression], detector: "Loaded") -> Mapping[str, Any]:
+def report_of(rows: Sequence[Regression], detector: "AnyDetector") -> Mapping[str, Any]:
     """Return the measurement as JSON values."""
     return {
         "detector": detector.identity,

@@ -1,3 +1,3 @@
-"""Show the history of a run: experiment trackers that receive its figures, and plotted curves. Main
-entries: `tracker.Tracker` and `curves.draw`.
+"""The history of a run: write it, send it to experiment trackers, and plot it as curves. Main
+entries: `history.History`, `tracker.Tracker` and `curves.draw`.
 """

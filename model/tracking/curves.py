@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoint
-from model.training.history import HISTORY_FILE, rows_of
+from model.tracking.history import HISTORY_FILE, rows_of
 from storage import parse_json, write_atomically
 
 _PANELS = (

@@ -34,7 +34,6 @@ import console
 from model import checkpoint
 from model.calibrate import CalibrationError
 from model.distributed import on_main
-from model.features.leave_out import calibrate_left_out
 from model.inference.detector import load_detector
 from model.mistakes.gate import (
     START_FILE,
@@ -48,6 +47,7 @@ from model.mistakes.gate import (
 from model.mistakes.keep import Verdict
 from model.mistakes.regressions import counts_of
 from model.training.forgetting import changes, forgetting, refusals
+from model.training.leave_out import calibrate_left_out
 from model.training.plan import Best, RunPlan
 from model.training.validation import Validation, calibrate_checkpoint, read_validation
 

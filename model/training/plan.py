@@ -111,7 +111,7 @@ class RunPlan:
 
     `validation` maps names to the sets that choose the best checkpoint. `stream` yields the
     batches. `features` is the source of stored features, None if the run reads images; it is set
-    after the network is built (`model/features/prepare.py`).
+    after the network is built (`model/training/assemble.py`).
     """
 
     recipe: ResolvedRecipe = field(repr=False)

@@ -61,12 +61,11 @@ from model.distributed import (
     on_main,
 )
 from model.features.fit import fit_head, gather, reset_head
-from model.features.prepare import with_features
 from model.recipe import Recipe, flat_settings
+from model.tracking.history import History
 from model.tracking.tracker import Tracker
-from model.training.assemble import assemble, compile_network
+from model.training.assemble import assemble, compile_network, with_features
 from model.training.conclude import conclude, conclude_again, start_on_mistakes
-from model.training.history import History
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import Best, RunPlan, plan
 from model.training.resume import save
@@ -254,7 +253,7 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
     recipe, dist, done = planned.recipe, planned.dist, planned.steps
     samples = gather(planned.stream, recipe.run.epochs, dist)
     if planned.weights.kind != "checkpoint":  # a new head may be random: begin at 0
-        reset_head(train_state)
+        reset_head(train_state.net)
     with (
         interrupts.stop_signals() as received,
         _tracker(planned) as tracker,

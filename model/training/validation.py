@@ -10,7 +10,7 @@ chosen: the mean over the sets of the balanced accuracy (the accuracy if a set h
 - `preprocess`: a `Preprocess`, the `preprocess` of a `ResolvedRecipe`.
 - `loading`: a `Loading` (batch size, workers and more of the loader), such as `recipe.loading`.
 - `features`: None (the default), or a `FeatureSource`: the place of stored features, which are
-  scored instead of images (`model/features/prepare.py`).
+  scored instead of images (`model/training/assemble.py`).
 
 `calibrate_checkpoint(checkpoint, folders, loading, device, *, rule, dist, features, fitted)` scores
 the sets, fits one `Calibration` (temperature and thresholds) to all of them and returns it. Rank 0

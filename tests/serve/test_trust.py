@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.inference.signatures import TrustListError
+from model.c2pa.signatures import TrustListError
 from tests.builders import encode
 from tests.provenance_files import PICTURE, make_authority, pem, self_signed, sign
 from tests.serve.conftest import Serve

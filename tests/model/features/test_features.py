@@ -23,7 +23,6 @@ from model.features import embed as embedding
 from model.features import prepare
 from model.features.embed import Embedder, embed, embed_sets
 from model.features.loader import FeatureLoader, FeatureSource
-from model.features.prepare import views_of
 from model.features.store import (
     FeatureError,
     View,
@@ -36,6 +35,7 @@ from model.features.store import (
 )
 from model.network import Detector, build
 from model.recipe import Features, Network, Recipe
+from model.training.assemble import views_of
 from model.training.plan import plan
 from model.training.run import train
 from pipeline.augment import AugmentPolicy

@@ -15,14 +15,13 @@ import recipes
 from model import checkpoint
 from model.distributed import DistEnv
 from model.features.fit import FitError, Samples, check_fit, fit_head, gather, linear_of
-from model.features.leave_out import leave_one_out
 from model.features.loader import source_of
-from model.features.prepare import with_features
 from model.network import Detector, build
 from model.recipe import Optim, Recipe
+from model.tracking.history import rows_of
 from model.training import run
-from model.training.assemble import assemble
-from model.training.history import rows_of
+from model.training.assemble import assemble, with_features
+from model.training.leave_out import leave_one_out
 from model.training.plan import plan
 from model.training.run import Interrupted, train
 from tests.builders import broken_copy

@@ -7,7 +7,7 @@ import threading
 import c2pa
 import pytest
 
-from model.inference import signatures
+from model.c2pa import signatures
 from model.inference.provenance import read_evidence
 from tests.builders import encode
 from tests.provenance_files import (

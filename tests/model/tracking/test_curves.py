@@ -10,7 +10,7 @@ from PIL import Image
 
 from model.__main__ import main
 from model.tracking import curves
-from model.training.history import HISTORY_FILE
+from model.tracking.history import HISTORY_FILE
 
 
 def write_run(folder: Path, steps: int, false_positives: float) -> Path:

@@ -15,9 +15,9 @@ import pytest
 import recipes
 from model.recipe import Recipe
 from model.tracking import tracker as tracking
+from model.tracking.history import History, rows_of, scalars_of
 from model.tracking.tracker import TrackedRun, Tracker
 from model.training import run as running
-from model.training.history import History, rows_of, scalars_of
 from model.training.run import train
 from tests.builders import ROOT
 

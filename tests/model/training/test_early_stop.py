@@ -10,7 +10,7 @@ import torch
 import recipes
 from model import checkpoint
 from model.recipe import Recipe
-from model.training.history import rows_of
+from model.tracking.history import rows_of
 from model.training.run import train
 from model.training.validation import Gain
 from tests.builders import ends_alike

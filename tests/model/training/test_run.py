@@ -14,7 +14,7 @@ import train as command
 from model import checkpoint
 from model.network import build
 from model.recipe import Recipe
-from model.training.history import rows_of
+from model.tracking.history import rows_of
 from model.training.optim import make_optimizer
 from model.training.run import train
 from model.training.step import TrainState, train_step

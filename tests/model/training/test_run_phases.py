@@ -18,10 +18,10 @@ from model.evaluation.run import evaluate
 from model.metrics import measure
 from model.recipe import Gate, Recipe
 from model.score import probability
+from model.tracking.history import rows_of
 from model.training import run
 from model.training.conclude import Refused
 from model.training.forgetting import Change, forgetting, refusals
-from model.training.history import rows_of
 from model.training.run import train
 from model.training.sets import open_stream
 from pipeline.replay import Replay

@@ -19,8 +19,8 @@ import torch
 import recipes
 from model import checkpoint
 from model.recipe import Recipe
+from model.tracking.history import rows_of
 from model.training import resume
-from model.training.history import rows_of
 from model.training.run import train
 from tests import forked
 from tests.builders import ROOT, can_mount, losses_of, same

@@ -31,7 +31,7 @@ from model import checkpoint
 from model.network import build
 from model.recipe import Optim, Recipe
 from model.score import score_set
-from model.training.history import rows_of
+from model.tracking.history import rows_of
 from model.training.optim import make_optimizer, schedule
 from model.training.run import train
 from model.training.step import TrainState, train_step

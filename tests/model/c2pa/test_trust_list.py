@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from model.__main__ import main
-from model.inference import signatures
-from model.shipped import trust_list
+from model.c2pa import signatures, trust_list
 from tests.provenance_files import make_authority, pem
 from tests.servers import Server
 

@@ -14,13 +14,12 @@ from model.calibrate import CalibrationError, calibrate_sources, threshold_over_
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores
-from model.features.leave_out import leave_one_out
 from model.features.loader import source_of
-from model.features.prepare import with_features
 from model.features.store import FeatureError
 from model.recipe import Calibrating, Recipe
 from model.score import probability
-from model.training.assemble import assemble
+from model.training.assemble import assemble, with_features
+from model.training.leave_out import leave_one_out
 from model.training.plan import plan
 from model.training.run import train
 from pipeline.loading import Loading

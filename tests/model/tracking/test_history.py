@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.training.history import HISTORY_FILE, History, rows_of
+from model.tracking.history import HISTORY_FILE, History, rows_of
 
 ROWS = [{"step": step, "kind": "train", "loss": 1 / step} for step in (1, 2, 3)]
 LINES = [json.dumps(row).encode() + b"\n" for row in ROWS]

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from model.inference import signatures
-from model.inference.provenance import MAX_TEXT, Evidence, read_evidence
-from model.inference.signatures import (
+from model.c2pa import signatures
+from model.c2pa.signatures import (
     TrustList,
     TrustListError,
     parse_trust_list,
     read_trust_list,
     usual_trust_list,
 )
+from model.inference.provenance import MAX_TEXT, Evidence, read_evidence
 from storage import cache_folder
 from tests.builders import encode
 from tests.provenance_files import (

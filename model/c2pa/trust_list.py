@@ -26,7 +26,7 @@ from pathlib import Path
 import requests
 
 from escape import without_secrets
-from model.inference.signatures import (
+from model.c2pa.signatures import (
     CACHED,
     MAX_BYTES,
     TrustList,

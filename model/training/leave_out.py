@@ -53,8 +53,8 @@ from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object, on_main
 from model.features.fit import FitError, fit_head, gather, head_weights, reset_head, set_head
 from model.features.loader import FeatureLoader, FeatureSource, source_of
-from model.features.prepare import embed_run
 from model.score import score_set
+from model.training.assemble import embed_run
 from model.training.optim import make_optimizer, schedule, set_learning_rate
 from model.training.plan import RunPlan
 from model.training.step import TrainState, train_step
@@ -82,7 +82,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
-    reset_head(train_state)
+    reset_head(net)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
     state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs
@@ -117,7 +117,7 @@ def leave_one_out(
     `on_head(sources)` is called while the network has the head trained without these sources. At
     the end the network has its original head again.
     """
-    kept, pool = head_weights(train_state), planned.stream.pool
+    kept, pool = head_weights(train_state.net), planned.stream.pool
     loading, device = planned.recipe.loading, planned.device
     loader = FeatureLoader(pool.shards, source, loading, device)
     planned = replace(planned, stream=replace(planned.stream, loader=loader))
@@ -137,7 +137,7 @@ def leave_one_out(
                 scored[name] = scores.labels, scores.logits
             on_head(members)
             advance(1)
-    set_head(train_state, kept)
+    set_head(train_state.net, kept)
     return scored
 
 

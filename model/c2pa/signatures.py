@@ -75,7 +75,7 @@ VARIABLE = "DETECTOR_TRUST_LIST"
 """Environment variable with the path of a trust list, like `predict.py --trust-list`."""
 
 CACHED = "c2pa-trust-list.json"
-"""Name of the public list in `cache_folder()`, written by `model/shipped/trust_list.py`."""
+"""Name of the public list in `cache_folder()`, written by `model/c2pa/trust_list.py`."""
 
 FETCH = "python -m model fetch --trust-list"
 
