@@ -106,8 +106,8 @@ class OnnxDetector(AnyDetector):
     session: "onnxruntime.InferenceSession"
     preprocess: Preprocess
     meta: dict[str, Any]
-    asked: tuple[float, float] | None = None
-    reason: str = ""
+    asked: tuple[float, float] | None
+    reason: str
     backend: str = "pil"
 
     def stream(
@@ -182,7 +182,8 @@ def load_onnx(
     file = Path(file)
     session = _open(file, device)
     meta = _meta_of(session, file) | {"sha256": sha256_of(file)}
-    return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, asked)
+    reason = f"ONNX Runtime, {session.get_providers()[0]}"
+    return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, asked, reason)
 
 
 def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":

@@ -126,6 +126,7 @@ def test_the_metadata_describes_the_file(exported: Path, tiny_checkpoint: Path) 
     assert loaded.meta["data"] == {"sources": [], "synthetic_sources": [], "known_against": []}
     assert (loaded.preprocess, loaded.band, loaded.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
     assert repr(loaded).startswith("OnnxDetector('onnx/detector.onnx ")
+    assert (loaded.backend, loaded.reason) == ("pil", "ONNX Runtime, CPUExecutionProvider")
     assert loaded.meta["license"].startswith("CC-BY-NC-4.0")
     assert load_onnx(exported / "detector.onnx", threshold=0.9).band == (0.9, 0.9)
 
