@@ -31,9 +31,10 @@ from typing import Any, Literal
 
 from PIL import ExifTags, Image
 
+from console import counted
 from imaging import png
 from imaging.decode import READABLE, without_warnings
-from imaging.jpeg import before_scan, segments
+from imaging.jpeg import before_scan, mended, segments
 from installed import install_extra
 from model.c2pa import signatures
 from model.c2pa.signatures import State, TrustList
@@ -59,7 +60,8 @@ class Evidence:
     """One statement in a file about its origin.
 
     `kind` is "C2PA", "source type" (of IPTC), "AI label" (China's GB 45438), "generator" (settings
-    or name of an image generator), "camera", or "more" (`MAX_EVIDENCE` was exceeded). `value` is
+    or name of an image generator), "camera", "unreadable" (parts of the metadata are damaged or too
+    large), or "more" (`MAX_EVIDENCE` was exceeded). `value` is
     one printable line of at most `MAX_TEXT` characters. `where` is the location in the file.
     `suggests` is the origin if the statement is true: "AI", "camera", or "" for neither. `state` is
     the result of checking a C2PA signature, "" without a signature.
@@ -86,7 +88,8 @@ def read_evidence(data: bytes, trust: TrustList | None = None) -> list[Evidence]
     head = _without_pixels(data)
     for look in (functools.partial(_c2pa, trust=trust), _metadata):
         try:
-            evidence += look(data, head)
+            for item in look(data, head):  # one by one: an error keeps what came before it
+                evidence.append(item)
         except Exception as error:  # hostile files make parsers raise almost anything
             log.debug("evidence: %s: %s", type(error).__name__, error, exc_info=True)
     evidence = list(dict.fromkeys(evidence))
@@ -170,37 +173,77 @@ def _suggested(sources: list[str]) -> Literal["AI", "camera", ""]:
 # --- metadata containers: EXIF, XMP, texts --------------------------------------------------------
 
 
-def _metadata(data: bytes, head: bytes) -> list[Evidence]:
-    """Return all evidence other than C2PA. No pixel is decoded."""
-    is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(png.SIGNATURE)
-    if is_jpeg and not any(mark in head for mark in _JPEG_MARKS):
-        return []
+def _metadata(data: bytes, head: bytes) -> Iterator[Evidence]:
+    """Yield all evidence other than C2PA. No pixel is decoded."""
+    if data.startswith(b"\xff\xd8") and not any(mark in head for mark in _JPEG_MARKS):
+        return
     with without_warnings():  # Pillow warns about odd metadata, which is expected here
-        # In a PNG without pixel data, Pillow reads the texts after the pixels and decodes nothing.
-        with Image.open(io.BytesIO(head if is_png else data), formats=READABLE) as image:
+        image, unreadable = _open(data, head)
+        with image:
             info, exif = dict(image.info), _exif(image)
+    if unreadable:
+        yield Evidence(
+            "unreadable", f"{counted(unreadable, 'part')} of the metadata, damaged or too large",
+            "the whole file",
+        )  # fmt: skip
     packets = [info.pop("xmp", b""), info.pop("XML:com.adobe.xmp", b""), *_hidden_xmp(info, head)]
     xmp = "\n".join(_xmp_text(packet) for packet in packets if packet)[:_MAX_READ]
     skipped = {"exif", "icc_profile"}
     texts = _bounded({str(key): value for key, value in info.items() if key not in skipped})
     exif = _bounded(exif)
-    evidence = [*_said_in_xmp(xmp), *_labels(xmp, "XMP")]
+    yield from _said_in_xmp(xmp)
+    yield from _labels(xmp, "XMP")
     for key, text in texts.items():
-        where = f"text {_line(key)[:40]}"
-        evidence += _labels(f'"AIGC":{text}' if key == "AIGC" else "", "PNG text")
-        evidence += _generator(key, text, where)
-    together = settings_across(texts)
-    evidence += [Evidence("generator", _line(together), "texts", "AI")] if together else []
+        yield from _labels(f'"AIGC":{text}' if key == "AIGC" else "", "PNG text")
+        yield from _generator(key, text, f"text {_line(key)[:40]}")
+    if together := settings_across(texts):
+        yield Evidence("generator", _line(together), "texts", "AI")
     for tag, text in exif.items():
-        where = f"EXIF {tag}"
-        evidence += [*_labels(text, where), *_generator(tag, text, where)]
-    return evidence + _signed_by_grok(exif) + list(_camera(exif))
+        yield from _labels(text, f"EXIF {tag}")
+        yield from _generator(tag, text, f"EXIF {tag}")
+    yield from _signed_by_grok(exif)
+    yield from _camera(exif)
+
+
+def _open(data: bytes, head: bytes) -> tuple[Image.Image, int]:
+    """Open an image for its metadata. Pillow refuses a whole PNG or JPEG for one bad text chunk or
+    segment; then each part is opened alone. Returns the image, whose `info` has the metadata of all
+    good parts, and the number of bad parts.
+    """
+    is_png = data.startswith(png.SIGNATURE)
+    try:
+        # In a PNG without pixel data, Pillow reads the texts after the pixels and decodes nothing.
+        return Image.open(io.BytesIO(head if is_png else data), formats=READABLE), 0
+    except Exception:
+        if is_png:
+            bare, at = png.essential(head), len(png.SIGNATURE) + 25  # behind the first chunk, IHDR
+            chunks = itertools.islice(png.chunks(head), _MAX_CHUNKS)
+            parts = [head[start:end] for kind, start, end in chunks if kind in _PNG_PARTS]
+        elif data.startswith(b"\xff\xd8"):
+            bare, at = mended(head) + _SCAN, 2
+            parts = [head[s.start : s.end] for s in segments(head) if s.marker in _JPEG_PARTS]
+        else:
+            raise
+        image = Image.open(io.BytesIO(bare), formats=READABLE)
+    bad = 0
+    for part in parts[:_MAX_PARTS]:
+        try:
+            with Image.open(io.BytesIO(bare[:at] + part + bare[at:]), formats=READABLE) as one:
+                image.info.update(one.info)
+        except Exception as error:
+            log.debug("metadata: %s: %s", type(error).__name__, error)
+            bad += 1
+    return image, bad + max(0, len(parts) - _MAX_PARTS)
 
 
 # EXIF, XMP (also extended XMP), a comment. A JPEG without any of these marks has no evidence and is
 # not parsed.
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", _EXTENDED_XMP, b"\xff\xfe")
+_PNG_PARTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+_JPEG_PARTS = (0xE1, 0xFE)  # EXIF or XMP, and a comment
+_SCAN = b"\xff\xda\0\2"  # an empty scan, which ends the header of a JPEG
+_MAX_PARTS = 100  # that are opened one by one
 _MAX_CHUNKS = 100_000
 _MAX_READ = 500_000  # characters of one text that are read: a large graph has 300,000
 _MAX_READ_IN_ALL = 4_000_000
@@ -344,6 +387,14 @@ def _xmp_text(packet: bytes | str) -> str:
     return packet.decode("utf-16-be" if packet[:1] in (b"\0", b"\xfe") else "utf-16-le", "replace")
 
 
+def _unescaped(text: str) -> str:
+    """Replace HTML entities such as `&amp;`; the text itself if one is impossible."""
+    try:
+        return html.unescape(text)
+    except ValueError:  # a number of thousands of digits
+        return text
+
+
 _MAX_VALUES = 30  # values read of one property; fewer are shown
 
 
@@ -353,16 +404,16 @@ def _xmp_values(xmp: str, name: str) -> Iterator[str]:
     """
     attribute = rf"(?<=[\s:]){name}\s{{0,9}}=\s{{0,9}}(?:\"([^\"<>]*)\"|'([^'<>]*)')"
     for value in itertools.islice(re.finditer(attribute, xmp), _MAX_VALUES):
-        yield html.unescape(value[1] or value[2] or "")
+        yield _unescaped(value[1] or value[2] or "")
     opened = rf"<(?:[\w.-]{{1,40}}:)?{name}(\s[^<>]{{0,1000}})?>"
     closed = re.compile(rf"</(?:[\w.-]{{1,40}}:)?{name}\s{{0,9}}>")
     for element in itertools.islice(re.finditer(opened, xmp), _MAX_VALUES):
         resource = re.search(r"resource\s{0,9}=\s{0,9}[\"']([^\"'<>]*)", element[1] or "")
         end = closed.search(xmp, element.end(), element.end() + 100_000)
         if resource:
-            yield html.unescape(resource[1])
+            yield _unescaped(resource[1])
         elif end:
-            yield html.unescape(re.sub(r"<[^<>]*>", " ", xmp[element.end() : end.start()])).strip()
+            yield _unescaped(re.sub(r"<[^<>]*>", " ", xmp[element.end() : end.start()])).strip()
 
 
 # Properties that name the program (xmp, tiff, stEvt) or contain settings (Draw Things and others).
@@ -409,7 +460,7 @@ def _labels(text: str, where: str) -> Iterator[Evidence]:
     """
     if "AIGC" not in text:
         return
-    text = html.unescape(text)
+    text = _unescaped(text)
     label = re.search(r'"Label"\s{0,9}:\s{0,9}"?([123])"?', text)
     if label:
         means = {"1": "AI-generated", "2": "probably AI-generated", "3": "suspected AI-generated"}

@@ -55,6 +55,46 @@ def harmless(data: bytes) -> None:
             assert len(text) <= MAX_TEXT
 
 
+def large_text() -> str:
+    """Return a text that unpacks to more than the megabyte that Pillow allows."""
+    return "".join(random.Random(1).choices("abcdefghij ", k=1_100_000))
+
+
+def texts_of(*texts: tuple[str, str], zipped: bool = False) -> bytes:
+    info = PngInfo()
+    for key, text in texts:
+        info.add_text(key, text, zip=zipped)
+    return encode(Image.fromarray(photo(2, 24, 20)), "PNG", pnginfo=info)
+
+
+def camera_with(segment: bytes) -> bytes:
+    """Return a JPEG from a camera with one more segment, which Pillow refuses."""
+    data = encode(Image.fromarray(photo(2, 24, 20)), "JPEG", exif=exif(Make="Canon", Model="x"))
+    return data[:2] + segment + data[2:]
+
+
+@pytest.mark.parametrize(
+    ("data", "kinds"),
+    [
+        (texts_of(("parameters", A1111), ("note", large_text()), zipped=True),
+         ["unreadable", "generator"]),
+        (texts_of(("parameters", A1111), ("Title", "hello")).replace(b"hello", b"jello"),
+         ["unreadable", "generator"]),
+        (camera_with(b"\xff\xe2\0\x0eICC_PROFILE\0"), ["camera"]),
+        (camera_with(b"\xff\xee\0\7Adobe"), ["camera"]),
+        (camera_with(b"\xff\xe1\0\x08Exif\0\0"), ["camera"]),
+    ],
+)  # fmt: skip
+def test_a_bad_part_does_not_hide_the_others(data: bytes, kinds: list[str]) -> None:
+    assert [one.kind for one in read_evidence(data)] == kinds
+
+
+def test_an_impossible_entity_is_kept_as_it_is() -> None:
+    packet = xmp(f'exif:UserComment="&#{"9" * 5000};" x:parameters="{A1111}"/>')
+    data = encode(Image.fromarray(photo(2, 24, 20)), "JPEG", xmp=packet)
+    assert [one.kind for one in read_evidence(data)] == ["generator"]
+
+
 def test_damaged_files_never_raise(signer: c2pa.Signer) -> None:
     rng = random.Random(1)
     for whole in all_kinds(signer):
