@@ -9,6 +9,7 @@ request:
   it gets status 503, and its body is not read.
 - The size of an upload is its Content-Length. Without one, the largest size that Streamlit accepts
   is assumed. A size below `LEAST_BYTES` counts as `LEAST_BYTES`.
+- Files of a page that was closed during the upload are deleted after `GRACE_S` seconds.
 - Other uploads and all other requests are passed on.
 - Every response gets the security headers `HEADERS`.
 
@@ -21,6 +22,7 @@ at least `LEAST_BYTES`. It works only while Streamlit's server runs.
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +34,8 @@ from streamlit import config
 from streamlit.runtime import get_instance
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.starlette import App
+
+from page.session import GRACE_S
 
 _UPLOADS_MB = os.environ.get("DETECTOR_UPLOADS_MB") or "1024"
 if not _UPLOADS_MB.isdecimal() or not int(_UPLOADS_MB):
@@ -52,8 +56,9 @@ UPLOADS = "/_stcore/upload_file/"
 
 HEADERS = {
     # Streamlit's page needs inline scripts, eval and blobs. Other hosts and frames are forbidden.
+    # Not every browser takes 'self' for the page's own websocket, so its host is named.
     "Content-Security-Policy": (
-        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: "
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' {host}"
         "data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
         "frame-ancestors 'none'"
     ),
@@ -80,7 +85,7 @@ class Guard:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(headers_for(Headers(scope=scope)))
             await send(message)
 
         if scope["method"] == "PUT" and UPLOADS in scope["path"]:
@@ -113,6 +118,26 @@ class Guard:
             await PlainTextResponse(text, 408)(scope, receive, send)
         finally:
             self.arriving -= size
+            session = scope["path"].partition(UPLOADS)[2].partition("/")[0]
+            if not get_instance().is_active_session(session):
+                asyncio.get_running_loop().call_later(GRACE_S, _forget_if_closed, session)
+
+
+def _forget_if_closed(session: str) -> None:
+    """Delete the files of a session that is closed. Streamlit deletes those that were there when it
+    closed, but also takes later ones, which nothing else would delete.
+    """
+    if not get_instance().is_active_session(session):
+        cast(MemoryUploadedFileManager, get_instance().uploaded_file_mgr).remove_session_files(
+            session
+        )
+
+
+def headers_for(request: Headers) -> dict[str, str]:
+    """Return `HEADERS` for a request, with the host that it names."""
+    host = request.get("host", "")
+    sockets = f"ws://{host} wss://{host} " if re.fullmatch(r"[\w.:\[\]-]+", host) else ""
+    return {name: value.replace("{host}", sockets) for name, value in HEADERS.items()}
 
 
 def held() -> int:

@@ -1,6 +1,7 @@
 """The middleware between Streamlit and the browser: headers, and a memory limit for uploads."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,13 @@ class Streamlit:
         self.file_storage: dict[str, dict[str, SimpleNamespace]] = {}
         self.uploaded_file_mgr = self
         self.fails = False
+        self.is_open = True
+
+    def is_active_session(self, session: str) -> bool:
+        return self.is_open and session == "session"
+
+    def remove_session_files(self, session: str) -> None:
+        self.file_storage.pop(session, None)
 
     async def upload(self, request: Request) -> Response:
         data = await request.body()
@@ -54,8 +62,12 @@ def test_every_answer_has_the_headers(guard: app_server.Guard) -> None:
     client = TestClient(guard)
     for answer in (client.get("/"), client.get("/none"), client.put(UPLOAD, content=bytes(9 * MB))):
         for name, value in app_server.HEADERS.items():
-            assert answer.headers[name] == value
-        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+            assert answer.headers[name] == value or "{host}" in value
+        policy = answer.headers["Content-Security-Policy"]
+        assert "frame-ancestors 'none'" in policy
+        assert "connect-src 'self' ws://testserver wss://testserver data:" in policy
+    answer = client.get("/", headers={"host": "a; script-src *"})
+    assert "connect-src 'self' data: blob:;" in answer.headers["Content-Security-Policy"]
 
 
 def test_all_uploads_together_are_limited_and_memory_is_freed(
@@ -70,6 +82,18 @@ def test_all_uploads_together_are_limited_and_memory_is_freed(
     assert guard.arriving == 0
     streamlit.file_storage.clear()  # pages are closed
     assert client.put(UPLOAD, content=bytes(MB)).status_code == 204
+
+
+def test_an_upload_that_ends_after_its_page_was_closed_is_deleted(
+    streamlit: Streamlit, guard: app_server.Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_server, "GRACE_S", 0.2)
+    streamlit.is_open = False
+    with TestClient(guard) as client:
+        assert client.put(UPLOAD, content=bytes(MB)).status_code == 204
+        assert app_server.held() == MB  # a page may reconnect
+        time.sleep(0.5)
+        assert app_server.held() == 0
 
 
 def test_an_interrupted_upload_frees_its_memory(
