@@ -33,7 +33,8 @@ import streamlit as st
 import console
 from model import load_detector
 from model.c2pa import signatures
-from model.checkpoint import NoCheckpointError
+from model.checkpoint import CheckpointError, NoCheckpointError
+from model.inference.detector import RUNS as DEFAULT_RUNS
 from model.inference.detector import ImageDetector
 from model.shipped.backbone import MissingError
 
@@ -52,13 +53,12 @@ def loaded_detector() -> ImageDetector:
     """
     signatures.usual_trust_list()  # report an unusable trust list at once
     named, runs = folder_in(CHECKPOINT), folder_in(RUNS)
-    if runs and not named and not runs.exists():
-        # A mistyped name must not silently mean the shipped detector.
-        raise ValueError(
-            f"{RUNS}: there is no folder {runs}; set it to a folder of trained runs, or unset it "
-            "to use the shipped detector"
-        )
-    return load_detector(named, runs=runs or Path("runs"))
+    try:
+        return load_detector(named, runs=runs or DEFAULT_RUNS)
+    except CheckpointError as error:
+        if named or not runs or isinstance(error, NoCheckpointError):
+            raise
+        raise CheckpointError(f"{RUNS}: {error}") from error
 
 
 def why_not(error: Exception) -> str:

@@ -54,7 +54,7 @@ import console
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import Encoded, as_is, decoded, png_of
 from imaging.orientation import UPRIGHT
-from model.checkpoint import find, load_network
+from model.checkpoint import CheckpointError, find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
     AnyDetector,
@@ -208,10 +208,14 @@ class _Group(NamedTuple):
     failures: dict[int, str]
 
 
+RUNS = Path("runs")
+"""Folder of all runs, if none is named. It need not exist."""
+
+
 def load_detector(
     checkpoint: Path | str | None = None,
     *,
-    runs: Path | str = "runs",
+    runs: Path | str = RUNS,
     device: str = "auto",
     backend: Backend = "auto",
     threshold: float | None = None,
@@ -225,11 +229,18 @@ def load_detector(
     For a band that keeps to error rates, call `at_rates(max_fpr=0.02)` of the result.
 
     Raises:
-        CheckpointError: the checkpoint does not exist or cannot be used.
+        CheckpointError: the checkpoint, or a folder `runs` other than `RUNS`, does not exist, or
+            the checkpoint cannot be used.
         BackboneError: the backbone of a shipped detector is missing or is not the expected one.
         ValueError: the device or backend is not available, or the threshold is outside 0 to 1.
     """
     asked = band_from(threshold)
+    if not checkpoint and Path(runs) != RUNS and not Path(runs).exists():
+        # A mistyped name must not silently mean the shipped detector.
+        raise CheckpointError(
+            f"there is no folder {runs} with runs; name a folder of trained runs, or leave it out "
+            "to use the shipped detector"
+        )
     folder = find(Path(runs), Path(checkpoint) if checkpoint else None, shipped=True)
     if not checkpoint and is_shipped(folder):
         console.log.info("no trained run below %s: using shipped detector %s", runs, folder.name)

@@ -244,7 +244,8 @@ class DecisionRule:
         """Identifier of the checkpoint and its band: run, step, and a hash of meta and band."""
         content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
         short = hashlib.sha256(content.encode()).hexdigest()[:8]
-        return f"{self.checkpoint.parent.name}/{self.checkpoint.name} {short}"
+        folder = self.checkpoint.absolute()  # `--checkpoint clip` may be a folder of this directory
+        return f"{folder.parent.name}/{folder.name} {short}"
 
     def verdict(self, probability: float) -> str:
         """Return the verdict, one of `VERDICTS`, for a probability of fake."""

@@ -122,7 +122,7 @@ def test_a_requested_threshold_leaves_nothing_uncertain(small_runs: Path) -> Non
     assert [strict.verdict(p) for p in (0.69, 0.7)] == ["no sign of AI", "likely AI"]
     with pytest.raises(ValueError, match="a threshold is a probability"):
         load_detector(runs=small_runs, threshold=1.5)
-    with pytest.raises(CheckpointError, match="no checkpoint below"):
+    with pytest.raises(CheckpointError, match="there is no folder"):
         load_detector(runs=small_runs / "none")
 
 
@@ -233,6 +233,15 @@ def test_dali_is_not_started_for_one_image(
     dali = load_detector(runs=small_runs, backend="dali")
     monkeypatch.setattr("pipeline.dali.DaliBackend.run", lambda *_: pytest.fail("started"))
     assert dali.predict(FILES[1]).probability == detector.predict(FILES[1]).probability
+
+
+def test_a_detector_has_one_identity_from_every_folder(
+    detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(detector.checkpoint.parent)
+    near = load_detector(detector.checkpoint.name)
+    assert near.checkpoint == Path(detector.checkpoint.name)
+    assert near.identity == detector.identity
 
 
 def test_repr_of_detector_and_prediction_is_short(detector) -> None:
