@@ -368,7 +368,9 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)
-        click.echo(f"{unreadable:,} of {total:,} images could not be read", err=True)
+        again = "; --resume reads none of the file again: score them into another --out"
+        again = again if run.out and run.out.unreadable else ""
+        click.echo(f"{unreadable:,} of {total:,} images could not be read{again}", err=True)
     if run.undrawn:
         click.echo(f"heatmaps that could not be written: {run.undrawn:,}", err=True)
     if unreadable or run.undrawn:

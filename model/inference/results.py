@@ -38,6 +38,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,8 @@ class ResultsFile:
     `close`.
 
     Of the rows that were in the file when it was opened, `names` contains a sorted hash of each
-    image name, uint64, and `unreadable` is the number of rows without a verdict.
+    image name, uint64, and `unreadable` is the number of rows without a verdict. `written` is the
+    modification time of these rows in seconds (Unix time).
     """
 
     path: Path
@@ -119,10 +121,21 @@ class ResultsFile:
     output: str
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     unreadable: int = 0
+    written: float = 0.0
 
     def __contains__(self, name: str) -> bool:
         index = np.searchsorted(self.names, _hash(name))
         return bool(index < len(self.names) and self.names[index] == _hash(name))
+
+    def is_older_than(self, path: str) -> bool:
+        """Return whether a file has changed since the last row was written, before this run. A time
+        in the future says nothing.
+        """
+        try:
+            changed = os.stat(path).st_mtime  # noqa: PTH116  strings, as in the list
+        except OSError:
+            return False
+        return self.written < changed <= time.time()
 
     @property
     def go_on(self) -> str:
@@ -214,6 +227,8 @@ def _lock(stream: BinaryIO, partial: Path) -> None:
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:
     """Return the locked file `<path>.partial`, positioned after its last complete row."""
     partial = partial_of(path)
+    with_rows = [place.stat() for place in (path, partial) if place.exists()]
+    written = max((facts.st_mtime for facts in with_rows if facts.st_size), default=0.0)
     with partial.open("rb") as started:
         if path.exists():
             with path.open("rb") as finished:
@@ -224,7 +239,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
                             f"{path} and {partial} are both there, and neither begins with the "
                             "other; remove or rename one, or name another file with --out"
                         )
-                    file = ResultsFile(path, stream, output, rows.names, rows.unreadable)
+                    file = ResultsFile(path, stream, output, rows.names, rows.unreadable, written)
                     finished.seek(0)
                     for part in iter(lambda: finished.read(2**20), b""):
                         file.write_bytes(part)
@@ -232,7 +247,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
         rows = _read_rows(started, output, partial, checkpoint, may_be_cut=True)
     stream.truncate(rows.end)
     stream.seek(rows.end)
-    file = ResultsFile(path, stream, output, rows.names, rows.unreadable)
+    file = ResultsFile(path, stream, output, rows.names, rows.unreadable, written)
     if not rows.end and output == "csv":
         file.write(header(output))
     return file

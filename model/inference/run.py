@@ -55,7 +55,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePath
 
 import console
-from imaging.decode import ImageFile
+from imaging.decode import DecodeError, ImageFile
 from model.c2pa.signatures import TrustList
 from model.inference import inputs, results
 from model.inference.prediction import AnyDetector, Prediction, group_sizes
@@ -83,7 +83,7 @@ class Run:
     trust: TrustList | None = None
     verdicts: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
-    resumes: bool = True  # whether images that are in the results file already are skipped
+    watched: set[str] | None = None  # of a watched folder: the names that came already
     skipped: int = 0  # images that are in the results file already
     undrawn: int = 0  # heatmaps that could not be written
     started: float = field(default_factory=time.monotonic)
@@ -116,7 +116,7 @@ class Run:
                     notes.append(Note(is_written=is_written))
                     yield self._noted(file, notes[-1])
                 else:
-                    file.skip()
+                    self._pass_over(file)
                 self.skipped += is_written
 
         with contextlib.closing(self.detector.stream(reading(), batch_size, start)) as predictions:
@@ -127,10 +127,30 @@ class Run:
                 yield self.done + self.skipped
 
     def _is_written(self, file: ImageFile) -> bool:
-        """Return whether the results file had a line for this image when the run began. It does not
-        count for an image that has come, or has changed, since then.
+        """Return whether the results file had a line for this image when the run began. In a
+        watched folder it does not count for an image that has changed since then.
         """
-        return bool(self.resumes and self.out and file.name in self.out)
+        if not self.out or file.name not in self.out:
+            return False
+        if self.watched is None:
+            return True
+        is_first = file.name not in self.watched
+        self.watched.add(file.name)
+        return is_first and not self.out.is_older_than(file.name)
+
+    def _pass_over(self, file: ImageFile) -> ImageFile:
+        """Draw the heatmap of an image that is in the results file, if it is requested and missing.
+        Return the same image, which can still be read.
+        """
+        if not self.heatmaps or heatmap_path(file.name, self.heatmaps).exists():
+            file.skip()
+            return file
+        try:
+            data = file.read()
+            self._draw(file.name, data, self.heatmaps)
+        except DecodeError:  # its line has the reason
+            return file
+        return ImageFile(file.name, lambda: data)
 
     def _remaining(
         self, files: Iterable[ImageFile], batch_size: int
@@ -138,14 +158,18 @@ class Run:
         """Return the files from the first incomplete batch on, and the number of files before."""
         files = iter(files)
         start = 0
-        if not self.resumes or not self.out or not len(self.out.names):
+        if self.watched is not None or not self.out or not len(self.out.names):
             return files, start
         for size in group_sizes(batch_size):
             group = []
+            is_complete = True
             for file in islice(files, size):
-                file.skip()
-                group.append(file)
-            if not group or not all(map(self._is_written, group)):
+                is_written = self._is_written(file)
+                is_complete &= is_written
+                if not is_written:
+                    file.skip()
+                group.append(self._pass_over(file) if is_written else file)
+            if not group or not is_complete:
                 return chain(group, files), start
             start += size
             self.skipped += len(group)
@@ -260,7 +284,7 @@ def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
 def predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
     """Score new images in a folder, without end."""
     console.log.info("watching %s; press Ctrl-C to stop", folder)
+    run.watched = set()
     for ready in inputs.watch(folder, run.excluded):
         for _ in run.over(ready, batch_size):
             pass
-        run.resumes = False  # later lists have only files that are new or have changed

@@ -185,6 +185,47 @@ def test_a_changed_file_is_scored_again_by_a_resumed_watch(
     assert len(rows) == 2 and rows[0] != rows[1]
 
 
+def test_a_resumed_watch_scores_what_changed_in_between_and_nothing_twice(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a file either that the first look leaves out, because its time is in the future."""
+    out = tmp_path / "out.csv"
+    assert ask(photos, "--out", out).exit_code == 0
+    os.utime(photos / "0.jpg", (4e9, 4e9))
+    (photos / "1.jpg").write_bytes(encode(photo(8)))
+    looks = []
+
+    def sleep(_seconds: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "SETTLED_S", 0.0)
+    monkeypatch.setattr(inputs.time, "sleep", sleep)
+    for _ in range(2):
+        looks.clear()
+        assert ask("--watch", photos, "--out", out, "--resume").exit_code == 0
+        rows = csv.DictReader(io.StringIO(out.read_text()))
+        names = [Path(row["path"]).name for row in rows]
+        assert sorted(names[:3]) == ["0.jpg", "1.jpg", "2.jpg"]
+        assert names[3:] == ["1.jpg"]
+
+
+def test_a_resumed_run_draws_the_heatmaps_that_are_missing(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    out, maps = tmp_path / "out.csv", tmp_path / "maps"
+    assert ask(photos, "--out", out).exit_code == 1
+    before = out.read_bytes()
+    result = ask(photos, "--out", out, "--resume", "--heatmap", maps)
+    assert result.exit_code == 1
+    assert "score them into another --out" in result.stderr
+    assert out.read_bytes() == before
+    images = [heatmap_path(str(photos / f"{number}.jpg"), maps) for number in range(3)]
+    assert sorted(maps.rglob("*.png")) == sorted(images)
+
+
 def test_a_finished_run_over_a_compressed_tar_is_resumed(
     ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
