@@ -1,14 +1,14 @@
 """Download images from http and https URLs, for the server option `--allow-urls`.
 
-Main entry: `fetch(url, limits, allowance, until)` returns the body as bytes.
+Main entry: `fetch(url, limits, allowance)` returns the body as bytes.
 
 - `url`: the URL, text.
 - `limits`: the `Limits` of the server; only `allow_private_urls` is used (True: hosts need not be
   public).
-- `allowance`: `Allowance(limits)`, one for all URLs of a request. It holds how many bytes all URLs
-  of the request together may still send, `limits.max_bytes` at first; its `take(size)` subtracts
-  some, and raises `FetchError` if fewer are left.
-- `until`: the deadline, in seconds of `time.monotonic()`.
+- `allowance`: `Allowance(limits, until)`, one for all URLs of a request. It holds how many bytes
+  they together may still send, `limits.max_bytes` at first; its `take(size)` subtracts some, and
+  raises `FetchError` if fewer are left. `until` is the deadline, in seconds of `time.monotonic()`.
+  `end()` ends all downloads at once, for a request that has ended.
 
 It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (serve/limits.py, status 403) for a
 URL that is not http or https, or whose host is not public. It raises `FetchError` (a `DecodeError`)
@@ -18,7 +18,7 @@ in these cases:
 - The host name cannot be resolved, or the connection fails.
 - The answer has another status than 200 (such as 404), or is one redirect too many.
 - The body is compressed or incomplete, or has more bytes than `allowance` has left.
-- The host name is not resolved, or the answer not complete, at `until`.
+- The host name is not resolved, or the answer not complete, at the deadline.
 
 A client must not use this server to reach hosts that only the server can reach (SSRF). So each host
 name is resolved once, all its IP addresses are checked (`is_public(address)`, a text) unless
@@ -34,6 +34,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from imaging.decode import DecodeError
@@ -49,11 +50,37 @@ class FetchError(DecodeError):
 
 
 class Allowance:
-    """Byte budget shared by all URLs of one request. Thread-safe."""
+    """Bytes and time that all URLs of one request share. Thread-safe."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, until: float):
         self.total = self.left = limits.max_bytes
+        self.until = until
         self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+
+    @contextlib.contextmanager
+    def limiting(self, sock: socket.socket) -> Iterator[None]:
+        """Shut a connection down at the deadline, or at `end`, if the block has not ended by then.
+        A socket timeout limits each single read; this limits all reads together.
+        """
+        with sock.dup() as twin:  # TLS takes over the original
+            alarm = threading.Timer(max(0.0, self.until - time.monotonic()), _cut, [twin])
+            alarm.start()
+            with self._lock:
+                self._open.add(twin)
+            try:
+                yield
+            finally:
+                alarm.cancel()
+                with self._lock:
+                    self._open.discard(twin)
+
+    def end(self) -> None:
+        """End all downloads now."""
+        with self._lock:
+            self.until = 0.0
+            for twin in self._open:
+                _cut(twin)
 
     def take(self, size: int) -> None:
         """Take `size` bytes from the budget.
@@ -67,9 +94,8 @@ class Allowance:
             self.left -= size
 
 
-def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes:
-    """Download the body behind a URL, following redirects, until the deadline `until`
-    (`time.monotonic()`, seconds).
+def fetch(url: str, limits: Limits, allowance: Allowance) -> bytes:
+    """Download the body behind a URL, following redirects, until the deadline of `allowance`.
 
     Raises:
         Refused: a URL that this server must not fetch.
@@ -77,26 +103,21 @@ def fetch(url: str, limits: Limits, allowance: Allowance, until: float) -> bytes
     """
     for _ in range(MAX_REDIRECTS + 1):
         parts, port = _checked(url)
-        addresses = _resolved(parts, port, limits.allow_private_urls, until)
+        addresses = _resolved(parts, port, limits.allow_private_urls, allowance.until)
         with contextlib.ExitStack() as ended:
-            sock = ended.enter_context(_connected(addresses, port, until))
-            # A socket timeout limits each single read; the timer limits all reads together. It
-            # shuts down a duplicate of the socket, because TLS takes over the original.
-            twin = ended.enter_context(sock.dup())
-            alarm = threading.Timer(max(0.0, until - time.monotonic()), _cut, [twin])
-            ended.callback(alarm.cancel)
-            alarm.start()
+            sock = ended.enter_context(_connected(addresses, port, allowance.until))
+            ended.enter_context(allowance.limiting(sock))
             try:
                 answer = ended.enter_context(_ask(sock, parts, port, ended))
                 where = answer.headers.get("Location")
                 if answer.status not in REDIRECTS or not where:
                     body = _body(answer, allowance)
-                    if time.monotonic() >= until:  # the alarm may have ended the body early
+                    if time.monotonic() >= allowance.until:  # the body may have been cut off
                         raise FetchError("the URL took too long to answer")
                     return body
                 url = urljoin(url, where)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if time.monotonic() >= until:
+                if time.monotonic() >= allowance.until:
                     raise FetchError("the URL took too long to answer") from error
                 if isinstance(error, FetchError):
                     raise
@@ -112,7 +133,9 @@ def _checked(url: str) -> tuple[SplitResult, int]:
         host = (parts.hostname or "").encode("idna")
         url.encode("ascii")
     except ValueError:
-        raise FetchError("not a URL; expected https://host/path") from None
+        raise FetchError(
+            "not a URL; expected https://host/path, with other characters than ASCII as %XX"
+        ) from None
     if parts.scheme not in ("http", "https"):
         raise Refused(403, f"only http and https URLs are fetched, got {parts.scheme[:20]!r}")
     if not host or parts.username is not None or parts.password is not None:

@@ -71,7 +71,7 @@ from serve.metrics import Metrics
 from serve.scoring import Scorer
 
 FETCHERS = 8
-"""Number of threads that fetch URLs."""
+"""Number of threads that fetch URLs; one request uses at most half of them."""
 
 FETCH_SHARE = 0.5
 """Part of the request's time limit that is allowed for fetching its URLs. A URL that takes longer
@@ -256,20 +256,55 @@ class Service:
         except TimeoutError:
             detail = f"the body did not arrive within {self.limits.timeout_s:g} s"
             raise Refused(408, detail) from None
-        return await self._fetched(urls, until)
+        return await self._fetched(request, urls, until)
 
-    async def _fetched(self, urls: list[str], until: float) -> list[ImageFile]:
-        """Fetch the images behind URLs. Reading an image raises the error of a failed fetch."""
-        loop = asyncio.get_running_loop()
+    async def _fetched(self, request: Request, urls: list[str], until: float) -> list[ImageFile]:
+        """Fetch the images behind URLs. Reading an image raises the error of a failed fetch.
+
+        Raises:
+            Refused: none of the URLs may be fetched, or the time limit was reached.
+            ClientDisconnect: the client disconnected.
+        """
         by = until - (1 - FETCH_SHARE) * self.limits.timeout_s
-        work = partial(_body_or_error, self.limits, addresses.Allowance(self.limits), by)
-        bodies = asyncio.gather(*(loop.run_in_executor(self.fetchers, work, url) for url in urls))
+        allowance, turns = addresses.Allowance(self.limits, by), asyncio.Semaphore(FETCHERS // 2)
+        loop, work = asyncio.get_running_loop(), partial(_body_or_error, self.limits, allowance)
+
+        async def fetched(url: str) -> bytes | DecodeError | Refused:
+            async with turns:
+                return await loop.run_in_executor(self.fetchers, work, url)
+
         try:
-            async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                pairs = zip(urls, await bodies, strict=True)
-        except TimeoutError:
-            raise self._too_late() from None
+            bodies = await self._in_time(request, asyncio.gather(*map(fetched, urls)), until)
+        finally:
+            allowance.end()
+        refused = [body for body in bodies if isinstance(body, Refused)]
+        if len(refused) == len(urls):
+            raise refused[0]
+        pairs = zip(urls, bodies, strict=True)
         return [ImageFile(url, partial(_raised, body)) for url, body in pairs]
+
+    async def _in_time(
+        self, request: Request, work: asyncio.Future[list[Any]], until: float
+    ) -> list[Any]:
+        """Return the result of `work`, or cancel it when the time is over or the client has left.
+
+        Raises:
+            Refused: the time limit was reached.
+            ClientDisconnect: the client disconnected.
+        """
+        gone = asyncio.ensure_future(_disconnected(request))
+        either: set[asyncio.Future[Any]] = {work, gone}
+        try:
+            left = max(0.0, until - time.monotonic())
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise ClientDisconnect if gone.done() else self._too_late()
+        finally:
+            gone.cancel()
+            # A canceled `gather` ends with an error, which asyncio logs unless somebody takes it.
+            work.add_done_callback(_take_error)
+            work.cancel()
 
     def _too_late(self) -> Refused:
         return Refused(
@@ -290,17 +325,7 @@ class Service:
         """
         jobs = self.scorer.submit(files)
         rows = asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
-        gone = asyncio.ensure_future(_disconnected(request))
-        either: set[asyncio.Future[Any]] = {rows, gone}
-        try:
-            left = max(0.0, until - time.monotonic())
-            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if rows.done():
-                return rows.result()
-            raise ClientDisconnect if gone.done() else self._too_late()
-        finally:
-            gone.cancel()
-            rows.cancel()  # cancels every job that has no row yet
+        return await self._in_time(request, rows, until)  # canceling it cancels jobs without a row
 
     def _answer(self, rows: list[dict[str, Any]]) -> Response:
         answer = {
@@ -312,16 +337,23 @@ class Service:
         return Text(answer)
 
 
+def _take_error(done: asyncio.Future[Any]) -> None:
+    if not done.cancelled():
+        done.exception()
+
+
 def _body_or_error(
-    limits: Limits, allowance: addresses.Allowance, until: float, url: str
-) -> bytes | DecodeError:
+    limits: Limits, allowance: addresses.Allowance, url: str
+) -> bytes | DecodeError | Refused:
     try:
-        return addresses.fetch(url, limits, allowance, until)
-    except addresses.FetchError as error:
+        return addresses.fetch(url, limits, allowance)
+    except (addresses.FetchError, Refused) as error:
         return error
 
 
-def _raised(body: bytes | DecodeError) -> bytes:
+def _raised(body: bytes | DecodeError | Refused) -> bytes:
+    if isinstance(body, Refused):  # a site must not be able to spoil the other rows by a redirect
+        raise DecodeError(body.detail)
     if isinstance(body, DecodeError):
         raise body
     return body
@@ -337,7 +369,8 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="AI image detector",
         summary="Is an image a real photograph or AI-generated?",
-        description=f"Each image gets a probability and a verdict. {MEANING}",
+        description="Each image gets a probability and a verdict. The metadata of its file is "
+        f"shown too: {MEANING[0].lower()}{MEANING[1:]}",
         docs_url=None,  # the pages of FastAPI load scripts from another host
         redoc_url=None,
     )

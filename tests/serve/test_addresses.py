@@ -160,6 +160,12 @@ def test_a_public_url_is_fetched_from_the_checked_ip_address(
         url = f"http://public.example/to?{where}"
         assert client.post("/predict", json={"urls": [url]}).status_code == 403, where
     assert set(names) == {"93.184.215.14"}
+    refused = "http://public.example/to?ftp://elsewhere/"  # a site must not spoil other rows
+    answer = client.post("/predict", json={"urls": [urls[0], refused]})
+    assert answer.status_code == 200, answer.text
+    assert ["only http and https" in row["error"] for row in answer.json()["images"]] == [
+        False, True,
+    ]  # fmt: skip
 
 
 def test_https_checks_the_certificate_of_the_host_name(
@@ -250,7 +256,7 @@ def test_a_slow_lookup_of_a_name_ends_at_the_deadline(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     began = time.monotonic()
     with pytest.raises(addresses.FetchError, match="took too long to answer"):
-        addresses.fetch("http://localhost:9/", Limits(), addresses.Allowance(Limits()), began + 0.3)
+        addresses.fetch("http://localhost:9/", Limits(), addresses.Allowance(Limits(), began + 0.3))
     assert time.monotonic() - began < 5
     answered.set()
 

@@ -1,6 +1,9 @@
 """Many requests at once: shared batches, limits, timeouts, and a stop that answers all requests."""
 
 import asyncio
+import gc
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from starlette.testclient import TestClient
 from imaging.decode import ImageFile
 from model.inference.detector import ImageDetector
 from serve import scoring
-from serve.api import Service, make_app
+from serve.api import FETCHERS, Service, make_app
 from serve.limits import MB, Limits, Refused
 from serve.metrics import Metrics
 from tests.builders import encode, photo
@@ -174,7 +177,10 @@ def test_a_stopping_server_refuses_new_requests_and_answers_accepted_ones(
 
 
 def ask(
-    service: Service, *messages: dict[str, Any], after: Callable[[], None] | None = None
+    service: Service,
+    *messages: dict[str, Any],
+    after: Callable[[], object] | None = None,
+    kind: bytes = b"image/jpeg",
 ) -> int:
     """Return the status of a request with the body `messages`. The client then sends nothing more;
     it disconnects when `after` returns, or never without `after`.
@@ -199,13 +205,41 @@ def ask(
 
         scope = {
             "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
-            "headers": [(b"content-type", b"image/jpeg")], "http_version": "1.1",
+            "headers": [(b"content-type", kind)], "http_version": "1.1",
         }  # fmt: skip
         await make_app(service)(scope, receive, answer)
 
     asyncio.run(run())
     (status,) = statuses
     return status
+
+
+def test_a_client_that_leaves_ends_its_downloads(
+    detector: ImageDetector, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host accepts connections and never answers. One request has half of the threads."""
+    service = Service(detector, Limits(allow_urls=True, allow_private_urls=True))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        body = json.dumps({"urls": [url] * 12}).encode()
+        whole = {"type": "http.request", "body": body, "more_body": False}
+        connections: list[socket.socket] = []
+
+        def accept() -> None:
+            connections.extend(silent.accept()[0] for _ in range(FETCHERS // 2))
+            silent.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                silent.accept()
+
+        began = time.monotonic()
+        assert ask(service, whole, after=accept, kind=b"application/json") == 499
+        service.close()  # waits for all threads
+        assert time.monotonic() - began < 10
+        for connection in connections:
+            connection.close()
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    assert service.held == service.in_flight == 0
 
 
 def test_a_body_that_never_arrives_is_408(detector: ImageDetector) -> None:
