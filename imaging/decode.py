@@ -380,7 +380,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise DecodeError(f"{len(data):,} bytes, more than the limit of {MAX_BYTES:,}")
     if not data:
         raise DecodeError("empty file")
-    with _open(data) as image:
+    with open_image(data) as image:
         if image.width < 1 or image.height < 1:
             raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
         if image.width * image.height > MAX_PIXELS:
@@ -396,7 +396,8 @@ _MENDED = "mended"
 """Key in Pillow's `info` of an image that could only be opened after `mended`."""
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """Open an image as decoding does: bad metadata is left out. Raises DecodeError."""
     try:
         return Image.open(_stream(data), formats=READABLE)
     except Image.DecompressionBombError:

@@ -14,14 +14,11 @@ read; such a file counts as small.
 """
 
 import contextlib
-import io
 import threading
 from collections.abc import Iterator
 
-from PIL import Image
-
 from imaging.budget import LARGE_PIXELS
-from imaging.decode import READABLE, without_warnings
+from imaging.decode import open_image, without_warnings
 
 WAIT_S = 60.0
 """Seconds that an image waits for others before it is refused."""
@@ -65,7 +62,7 @@ def hold(lock: threading.Lock) -> Iterator[None]:
 def pixels_of(data: bytes) -> int:
     """Return the number of pixels in an image's header, or 0 if the header cannot be read."""
     try:
-        with without_warnings(), Image.open(io.BytesIO(data), formats=READABLE) as image:
+        with without_warnings(), open_image(data) as image:
             return image.width * image.height
     except Exception:  # hostile bytes make parsers raise anything; decoding reports the error
         return 0

@@ -141,5 +141,6 @@ def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:
         return f"{result.name} was refused: {result.prediction.error}."
     return (
         f"{result.name}: {capital(verdict)}. {capital(fitness.number(detector.meta))}: "
-        f"{percent(probability)}. {capital(fitness.proof(detector.meta))}."
+        f"{percent(probability)}. {'The file itself names AI. ' if result.names_ai else ''}"
+        f"{capital(fitness.proof(detector.meta))}."
     )

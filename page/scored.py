@@ -77,6 +77,12 @@ class Scored:
     thumbnail: bytes = b""
     size: tuple[int, int] = (0, 0)
     is_example: bool = False
+    was_busy: bool = False  # it was not scored, because others were; it is tried again
+
+    @property
+    def names_ai(self) -> bool:
+        """Whether a statement in the file suggests that the image is AI-generated."""
+        return any(item.suggests == "AI" for item in self.evidence)
 
 
 def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, Scored]:
@@ -94,6 +100,7 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
         bar.progress(index / len(fresh), f"Scoring {markdown(file.name)}")
         scored[file.file_id] = score(detector, file.name, file.getvalue())
     bar.empty()
+    st.session_state["scored"] = {key: one for key, one in scored.items() if not one.was_busy}
     return {file.file_id: scored[file.file_id] for file in files}
 
 
@@ -121,7 +128,7 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
             picture = Image.fromarray(decode(data))
     except Busy as error:
         refused = Prediction(name=name, probability=None, verdict=UNREADABLE, error=str(error))
-        return Scored(name, refused)
+        return Scored(name, refused, was_busy=True)
     size = picture.size
     if min(size) < MIN_SIDE_PX:
         reason = (

@@ -50,7 +50,8 @@ export default function ({ parentElement, data, setStateValue }) {
     const image = row.picture
       ? element("img", { src: row.picture, alt: "" }) : element("span", { className: "blank" });
     const open = element("button", { type: "button" }, row.name);
-    const verdict = element("span", { className: `mark ${row.kind}` }, row.verdict);
+    const verdict = element("span", {}, element("span", { className: `mark ${row.kind}` }, row.verdict));
+    if (row.names) verdict.append(" ", element("span", { className: "state ai" }, row.names));
     const number = element("td", { className: "number" });
     if (row.probability !== null) {
       const fill = element("i");

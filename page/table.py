@@ -25,6 +25,7 @@ from pathlib import Path
 import streamlit as st
 from markupsafe import Markup
 
+from console import counted
 from model.inference import fitness, results
 from model.inference.detector import ImageDetector
 from model.verdict import capital, percent
@@ -44,10 +45,12 @@ _table = st.components.v2.component(
 
 
 def summary(scored: Mapping[str, Scored], verdicts: Mapping[str, str]) -> str:
-    """Return the number of images in all and per verdict, as text."""
+    """Return the number of images in all and per verdict, and of files that name AI, as text."""
     counts = Counter(verdicts.values())
     said = ", ".join(f"{counts[name]} {name}" for name in KINDS if name in counts)
-    return f"{len(scored)} images: {said}"
+    naming = sum(result.names_ai for result in scored.values())
+    named = f"; {counted(naming, 'file')} {'names' if naming == 1 else 'name'} AI" if naming else ""
+    return f"{len(scored)} images: {said}{named}"
 
 
 def show_table(
@@ -93,6 +96,7 @@ def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
         "picture": data_url(result.thumbnail) if result.thumbnail else "",
         "verdict": capital(verdict),
         "kind": KINDS[verdict],
+        "names": "names AI" if result.names_ai else "",
         "probability": probability,
         "said": "" if probability is None else percent(probability),
     }

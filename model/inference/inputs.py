@@ -69,18 +69,34 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
         if os.path.lexists(path) or not glob.has_magic(path):
             yield from _images_of(path, excluded)
             continue
-        matched, folders = False, list[str]()
+        matched, folders, links = False, list[str](), set[str]()
         # A last `**` matches every folder and file below: the same as the folder itself.
         pattern = re.sub(rf"({re.escape(os.sep)}\*\*)+$|^\*\*$", "", path) or os.curdir
         for match in glob.iglob(pattern, recursive=True):  # noqa: PTH207  it takes any pattern
             matched = True
             if match.startswith(tuple(folders)):
                 continue  # inside a folder that matched: its images were yielded
+            if "**" in pattern and (link := _link_above(match, fixed_part(path))):
+                excluded["a link to a folder"] += link not in links
+                links.add(link)
+                continue
             if "**" in pattern and os.path.isdir(match):  # noqa: PTH112
                 folders.append(os.path.join(match, ""))  # noqa: PTH118
             yield from _images_of(match, excluded)
         if not matched:
             yield _unreadable(path, "no file matches this pattern")
+
+
+def _link_above(match: str, top: Path) -> str:
+    """Return the first linked folder on the way from `top` to `match`, or "". A `**` would follow
+    such links without end.
+    """
+    path = Path(top)
+    for part in Path(match).relative_to(top).parts:
+        path /= part
+        if os.path.islink(path) and os.path.isdir(path):  # noqa: PTH112, PTH114  long names
+            return str(path)
+    return ""
 
 
 def is_there(path: str) -> bool:

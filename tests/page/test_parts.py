@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from markupsafe import Markup
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from imaging import decode_lock as locks
 from model import load_detector
@@ -14,11 +15,13 @@ from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.verdict import percent
 from page.cost import hundred_html, measured_on
+from page.draw import sentence
 from page.examples import examples
 from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
 from page.photo import crops_of, photo_html
 from page.scored import FORWARD, Scored, score
 from page.start import figures_html
+from page.table import row, summary
 from page.verdict import evidence_html, refused_html, scale_html
 from pipeline.preprocess import Preprocess
 from tests.builders import JPEG, encode, photo
@@ -174,9 +177,22 @@ def test_an_image_is_decoded_while_the_network_is_in_use(
     monkeypatch.setattr(locks, "WAIT_S", 0.1)
     with FORWARD:
         refused = score(detector, "b.jpg", b"<html>").prediction
-        waited = score(detector, "c.jpg", image).prediction
+        waited = score(detector, "c.jpg", image)
     assert refused.error.startswith("not an image")
-    assert "busy with other images" in waited.error
+    assert "busy with other images" in waited.prediction.error and waited.was_busy
+
+
+def test_many_images_and_a_sentence_say_which_files_name_ai(small_runs: Path) -> None:
+    detector = load_detector(runs=small_runs)
+    info = PngInfo()
+    info.add_text("parameters", "a castle\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1")
+    files = {"a": encode(photo(1)), "b": encode(photo(1), "PNG", pnginfo=info)}
+    scored = {name: score(detector, name, data) for name, data in files.items()}
+    verdicts = dict.fromkeys(files, "uncertain")
+    assert summary(scored, verdicts) == "2 images: 2 uncertain; 1 file names AI"
+    assert [row(name, scored[name], "uncertain")["names"] for name in files] == ["", "names AI"]
+    said = [sentence(detector, scored[name], "uncertain") for name in files]
+    assert ["The file itself names AI." in one for one in said] == [False, True]
 
 
 def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
@@ -186,6 +202,10 @@ def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
     monkeypatch.setattr(locks, "WAIT_S", 0.1)
     small, large = encode(photo(1, 50, 50)), encode(photo(1, 200, 100), "PNG")
     assert [locks.pixels_of(data) for data in (small, large, b"none")] == [2500, 20_000, 0]
+    info = PngInfo()
+    info.add_text("Title", "hello")
+    damaged = encode(Image.new("RGB", (200, 100)), "PNG", pnginfo=info).replace(b"hello", b"jello")
+    assert locks.pixels_of(damaged) == 20_000  # as the decoder, which leaves the text out
     taken = []
     with locks.decode_lock(large):
         with locks.decode_lock(small):

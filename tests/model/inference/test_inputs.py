@@ -15,6 +15,22 @@ from tests.builders import encode, photo, write_tar
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+def test_a_pattern_does_not_follow_links_to_folders(tmp_path: Path) -> None:
+    """A folder that links to itself would give each image many times."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("a/1.jpg", "a/b/2.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "a/self").symlink_to(".")
+    (tmp_path / "a/link.jpg").symlink_to("1.jpg")
+    (tmp_path / "top").symlink_to("a")  # named in the pattern, so it is followed
+    for pattern in ("a/**/*.jpg", "**/*.jpg", "top/**/*.jpg"):
+        excluded: Counter[str] = Counter()
+        files = inputs.find_images([f"{tmp_path}/{pattern}"], excluded)
+        names = sorted(Path(file.name).name for file in files)
+        assert names == ["1.jpg", "2.jpg", "link.jpg"], pattern
+        assert excluded["a link to a folder"] == (2 if pattern.startswith("*") else 1), pattern
+
+
 def test_a_watched_folder_yields_each_complete_file_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
