@@ -33,9 +33,10 @@ from model.calibrate import threshold_at_fpr
 from model.export.average import average
 from model.metrics import measure, measure_sources
 from model.recipe import Recipe
-from model.score import probability, score_set
+from model.score import score_set
 from model.training.forgetting import accuracy_of
 from model.training.run import train
+from model.verdict import probability
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from sharding.format import open_shards

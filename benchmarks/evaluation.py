@@ -61,7 +61,8 @@ from model.evaluation.run import evaluate
 from model.evaluation.scores import SCORES_SCHEMA, read_scores, write_scores
 from model.network import build as build_network
 from model.recipe import Recipe
-from model.score import AT_A_TIME, logits_of, probability
+from model.score import AT_A_TIME, logits_of
+from model.verdict import probability
 from report.files import write_report
 from sharding.build import build
 from sharding.catalog import read_catalog

@@ -64,12 +64,13 @@ from model.evaluation.robustness import perturbed_variants
 from model.features.loader import FeatureLoader, source_of
 from model.metrics import measure
 from model.recipe import Recipe
-from model.score import autocast, evaluating, logits_of, probability, score_set
+from model.score import autocast, evaluating, logits_of, score_set
 from model.shipped.fetch import weights_at
 from model.training.assemble import assemble, embed_run, with_features
 from model.training.leave_out import leave_one_out, refit
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
+from model.verdict import probability
 from pipeline import pil
 from pipeline.perturb import PERTURBATIONS
 from storage import any_path

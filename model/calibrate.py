@@ -50,8 +50,8 @@ import numpy as np
 
 from model.metrics import expected_calibration_error, negative_log_likelihood
 from model.recipe import Calibrating
-from model.score import DEFAULT_THRESHOLD, probability
-from model.verdict import LEFT_OUT
+from model.score import DEFAULT_THRESHOLD
+from model.verdict import LEFT_OUT, probability
 from sharding.format import read_index
 from storage import AnyPath
 

@@ -23,11 +23,11 @@ cannot be scored (`LoadError`, `OrderError`, `FeatureError`). All are `ValueErro
 finite or not; it sets the evaluation mode too. `logits_of(net, images, device, dtype)` does not; it
 returns the logits of one batch as a tensor.
 
-`probability(logits, temperature)` returns the probabilities of fake, `join_ranks(parts)` merges the
-`Scores` of all ranks. `in_parts(images, size)` regroups tensors into parts of `size` rows
-(`AT_A_TIME` by default; the last is padded with zeros). `autocast(device, dtype)` returns a context
-for mixed precision. `evaluating(net)` is the context manager for the evaluation mode.
-`DEFAULT_THRESHOLD` is the decision threshold without calibration.
+`join_ranks(parts)` merges the `Scores` of all ranks. `in_parts(images, size)` regroups tensors into
+parts of `size` rows (`AT_A_TIME` by default; the last is padded with zeros). `autocast(device,
+dtype)` returns a context for mixed precision. `evaluating(net)` is the context manager for the
+evaluation mode. `DEFAULT_THRESHOLD` is the decision threshold without calibration. `probability()`
+of `model/verdict.py` converts logits to probabilities.
 """
 
 import contextlib
@@ -63,17 +63,6 @@ class Scores:
     labels: np.ndarray
     logits: np.ndarray
     failures: dict[int, str]
-
-
-def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Return the probability of fake, float64: the softmax of the two logits at a temperature. A
-    logit that is not finite gives NaN.
-    """
-    logits = np.asarray(logits, np.float64)
-    finite = np.where(np.isfinite(logits), logits, np.nan)
-    with np.errstate(invalid="ignore"):
-        # 1 / (1 + exp(-x)) would overflow for very negative x.
-        return np.exp(-np.logaddexp(0.0, -finite / temperature))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

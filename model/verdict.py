@@ -1,4 +1,5 @@
-"""Turn a probability of fake into one of three verdicts, with the uncertain band of a detector.
+"""Turn a logit into a probability of fake, and this into one of three verdicts, with the uncertain
+band of a detector.
 
 Main entry: `verdict(probability, band)` returns one of `VERDICTS`: "no sign of AI" below the band,
 "uncertain" in it, "likely AI" at or above its upper end. It raises `ValueError` if the probability
@@ -6,6 +7,9 @@ is NaN or infinite (`NOT_FINITE` is the reason as text).
 
 - `probability`: probability of fake, float from 0 to 1.
 - `band`: (low, high), such as (0.3, 0.7). With low equal to high, no verdict is "uncertain".
+
+`probability(logits, temperature)` converts an array of logits (fake minus real) to probabilities of
+fake, float64. A logit that is not finite gives NaN.
 
 `band_of(meta)` returns the (low, high) of a checkpoint. `meta` is its parsed `meta.json`, a dict.
 Without a calibration, low and high are both its decision threshold.
@@ -33,6 +37,8 @@ import sys
 from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
+
+import numpy as np
 
 VERDICTS = ("no sign of AI", "uncertain", "likely AI")
 """Verdicts for a probability of fake below the band, inside it, and at or above its upper end."""
@@ -168,6 +174,17 @@ def percent(p: float) -> str:
 def capital(text: str) -> str:
     """Make the first letter upper case. `str.capitalize` would also turn `AI` into `ai`."""
     return text[:1].upper() + text[1:]
+
+
+def probability(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Return the probability of fake, float64: the softmax of the two logits at a temperature. A
+    logit that is not finite gives NaN.
+    """
+    logits = np.asarray(logits, np.float64)
+    finite = np.where(np.isfinite(logits), logits, np.nan)
+    with np.errstate(invalid="ignore"):
+        # 1 / (1 + exp(-x)) would overflow for very negative x.
+        return np.exp(-np.logaddexp(0.0, -finite / temperature))
 
 
 def verdict(probability: float, band: tuple[float, float]) -> str:

@@ -32,9 +32,9 @@ from model.evaluation.scores import (
     ScoreTable,
 )
 from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
-from model.score import probability
 from model.tracking.history import rows_of
 from model.training.run import train
+from model.verdict import probability
 from pipeline.augment import AugmentPolicy
 from pipeline.color import color_matrices
 from pipeline.preprocess import Preprocess

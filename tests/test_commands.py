@@ -20,7 +20,7 @@ from model.__main__ import main as model
 from model.calibrate import Calibration
 from model.export.card import card_of
 from model.training.validation import calibrate_checkpoint
-from model.verdict import VERDICTS, percent
+from model.verdict import VERDICTS, percent, probability
 from pipeline.__main__ import main as pipeline
 from pipeline.loading import Loading
 from pipeline.perturb import PERTURBATIONS
@@ -301,7 +301,7 @@ def test_predict_evaluate_and_python_agree_on_the_same_bytes(
     import numpy as np
     import torch
 
-    from model.score import probability, score_set
+    from model.score import score_set
     from pipeline.loader import open_loader
 
     detector = load_detector(runs=runs)

@@ -35,11 +35,10 @@ Fields of a `Prediction`: `name`, `probability` (0 to 1), `verdict` ("no sign of
 image or a score of NaN, `error` has the reason, `probability` is None and `verdict` is
 "unreadable".
 
-`logits_from()` converts probabilities to logits, `probability_at()` applies a temperature to
-probabilities; both take and return float64 arrays. `DetectorError` (a `ValueError`) is raised by
-the other modules of this package: for a missing or damaged detector, a failed download, a library
-that is not installed, or labels that do not say which of them mean AI-generated. This module does
-not import torch.
+`logits_from()` converts an array of probabilities to logits, float64. `DetectorError` (a
+`ValueError`) is raised by the other modules of this package: for a missing or damaged detector, a
+failed download, a library that is not installed, or labels that do not say which of them mean
+AI-generated. This module does not import torch.
 """
 
 import functools
@@ -63,6 +62,7 @@ from model.inference.prediction import (
     pixels_of,
     predictions,
 )
+from model.verdict import probability
 
 
 class DetectorError(ValueError):
@@ -133,8 +133,14 @@ class OtherDetector(AnyDetector):
     def score(self, prepared: Sequence[Any]) -> np.ndarray:
         """Return the probability of fake of preprocessed images, after the temperature: float64
         (B,), NaN where the detector returns no finite number.
+
+        With a temperature other than 1 it is computed from `logits`, as the thresholds of a
+        calibration are: an image at a threshold gets the same verdict here and in an evaluation.
         """
-        return probability_at(self.judge.score(prepared), self.meta["temperature"])
+        temperature = self.meta["temperature"]
+        if temperature == 1:
+            return self.judge.score(prepared)
+        return probability(self.logits(prepared), temperature)
 
     def logits(self, prepared: Sequence[Any]) -> np.ndarray:
         """Return the logit of fake minus the logit of real, before temperature: float32 (B,)."""
@@ -176,13 +182,6 @@ def logits_from(probabilities: np.ndarray) -> np.ndarray:
 
 _LEAST = 2.0**-53
 """Difference between 1 and the next smaller float64 number."""
-
-
-def probability_at(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Apply a temperature to probabilities. At 1 the probabilities are returned unchanged."""
-    if temperature == 1:
-        return probabilities
-    return 1 / (1 + np.exp(-logits_from(probabilities) / temperature))
 
 
 def meta_of(kind: str, name: str, **identity: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ from model.evaluation.robustness import (
     shifts,
 )
 from model.metrics import measure
-from model.score import probability
+from model.verdict import probability
 from pipeline.perturb import ORIGINAL, Perturbation, fit_shorter, jpeg, webp
 from sharding.format import CLASSES, ShardSet, codes_of
 

@@ -55,7 +55,8 @@ from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
-from model.score import evaluating, logits_of, probability
+from model.score import evaluating, logits_of
+from model.verdict import probability
 from pipeline import pil
 from pipeline.perturb import ORIGINAL, Perturbation
 from pipeline.preprocess import Preprocess

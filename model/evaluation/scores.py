@@ -54,7 +54,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from model.score import Scores, probability
+from model.score import Scores
+from model.verdict import probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
 from storage import parse_json, write_atomically
 

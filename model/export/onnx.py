@@ -64,8 +64,7 @@ from model.inference.fitness import FITNESS_KEYS
 from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, preprocess
 from model.inference.prediction import ahead, as_file
 from model.network import Detector
-from model.score import probability
-from model.verdict import band_of, verdict
+from model.verdict import band_of, probability, verdict
 from pipeline import pil
 from pipeline.preprocess import Preprocess
 from pipeline.read import ReadError, ShardReader

@@ -71,8 +71,9 @@ from model.inference.prediction import (
     threads,
 )
 from model.network import Detector
-from model.score import evaluating, logits_of, probability
+from model.score import evaluating, logits_of
 from model.shipped.backbone import is_shipped
+from model.verdict import probability
 from pipeline import pil
 from pipeline.augment import center_crop_params
 from pipeline.batch import PLACEHOLDER, Request

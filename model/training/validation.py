@@ -54,9 +54,10 @@ from model.distributed import DistEnv, on_main
 from model.features.loader import FeatureSource, open_scored
 from model.metrics import Metrics, measure, measure_sources
 from model.recipe import Calibrating
-from model.score import DEFAULT_THRESHOLD, Scores, probability, score_set
+from model.score import DEFAULT_THRESHOLD, Scores, score_set
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
+from model.verdict import probability
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards

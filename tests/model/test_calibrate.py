@@ -14,8 +14,7 @@ from model.calibrate import (
     thresholds_at_rates,
 )
 from model.metrics import measure
-from model.score import probability
-from model.verdict import band_of, verdict
+from model.verdict import band_of, probability, verdict
 
 
 def calibrated_scores(count: int, seed: int = 0, scale: float = 2.0):

@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics as sk
 
 from model.metrics import measure, what_is_missing
-from model.score import probability
+from model.verdict import probability
 
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
 SCORES = np.array([0.1, 0.2, 0.3, 0.6, 0.4, 0.7, 0.8, 0.9])

@@ -9,8 +9,8 @@ import torch
 from model import checkpoint, load_detector
 from model.inference.prediction import UNREADABLE, predictions
 from model.network import build
-from model.score import ScoreError, probability, score_set
-from model.verdict import verdict
+from model.score import ScoreError, score_set
+from model.verdict import probability, verdict
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from sharding.format import ShardSet

@@ -9,7 +9,7 @@ import pytest
 from model.evaluation import bootstrap
 from model.evaluation.bootstrap import Images, group_rows, interval, intervals, resample
 from model.metrics import measure
-from model.score import probability
+from model.verdict import probability
 
 NONE = np.empty(0, np.int64)
 

@@ -17,7 +17,8 @@ from model.evaluation.scores import (
     write_scores,
 )
 from model.metrics import measure
-from model.score import Scores, probability
+from model.score import Scores
+from model.verdict import probability
 from sharding.format import ShardSet
 from tests.builders import table_of
 

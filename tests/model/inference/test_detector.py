@@ -16,7 +16,8 @@ from imaging.decode import DecodeError, ImageFile, decode
 from model import load_detector
 from model.checkpoint import CheckpointError
 from model.inference.prediction import UNREADABLE, Prediction
-from model.score import AT_A_TIME, probability, score_set
+from model.score import AT_A_TIME, score_set
+from model.verdict import probability
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
 from sharding.format import ShardSet

@@ -17,11 +17,11 @@ from model.evaluation.scores import read_scores
 from model.features.loader import source_of
 from model.features.store import FeatureError
 from model.recipe import Calibrating, Recipe
-from model.score import probability
 from model.training.assemble import assemble, with_features
 from model.training.leave_out import leave_one_out
 from model.training.plan import plan
 from model.training.run import train
+from model.verdict import probability
 from pipeline.loading import Loading
 from tests.builders import train_tiny
 

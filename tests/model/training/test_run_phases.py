@@ -17,13 +17,13 @@ from model.calibrate import Calibration, CalibrationError
 from model.evaluation.run import evaluate
 from model.metrics import measure
 from model.recipe import Gate, Recipe
-from model.score import probability
 from model.tracking.history import rows_of
 from model.training import run
 from model.training.conclude import Refused
 from model.training.forgetting import Change, forgetting, refusals
 from model.training.run import train
 from model.training.sets import open_stream
+from model.verdict import probability
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
 from tests.builders import ends_alike, losses_of
