@@ -33,8 +33,9 @@ With which detector, and how:
 
 `--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`.
 Default: `<run's folder>/evaluation/<sets>`, or `<folder of --runs>/<name>/evaluation/<sets>` for a
-detector NAME that is not from a run. With `--regressions` it gets only `regressions.json` (default:
-no file). An error is one line and exit code 1; wrong options (see `CONFLICTS`) give 2.
+detector NAME that is not from a run. (In <sets>, the set `folders/mine` is `folders-mine`.) With
+`--regressions` it gets only `regressions.json` (default: no file). An error is one line and exit
+code 1; wrong options (see `CONFLICTS`) give 2.
 
 Subcommands: `calibrate --shards SET` fits temperature and thresholds on validation sets and stores
 them with the detector. `compare RUN RUN...` prints the differences between reports. See `--help`.
@@ -210,7 +211,7 @@ def main(
     chosen_suite = open_suite(suite, any_path(data)) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    joined = suite or "+".join(Path(name).name for name in names)
+    joined = suite or "+".join(_folder_of(name, data) for name in names)
     folder = file_name(joined.strip(".") or "sets", f"-{subset.stem}" if subset else "")
     with init_distributed() as dist:
         _speak_for(dist)
@@ -230,6 +231,15 @@ def main(
         say_files(written)
         if chosen_suite and chosen_suite.missing:
             raise click.ClickException(chosen_suite.missing_line)
+
+
+def _folder_of(name: str, data: str) -> str:
+    """Return the part of a set's name that its report's folder is named after: the whole name below
+    `data`, because two sets in different folders can have the same last part.
+    """
+    path, above = Path(name), Path(data).absolute()
+    below = path.relative_to(above) if path.is_relative_to(above) else path
+    return "-".join(part for part in below.parts if part not in (below.anchor, ".."))
 
 
 def _refuse_options_before(context: click.Context, command: str) -> None:

@@ -352,6 +352,11 @@ def test_the_folder_of_a_report_is_below_the_run(data: Path, own_runs: Path) -> 
     assert result.exit_code == 0, result.output
     assert sorted((data / "val").iterdir()) == before
     assert (own_runs / "tiny/evaluation/val/report.json").is_file()
+    nested = own_runs.parent / "nested"
+    shutil.copytree(data / "val", nested / "folders" / "val")
+    result = run(nested, own_runs, "--shards", "folders/val", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert (own_runs / "tiny/evaluation/folders-val/report.json").is_file()
     many = own_runs.parent / "many"
     names = [f"{letter * 130}" for letter in "ab"]
     for name in names:

@@ -63,6 +63,7 @@ from model.inference.prediction import (
     predictions,
 )
 from model.verdict import probability
+from storage import file_name
 
 
 class DetectorError(ValueError):
@@ -166,10 +167,13 @@ class OtherDetector(AnyDetector):
 
 def output_name(kind: str, name: str, path: Path) -> str:
     """Return the name of the folder for a detector's output. For a local file or folder, `path`,
-    the name of the folder that it is in is part of it: many files are called `detector.py`.
+    the name of the folder that it is in is part of it: many files are called `detector.py`. Every
+    export is in a folder `onnx`, so for these it is the folder above. Letters of all scripts stay.
     """
-    place = f"{path.resolve().parent.name}-" if path.exists() else ""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{kind}-{place}{name}").strip("-.")
+    place = path.resolve().parent
+    place = place.parent if kind == "onnx" and place.name == "onnx" else place
+    named = f"{kind}-{place.name}-{name}" if path.exists() else f"{kind}-{name}"
+    return file_name(re.sub(r"[^\w.\x80-\U0010ffff]+", "-", named, flags=re.ASCII).strip("-."), "")
 
 
 def logits_from(probabilities: np.ndarray) -> np.ndarray:

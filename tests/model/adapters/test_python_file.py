@@ -12,7 +12,7 @@ from PIL import Image
 
 import evaluate
 import predict
-from model.adapters.detector import DetectorError, logits_from
+from model.adapters.detector import DetectorError, logits_from, output_name
 from model.adapters.kept import keep_calibration
 from model.adapters.open import Opening, kind_of, load_any, open_other
 from model.adapters.python_file import open_file
@@ -200,6 +200,21 @@ def test_files_of_one_name_have_different_outputs(file: Path, tmp_path: Path) ->
         for folder in ("a", "b")
     ]
     assert names == ["file-a-detector.py", "file-b-detector.py"]
+
+
+def test_the_name_of_an_output_folder_keeps_what_tells_files_apart(tmp_path: Path) -> None:
+    def name_of(kind: str, *parts: str) -> str:
+        path = tmp_path.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return output_name(kind, path.name, path)
+
+    assert name_of("onnx", "one", "onnx", "detector") == "onnx-one-detector"
+    assert name_of("onnx", "two", "onnx", "detector") == "onnx-two-detector"
+    assert name_of("file", "a b", "тест.py") == "file-a-b-тест.py"
+    assert name_of("file", "a b", "कि.py") != name_of("file", "a b", "का.py")
+    assert len(name_of("file", "x" * 200, "y" * 200).encode()) <= 255
+    assert output_name("hf", "owner/name", Path("owner/name")) == "hf-owner-name"
 
 
 def test_evaluate_report_and_comparison_of_a_python_file(
