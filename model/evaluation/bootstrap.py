@@ -28,18 +28,22 @@ dict, metric -> values). It returns a dict, metric -> [low, high], the middle 95
 
 `interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
 number of groups that it depends on, and its lowest and highest possible value (default 0 and 1; ()
-if it has no bounds). It returns None for fewer than two groups, or if more than half of the values
-are NaN; `intervals()` leaves out such a metric.
+for a difference). It returns None for fewer than two groups, if more than half of the values are
+NaN, or if they are all equal and at none of the bounds; `intervals()` leaves out such a metric.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
 section 3.8). This is done separately for each source, and within a source for the groups with only
-reals, with only fakes, and with both. A part with a single group could not vary; so all such parts,
-of any source, form one part.
+reals, with only fakes, and with both. Resamples of a part with n groups have (n - 1) / n of the
+variance that other images have; so all parts of fewer than `FEWEST_GROUPS` groups, of any source,
+form one part for each of the three. 96 to 97 % of the intervals of recall then contain the truth
+(simulated, 24 to 60 sources with 5 to 2 prompts of 10 alike images). With such parts by themselves
+it was 85 to 93 %.
 
-The interval of `recall` and of `false_positive_rate` contains the score interval of Wilson (1927),
-for the number of independent images that has the variance of the resamples. `wilson(share, count)`
-returns its two ends; both arguments are floats, or arrays of one shape.
+The interval of `accuracy`, `recall` and `false_positive_rate` contains the score interval of Wilson
+(1927), for the number of independent images that has the variance of the resamples, or for the
+number of groups where all resamples agree. `wilson(share, count)` returns its two ends; both
+arguments are floats, or arrays of one shape.
 
 An interval [0, 0] or [1, 1] at a bound of the metric is replaced by the exact one (Clopper and
 Pearson, 1934): [0, d] or [1 - d, 1], where d is 1 - (0.05 / 2) ** (1 / groups).
@@ -57,6 +61,12 @@ from model.metrics import given_to_truth
 RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
+
+FEWEST_GROUPS = 10
+"""Smallest number of groups of a source that are resampled by themselves."""
+
+_SAME = 1e-6
+"""Values that differ by less are equal: sums over many weights are rounded to float32."""
 
 _AT_A_TIME = 2_000_000
 """Weights (resamples x images) in memory at a time. More would not fit in the processor's cache.
@@ -104,8 +114,9 @@ class Groups:
 def group_rows(groups: np.ndarray, sources: np.ndarray, labels: np.ndarray) -> Groups:
     """Build `Groups` from the group, source and label of each row, int64 (N,).
 
-    A stratum is a source and the classes in a group. All strata of a single group are merged into
-    one, because a stratum of one group cannot vary.
+    A stratum is a source and the classes in a group. Strata of fewer than `FEWEST_GROUPS` groups
+    are merged by class, and single groups that are left then, because a stratum of one group cannot
+    vary, and one of two groups varies half as much as it should.
     """
     names, of_row = np.unique(groups, return_inverse=True)
     classes, source = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
@@ -113,7 +124,8 @@ def group_rows(groups: np.ndarray, sources: np.ndarray, labels: np.ndarray) -> G
         classes[of_row[labels == label]] |= 1 << label
     source[of_row] = sources
     _, stratum, sizes = np.unique(source * 4 + classes, return_inverse=True, return_counts=True)
-    stratum = np.where(sizes[stratum] > 1, stratum, len(sizes))
+    stratum = np.where(sizes[stratum] < FEWEST_GROUPS, len(sizes) + classes, stratum)
+    stratum = np.where(np.bincount(stratum)[stratum] == 1, len(sizes), stratum)
     order = np.argsort(stratum, kind="stable")
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
@@ -353,44 +365,56 @@ def _errors(probabilities: np.ndarray, label: int) -> np.ndarray:
 _OF_FAKES = ("recall",)
 _OF_REALS = ("false_positive_rate",)
 _OF_ALL = ("accuracy", "nll", "brier")
-_UNBOUNDED = ("nll",)
+_SHARES = ("accuracy", "recall", "false_positive_rate")
+_ENDS = {"nll": (math.inf,)}
+"""Bounds of the metrics that are not from 0 to 1."""
 
 
 def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str, list[float]]:
     """Return the interval [low, high] of each metric in `resamples`.
 
-    A metric is omitted if it is computed from fewer than two groups, or if it is undefined in more
-    than half of the resamples.
+    A metric is omitted if it is computed from fewer than two groups, if it is undefined in more
+    than half of the resamples, or if it hardly differs between them and is no share of images.
     """
-    reals, fakes = groups.count(images.reals), groups.count(images.fakes)
-    both = groups.count(np.concatenate([images.reals, images.fakes]))
-    shares = dict.fromkeys(_OF_FAKES, images.fakes) | dict.fromkeys(_OF_REALS, images.reals)
+    every = np.concatenate([images.reals, images.fakes])
+    reals, fakes, both = map(groups.count, (images.reals, images.fakes, every))
     intervals_of = {}
     for name, values in resamples.items():
-        independent = min(reals, fakes)
+        independent, count = min(reals, fakes), len(every)
         if name in _OF_ALL:
             independent = both
-        elif name in shares:
-            independent = fakes if name in _OF_FAKES else reals
-        ends = () if name in _UNBOUNDED else (0.0, 1.0)
-        if (low_high := interval(values, independent, ends)) is not None:
-            if name in shares:
-                low_high = _widened(low_high, values, len(shares[name]))
+        elif name in _OF_FAKES:
+            independent, count = fakes, len(images.fakes)
+        elif name in _OF_REALS:
+            independent, count = reals, len(images.reals)
+        if name in _SHARES:
+            low_high = _interval_of_share(values, independent, count)
+        else:
+            low_high = interval(values, independent, _ENDS.get(name, (0.0, 1.0)))
+        if low_high is not None:
             intervals_of[name] = low_high
     return intervals_of
 
 
-def _widened(low_high: list[float], values: np.ndarray, images: int) -> list[float]:
-    """Widen the interval of a share of `images` images to the score interval of Wilson.
+def _interval_of_share(values: np.ndarray, independent: int, images: int) -> list[float] | None:
+    """Return the interval of a share of `images` images: the one of its resamples, widened to the
+    score interval of Wilson; None as `interval`.
 
     The percentiles alone are too narrow for a rare event: one error in 490 images would get a lower
     upper end than none. The score interval takes the number of independent images that has the
-    variance of `values`.
+    variance of `values`, or the number of groups if all resamples agree: a detector that calls
+    every image fake has the accuracy of the mixture in each of them.
     """
+    low_high = interval(values, independent) or _percentiles(values, independent)
+    if low_high is None:
+        return None
     share, variance = float(np.nanmean(values)), float(np.nanvar(values))
-    if variance == 0:
+    if variance >= _SAME**2:
+        low, high = wilson(share, min(images, share * (1 - share) / variance))
+    elif _SAME < share < 1 - _SAME:
+        low, high = wilson(share, independent)
+    else:
         return low_high
-    low, high = wilson(share, min(images, share * (1 - share) / variance))
     return [min(low_high[0], low), max(low_high[1], high)]
 
 
@@ -411,13 +435,23 @@ def interval(
 
     `independent` is the number of groups from which the metric is computed. `ends` are the bounds
     of the metric's range: there equal values in all resamples get the exact interval (see the
-    module docstring). None: fewer than two groups, or more than half of the values are NaN.
+    module docstring). Elsewhere equal values say nothing about the variation, except of a paired
+    difference, which has no `ends`. None: such equal values, fewer than two groups, or more than
+    half of the values are NaN.
+    """
+    percentiles = _percentiles(values, independent)
+    if percentiles is None or not ends or percentiles[1] - percentiles[0] >= _SAME:
+        return percentiles
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / independent)
+    exact = {0.0: [0.0, reach], 1.0: [1 - reach, 1.0]}
+    return next((exact[end] for end in ends if abs(percentiles[0] - end) < _SAME), None)
+
+
+def _percentiles(values: np.ndarray, independent: int) -> list[float] | None:
+    """Return the middle 95 % of the values, or None for fewer than two groups, or if more than half
+    of the values are NaN.
     """
     known = values[~np.isnan(values)]
     if independent < 2 or 2 * len(known) < len(values):
         return None
-    low, high = (float(q) for q in np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    reach = 1 - ((1 - LEVEL) / 2) ** (1 / independent)
-    if low == high and low in ends:
-        return [0.0, reach] if low == 0 else [1 - reach, 1.0]
-    return [low, high]
+    return [float(q) for q in np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
