@@ -36,9 +36,10 @@ of the whole set, and `measured` (False if only its real images are used). `Real
 the set whose real images give the false-positive rate of others: `set` (its name), `why` (a text)
 and `for_all` (True if it was given as `reference_reals`, and so is used for all sets).
 `choose_reference(data, opened, asked)` returns the `Reals`, or None if none is needed or known:
-`opened` is a dict, name -> opened set, `asked` is as `reference_reals`. `trained_on(meta, hashes)`
-takes a checkpoint's meta and a dict, set name -> hash, and returns the names of sets that the
-checkpoint was trained on. `REAL` is the label of real images, 0.
+`opened` is a dict, name -> opened set, `asked` is as `reference_reals`. `REAL` is the label of real
+images, 0. `trained_on(meta, hashes)` takes a detector's meta and a dict, set name -> hash. It
+returns the names of sets that the detector was trained on, also by an earlier run whose weights it
+began from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,7 @@ from model import checkpoint as checkpoints
 from model.adapters.detector import OtherDetector
 from model.device import choose_device, choose_precision
 from model.distributed import DistEnv
+from model.inference.fitness import sets_seen
 from model.inference.onnx_detector import OnnxDetector
 from pipeline.loader import choose_backend
 from pipeline.loading import Loading
@@ -187,11 +189,10 @@ def plan(
 
 
 def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
-    """Return the names of the sets in `hashes` (name -> hash of the index) that a checkpoint with
-    this `meta` was trained on. Replayed sets count.
+    """Return the names of the sets in `hashes` (name -> hash of the index) that a detector with
+    this `meta` was trained on: its weights, or those that they began from (`sets_seen`).
     """
-    data = meta["data"]
-    known = {*data.get("set_sha256", {}).values(), data.get("index_sha256")}
+    known = {*sets_seen(meta), (meta["data"] or {}).get("index_sha256")}
     return [name for name, sha256 in hashes.items() if sha256 in known]
 
 

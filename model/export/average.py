@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
 from model.export.license import first_of
+from model.inference.fitness import sets_seen
 from model.recipe import STEP_FOLDER
 from model.score import DEFAULT_THRESHOLD
 from model.shipped.backbone import with_backbone_inside
@@ -33,7 +34,8 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
     """Write a checkpoint with the weights (1 - `weight`) * `first` + `weight` * `last` into the new
     folder `run`, and return its path. `weight` is 0 to 1.
 
-    The record of the training data is copied from `last`. The checkpoint is neither validated nor
+    The record of the training data is copied from `last`; its `earlier_sets` are all sets that one
+    of the two was trained on. The checkpoint is neither validated nor
     calibrated. A new run can start from it, but training cannot be resumed from it.
 
     Raises:
@@ -77,6 +79,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "selection": None,
         "compared": None,
         "refused": [],
+        "data": meta["data"] | {"earlier_sets": sets_seen(first_meta) | sets_seen(meta)},
         "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},
     }

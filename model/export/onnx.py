@@ -38,7 +38,7 @@ and `logits` (batch, 2). `DESCRIPTION` is a text that describes this input and t
 list of `Path`) with their checkpoint: `net`, `preprocess` and `meta` are what `load_network()` in
 `model/checkpoint.py` returns. It returns a list of `Parity` and a dict: `images` (their name),
 `compared` and `unreadable`. `fitness_of(meta)` returns the entries of `meta["data"]` that are
-reasons not to rely on the detector, as a dict.
+reasons not to rely on the detector, as a dict, with the sets that it was trained on.
 """
 
 import json
@@ -60,7 +60,7 @@ from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
 from installed import install_extra
 from model.checkpoint import load_network
 from model.export.license import license_of
-from model.inference.fitness import FITNESS_KEYS
+from model.inference.fitness import FITNESS_KEYS, sets_seen
 from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, preprocess
 from model.inference.prediction import ahead, as_file
 from model.network import Detector
@@ -282,8 +282,11 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 
 
 def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Return those entries of a checkpoint's `data` that are reasons not to rely on it."""
-    return {key: meta["data"].get(key, []) for key in FITNESS_KEYS}
+    """Return those entries of a checkpoint's `data` that are reasons not to rely on it, and the
+    sets that it was trained on.
+    """
+    known = {key: meta["data"].get(key, []) for key in FITNESS_KEYS}
+    return known | {"earlier_sets": sets_seen(meta)}
 
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:

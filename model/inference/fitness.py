@@ -21,6 +21,9 @@ Three functions take `meta` and return words for the user. `word_for()` returns 
 number is called: "probability" if it is calibrated, else "score". `number()` returns a longer label
 for the number, and `proof()` the sentence shown with every verdict, such as "a probability is not a
 proof" (`PROOF` is its pattern).
+
+`sets_seen(meta)` returns a dict, hash of the index -> name, of all sets that the weights were
+trained on, also by the runs whose weights this one began from. Their images measure nothing.
 """
 
 from collections.abc import Mapping
@@ -142,3 +145,13 @@ def _shares(rates: Mapping[str, float], worst: list[str], limit: str) -> str:
 def _percent(share: float) -> str:
     """Format a share (0 to 1) as percent, never as 0 %: only some images were measured."""
     return f"{100 * share:.0f} %" if share >= 0.005 else "under 1 %"
+
+
+def sets_seen(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Return hash -> name of the sets that the weights were trained on: by their own run (replayed
+    sets count), and before it, as recorded in `first_weights`, or in `data` of an average or of an
+    ONNX file. The key is the hash, because a set may be packed again under its name.
+    """
+    data, began = meta["data"] or {}, meta.get("first_weights") or {}
+    own = {sha256: name for name, sha256 in data.get("set_sha256", {}).items()}
+    return data.get("earlier_sets", {}) | began.get("sets", {}) | own

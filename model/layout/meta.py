@@ -138,6 +138,8 @@ class TrainingData(TypedDict):
     """Sources of the sets."""
     synthetic_sources: NotRequired[list[str]]
     """Sources with rendered images, such as those of the demo."""
+    earlier_sets: NotRequired[dict[str, str]]
+    """Hash of the index and name of each set that the weights of an average were trained on."""
     imported_from: NotRequired[str]
     """File of the original project that the weights were converted from."""
     known_against: NotRequired[list[str]]
@@ -158,6 +160,9 @@ class FirstWeights(TypedDict):
     """License that timm states for its weights."""
     first_weights: Optional["FirstWeights"]
     """Origin of the first weights of the checkpoint that the run started from."""
+    sets: NotRequired[dict[str, str]]
+    """Hash of the index and name of each set that this checkpoint was trained on, by its run or
+    before."""
 
 
 class Average(TypedDict):

@@ -44,6 +44,7 @@ from model.device import choose_compile, choose_device, choose_precision, descri
 from model.distributed import DistEnv
 from model.features.fit import check_fit
 from model.features.loader import FeatureSource
+from model.inference.fitness import sets_seen
 from model.mistakes.gate import START_FILE, check_mistakes
 from model.network import (
     build,
@@ -380,18 +381,17 @@ def _first_weights(
 
     `kind` is as in `Weights`; `name` is the name of the run and its checkpoint, of the file, or of
     timm's network; `sha256` is empty for timm's and random weights; `license` is timm's, or None;
-    and `first_weights` is the entry of the checkpoint that the run starts from. No local path is
-    stored.
+    and `first_weights` is the entry of the checkpoint that the run starts from, `sets` the sets
+    that it was trained on (`sets_seen`). No local path is stored.
     """
     if resumed:
         return checkpoint.read_meta(resumed)["first_weights"]
-    path, name = weights.path, ""
+    path = weights.path.absolute() if weights.path else None
+    name = path.name if path else ""
     origin: dict[str, Any] = {"license": None, "first_weights": None}
     if weights.kind == "checkpoint" and path:
-        name = f"{path.absolute().parent.name}/{path.absolute().name}"
-        origin["first_weights"] = checkpoint.read_meta(path)["first_weights"]
-    elif path:
-        name = path.name
+        name, began = f"{path.parent.name}/{name}", checkpoint.read_meta(path)
+        origin |= {"first_weights": began["first_weights"], "sets": sets_seen(began)}
     elif weights.kind == "timm":
         name, origin["license"] = recipe.network.name, timm_license(recipe.network.name)
     return origin | {"kind": weights.kind, "name": name, "sha256": weights.sha256}

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from model.backbones.made_with import NetworkError
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, annotate, read_meta
 from model.evaluation import run
-from model.evaluation.plan import Options, plan
+from model.evaluation.plan import Options, plan, trained_on
+from model.export.average import average
+from model.export.onnx import fitness_of
+from model.inference.fitness import sets_seen
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
 from pipeline.subset import Subset
@@ -28,6 +31,25 @@ def test_a_plan_lists_measured_sets_and_reference_reals(data: Path, tiny_checkpo
     assert (planned.sets["new"].split, planned.sets["val"].split) == ("train", "val")
     assert planned.dtype == torch.float32
     assert planned.meta["step"] == 7
+
+
+def test_sets_of_earlier_runs_count_as_trained_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As of a run that was fine-tuned, of an average, and of an ONNX file."""
+    folders = [tmp_path / name / tiny_checkpoint.name for name in ("first", "last")]
+    for folder, (name, sha256) in zip(folders, (("val", "a"), ("new", "b")), strict=True):
+        shutil.copytree(tiny_checkpoint, folder)
+        annotate(folder, {"data": {"train": [name], "replay": [], "set_sha256": {name: sha256}}})
+    meta = read_meta(folders[1])
+    first = {"kind": "checkpoint", "first_weights": None, "sets": sets_seen(read_meta(folders[0]))}
+    tuned = meta | {"first_weights": first}
+    mean = read_meta(average(*folders, 0.5, tmp_path / "mean"))
+    hashes = {"new": "b", "renamed": "a", "old": "c"}
+    assert trained_on(meta, hashes) == ["new"]
+    for later in (tuned, mean, {"data": fitness_of(tuned)}):
+        assert trained_on(later, hashes) == ["new", "renamed"]
+    # Packed again under its name: the earlier state of the set still counts.
+    again = tuned | {"data": {"set_sha256": {"val": "d"}}}
+    assert trained_on(again, {"now": "d", "before": "a"}) == ["now", "before"]
 
 
 def test_a_subset_is_scored_with_the_hash_of_the_whole_set(

@@ -123,7 +123,7 @@ def test_the_metadata_describes_the_file(exported: Path, tiny_checkpoint: Path) 
     assert set(loaded.meta) == {*META_KEYS, "sha256"}
     for key in ("classes", "preprocess", "temperature", "threshold", "calibration", "step"):
         assert loaded.meta[key] == meta[key]
-    assert loaded.meta["data"] == {"sources": [], "synthetic_sources": [], "known_against": []}
+    assert loaded.meta["data"] == export.fitness_of(meta)
     assert (loaded.preprocess, loaded.band, loaded.threshold) == (PREPROCESS, (0.3, 0.6), 0.6)
     assert repr(loaded).startswith("OnnxDetector('onnx/detector.onnx ")
     assert (loaded.backend, loaded.reason) == ("pil", "ONNX Runtime, CPUExecutionProvider")
@@ -134,9 +134,11 @@ def test_the_metadata_describes_the_file(exported: Path, tiny_checkpoint: Path) 
 def test_notices_are_stored_in_the_file(exported: Path, tmp_path: Path) -> None:
     model = onnx.load(exported / "detector.onnx")
     properties = {entry.key: entry.value for entry in model.metadata_props}
-    data = {"sources": ["a"], "synthetic_sources": ["a"], "train": ["no part of it"]}
+    data = {"sources": ["a"], "synthetic_sources": ["a"], "train": ["no part of it"],
+            "set_sha256": {"x": "b"}}  # fmt: skip
     meta = {key: json.loads(properties.get(key, "null")) for key in META_KEYS} | {"data": data}
     known = export.fitness_of(meta)
+    assert known.pop("earlier_sets") == {"b": "x"}
     assert known == {"sources": ["a"], "synthetic_sources": ["a"], "known_against": []}
     properties["data"] = json.dumps(known)
     onnx.helper.set_model_props(model, properties)
