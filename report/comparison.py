@@ -25,8 +25,10 @@ three files and returns a list of their paths, the page last.
 `comparison_csv(sets)` and `comparison_page(sets, command)` return the CSV and HTML text; the page
 shows the command line `command`. `stability_sentence(stability)` takes the entry `stability` of a
 set and says in words whether the runs have the same order of quality on each image source; None
-means that there are too few to compare. `ranks_text(ranks)` formats a range of ranks (lowest,
-highest) as "1 to 3"; it returns None for None.
+means that there are too few to compare. `trained_sentence(name, entry)` takes the name and the
+entry of a set, and returns the warning about runs that were trained on it, or None.
+`ranks_text(ranks)` formats a range of ranks (lowest, highest) as "1 to 3"; it returns None for
+None.
 """
 
 import json
@@ -103,12 +105,28 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
         rows = [_row(run) for run in entry["runs"]]
         reals = f" of {entry['reference']}" if entry["reference"] else ""
         title = f"{name}: {entry['fakes']:,} fakes and {entry['reals']:,} reals{reals}"
+        if warning := trained_sentence(name, entry):
+            console.say(warning)
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
         console.say(stability_sentence(entry["stability"]))
     console.say(
         "In parentheses: 95 % intervals. Behind the best: interval of the difference in AUROC to "
         "the best run, on the same resamples. Recall at 1 % and 5 %: at the threshold of each run "
         "for this false-positive rate. Common: recall / false positives at one threshold for all."
+    )
+
+
+def trained_sentence(name: str, entry: Mapping[str, Any]) -> str | None:
+    """Return the warning about the runs that were trained on a set or on its reference; None if
+    there are none. `MEAN` contains them.
+    """
+    runs = [run["name"] for run in entry["runs"] if run["trained_on"] and run["name"] != MEAN]
+    if not runs:
+        return None
+    sets = f"{name} or {entry['reference']}" if entry["reference"] else name
+    return (
+        f"TRAINED ON {sets}: {', '.join(runs)}. These figures, and those of the mean of all, say "
+        "nothing about images that the detector has not seen"
     )
 
 
@@ -181,7 +199,7 @@ def comparison_csv(sets: Mapping[str, Any]) -> str:
     columns += [f"common_{rate}_{key}" for rate in ("1", "5")
                 for key in ("recall", "false_positive_rate")]  # fmt: skip
     columns += ["ece", *(f"{name}{end}" for name in worst for end in ("", "_name"))]
-    columns += ["best_rank", "worst_rank", "images_per_s"]
+    columns += ["best_rank", "worst_rank", "images_per_s", "trained_on"]
     rows = []
     for set_name, entry in sets.items():
         for run in entry["runs"]:
@@ -205,5 +223,5 @@ def comparison_page(sets: Mapping[str, Any], command: str) -> str:
     """Return the comparison as one HTML page that loads nothing from the network."""
     return rendered(
         "comparison.html", sets=sets, command=command, mean=MEAN,
-        sentence=stability_sentence, ranks_text=ranks_text,
+        sentence=stability_sentence, trained=trained_sentence, ranks_text=ranks_text,
     )  # fmt: skip

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from model.evaluation.report import on_subset
 from model.evaluation.scores import ScoreTable
 from report.charts import histogram_chart, reliability_chart, robustness_chart, roc_chart
 from report.tables import write_tables
@@ -148,7 +149,7 @@ def render(
     ]
     return rendered(
         "page.html", report=report, sets=sets, pictures=pictures, command=command,
-        evaluation=scores.evaluation, classes=CLASSES,
+        evaluation=scores.evaluation, classes=CLASSES, on_subset=on_subset,
     )  # fmt: skip
 
 

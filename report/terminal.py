@@ -28,6 +28,7 @@ import console
 from installed import command
 from model.calibrate import Calibration
 from model.evaluation.compare import COMPARED, Change, Flip, compare, count_flips
+from model.evaluation.report import on_subset
 from model.evaluation.scores import ScoreTable
 from sharding.format import CLASSES
 
@@ -65,9 +66,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     for sentence in report["headline"]:
         console.say(sentence)
     if report["subset"]:
-        console.say(
-            f"scored only the {report['subset']['samples']:,} samples in {report['subset']['file']}"
-        )
+        console.say(on_subset(report["subset"]))
     if report["calibration"] is None:
         console.say(f"not calibrated: see `{command('evaluate')} calibrate --help`")
     for name, set_report in report["sets"].items():

@@ -26,7 +26,7 @@ generator, as in the published protocol of the set EvalGEN. `rows` are positions
 the number of its group and the number of its generator. It returns the positions that it keeps.
 `mean_and_std(recalls)` takes a list of recalls and returns {"mean", "std"}; `std` is None for one
 recall. `on_training_data(sets)` takes names of sets that the checkpoint was trained on and returns
-the warning about them, as text.
+the warning about them, as text; `on_subset(subset)` does so for the entry `subset` of the report.
 """
 
 import re
@@ -78,6 +78,7 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
         "report_version": REPORT_VERSION,
         "headline": [*warning, *(sentences[name] for name in dict.fromkeys([*first, *reports]))],
         "trained_on": trained_on,
+        "detector": about.get("detector"),
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
         "intervals": {
@@ -322,6 +323,11 @@ def on_training_data(sets: Sequence[str]) -> str:
         f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures for these sets say nothing "
         "about images that it has not seen"
     )
+
+
+def on_subset(subset: Mapping[str, Any]) -> str:
+    """Return the sentence of a report on a list of samples."""
+    return f"Only the {subset['samples']:,} samples listed in {subset['file']} were scored."
 
 
 def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]) -> str:

@@ -31,8 +31,9 @@ have different numbers of real images.
   sources, rho is the rank correlation (Spearman) of the runs' AUROCs; `mean` and `least` are over
   all pairs. It is null if no pair has a rho, such as with one source or one run.
 
-A RUN has `name`, its decision `threshold`, `ece` (calibration error; null if the set has only one
-class), `images_per_s` or null, and:
+A RUN has `name`, its decision `threshold`, `trained_on` (whether it was trained on the set or on
+its reference), `ece` (calibration error; null if the set has only one class), `images_per_s` or
+null, and:
 
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
   the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
@@ -107,8 +108,9 @@ def mean_of(runs: Sequence[Run]) -> Run:
     table = table.set_column(index, table.schema.field(index), pa.array(probabilities.tolist()))
     about = runs[0].scores.evaluation
     sets = {name: {**entry, "robustness": None} for name, entry in about["sets"].items()}
+    trained_on = {name for run in runs for name in run.scores.evaluation.get("trained_on", [])}
     evaluation = {**about, "sets": sets, "threshold": DEFAULT_THRESHOLD, "temperature": 1.0,
-                  "calibration": None}  # fmt: skip
+                  "calibration": None, "trained_on": sorted(trained_on)}  # fmt: skip
     speeds = [run.images_per_s for run in runs]
     together = None
     if all(speeds):
@@ -163,6 +165,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     }
     # The mean is not ranked: it is not independent of the other runs.
     ranked = np.array([values[:-1] for values in aurocs.values() if None not in values], float)
+    known = {name, rows[0].reference}
     entries = []
     for index in order:
         figures = measured[index][0]
@@ -170,6 +173,9 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
             {
                 "name": runs[index].name,
                 "threshold": runs[index].scores.evaluation["threshold"],
+                "trained_on": not known.isdisjoint(
+                    runs[index].scores.evaluation.get("trained_on", [])
+                ),
                 **_with_intervals(rows[index], whole, measured[index], measured[best]),
                 "common": {
                     str(rate): _rates(rows[index], whole, threshold)
@@ -184,12 +190,11 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
             }
         )
     names = [run.name for run in runs]
-    reference = runs[0].scores.evaluation["reference_reals"]
     return {
         "images": len(whole.reals) + len(whole.fakes),
         "reals": len(whole.reals),
         "fakes": len(whole.fakes),
-        "reference": reference["set"] if "reference" in lines else None,
+        "reference": rows[0].reference or None,
         "best": names[best],
         "common": {str(rate): threshold for rate, threshold in common.items()},
         "runs": entries,

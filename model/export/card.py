@@ -24,6 +24,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from escape import markdown
+from model.evaluation.report import on_subset, on_training_data
 from model.export.license import License, license_of
 from model.inference.fitness import notices
 from model.shipped.backbone import KEY
@@ -320,11 +321,16 @@ def _evaluation(report: Mapping[str, Any] | None) -> str:
             )
         if set_report["note"]:
             notes.append(f"{markdown(name)}: {markdown(set_report['note'])}")
+    warnings = []
+    if trained_on := report.get("trained_on"):
+        warnings.append(f"**{markdown(on_training_data(trained_on))}.**")
+    if subset := report.get("subset"):
+        warnings.append(f"**{markdown(on_subset(subset))}**")
     text = (
         f"An image is called fake from a probability of {report['threshold']:.3f} on. Always read "
         "recall together with the share of reals called fake.\n\n" + "\n".join(rows)
     )
-    return "\n\n".join([text, *notes, *_by_source(report)])
+    return "\n\n".join([*warnings, text, *notes, *_by_source(report)])
 
 
 def _by_source(report: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,14 @@ from timm.models import save_for_hf
 
 import console
 from escape import without_secrets
-from model.checkpoint import HUB_WEIGHTS_FILE, META_FILE, load_network, read_meta, seal
+from model.checkpoint import (
+    HUB_WEIGHTS_FILE,
+    META_FILE,
+    load_network,
+    read_meta,
+    seal,
+    weights_name,
+)
 from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of, is_plain
 from model.export.license import license_of
@@ -231,6 +238,14 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         raise HubError(
             f"{path} is of {measured[0]} step {measured[1]}, the checkpoint is {expected[0]} step "
             f"{expected[1]}; evaluate this checkpoint with evaluate.py --checkpoint"
+        )
+    weights = meta["sha256"][weights_name(meta)]
+    scored = (report.get("detector") or {}).get("sha256", weights)  # older reports have none
+    if scored != weights:
+        raise HubError(
+            f"{path} is of another file of {measured[0]} step {measured[1]} (sha256 {scored[:12]}, "
+            f"the checkpoint's weights have {weights[:12]}); evaluate this checkpoint with "
+            "evaluate.py --checkpoint"
         )
     return report
 

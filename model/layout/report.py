@@ -12,7 +12,7 @@ has the key `..._at_0.5` in the file. `Interval` is (low, high) at 95 %.
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from model.evaluation.codec_swap import Container
 from model.evaluation.robustness import Shift
@@ -221,6 +221,21 @@ class ReferenceReals(TypedDict):
     """Whether the set is also the reference of sets with real images."""
 
 
+class Identity(TypedDict):
+    """Detector that was measured."""
+
+    kind: str
+    """`checkpoint`, `onnx`, `hf`, `timm` or `file`."""
+    name: str
+    """Name of the checkpoint's folder, of the file or of the repository."""
+    sha256: NotRequired[str]
+    """SHA-256 of the weights or of the file."""
+    revision: NotRequired[str]
+    """Commit of the repository."""
+    fake_labels: NotRequired[list[str]]
+    """Labels that mean AI-generated."""
+
+
 class Resampling(TypedDict):
     """Settings of the bootstrap intervals."""
 
@@ -241,7 +256,9 @@ class Report(TypedDict):
     """A warning about training sets, if any, then one sentence per set; sets without real images
     come first."""
     trained_on: list[str]
-    """Sets of the report that the checkpoint was trained on."""
+    """Sets of the report that the checkpoint was trained on, by its run or before."""
+    detector: Identity | None
+    """Detector that was measured. Null in reports on scores of an earlier version."""
     checkpoint: str
     """Path of the checkpoint."""
     run: str

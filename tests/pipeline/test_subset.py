@@ -83,7 +83,7 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     listed = write_list(tmp_path / "few.csv", rows)
     result = run(data, runs, "--subset", listed)
     assert result.exit_code == 0, result.output
-    assert f"only the {len(rows)} samples in few.csv" in result.output
+    assert f"Only the {len(rows)} samples listed in few.csv were scored." in result.output
     path = Path(result.output.split("report: ")[1].splitlines()[0])
     assert path.parent.name == "old+val-few"
     report = json.loads(path.read_text())

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import evaluate
 from model.evaluation.run import SPEED_FILE
-from model.evaluation.scores import write_scores
+from model.evaluation.scores import read_scores, write_scores
 from report.comparison import print_side_by_side, ranks_text, read_runs, stability_sentence
 from tests.browser import violations
 from tests.builders import table_of
@@ -64,6 +64,22 @@ def test_five_runs_are_one_table(tmp_path: Path) -> None:
     assert first["worst_perturbation"]["value"] == 0.95 and first["images_per_s"] == 10
     mean = next(run for run in written["runs"] if run["name"] == "mean of all")
     assert mean["images_per_s"] == pytest.approx(1 / sum(1 / (10 * i) for i in range(1, 6)))
+
+
+def test_the_run_that_was_trained_on_a_set_is_named(tmp_path: Path) -> None:
+    paths = folders(tmp_path, 3)
+    scores = read_scores(paths[1] / "scores.parquet")
+    write_scores(
+        paths[1] / "scores.parquet", [scores.table], {**scores.evaluation, "trained_on": ["val"]}
+    )
+    result = compare(*paths, "--out", tmp_path / "out")
+    said = "TRAINED ON val: detector-1. These figures, and those of the mean of all, say nothing"
+    assert said in " ".join(result.output.split())
+    assert said in (tmp_path / "out/comparison.html").read_text()
+    written = json.loads((tmp_path / "out/comparison.json").read_text())["sets"]["val"]["runs"]
+    names = {run["name"] for run in written if run["trained_on"]}
+    assert names == {"detector-1", "mean of all"}
+    assert "TRAINED ON" not in compare(paths[0], paths[2]).output
 
 
 def test_two_runs_print_their_flips_and_the_table(tmp_path: Path) -> None:

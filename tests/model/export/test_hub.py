@@ -178,6 +178,12 @@ def test_the_card_contains_license_thresholds_and_metrics(
     assert "evalgen: There are no real images here." in card
     assert "| old | not listed: set not available |" in card
     assert "onnx/detector.onnx" in card
+    assert "TRAINED ON" not in card and "samples listed" not in card
+    subset = {"samples": 1234, "file": "a_list.csv"}
+    card = card_of(meta, report_of(meta, trained_on=["val"], subset=subset), {}, onnx=False)
+    _, evaluation = card.split("## Evaluation\n\n")
+    assert evaluation.startswith("**THE CHECKPOINT WAS TRAINED ON val")
+    assert "**Only the 1,234 samples listed in a\\_list.csv were scored.**" in evaluation
 
 
 def test_the_card_lists_sources_left_out_of_training(
@@ -318,15 +324,19 @@ def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: 
             f'{{"report_version": {REPORT_VERSION}, "run": "tiny", "sets": {{}}}}',
             "has no step, threshold, so it is damaged",
         ),
-        (None, "is of tiny step 8, the checkpoint is tiny step 7"),
+        ({"step": 8}, "is of tiny step 8, the checkpoint is tiny step 7"),
+        (
+            {"detector": {"kind": "checkpoint", "name": "step_0000007", "sha256": "e" * 64}},
+            "is of another file of tiny step 7 (sha256 eeeeeeeeeeee, the checkpoint's weights",
+        ),
     ],
 )
 def test_a_report_of_another_checkpoint_is_refused(
-    text: str | None, said: str, tiny_checkpoint: Path, tmp_path: Path
+    text: str | dict, said: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(report_of(meta, step=8)) if text is None else text)
+    path.write_text(text if isinstance(text, str) else json.dumps(report_of(meta, **text)))
     arguments = ["export", "--hub", str(tmp_path / "out"), "--checkpoint", str(tiny_checkpoint)]
     result = CliRunner().invoke(main, [*arguments, "--report", str(path)])
     assert result.exit_code == 1 and said in result.output
