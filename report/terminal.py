@@ -135,11 +135,11 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
     columns = ["perturbation", "images", "recall", "false positives", "AUROC", "verdicts flipped"]
     least_first = ["images", "AUROC", "verdicts flipped"]
     console.table(f"{name}, perturbed", columns, rows, drop=least_first)
-    failed = [row for row in robustness["perturbations"] if row["failed"]]
-    for row in failed:
-        console.say(
-            f"{row['name']}: failed images: {row['failed']:,}, first: {row['failed_first']}"
-        )
+    for row in (*robustness["perturbations"], *robustness["codec_swap"]):
+        if row.get("failed"):
+            console.say(
+                f"{row['name']}: failed images: {row['failed']:,}, first: {row['failed_first']}"
+            )
     if robustness["unreadable"]:
         console.say(f"unreadable images, not counted here: {robustness['unreadable']:,}")
     rows = []
@@ -148,10 +148,25 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
             _change(row["before"][figure], row["after"][figure])
             for figure in ("recall", "false_positive_rate", "auroc")
         ]
-        rows.append([row["what"], *(_shift(row["shift"][label]) for label in CLASSES), *changes])
-    columns = ["codec swap", "reals shift", "fakes shift", "recall", "false positives", "AUROC"]
+        rows.append(
+            [
+                row["what"],
+                row["images"],
+                *(_shift(row["shift"][label]) for label in CLASSES),
+                *changes,
+            ]
+        )
+    columns = [
+        "codec swap",
+        "images",
+        "reals shift",
+        "fakes shift",
+        "recall",
+        "false positives",
+        "AUROC",
+    ]
     title = f"{name}: do scores depend on the image or on its file format?"
-    console.table(title, columns, rows, drop=["AUROC", "recall", "false positives"])
+    console.table(title, columns, rows, drop=["images", "AUROC", "recall", "false positives"])
     for label, container in robustness["containers"].items():
         said = "none, so no image can be converted to it"
         if container:

@@ -191,7 +191,8 @@ def measure_swaps(
     threshold: float,
 ) -> list[dict[str, Any]]:
     """Return the entry of each test in `report.json`: the shift of each re-encoded class (`shift`,
-    as in `measure_perturbations`), and the metrics of `FIGURES` before and after.
+    as in `measure_perturbations`), and the metrics of `FIGURES` before and after, on the `images`
+    that could be re-encoded and scored; `failed` counts the others.
     """
     names = [perturbation.name for perturbation in perturbed.perturbations]
     before = perturbed.logits[names.index(ORIGINAL.name)]
@@ -207,6 +208,8 @@ def measure_swaps(
             for logits in (before, after)
         )
         shift = shifts(labels, before, after, sample_groups)
+        failures = perturbed.failures[names.index(swap.name)]
+        reasons = [failures[sample] for sample in perturbed.samples[~there].tolist()]
         rows.append(
             {
                 "name": swap.name,
@@ -218,6 +221,8 @@ def measure_swaps(
                 },
                 "before": {key: rates_before[key] for key in FIGURES},
                 "after": {key: rates_after[key] for key in FIGURES},
+                "failed": len(reasons),
+                "failed_first": reasons[0] if reasons else None,
             }
         )
     return rows

@@ -17,9 +17,11 @@ It returns `PerturbedScores`. An image that cannot be read or decoded is no erro
 
 - `samples`, `labels`: int64 (N,), the row numbers and classes of the N images that were decoded.
 - `logits`: float32 (perturbations, N), of fake minus real (positive: more likely fake), before the
-  temperature; NaN where a perturbation failed.
-- `failures`: one dict per perturbation, row number -> why it failed on this image.
-- `unreadable`: a dict, row number -> reason, of the images that are not among the N.
+  temperature; not finite where a perturbation failed.
+- `failures`: one dict per perturbation, row number -> why it failed on this image, or that its
+  score is not finite.
+- `unreadable`: a dict, row number -> reason, of the images that are not among the N. An image
+  without a finite score as packed is one of them.
 
 `measure_perturbations(perturbed, groups, *, temperature, threshold)` takes the `PerturbedScores`,
 the codes of their groups (`codes_of()`), the temperature (1.0: none), and the decision threshold on
@@ -56,7 +58,7 @@ from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
 from model.score import evaluating, logits_of
-from model.verdict import probability
+from model.verdict import NOT_FINITE, probability
 from pipeline import pil
 from pipeline.perturb import ORIGINAL, Perturbation
 from pipeline.preprocess import Preprocess
@@ -70,9 +72,9 @@ class PerturbedScores:
     """Scores of N images after each of D perturbations.
 
     `samples`, int64 (N,), are rows of the shard set; `labels` is int64 (N,). `logits`, float32
-    (D, N), are before the temperature, and NaN where a perturbation failed on an image:
-    `failures[d]` maps the sample to the reason. `unreadable` maps samples that cannot be decoded to
-    the reason; these samples are not among the N.
+    (D, N), are before the temperature, and not finite where a perturbation failed on an image:
+    `failures[d]` maps the sample to the reason. `unreadable` maps samples that cannot be decoded,
+    or have no finite score as packed, to the reason; these samples are not among the N.
     """
 
     perturbations: tuple[Perturbation, ...]
@@ -168,9 +170,13 @@ def score_perturbations(
 
     Each image is read and decoded once. One thread per core prepares the variants. All variants of
     one image form one batch.
+
+    Raises:
+        ValueError: `ORIGINAL` is not among the perturbations.
     """
     dist = scorer.dist
     perturbations = tuple(perturbations)
+    original = [perturbation.name for perturbation in perturbations].index(ORIGINAL.name)
     failures: tuple[dict[int, str], ...] = tuple({} for _ in perturbations)
     unreadable: dict[int, str] = {}
     kept, logits = [], []
@@ -178,14 +184,17 @@ def score_perturbations(
     for sample, variants in perturbed_variants(
         shards, samples[dist.rank :: dist.world_size], perturbations, scorer.prepare
     ):
-        if isinstance(variants, str):
-            unreadable[int(sample)] = variants
+        column = None if isinstance(variants, str) else scorer.column(variants)
+        if column is None:
+            unreadable[int(sample)] = str(variants)
+        elif not np.isfinite(column[original]):
+            unreadable[int(sample)] = NOT_FINITE
         else:
-            for row, variant in enumerate(variants):
-                if isinstance(variant, str):
-                    failures[row][int(sample)] = variant
+            for row in np.flatnonzero(~np.isfinite(column)).tolist():
+                failed = isinstance(variants[row], str)
+                failures[row][int(sample)] = variants[row] if failed else NOT_FINITE
             kept.append(int(sample))
-            logits.append(scorer.column(variants))
+            logits.append(column)
         if on_images:
             on_images(1)
     parts = all_gather_object(dist, (kept, logits, failures, unreadable))

@@ -111,7 +111,7 @@ class PerturbationEntry(Rates):
     what: str
     """The perturbation in words."""
     images: int
-    """Images that could be perturbed."""
+    """Images that could be perturbed and scored."""
     intervals: dict[str, Interval]
     """95 % interval of each rate."""
     flip_rate: float | None
@@ -123,7 +123,7 @@ class PerturbationEntry(Rates):
     shift: dict[str, Shift | None]
     """Change of the mean logit of each class."""
     failed: int
-    """Images that could not be perturbed."""
+    """Images that could not be perturbed, or have no finite score then."""
     failed_first: str | None
     """Reason of the first failure."""
 
@@ -144,13 +144,17 @@ class SwapEntry(TypedDict):
     what: str
     """The test in words."""
     images: int
-    """Images of the test."""
+    """Images of the test that could be re-encoded and scored."""
     shift: dict[str, Shift | None]
     """Change of the mean logit of each class that was re-encoded; null for the other class."""
     before: Rates
     """Rates of the images as packed in the shards."""
     after: Rates
     """Rates after re-encoding."""
+    failed: NotRequired[int]
+    """Images that could not be re-encoded, or have no finite score then."""
+    failed_first: NotRequired[str | None]
+    """Reason of the first failure."""
 
 
 class Robustness(TypedDict):
@@ -161,7 +165,7 @@ class Robustness(TypedDict):
     of: int
     """Images of the set."""
     unreadable: int
-    """Images of the sample that could not be read."""
+    """Images of the sample that could not be read, or have no finite score as packed."""
     perturbations: list[PerturbationEntry]
     """Figures after each perturbation."""
     containers: dict[str, ContainerEntry | None]

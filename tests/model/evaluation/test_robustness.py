@@ -1,5 +1,6 @@
 """Robustness to perturbations, and the codec-swap test on detectors made for the test."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from model.evaluation.robustness import (
     shift_of,
 )
 from model.score import score_set
+from model.verdict import NOT_FINITE
 from pipeline import read
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
@@ -130,6 +132,33 @@ def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> N
     assert row["failed"] == missing.sum() and row["failed_first"] == "too bright for this"
     assert row["images"] == row["reals"] + row["fakes"] == len(shards) - missing.sum()
     assert set(columns.failures[1]) == set(columns.samples[missing]) and not columns.failures[0]
+
+
+class NoNumber(Scorer):
+    """Gives some images no finite score: bright ones as packed, others after a perturbation."""
+
+    def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:
+        logits = super().column(variants)
+        if logits[0] > 0.5:
+            logits[0] = np.nan
+        else:
+            logits[1:3] = np.nan, np.inf
+        return logits
+
+
+def test_an_image_without_a_finite_score_is_counted_with_its_reason(shards: ShardSet) -> None:
+    report = report_robustness(
+        NoNumber(Brightness(), PREPROCESS, CPU), shards, named("original", "jpeg-50"),
+        temperature=1.0, threshold=0.5, per_class=1000,
+    )  # fmt: skip
+    assert 5 < report["unreadable"] < 75 and report["images"] + report["unreadable"] == len(shards)
+    original, perturbed = report["perturbations"]
+    assert (original["images"], original["failed"]) == (report["images"], 0)
+    assert (perturbed["images"], perturbed["failed"]) == (0, report["images"])
+    assert perturbed["failed_first"] == NOT_FINITE
+    swap = report["codec_swap"][0]
+    assert swap["failed"] > 0 and swap["failed_first"] == NOT_FINITE
+    assert swap["images"] + swap["failed"] == report["images"]
 
 
 def test_an_unreadable_image_has_no_column(
