@@ -10,7 +10,8 @@ returns it.
 - `data`: the folder of the training sets, whose licenses the card lists (also a `UPath`), or None
   (default: not listed). A set that is not there, or is not the one of the training, is not listed
   (with a warning if it is another).
-- `onnx`: a folder of ONNX files that is copied to `out/onnx`, or None (default).
+- `onnx`: a folder of `export_onnx()`, whose files are copied to `out/onnx`, or None (default). No
+  other file in it is copied.
 
 The folder has `model.safetensors`, `config.json`, `meta.json` without private paths, and
 `README.md`, the model card. timm and transformers can load the first two only if the recipe's
@@ -64,6 +65,7 @@ from model.checkpoint import (
 from model.evaluation.report import REPORT_VERSION
 from model.export.card import card_of, is_plain
 from model.export.license import license_of
+from model.export.onnx import FILES, PARITY_FILE
 from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
 from pipeline.preprocess import Preprocess
@@ -90,7 +92,8 @@ def write_hub(
     """Write the new folder `out`, and return it.
 
     `report` is the checkpoint's `report.json`. `data` is the folder with the training sets; with it
-    the card lists their licenses. `onnx` is a folder of `export_onnx`, which is copied.
+    the card lists their licenses. `onnx` is a folder of `export_onnx`, whose files are copied; no
+    other file in it may reach the hub.
 
     Raises:
         HubError: `out` exists and is not empty, the report is damaged or belongs to another
@@ -120,7 +123,10 @@ def write_hub(
             (partial / CONFIG_FILE).unlink()
         seal(partial, without_paths(meta))
         if onnx:
-            shutil.copytree(onnx, partial / ONNX_FOLDER)
+            (partial / ONNX_FOLDER).mkdir()
+            for name in (*FILES.values(), PARITY_FILE):
+                if (onnx / name).exists():  # the int8 file may have been left out
+                    shutil.copyfile(onnx / name, partial / ONNX_FOLDER / name)
         card = card_of(meta, figures, sources_of(meta, data), onnx=onnx is not None)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return out

@@ -210,6 +210,15 @@ def test_the_card_lists_sources_left_out_of_training(
     assert card.index("## Sources left out") < card.index("## Evaluation")
 
 
+def test_only_files_of_the_export_are_copied(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "private").mkdir(parents=True)
+    for name in ("detector.onnx", "parity.json", "notes.txt", "private/photo.jpg"):
+        (folder / name).write_text(name)
+    out = hub.write_hub(tiny_checkpoint, tmp_path / "hub", onnx=folder)
+    assert {path.name for path in (out / "onnx").iterdir()} == {"detector.onnx", "parity.json"}
+
+
 def test_a_hub_folder_can_be_evaluated(folder: Path, data: Path, tmp_path: Path) -> None:
     evaluate(folder, data, ["val"], tmp_path, options=Options(device="cpu"))
     detector = read_scores(tmp_path / "scores.parquet").evaluation["detector"]
