@@ -23,9 +23,9 @@ Their arguments:
   the highest share of fakes below the lower end (both above 0 and below 0.5). Its `threshold` is
   one of three texts, which says for which images the two shares hold: `"pooled"`: for all images
   together; `"worst_source"`: for every source; `"most_sources"`: for three quarters of the sources.
-  A source is left out for a class if it has fewer than `FEWEST` images of that class. If all
-  sources are so small, they are joined as one source. Except for `"pooled"`, a source is also left
-  out if it has too few images for the rate.
+  Except for `"pooled"`, a source is left out for a class if it has fewer than `FEWEST` images of
+  that class, or too few for the rate. If all sources have fewer than `FEWEST`, they are joined as
+  one source.
 - `origin`: a text for the record that says how the scores were made (default "sources left out").
 
 All three return a `Calibration`: `temperature`, `threshold`, `band` (low, high: "likely AI" from
@@ -234,12 +234,12 @@ def calibrate_sources(
     At most `max_fpr` of the real images have a score at or above the upper end of the band, which
     is the decision threshold. At most `max_miss` of the fakes have a score below its lower end.
     `calibrating.threshold` selects the images of which the two rates are taken: all together, or
-    source by source. A source with fewer than `FEWEST` images of a class is ignored for that class,
-    unless all sources are that small.
+    source by source. Then a source with fewer than `FEWEST` images of a class is ignored for that
+    class, unless all sources are that small.
 
     Raises:
-        CalibrationError: a class has fewer than `FEWEST` images in all, a score is not finite, or
-            no temperature fits.
+        CalibrationError: a class has fewer than `FEWEST` images in all or too few for its rate, a
+            score is not finite, or no temperature fits.
     """
     labels, logits = (np.concatenate([pair[part] for pair in scores.values()]) for part in (0, 1))
     fitted = calibrate(labels, logits, "0.5")
@@ -247,14 +247,15 @@ def calibrate_sources(
         name: (of_source, probability(of_logits, fitted.temperature))
         for name, (of_source, of_logits) in scores.items()
     }
+    fewest = 1 if calibrating.threshold == "pooled" else FEWEST
     reals, fakes = (
-        [p[own == label] for own, p in by_source.values() if (own == label).sum() >= FEWEST]
+        [p[own == label] for own, p in by_source.values() if (own == label).sum() >= fewest]
         or [np.concatenate([p[own == label] for own, p in by_source.values()])]
         for label in (0, 1)
     )
     high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
     missed = [1 - of_source for of_source in fakes]  # a miss rate is a false-positive rate of 1 - p
-    low = 1 - threshold_over_sources(missed, calibrating.max_miss, calibrating.threshold)
+    low = 1 - threshold_over_sources(missed, calibrating.max_miss, calibrating.threshold, "fake")
     low = min(low, high)
     sources = {
         name: {
@@ -283,10 +284,12 @@ def threshold_over_sources(
     reals: Sequence[np.ndarray],
     rate: float,
     over: Over,
+    label: Literal["real", "fake"] = "real",
 ) -> float:
     """Return a threshold that at most `rate` of the images reach: of all images together
     (`pooled`), of each source (`worst_source`), or of each of three quarters of the sources
-    (`most_sources`). `reals` are probabilities of fake, one array (N,) per source.
+    (`most_sources`). `reals` are probabilities of fake, one array (N,) per source; for a miss rate
+    they are 1 - p of the fakes, and `label` is the class that an error names.
 
     Raises:
         CalibrationError: every source has too few images for this rate.
@@ -295,8 +298,11 @@ def threshold_over_sources(
     own = [threshold_at_fpr(group, rate) for group in groups]
     known = [threshold for threshold in own if threshold is not None]
     if not known:
+        which = "all sources together have" if over == "pooled" else "the largest source has"
         raise CalibrationError(
-            f"no source has enough images for a threshold at a rate of {rate:.0%}"
+            f"too few {label} images for a threshold at a rate of {rate:.3g}: {which} "
+            f"{max(map(len, groups)):,}, at least {math.ceil(1 / rate - 1e-9) - 1:,} are needed; "
+            "ask for a higher rate, or give more images"
         )
     if over == "most_sources":
         return sorted(known)[math.ceil(0.75 * len(known)) - 1]

@@ -171,8 +171,24 @@ def test_too_few_images_are_refused() -> None:
     few = {name: (labels[:4], logits[:4]) for name, (labels, logits) in scores_of().items()}
     with pytest.raises(CalibrationError, match="calibration needs at least 20 of each"):
         calibrate_sources(few, Calibrating(on="left_out"))
-    with pytest.raises(CalibrationError, match=r"no source has enough images .* 0%"):
-        threshold_over_sources([np.linspace(0, 1, 50)], 0.001, "worst_source")
+    said = r"too few real images .* of 0\.001: the largest source has 50, at least 999 are needed"
+    with pytest.raises(CalibrationError, match=said):
+        threshold_over_sources([np.linspace(0, 1, 50)] * 3, 0.001, "worst_source")
+    asked = Calibrating(on="left_out", threshold="pooled", max_fpr=0.05, max_miss=0.001)
+    said = r"too few fake images .* of 0\.001: all sources together have 600, at least 999"
+    with pytest.raises(CalibrationError, match=said):
+        calibrate_sources(scores_of(), asked)
+
+
+def test_a_pooled_rate_holds_for_all_images_together() -> None:
+    """Small sources count too: here most real images are in sources of 10, which look fake."""
+    rng = np.random.default_rng(4)
+    small = {f"small{n}": (np.zeros(10, int), rng.normal(1, 1, 10)) for n in range(200)}
+    scores = scores_of() | small
+    fitted = calibrate_sources(scores, Calibrating(on="left_out", threshold="pooled", max_fpr=0.05))
+    reals = np.concatenate([logits for labels, logits in scores.values() if labels[0] == 0])
+    called = probability(reals, fitted.temperature) >= fitted.threshold
+    assert called.mean() == pytest.approx(0.05, abs=0.001)
 
 
 @pytest.mark.parametrize(
