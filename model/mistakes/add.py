@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from imaging.decode import ImageFile
 from model.inference.inputs import find_images
-from model.mistakes.keep import Label, MistakeError, keep_mistake, verdict_of
+from model.mistakes.keep import Label, MistakeError, keep_mistake, room_in, verdict_of
 from model.verdict import percent
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def keep_wrong(
         OSError: the folder cannot be written.
     """
     waiting: deque[list[bytes]] = deque()
+    room = room_in(folder)
 
     def reading() -> Iterator[ImageFile]:
         for file in find_images(paths, Counter()):
@@ -75,10 +76,11 @@ def keep_wrong(
             said = f"{result.name}: {given.verdict} ({percent(given.score)})"
             name = result.name if keep_image else None
             try:
-                kept = keep_mistake(folder, read[0], label, given, copy_named=name)
+                kept = keep_mistake(folder, read[0], label, given, copy_named=name, room=room)
             except MistakeError as error:
                 yield Reported(f"{said}; not kept: {error}", failed=True)
                 continue
+            room -= kept.added
             yield Reported(f"{said}; {kept.text}", failed=False)
 
 

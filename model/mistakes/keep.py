@@ -1,7 +1,7 @@
 """Record wrong verdicts in a local folder, one JSON file per image, and read them; nothing is sent
 anywhere.
 
-Main entry: `keep_mistake(folder, data, label, given, *, copy_named)` adds one verdict.
+Main entry: `keep_mistake(folder, data, label, given, *, copy_named, room)` adds one verdict.
 
 - `folder`: a `Path`, the folder of the records (made if missing).
 - `data`: the bytes of the image file.
@@ -10,6 +10,8 @@ Main entry: `keep_mistake(folder, data, label, given, *, copy_named)` adds one v
   probability of fake.
 - `copy_named`: the image's file name, to keep a copy of the image with its suffix. None (the
   default) makes no copy.
+- `room`: how many more entries `folder` may get, from `room_in(folder)`, for a caller that adds
+  many: counting them for each would take longer with each. None (the default): they are counted.
 
 A wrong verdict makes an entry: the JSON file of this image. Every later verdict on this image is
 added to it, also a right or uncertain one, and replaces the earlier one of the same detector. The
@@ -17,9 +19,10 @@ new `label` replaces that of the entry. When no verdict in the entry is wrong by
 entry and its copy are deleted. For an image without an entry, a right or uncertain verdict does
 nothing.
 
-It returns a `Kept`: `kept` (whether there is an entry now), `label_was` (the former label if it has
-changed, else None) and `text` (one line). `read_mistakes(folder)` returns all entries as a list of
-`Mistake`; it and `Verdict` have the fields of the JSON below.
+It returns a `Kept`: `kept` (whether there is an entry now), `added` (whether this call made it),
+`label_was` (the former label if it has changed, else None) and `text` (one line).
+`read_mistakes(folder)` returns all entries as a list of `Mistake`; it and `Verdict` have the fields
+of the JSON below.
 
 Both functions raise `OSError` if the folder cannot be read or written, and `MistakeError` (a
 `ValueError`) if an entry is larger than `MAX_ENTRY_BYTES` or does not have the form below, or if
@@ -117,13 +120,14 @@ class Mistake:
 class Kept:
     """Result of `keep_mistake`.
 
-    `kept` is whether the image has an entry now. `label_was` is its former label if the label has
-    changed, else None. `text` is one line for the user.
+    `kept` is whether the image has an entry now, and `added` whether it is a new one. `label_was`
+    is its former label if the label has changed, else None. `text` is one line for the user.
     """
 
     kept: bool
     label_was: Label | None
     text: str
+    added: bool = False
 
 
 def standing(label: Label, verdict: str) -> Standing:
@@ -149,14 +153,20 @@ def verdict_of(detector: DecisionRule, score: float) -> Verdict:
 
 
 def keep_mistake(
-    folder: Path, data: bytes, label: Label, given: Verdict, *, copy_named: str | None = None
+    folder: Path,
+    data: bytes,
+    label: Label,
+    given: Verdict,
+    *,
+    copy_named: str | None = None,
+    room: int | None = None,
 ) -> Kept:
     """Keep a verdict in `folder` if it is wrong about the image with these bytes.
 
     If the image has an entry, the verdict is added to it, and the new label replaces the old one.
     An entry without a wrong verdict under its new label is removed, with its copy. With
     `copy_named`, the name of the image, a copy of `data` is kept as well, with the suffix of this
-    name.
+    name. `room` is the number of entries that may still be added; None: they are counted.
 
     Raises:
         MistakeError: the folder is full, the copy is too large, or the existing entry is damaged.
@@ -166,11 +176,12 @@ def keep_mistake(
     path = folder / f"{sha256}.json"
     stands = standing(label, given.verdict)
     known = read_mistake(path) if path.exists() else None
+    added = known is None
     if known is None:
         if stands != "wrong":
             why = "agrees" if stands == "right" else "is uncertain, which is not wrong"
             return Kept(kept=False, label_was=None, text=f"the verdict {why}; nothing kept")
-        if folder.is_dir() and len(entries_of(folder)) >= MAX_MISTAKES:
+        if (room_in(folder) if room is None else room) < 1:
             raise MistakeError(
                 f"{folder} has {MAX_MISTAKES:,} mistakes, which is the limit; name another folder"
             )
@@ -189,7 +200,7 @@ def keep_mistake(
         mistake = _with_copy(folder, mistake, data, copy_named)
     write_mistake(folder, mistake)
     beside = "with its image" if mistake.image else "without its image"
-    return Kept(kept=True, label_was=label_was, text=f"{changed}{said}, {beside}")
+    return Kept(kept=True, label_was=label_was, text=f"{changed}{said}, {beside}", added=added)
 
 
 def _with_copy(folder: Path, mistake: Mistake, data: bytes, name: str) -> Mistake:
@@ -241,6 +252,11 @@ def remove_mistake(folder: Path, mistake: Mistake) -> None:
 def entries_of(folder: Path) -> list[Path]:
     """Return the files of all entries in the order of their names; other files are ignored."""
     return sorted(path for path in folder.iterdir() if _ENTRY.fullmatch(path.name))
+
+
+def room_in(folder: Path) -> int:
+    """Return how many entries a folder may still get. All of them are counted."""
+    return MAX_MISTAKES - (len(entries_of(folder)) if folder.is_dir() else 0)
 
 
 def read_mistakes(folder: Path) -> list[Mistake]:

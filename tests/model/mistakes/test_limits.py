@@ -122,6 +122,25 @@ def test_limits_hold_for_reading_a_folder_and_an_entry(
         assert path.read_bytes() == before
 
 
+def test_many_mistakes_are_kept_up_to_the_limit_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting the folder for each image would take longer with each."""
+    folder, listed = tmp_path / "kept", []
+    keep_mistake(folder, IMAGES[0], "real", said(LIKELY))
+    for index, image in enumerate((*IMAGES, IMAGES[1])):
+        (tmp_path / f"{index}.jpg").write_bytes(image)
+    list_entries = keep.entries_of
+    monkeypatch.setattr(keep, "entries_of", lambda of: listed.append(of) or list_entries(of))
+    monkeypatch.setattr(keep, "MAX_MISTAKES", 3)
+    rule = Rule(dict.fromkeys(IMAGES, 0.9))
+    paths = [str(tmp_path / f"{index}.jpg") for index in range(5)]
+    reports = list(keep_wrong(rule, paths, "real", folder, keep_image=False))
+    assert listed == [folder]
+    assert [report.failed for report in reports] == [False, False, False, True, False]
+    assert "has 3 mistakes, which is the limit" in reports[3].text
+
+
 @pytest.mark.parametrize(
     "change",
     [{"score": float("nan")}, {"band": [0.1, float("inf")]}, {"verdict": "likely real"},
