@@ -9,7 +9,7 @@ its keys, the file's name (`file`) and its `sha256`. The command `python -m shar
 order of the set.
 
 - `shards`: a `ShardSet`, such as `open_shards([folder])` of `sharding/format.py` returns.
-- `name`: the name of this set in the list.
+- `name`: the name of this set; the list may have only its last part (`mine` of `folders/mine`).
 - `subset`: a `Subset`.
 
 `read_subset()` raises ValueError if the file is not CSV in UTF-8, has another header, names no
@@ -22,7 +22,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -80,12 +80,13 @@ def read_subset(path: Path) -> Subset:
 
 
 def choose_samples(shards: ShardSet, name: str, subset: Subset) -> ShardSet:
-    """Return the samples of set `name` that `subset` lists, in the order of the set.
+    """Return the samples of set `name` that `subset` lists, in the order of the set. An audit lists
+    a set by the last part of its name.
 
     Raises:
         ValueError: the list has no sample of this set, or a key that the set does not have.
     """
-    wanted = set(subset.keys.get(name, ()))
+    wanted = set(subset.keys.get(name) or subset.keys.get(PurePath(name).name, ()))
     if not wanted:
         raise ValueError(
             f"{subset.file} lists no sample of {name}, only of {', '.join(subset.keys)}; remove "

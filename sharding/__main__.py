@@ -45,7 +45,6 @@ import click
 
 import console
 import interrupts
-from installed import command
 from storage import AnyPath, check_reachable, cores, file_name, write_text
 
 if TYPE_CHECKING:
@@ -410,7 +409,9 @@ def audit_command(
             raise ValueError(f"{sample_file} was not written: " + "\n".join(missing))
         sample_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(sample_file, match.sample_list(chosen))
-        console.say(f"sample list: {sample_file}; {command('evaluate')} --subset {sample_file}")
+        console.say(f"sample list: {sample_file}")
+        for line in match.commands(chosen, sample_file):
+            console.say(f"to score it: {line}")
 
 
 @main.command("pairs")

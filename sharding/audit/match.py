@@ -21,6 +21,8 @@ classes still differ after the last round, another `ValueError` without scikit-l
 
 `sample_list(chosen)` takes a dict from the name of a set to the pair (its `ShardSet`, its `rows`)
 and returns a CSV text for `evaluate.py --subset`, with the columns `set` and `key`.
+`commands(chosen, file)` takes the same dict and the `Path` of this file, and returns the commands
+that score it, one for each folder that the sets are in.
 
 `as_json(match)` returns the entry for `report.json`:
 
@@ -31,11 +33,15 @@ and returns a CSV text for `evaluate.py --subset`, with the columns `set` and `k
 
 import csv
 import io
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from installed import command
 from sharding.audit.audit import MIN_GROUPS, Estimate, cross_fit, estimate
 from sharding.audit.metadata import FEATURES, Metadata, assign_folds, metadata_of
 from sharding.format import ShardSet
@@ -151,6 +157,22 @@ def sample_list(chosen: dict[str, tuple[ShardSet, np.ndarray]]) -> str:
         keys = shards.table.column("key").take(rows).to_pylist()
         writer.writerows((name, key) for key in keys)
     return stream.getvalue()
+
+
+def commands(chosen: Mapping[str, tuple[ShardSet, np.ndarray]], file: Path) -> list[str]:
+    """Return the commands that score the sample list `file`. A list names sets only by the last
+    part of their names, so each folder of sets needs a command of its own.
+    """
+    names: dict[str, list[str]] = {}
+    for name, (shards, _rows) in chosen.items():
+        names.setdefault(str(shards.folders[0].parent), []).append(name)
+    return [
+        shlex.join([
+            *command("evaluate").split(), "--data", parent,
+            *(f"--shards={name}" for name in own if len(names) > 1), "--subset", str(file),
+        ])
+        for parent, own in names.items()
+    ]  # fmt: skip
 
 
 def as_json(match: Match | str | None) -> dict[str, Any] | None:

@@ -77,6 +77,13 @@ def test_the_listed_samples_score_as_in_the_whole_set(
         assert logits[1][key] == pytest.approx(logits[0][key], abs=1e-5)
 
 
+def test_a_set_may_be_listed_by_the_last_part_of_its_name(old: ShardSet, tmp_path: Path) -> None:
+    subset = read_subset(write_list(tmp_path / "some.csv", [("old", keys_of(old)[3])]))
+    assert keys_of(choose_samples(old, "folders/old", subset)) == [keys_of(old)[3]]
+    with pytest.raises(ValueError, match="lists no sample of folders/new"):
+        choose_samples(old, "folders/new", subset)
+
+
 def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_path: Path) -> None:
     val = open_shards([data / "val"])
     rows = [("old", key) for key in keys_of(old)[::4]] + [("val", key) for key in keys_of(val)[:5]]

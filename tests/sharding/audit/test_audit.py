@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,19 @@ def test_the_command_writes_report_histograms_and_list(sets: Path, tmp_path: Pat
     assert rows[0] == ["set", "key"]
     report = json.loads((out / "report.json").read_text())
     assert len(rows) - 1 == 2 * report["sets"]["partly"]["match"]["per_class"]
+    said = matched.output.split("to score it: ")[1].splitlines()[0]
+    assert said.endswith(f"evaluate.py --data {sets} --subset {listed}")
     assert {path.name for path in out.iterdir()} == {"lonely.png", "partly.png", "report.json"}
+
+
+def test_sets_in_several_folders_are_scored_by_a_command_each(sets: Path) -> None:
+    whole, rows = shards_of(sets, "clean"), np.arange(2)
+    other = replace(whole, folders=(Path("other sets/mine"),) * len(whole.folders))
+    both = match.commands({"clean": (whole, rows), "mine": (other, rows)}, Path("list.csv"))
+    assert [line.partition("evaluate.py ")[2] for line in both] == [
+        f"--data {sets} --shards=clean --subset list.csv",
+        "--data 'other sets' --shards=mine --subset list.csv",
+    ]
 
 
 def test_the_command_refuses_a_set_of_one_class_and_equal_names(sets: Path, tmp_path: Path) -> None:
