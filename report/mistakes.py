@@ -13,7 +13,7 @@ from typing import Any
 import console
 
 MOST_ROWS = 50
-"""Largest number of table rows; the most important come first, and --json writes all."""
+"""Largest number of table rows; the most important come first, and --out writes all."""
 
 
 def print_regressions(result: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ def print_regressions(result: Mapping[str, Any]) -> None:
         drop=["detector before"],
     )  # fmt: skip
     if len(rows) > MOST_ROWS:
-        console.say(f"and {len(rows) - MOST_ROWS:,} more; --json FILE writes all")
+        console.say(f"and {len(rows) - MOST_ROWS:,} more; --out FOLDER writes all")
     reasons = [row["reason"] for row in rows if row["reason"]]
     for reason in dict.fromkeys(reasons):
         console.say(f"not scored, {reasons.count(reason):,}: {reason}")

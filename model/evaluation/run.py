@@ -301,10 +301,20 @@ def find_scores(path: Path) -> Path:
     """Return the scores file for `path`, which is that file, its folder, or a report in its folder.
 
     Raises:
-        ValueError: the folder contains no scores file.
+        ValueError: the folder contains no scores file. The message names the reports below it.
     """
     file = path / SCORES_FILE if path.is_dir() else path
     file = file if file.suffix == ".parquet" else file.with_name(SCORES_FILE)
-    if not file.exists():
-        raise ValueError(f"there is no {SCORES_FILE} at {path}; run `{command('evaluate')}` again")
-    return file
+    if file.exists():
+        return file
+    below = [*path.glob(f"*/{SCORES_FILE}"), *path.glob(f"*/*/{SCORES_FILE}")]
+    names = sorted(str(scores.parent) for scores in below)
+    todo = f"run `{command('evaluate')} --shards SET`, and name the folder of its report"
+    if names:
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        todo = f"name one of the reports below: {', '.join(names[:_NAMED])}{more}"
+    raise ValueError(f"there is no {SCORES_FILE} at {path}; {todo}")
+
+
+_NAMED = 5
+"""Most reports that a message names."""

@@ -82,6 +82,21 @@ def test_the_run_that_was_trained_on_a_set_is_named(tmp_path: Path) -> None:
     assert "TRAINED ON" not in compare(paths[0], paths[2]).output
 
 
+def test_the_folder_of_a_run_is_answered_with_its_reports(tmp_path: Path) -> None:
+    (run,) = folders(tmp_path, 1)
+    for name in ("mine", "val"):
+        report = tmp_path / "runs/one/evaluation" / name
+        report.mkdir(parents=True)
+        (report / "scores.parquet").write_bytes((run / "scores.parquet").read_bytes())
+    for folder in (tmp_path / "runs/one", tmp_path / "runs/one/evaluation"):
+        named = "one of the reports below: " + ", ".join(
+            str(tmp_path / "runs/one/evaluation" / name) for name in ("mine", "val")
+        )
+        assert named in compare(folder, run).output.replace("\n", " ")
+    (tmp_path / "none").mkdir()
+    assert "evaluate.py --shards SET`, and name" in compare(tmp_path / "none", run).output
+
+
 def test_two_runs_print_their_flips_and_the_table(tmp_path: Path) -> None:
     paths = folders(tmp_path, 2)
     result = compare(*paths, "--flips", tmp_path / "flips.csv")
