@@ -91,7 +91,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         parts = [", ".join(quality), "In parentheses: 95 % intervals over groups of images."]
         console.say(". ".join(filter(None, parts)))
         if set_report["generators"] and (set_report["reference"] or overall)["reals"]:
-            console.say("Rows of generators use all real images of the set.")
+            of = report["reference_reals"]["set"] if set_report["reference"] else "the set"
+            console.say(f"Rows of generators use all real images of {of}.")
         if set_report["note"]:
             console.say(set_report["note"])
         if set_report["unreadable"]:

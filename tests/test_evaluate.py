@@ -254,6 +254,7 @@ def test_evalgen_uses_the_reference_reals_of_the_catalog(
     assert figures["protocols"]["first_per_prompt"]["images"] == 12
     assert set(figures["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
     assert "the first image of each prompt (12)" in " ".join(done.output.split())
+    assert "Rows of generators use all real images of test." in done.output
     rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
     assert sum(row["set"] == "test" for row in rows) == reals
     assert len(rows) == 35 + reals
