@@ -66,7 +66,7 @@ class FileJudge:
         """
         try:
             given = self.predict(list(prepared))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit would end this program without a word
             raise DetectorError(
                 f"{self.file}: {FUNCTION} failed on {console.counted(len(prepared), 'image')}: "
                 f"{_said(error)}"

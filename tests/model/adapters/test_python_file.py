@@ -104,6 +104,7 @@ def test_options_without_a_meaning_are_refused(file: Path) -> None:
         ("return 'text'", "returned str"),
         ("return [object()] * len(images)", "expected 2 numbers"),
         ("raise KeyError('gpu')", "failed on 2 images: KeyError: 'gpu'"),
+        ("import sys; sys.exit(0)", "failed on 2 images: SystemExit: 0"),
         (
             "import torch; return torch.ones(2, requires_grad=True)",
             r"returned Tensor \(RuntimeError: Can't call numpy.* requires grad.*expected 2 numbers",
