@@ -47,6 +47,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model.score import Scores
-from model.verdict import probability
+from model.verdict import calibration_fault, probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
 from storage import parse_json, write_atomically
 
@@ -165,7 +166,8 @@ def read_scores(path: Path) -> ScoreTable:
     """Read a file of `write_scores`.
 
     Raises:
-        ScoresError: not a scores file, a damaged one, or one of another version.
+        ScoresError: not a scores file, a damaged one, or one of another version, or its metadata
+            cannot be used.
         OSError: the file cannot be read.
     """
     data = path.read_bytes()
@@ -184,10 +186,47 @@ def read_scores(path: Path) -> ScoreTable:
             f"{SCORES_VERSION}; measure the checkpoint again with evaluate.py"
         )
     try:
-        return ScoreTable(table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA), evaluation)
+        table = table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
     except (pa.ArrowException, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ScoresError(
             f"{path} lacks a column of scores, or has one of another type ({reason}); measure the "
             "checkpoint again with evaluate.py"
         ) from error
+    if fault := _fault_in(evaluation):
+        raise ScoresError(
+            f"{path} has metadata that cannot be used ({fault}); measure the checkpoint again with "
+            "evaluate.py"
+        )
+    return ScoreTable(table, evaluation)
+
+
+_KEYS = (
+    "checkpoint", "run", "step", "commit", "precision", "backend", "subset", "sets",
+    "reference_reals",
+)  # fmt: skip
+"""Keys of the metadata that a report reads, besides those of `calibration_fault`."""
+
+_ENTRIES = {"subset": {"file", "samples"}, "reference_reals": {"set", "why", "for_all"}}
+"""Key whose value may be null -> keys of its value."""
+
+
+def _fault_in(evaluation: Mapping[str, Any]) -> str:
+    """Return what is wrong in the metadata of a scores file, or "" if a report can use them."""
+    if missing := [key for key in _KEYS if key not in evaluation]:
+        return f"{missing[0]} is missing"
+    sets = evaluation["sets"]
+    if not (
+        isinstance(sets, dict) and all(_has(v, {"index_sha256", "split"}) for v in sets.values())
+    ):
+        return f"sets is {short(sets)}, expected the hash and the split of each set"
+    for key, needed in _ENTRIES.items():
+        if evaluation[key] is not None and not _has(evaluation[key], needed):
+            return (
+                f"{key} is {short(evaluation[key])}, expected null or {', '.join(sorted(needed))}"
+            )
+    return calibration_fault(evaluation)
+
+
+def _has(value: Any, keys: set[str]) -> bool:
+    return isinstance(value, dict) and keys <= value.keys()

@@ -20,7 +20,7 @@ from model.metrics import measure
 from model.score import Scores
 from model.verdict import probability
 from sharding.format import ShardSet
-from tests.builders import table_of
+from tests.builders import ABOUT, table_of
 
 
 def prompts(generators: dict[str, float], of_each: int = 4) -> list[dict[str, Any]]:
@@ -205,12 +205,13 @@ def scored(shards: ShardSet, failed: tuple[int, ...] = ()) -> Scores:
 def test_scores_are_written_and_read_row_by_row(
     old: ShardSet, new: ShardSet, tmp_path: Path
 ) -> None:
-    about = {"sets": {"old": {}, "new": {}}, "temperature": 2.0}
+    held = {"index_sha256": "h", "split": "test"}
+    about = ABOUT | {"sets": {"old": held, "new": held}, "temperature": 2.0}
     parts = [rows_of("old", old, scored(old, (3, 7)), 2.0), rows_of("new", new, scored(new), 2.0)]
     path = tmp_path / "scores.parquet"
     write_scores(path, parts, about)
     table = read_scores(path)
-    assert table.evaluation == {"scores_version": SCORES_VERSION, **about}
+    assert table.evaluation == {**about, "scores_version": SCORES_VERSION}
     rows = table.table.to_pylist()
     assert len(rows) == len(old) + len(new)
     index = old.table.to_pylist() + new.table.to_pylist()
@@ -260,6 +261,32 @@ def test_other_files_are_refused_with_one_clear_error(old: ShardSet, tmp_path: P
     page = bytes(byte ^ 255 for byte in whole[4:20])  # pyarrow raises an OSError for it
     path.write_bytes(whole[:4] + page + whole[20:])
     with pytest.raises(ScoresError, match="not a file of scores"):
+        read_scores(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sets": None}, "sets is None, expected the hash"),
+        ({"sets": {"old": {}}}, "sets is {'old': {}}, expected the hash"),
+        ({"threshold": None}, "threshold is None, expected a number from 0 to 1"),
+        ({"calibration": {}}, "band is None"),
+        ({"reference_reals": {"set": "val"}}, "reference_reals is .*, expected null or for_all"),
+        ({"subset": 5}, "subset is 5, expected null or file, samples"),
+        ("sets", "sets is missing"),
+        ("temperature", "temperature is missing"),
+    ],
+)
+def test_metadata_that_cannot_be_used_are_one_clear_error(
+    old: ShardSet, tmp_path: Path, change: dict | str, said: str
+) -> None:
+    about = ABOUT | {"sets": {"old": {"index_sha256": "h", "split": "test"}}}
+    if isinstance(change, str):
+        del about[change]
+    path = tmp_path / "x.parquet"
+    kept = about if isinstance(change, str) else about | change
+    write_scores(path, [rows_of("old", old, scored(old), 1.0)], kept)
+    with pytest.raises(ScoresError, match=rf"x\.parquet has metadata .*{said}.*; measure the"):
         read_scores(path)
 
 
