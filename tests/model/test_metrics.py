@@ -147,6 +147,11 @@ def test_metrics_equal_those_of_scikit_learn(name: str) -> None:
         assert all(figures[metric] is None for metric in missing)
 
 
+def test_a_probability_of_1_is_in_the_last_bin_of_the_calibration_error() -> None:
+    """0.95 of a real and 1 of a fake are one bin: |0.975 - 0.5|."""
+    assert measure(np.array([0, 1]), np.array([0.95, 1.0])).ece == pytest.approx(0.475)
+
+
 def test_equal_error_rate_interpolates_between_thresholds() -> None:
     """At one threshold 1 of 3 reals and 0 of 2 fakes are wrong, at the next 0 of 3 and 1 of 2: the
     lines cross at 0.2.
