@@ -29,7 +29,7 @@ All fields of `Options` are set by keyword:
   that is packed in `data` serves all sets without real images.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
-  None (default).
+  None (default). With them `dtype` is the precision that the recipe of the run asks for.
 
 A `PlannedSet` is one set: `shards` (the samples to score, a `ShardSet`), `index_sha256` and `split`
 of the whole set, and `measured` (False if only its real images are used). `Reals` is a dict about
@@ -168,14 +168,18 @@ def plan(
     if reference and reference["set"] not in sets:
         sets[reference["set"]] = _open_reals(data, reference["set"])
     device = choose_device(options.device, dist.local_rank)
-    dtype, dtype_reason = choose_precision("auto", device)
+    meta = checkpoints.check(subject) if isinstance(subject, Path) else subject.meta
+    asked = meta["recipe"]["run"]["precision"] if options.features else "auto"
+    dtype, dtype_reason = choose_precision(asked, device)
+    if asked != "auto":  # features of another precision would all be computed again
+        dtype_reason = "the precision of the run, as of its features"
     backend, backend_reason = choose_backend(options.loading.backend, device)
     if detector:
         backend, backend_reason = detector.backend, detector.reason
     return EvaluationPlan(
         checkpoint=subject if isinstance(subject, Path) else subject.checkpoint,
         detector=detector,
-        meta=checkpoints.check(subject) if isinstance(subject, Path) else subject.meta,
+        meta=meta,
         sets=sets,
         reference=reference,
         options=options,

@@ -52,6 +52,21 @@ def test_sets_of_earlier_runs_count_as_trained_on(tiny_checkpoint: Path, tmp_pat
     assert trained_on(again, {"now": "d", "before": "a"}) == ["now", "before"]
 
 
+def test_stored_features_are_of_the_precision_of_the_run(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In another precision all features would be computed again."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    recipe = read_meta(folder)["recipe"]
+    annotate(folder, {"recipe": recipe | {"run": recipe["run"] | {"precision": "bf16"}}})
+    planned = plan(folder, data, ["val"], Options(features=tmp_path / "store"))
+    assert (planned.dtype, planned.dtype_reason[:24]) == (
+        torch.bfloat16,
+        "the precision of the run",
+    )
+    assert plan(folder, data, ["val"], Options()).dtype == torch.float32
+
+
 def test_a_subset_is_scored_with_the_hash_of_the_whole_set(
     data: Path, tiny_checkpoint: Path
 ) -> None:
