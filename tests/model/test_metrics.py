@@ -148,8 +148,8 @@ def test_metrics_equal_those_of_scikit_learn(name: str) -> None:
 
 
 def test_a_probability_of_1_is_in_the_last_bin_of_the_calibration_error() -> None:
-    """0.95 of a real and 1 of a fake are one bin: |0.975 - 0.5|."""
-    assert measure(np.array([0, 1]), np.array([0.95, 1.0])).ece == pytest.approx(0.475)
+    """0.95 of a fake and 1 of a real are one bin: |0.975 - 0.5|."""
+    assert measure(np.array([1, 0]), np.array([0.95, 1.0])).ece == pytest.approx(0.475)
 
 
 def test_equal_error_rate_interpolates_between_thresholds() -> None:
