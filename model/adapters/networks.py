@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from installed import install_extra
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
@@ -97,8 +98,7 @@ def open_transformers(
         import transformers
     except ImportError as error:
         raise DetectorError(
-            "hf: needs the library transformers; install the extra `detectors`, as `make setup` "
-            "does"
+            f"hf: needs the library transformers; {install_extra('detectors')}"
         ) from error
     transformers.utils.logging.disable_progress_bar()  # console.py shows the progress
     folder, revision = _files_of(name, name)

@@ -9,6 +9,7 @@ is missing). It raises `ValueError` if there is no such suite (the message lists
 sets is packed.
 """
 
+import shlex
 from dataclasses import dataclass
 
 from sharding.catalog import SHIPPED, read_catalog
@@ -44,9 +45,10 @@ def open_suite(name: str, data: AnyPath) -> Suite:
         if source.test_only and any(each in missing for d in source.destinations() for each in d)
     ]
     fetch = f"`python -m sharding fetch {' '.join(sources)}`, then " if sources else ""
+    build = shlex.join(["python", "-m", "sharding", "build", "--out", str(data)])
     line = (
         f"suite {name}: {len(missing)} of {len(sets)} sets are not packed in {data}: "
-        f"{', '.join(missing)}. To get them, run {fetch}`python -m sharding build`"
+        f"{', '.join(missing)}. To get them, run {fetch}`{build}`"
     )
     if not packed:
         raise ValueError(line)

@@ -243,17 +243,19 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if measured != expected:
         raise HubError(
             f"{path} is of {measured[0]} step {measured[1]}, the checkpoint is {expected[0]} step "
-            f"{expected[1]}; evaluate this checkpoint with evaluate.py --checkpoint"
+            f"{expected[1]}; {_MEASURE}"
         )
     weights = meta["sha256"][weights_name(meta)]
     scored = (report.get("detector") or {}).get("sha256", weights)  # older reports have none
     if scored != weights:
         raise HubError(
             f"{path} is of another file of {measured[0]} step {measured[1]} (sha256 {scored[:12]}, "
-            f"the checkpoint's weights have {weights[:12]}); evaluate this checkpoint with "
-            "evaluate.py --checkpoint"
+            f"the checkpoint's weights have {weights[:12]}); {_MEASURE}"
         )
     return report
+
+
+_MEASURE = "measure this checkpoint with `python evaluate.py --checkpoint FOLDER --shards SET`"
 
 
 def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[str, Any] | None]:
@@ -290,8 +292,8 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise HubError(
-            f"{folder} has no {', '.join(missing)}; write a complete folder with `python -m model "
-            f"export --hub {folder}`"
+            f"{folder} has no {', '.join(missing)}; remove it, and write it again with `python -m "
+            f"model export --hub {folder}`"
         )
     from huggingface_hub import HfApi  # slow import, most of a second
     from huggingface_hub.errors import HFValidationError, HTTPError

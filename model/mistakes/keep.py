@@ -47,6 +47,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -54,6 +55,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias, get_args
 
 from imaging.decode import IMAGE_SUFFIXES
+from installed import command
 from model.inference.prediction import DecisionRule
 from model.verdict import VERDICTS
 from storage import parse_json, text_fault, write_bytes, write_text
@@ -269,8 +271,8 @@ def read_mistakes(folder: Path) -> list[Mistake]:
     paths = entries_of(folder)
     if not paths:
         raise MistakeError(
-            f"{folder} has no mistakes; add one with `python predict.py PATH --report-mistake real "
-            f"--mistakes {folder}`"
+            f"{folder} has no mistakes; add one with `{command('predict')} PATH --report-mistake "
+            f"real --mistakes {shlex.quote(str(folder))}`"
         )
     if len(paths) > MAX_MISTAKES:
         raise MistakeError(

@@ -496,4 +496,4 @@ def test_an_incomplete_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> No
     (half / "model.safetensors").write_bytes(b"")
     result = CliRunner().invoke(main, ["push", str(half), REPO])
     assert result.exit_code == 1 and not server.made
-    assert "has no config.json, README.md, meta.json" in result.output
+    assert "has no config.json, README.md, meta.json; remove it, and write it" in result.output
