@@ -112,7 +112,8 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
     console.say(
         "In parentheses: 95 % intervals. Behind the best: interval of the difference in AUROC to "
         "the best run, on the same resamples. Recall at 1 % and 5 %: at the threshold of each run "
-        "for this false-positive rate. Common: recall / false positives at one threshold for all."
+        "for this false-positive rate. Common: recall / false positives at one threshold for all. "
+        "Worst: the lowest AUROC, or recall of a generator, and on how many images."
     )
 
 
@@ -167,7 +168,7 @@ def _with_interval(figure: Mapping[str, Any]) -> str | None:
 
 
 def _named(worst: Mapping[str, Any] | None) -> str | None:
-    return None if worst is None else f"{worst['value']:.3f} {worst['name']}"
+    return None if worst is None else f"{worst['value']:.3f} {worst['name']} ({worst['images']:,})"
 
 
 def ranks_text(ranks: Sequence[float] | None) -> str | None:
@@ -198,7 +199,7 @@ def comparison_csv(sets: Mapping[str, Any]) -> str:
     columns = ["set", "name", "threshold", *(f"{name}{end}" for name in FIGURES for end in ends)]
     columns += [f"common_{rate}_{key}" for rate in ("1", "5")
                 for key in ("recall", "false_positive_rate")]  # fmt: skip
-    columns += ["ece", *(f"{name}{end}" for name in worst for end in ("", "_name"))]
+    columns += ["ece", *(f"{name}{end}" for name in worst for end in ("", "_name", "_images"))]
     columns += ["best_rank", "worst_rank", "images_per_s", "trained_on"]
     rows = []
     for set_name, entry in sets.items():
@@ -212,8 +213,9 @@ def comparison_csv(sets: Mapping[str, Any]) -> str:
             for rate, rates in run["common"].items():
                 row |= {f"common_{rate}_{key}": value for key, value in rates.items()}
             for name in worst:
-                line = run[name] or {"value": None, "name": None}
+                line = run[name] or dict.fromkeys(("value", "name", "images"))
                 row |= {name: line["value"], f"{name}_name": line["name"]}
+                row[f"{name}_images"] = line["images"]
             row["best_rank"], row["worst_rank"] = run["ranks"] or (None, None)
             rows.append(row)
     return table_csv(columns, rows)

@@ -113,17 +113,19 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
     rows = []
     for generator, recall in every["generators"].items():
         other = first["generators"][generator]
-        rows.append([generator, recall["recall"], recall["recall_at_0.5"],
-                     other["recall"], other["recall_at_0.5"]])  # fmt: skip
+        rows.append([generator, recall["images"], recall["recall"], recall["recall_at_0.5"],
+                     other["images"], other["recall"], other["recall_at_0.5"]])  # fmt: skip
     for figure in ("mean", "std"):
-        values = [recall[figure + at] for recall in (every, first) for at in ("", "_at_0.5")]
-        rows.append([f"{figure} over generators", *values])
+        values = [(None, recall[figure], recall[f"{figure}_at_0.5"]) for recall in (every, first)]
+        rows.append([f"{figure} over generators", *values[0], *values[1]])
     title = (
         f"{name}, recall by protocol: all {every['images']:,} images, and the first image of each "
         f"prompt ({first['images']:,})"
     )
-    columns = ["generator", "all", "all, at 0.5", "first", "first, at 0.5"]
-    console.table(title, columns, rows, drop=["first, at 0.5", "all, at 0.5"])
+    columns = ["generator", "images", "all", "all, at 0.5", "first images", "first",
+               "first, at 0.5"]  # fmt: skip
+    least_first = ["first, at 0.5", "all, at 0.5", "first images", "images"]
+    console.table(title, columns, rows, drop=least_first)
 
 
 def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:

@@ -255,6 +255,7 @@ def test_evalgen_uses_the_reference_reals_of_the_catalog(
     assert set(figures["protocols"]["first_per_prompt"]["generators"]) == {"flux", "got", "nova"}
     assert "the first image of each prompt (12)" in " ".join(done.output.split())
     assert "Rows of generators use all real images of test." in done.output
+    assert "first images" in " ".join(done.output.split())
     rows = read_scores(tmp_path / "scores.parquet").table.to_pylist()
     assert sum(row["set"] == "test" for row in rows) == reals
     assert len(rows) == 35 + reals
@@ -399,7 +400,8 @@ def test_a_suite_gives_one_report_and_lists_missing_sets(
     monkeypatch.setattr("model.evaluation.suites.SHIPPED", (catalog,))
     # A set that no source of the catalog feeds cannot be fetched, only packed.
     mine = run(data, runs, "--suite", "mine", "--out", tmp_path / "none")
-    assert mine.output.rstrip().endswith("To get them, run `python -m sharding build`")
+    build = f"`python -m sharding build --out {data}`"  # below --data, where they are looked for
+    assert mine.output.rstrip().endswith(f"To get them, run {build}")
     whole = run(data, runs, "--suite", "both", "--device", "cpu", "--out", tmp_path / "b")
     assert whole.exit_code == 0, whole.output
     report = json.loads((tmp_path / "b" / "report.json").read_text())

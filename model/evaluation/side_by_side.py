@@ -43,7 +43,8 @@ null, and:
   minus that of the best run. It is null for the best run itself, and where `low` is null;
 - `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null
   without such images or without a threshold;
-- `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value"} or null;
+- `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value", "images"}
+  or null. `images` counts those of the source (its own), the perturbation or the generator;
 - `ranks`: [best, worst] rank of the run over the sources, or null. `MEAN` has no ranks.
 
 A source that has only reals is measured against all fakes of the set, and a source that has only
@@ -166,6 +167,8 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     # The mean is not ranked: it is not independent of the other runs.
     ranked = np.array([values[:-1] for values in aurocs.values() if None not in values], float)
     known = {name, rows[0].reference}
+    of = {name: len(images.reals) + len(images.fakes) for name, images in sources.items()}
+    by_generator = {name: len(images.fakes) for name, images in generators.items()}
     entries = []
     for index in order:
         figures = measured[index][0]
@@ -182,8 +185,10 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
                     for rate, threshold in common.items()
                 },
                 "ece": figures["ece"],
-                "worst_source": _worst({n: values[index] for n, values in aurocs.items()}),
-                "worst_generator": _worst({n: values[index] for n, values in recalls.items()}),
+                "worst_source": _worst({n: values[index] for n, values in aurocs.items()}, of),
+                "worst_generator": _worst(
+                    {n: values[index] for n, values in recalls.items()}, by_generator
+                ),
                 "worst_perturbation": _worst_perturbation(runs[index], name),
                 "ranks": _range_of_ranks(ranked, index),
                 "images_per_s": runs[index].images_per_s,
@@ -285,19 +290,23 @@ def _rates(rows: Rows, whole: Images, threshold: float | None) -> dict[str, floa
     return rates
 
 
-def _worst(values: Mapping[str, float | None]) -> dict[str, Any] | None:
+def _worst(values: Mapping[str, float | None], images: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return the lowest value with its name and its number of images; None without values."""
     known = {name: value for name, value in values.items() if value is not None}
     if not known:
         return None
     name = min(known, key=lambda key: (known[key], key))
-    return {"name": name, "value": known[name]}
+    return {"name": name, "value": known[name], "images": images[name]}
 
 
 def _worst_perturbation(run: Run, name: str) -> dict[str, Any] | None:
     robustness = run.scores.evaluation["sets"][name].get("robustness")
     if not robustness:
         return None
-    return _worst({row["name"]: row["auroc"] for row in robustness["perturbations"]})
+    rows = robustness["perturbations"]
+    return _worst(
+        {row["name"]: row["auroc"] for row in rows}, {row["name"]: row["images"] for row in rows}
+    )
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Comparison of any number of runs; ranks and stability against values computed by hand."""
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -149,11 +150,16 @@ def test_a_common_threshold_by_hand() -> None:
 
 def test_worst_lines_and_ranks() -> None:
     entry = side_by_side(runs(0.2, 1.0, 4.0))["val"]
+    of_source = Counter(row["source"] for row in rows(0.2))
+    of_generator = Counter(row["generator"] for row in rows(0.2) if row["label"] == 1)
     for run in entry["runs"]:
         sources = {name: values[run["name"]] for name, values in entry["sources"].items()}
         assert run["worst_source"]["value"] == min(sources.values())
         generators = {name: values[run["name"]] for name, values in entry["generators"].items()}
         assert run["worst_generator"]["value"] == min(generators.values())
+        source, generator = run["worst_source"], run["worst_generator"]
+        assert source["images"] == of_source[source["name"]]
+        assert generator["images"] == of_generator[generator["name"]]
         assert run["worst_perturbation"] is None
         if run["name"] == MEAN:
             assert run["ranks"] is None
