@@ -237,7 +237,7 @@ def _folder_of(name: str, data: str) -> str:
     """Return the part of a set's name that its report's folder is named after: the whole name below
     `data`, because two sets in different folders can have the same last part.
     """
-    path, above = Path(name), Path(data).absolute()
+    path, above = Path(name), Path(str(data)).absolute()  # an address contains no path
     below = path.relative_to(above) if path.is_relative_to(above) else path
     return "-".join(part for part in below.parts if part not in (below.anchor, ".."))
 
