@@ -26,7 +26,7 @@ from huggingface_hub import ModelCardData
 from escape import markdown
 from model.evaluation.report import on_subset, on_training_data
 from model.export.license import License, license_of
-from model.inference.fitness import notices
+from model.inference.fitness import notices, sets_seen
 from model.shipped.backbone import KEY
 from model.verdict import band_of, capital, left_out_sources
 from pipeline.preprocess import Preprocess
@@ -375,6 +375,9 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
     lines = [f"Trained on: {_names(data['train']) or 'no set of images'}."]
     if data["replay"]:
         lines.append(f"Replayed old images: {_names(data['replay'])}.")
+    own = {*data.get("set_sha256", {}).values()}
+    if earlier := [name for sha256, name in sets_seen(meta).items() if sha256 not in own]:
+        lines.append(f"The weights that it began from were trained on: {_names(earlier)}.")
     lines += ["", "| set | source | license |", "|---|---|---|"]
     for name, facts_of_set in sources.items():
         if facts_of_set is None:

@@ -153,12 +153,8 @@ def report_of(meta: dict, **changes: object) -> dict:
     }
     name, step = meta["recipe"]["name"], meta["step"]
     return {
-        "report_version": REPORT_VERSION,
-        "run": name,
-        "step": step,
-        "threshold": 0.6,
-        "sets": sets,
-    } | changes
+        "report_version": REPORT_VERSION, "run": name, "step": step, "threshold": 0.6, "sets": sets,
+    } | changes  # fmt: skip
 
 
 def test_the_card_contains_license_thresholds_and_metrics(
@@ -179,10 +175,13 @@ def test_the_card_contains_license_thresholds_and_metrics(
     assert "| old | not listed: set not available |" in card
     assert "onnx/detector.onnx" in card
     assert "TRAINED ON" not in card and "samples listed" not in card
+    assert "began from were trained on" not in card
     subset = {"samples": 1234, "file": "a_list.csv"}
+    meta = meta | {"data": meta["data"] | {"earlier_sets": {"h": "older"}}}
     card = card_of(meta, report_of(meta, trained_on=["val"], subset=subset), {}, onnx=False)
     _, evaluation = card.split("## Evaluation\n\n")
     assert evaluation.startswith("**THE CHECKPOINT WAS TRAINED ON val")
+    assert "The weights that it began from were trained on: older." in evaluation
     assert "**Only the 1,234 samples listed in a\\_list.csv were scored.**" in evaluation
 
 
