@@ -374,7 +374,8 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
     """Return the interval [low, high] of each metric in `resamples`.
 
     A metric is omitted if it is computed from fewer than two groups, if it is undefined in more
-    than half of the resamples, or if it hardly differs between them and is no share of images.
+    than half of the resamples, or if it has the same value in all of them, is not at a bound and is
+    no share of images.
     """
     every = np.concatenate([images.reals, images.fakes])
     reals, fakes, both = map(groups.count, (images.reals, images.fakes, every))
