@@ -174,7 +174,7 @@ def build_command(
         with console.progress(what, total) as advance:
             yield advance
 
-    with interrupts.resumable():
+    with interrupts.resumable(), interrupts.sigterm_interrupts():
         scan, built = build(
             catalog, raw, out,
             only=only, jobs=jobs or 0, engine=engine,

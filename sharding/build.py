@@ -42,7 +42,6 @@ from sharding.format import (
     TIMM_FILE,
     ShardError,
     content_sha256,
-    table_from,
     timm_info,
 )  # fmt: skip
 from sharding.inventory import (
@@ -65,7 +64,7 @@ from sharding.record import (
     write_record,
 )  # fmt: skip
 from sharding.split import capped
-from sharding.write import Written, read_done, write_shard
+from sharding.write import Written, read_done, read_rows, write_shard
 from storage import (
     AnyPath,
     check_inside,
@@ -411,7 +410,7 @@ class _SetBuild:
         """Write the samples table, the excluded images and, last, the index."""
         folder, plans = self.folder, self.plans
         shards = [self.done[plan.name] for plan in plans]
-        tables = [_read_rows(self.marks / f"{plan.name}.parquet") for plan in plans]
+        tables = [read_rows(plan, self.marks) for plan in plans]
         table = pa.concat_tables([SAMPLES_SCHEMA.empty_table(), *tables]).unify_dictionaries()
         table = table.replace_schema_metadata(None)
         write_atomically(
@@ -490,10 +489,6 @@ def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
         "source": dict(sorted(Counter(table.column("source").to_pylist()).items())),
         "generator": dict(sorted(Counter(table.column("generator").to_pylist()).items())),
     }
-
-
-def _read_rows(path: AnyPath) -> pa.Table:
-    return table_from(path.read_bytes()).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
 
 
 def _text_of(path: AnyPath) -> str:

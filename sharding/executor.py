@@ -13,8 +13,10 @@ order of completion.
 
 When a task fails, its error is raised: tasks that have not started are dropped, and those running
 are awaited (local) or canceled (Ray). `ValueError` is raised if `engine` is "ray" and Ray is not
-installed, or if it is "local" and `jobs` is larger than max(64, 8 * number of cores). A task may
-write only to storage that every worker can reach.
+installed, or if it is "local" and `jobs` is larger than max(64, 8 * number of cores).
+`ChildProcessError` (an `OSError`) is raised if a local worker is killed. A task may write only to
+storage that every worker can reach, and may be killed at any moment: if this process dies, its
+local workers exit at once, in the middle of their tasks.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from multiprocessing import forkserver
 from pathlib import Path
@@ -53,6 +56,7 @@ def run_all(
 
     Raises:
         ValueError: Ray is not installed, or `jobs` is too large for this machine.
+        ChildProcessError: a worker of this machine was killed.
     """
     if engine == "local" and jobs > (most := max(64, 8 * cores())):
         raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; use at most {most}")
@@ -80,13 +84,18 @@ def _run_processes(
             running = set()
             for task in tasks:
                 with _interrupts_later():
-                    running.add(pool.submit(_work, function, task))
+                    running.add(pool.submit(function, *task))
                 if len(running) >= 2 * jobs:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker was killed, probably for lack of memory; run the same command again, "
+                "with fewer --jobs"
+            ) from error
         except BaseException:
             # Wait for running tasks: a worker that is still starting would print a traceback.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -95,22 +104,14 @@ def _run_processes(
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Delay Ctrl-C until this block ends: a worker that loses its parent while it starts would
-    print a traceback.
+    """Delay Ctrl-C and SIGTERM until this block ends: a worker that loses its parent while it
+    starts would print a traceback.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_WORKING = threading.Lock()
-
-
-def _work(function: Callable[..., Any], task: tuple) -> Any:
-    with _WORKING:
-        return function(*task)
 
 
 def _start_worker(one_large: AbstractContextManager) -> None:
@@ -119,17 +120,17 @@ def _start_worker(one_large: AbstractContextManager) -> None:
 
 
 def _leave_with_builder() -> None:
-    """Exit this worker after its current task when the parent process dies.
+    """Exit this worker when the parent process dies, also in the middle of a task.
 
-    A killed parent cannot stop its workers, which would wait for the next task forever.
+    The lock of a build ends with the parent, which cannot stop its workers: a worker that finished
+    its task would overwrite the files of the next build, and then wait for a task forever.
     """
 
     def leave() -> None:
         builder = multiprocessing.parent_process()
         assert builder is not None  # only workers run this
         builder.join()
-        with _WORKING:
-            os._exit(1)
+        os._exit(1)
 
     threading.Thread(target=leave, daemon=True).start()
 

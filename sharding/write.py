@@ -24,7 +24,8 @@ same bytes, and the tar gets its final name only when complete.
 `read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
 stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
 finished, or None if the shard is missing, damaged or out of date (of the tar, only the size is
-checked).
+checked). `read_rows(plan, marks)` returns the rows of a finished shard, a table with the columns
+`SAMPLES_SCHEMA`; it raises `ShardError` if the mark is that of another plan.
 """
 
 import hashlib
@@ -207,3 +208,19 @@ def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | Non
         return None
     index = (folder / plan.name).with_suffix(".idx")
     return written if size_of(folder / plan.name) == written.bytes and index.exists() else None
+
+
+def read_rows(plan: ShardPlan, marks: AnyPath) -> pa.Table:
+    """Return the rows of a finished shard.
+
+    Raises:
+        ShardError: the mark is of another plan: another process has replaced it.
+    """
+    path = marks / f"{plan.name}.parquet"
+    table = table_from(path.read_bytes())
+    if parse_json(table.schema.metadata[b"shard"])["fingerprint"] != plan.fingerprint:
+        raise ShardError(
+            f"another process has replaced {path} during this build; make sure that no other build "
+            "writes here, and run the build again"
+        )
+    return table.select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)

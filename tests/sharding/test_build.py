@@ -1,5 +1,6 @@
 """Tests of `build()`: the format on disk, identical bytes, resumed builds, and refused input."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -123,6 +125,26 @@ def test_an_interrupted_rebuild_leaves_no_valid_set(
         build_all(raw, tmp_path / "out")
     with pytest.raises(ShardError, match="its build did not finish"):
         open_shards([tmp_path / "out/old"])
+
+
+def test_a_shard_that_another_process_replaces_stops_the_build(tmp_path: Path) -> None:
+    """Such as a worker of a killed build, which still has the old labels."""
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    build_all(raw, out)
+    mark = out / ".build/old/alpha-train-00000.tar.parquet"
+    earlier = mark.read_bytes()
+    text = CATALOG.replace('folder = "fake", generator = "gan"', 'folder = "fake", generator = "x"')
+    (raw / "catalog.toml").write_text(text)
+
+    @contextlib.contextmanager
+    def replace_mark(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda _done: mark.write_bytes(earlier) and None
+
+    with pytest.raises(ShardError, match=r"another process has replaced .*alpha-train-00000\.tar"):
+        build(read_catalog([raw / "catalog.toml"]), raw, out, jobs=1, progress=replace_mark)
+    assert not (out / "old/index.json").exists()
+    build_all(raw, out)
+    assert "x" in read_index(out / "old")["totals"]["generator"]
 
 
 def test_packed_sources_stay_when_their_raw_files_are_deleted(tmp_path: Path) -> None:
