@@ -19,7 +19,7 @@ Every command has --verbose (more log lines). A packed set may be at an address.
                        --engine: local (processes, the default) or ray (a Ray cluster); --max-bad:
                        allowed fraction of unreadable or missing images, 0 to 1 (0.01);
                        --allow-incomplete: a flag to accept catalog rules that match no file, and
-                       training sets with only one class
+                       training sets that lack a class
     show FOLDER        count the images of the set there by source, class and generator
     list [SOURCE...]   print the known sources and the sets in the folder --out (data/shards), or
                        only all facts about each SOURCE
@@ -148,7 +148,7 @@ def fetch_command(
 @click.option(
     "--allow-incomplete",
     is_flag=True,
-    help="Build even if a rule matches no file or a training set has only one class.",
+    help="Build even if a rule matches no file or a training set lacks a class.",
 )
 @console.options()
 def build_command(
@@ -274,13 +274,13 @@ def list_command(
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
     """Check the shard set in FOLDER, or all sets below it, against the index."""
     from sharding.format import read_index
-    from sharding.verify import sets_in, verify
+    from sharding.verify import sets_in, unfinished_in, verify
 
     check_reachable(folder)
     folders = sets_in(folder)
     total = sum(read_index(each)["samples"] for each in folders)
     with console.progress("verifying", total) as advance:
-        faults = verify(folders, jobs=jobs or 0, on_images=advance)
+        faults = unfinished_in(folder) + verify(folders, jobs=jobs or 0, on_images=advance)
     for fault in faults[:20]:
         console.say(fault)
     names = ", ".join(each.name for each in folders)

@@ -4,12 +4,12 @@ Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolera
 - `catalog`: from `read_catalog()`. `raw`, `out`: folders of raw data and of sets (`Path`, `UPath`).
 - `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
 - `tolerance` (default `Tolerance(max_bad=0.01, allow_incomplete=False)`): the largest share of
-  unreadable images; whether a catalog rule may match no image and a training set have one class.
+  unreadable images; whether a catalog rule may match no image and a training set lack a class.
 - `progress(label, images)`: optional; a context manager that yields `done(images since last call)`.
 It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns a `SourceScan`
 (`missing`: sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
 index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
-contradict the catalog. `RawError`: broken file. `ShardError`: bad images, one class, raw file or
+contradict the catalog. `RawError`: broken file. `ShardError`: bad images, no class, raw file or
 catalog entry of packed images gone, `only` names a set without images, unknown files in a set.
 `ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, other build.
 """
@@ -19,7 +19,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from console import counted
-from sharding.catalog import Catalog, CatalogError, Source
-from sharding.dedupe import Decision, decide, sources_for
+from sharding.catalog import Catalog
+from sharding.dedupe import Decision, decide
 from sharding.executor import Engine, run_all
 from sharding.format import (
     CLASSES,
@@ -46,16 +46,13 @@ from sharding.format import (
 )  # fmt: skip
 from sharding.inventory import (
     finish_source,
-    item_table,
     known_facts,
     missing_chunks,
     read_source,
     take_inventory,
 )  # fmt: skip
-from sharding.listing import Listing, list_source
 from sharding.lock import locked
 from sharding.plan import plan_shards, sample_key
-from sharding.raw import folder_of
 from sharding.record import (
     files_of,
     read_record,
@@ -63,7 +60,7 @@ from sharding.record import (
     remove_earlier,
     write_record,
 )  # fmt: skip
-from sharding.split import capped
+from sharding.scan import STRICT, WORK_FOLDER, SourceScan, Tolerance, find_sources
 from sharding.write import Written, read_done, read_rows, write_shard
 from storage import (
     AnyPath,
@@ -75,12 +72,6 @@ from storage import (
     write_atomically,
     write_text,
 )
-
-WORK_FOLDER = ".build"
-"""Folder below the output with intermediate results; only a build reads it."""
-
-COUNT_TOLERANCE = 0.02
-"""Allowed relative difference between a source's image count and `expected` in the catalog."""
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 """`progress(what, total)` is a context manager for a progress bar. Its value is called with the
@@ -94,33 +85,6 @@ def no_progress(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
     yield lambda _done: None
 
 
-@dataclass
-class SourceScan:
-    """Result of `find_sources`: the images of each source, and notes on the source's layout.
-
-    `items` and `listings` contain the sources with raw images. `packed_only` names the sources that
-    an earlier build packed and whose raw files are gone. `missing` names the sources that have no
-    images at all. `empty` contains those of `missing` whose folder exists.
-    """
-
-    items: dict[str, pa.Table] = field(default_factory=dict)
-    listings: dict[str, Listing] = field(default_factory=dict)
-    packed_only: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    empty: dict[str, Listing] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Limits of a build: `tolerance` of `build()`."""
-
-    max_bad: float = 0.01
-    allow_incomplete: bool = False
-
-
-STRICT = Tolerance()
-
-
 @dataclass(frozen=True)
 class BuiltSet:
     """Result of building one set: its index, and the number of shards that this run wrote."""
@@ -128,75 +92,6 @@ class BuiltSet:
     name: str
     index: dict[str, Any]
     shards_written: int
-
-
-def find_sources(
-    catalog: Catalog,
-    raw: AnyPath,
-    out: AnyPath,
-    only: Sequence[str] = (),
-    tolerance: Tolerance = STRICT,
-) -> SourceScan:
-    """List the images of every catalog source that is on disk or was packed before.
-
-    With `only`, sources are skipped if all their sets have a lower `SPLIT_RANK` than the sets in
-    `only`: they take no image from those sets. But copies in them decide into which of its sets an
-    image of a divided source goes, so none is skipped if such a source is left.
-
-    Raises:
-        CatalogError: a layout does not fit the catalog, the number of images differs from
-            `expected`, or a rule matches no file.
-    """
-    scan = SourceScan()
-    inventory = out / WORK_FOLDER / "inventory"
-    for name, source in sources_for(catalog.sources, catalog.sets, only).items():
-        source = replace(source, root=folder_of(raw, source.root or name))
-        if (raw / source.root).is_dir():
-            listing = list_source(name, source, raw)
-            if not listing.items and (inventory / f"{name}.parquet").exists():
-                scan.packed_only.append(name)  # the files were deleted, the folder was not
-            elif listing.items:
-                _check_counts(name, source, listing, max(COUNT_TOLERANCE, tolerance.max_bad))
-                if listing.unmatched and not tolerance.allow_incomplete:
-                    _refuse_unmatched(name, listing, raw / source.root)
-                capped(listing, source.cap)
-                scan.items[name] = item_table(listing.items)
-                scan.listings[name] = replace(listing, items=[])  # items take 10x the memory
-            else:
-                scan.missing.append(name)
-                scan.empty[name] = listing
-        elif (inventory / f"{name}.parquet").exists():
-            scan.packed_only.append(name)
-        else:
-            scan.missing.append(name)
-    return scan
-
-
-def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:
-    """Raise an error for rules without a file: they are misspelled, or the data are incomplete."""
-    shown = "; ".join(listing.unmatched[:4]) + ("; ..." if len(listing.unmatched) > 4 else "")
-    raise CatalogError(
-        f"source {name}: no file in {folder} matches {shown}. Correct the rule or complete the "
-        "data. If this is intended, set optional = true in the rule or pass --allow-incomplete"
-    )
-
-
-def _check_counts(name: str, source: Source, listing: Listing, tolerance: float) -> None:
-    """Raise an error if the image counts differ from `expected`: a download may be incomplete."""
-    counts = Counter(CLASSES[item.label] for item in listing.items)
-    for kind, expected in source.expected.items():
-        if abs(counts[kind] - expected) > tolerance * expected:
-            advice = (
-                f"Complete the data (python -m sharding fetch {name})"
-                if counts[kind] < expected
-                else "Remove what is not part of it"
-            )
-            raise CatalogError(
-                f"source {name} has {counted(counts[kind], f'{kind} image')}, the catalog expects "
-                f"{expected:,}. {advice}, raise "
-                "--max-bad, or turn off the check in your own catalog: "
-                f"[sources.{name}] expected = {{}}"
-            )
 
 
 def build(
@@ -222,6 +117,10 @@ def build(
         CatalogError, RawError: the files below `raw` do not fit the catalog.
         OSError: another build writes to `out`, or a file cannot be read or written.
     """
+    if unknown := sorted(set(only) - catalog.sets.keys()):
+        raise ShardError(
+            f"no set {', '.join(unknown)} in the catalog, which has {', '.join(catalog.sets)}"
+        )
     check_reachable(raw)
     check_reachable(out)
     scan = find_sources(catalog, raw, out, only, tolerance)
@@ -239,16 +138,16 @@ def build(
         inventory = _read_everything(catalog, scan, raw, work / "inventory", jobs, engine, progress)
         decision = decide(inventory, catalog.sets, catalog.exclude)
         present = sorted(set(decision.wanted.tolist()))
-        if unknown := sorted(set(only) - set(present)):
+        if empty := sorted(set(only) - set(present)):
             raise ShardError(
-                f"no images for set {', '.join(unknown)}; {raw} has images for {', '.join(present)}"
+                f"no images for set {', '.join(empty)}; {raw} has images for {', '.join(present)}"
             )
         chosen = [name for name in present if not only or name in only]
         builds = {name: _SetBuild(name, catalog, scan, inventory, decision) for name in chosen}
         for one in builds.values():
             one.refuse_many_bad(tolerance.max_bad)
             if not tolerance.allow_incomplete:
-                one.refuse_one_class()
+                one.refuse_lacking_class()
         for one in builds.values():
             one.plan(out)
         # The shards of all sets share one process pool, so that no core waits between sets.
@@ -347,9 +246,15 @@ class _SetBuild:
                 f"({first['error']}). Repair or remove them, or raise --max-bad"
             )
 
-    def refuse_one_class(self) -> None:
-        """Raise an error for a training set of one class: no classifier can be trained on it."""
+    def refuse_lacking_class(self) -> None:
+        """Raise an error for a training set that lacks a class: no classifier can be trained."""
         labels = self.samples.column("label").unique().to_pylist()
+        if self.split == "train" and not labels:
+            _source, origin, reason, _other = self.excluded[0]
+            raise ShardError(
+                f"training set {self.name} would be empty: all of its images are excluded, such as "
+                f"{origin} ({reason}); add other images, or pass --allow-incomplete"
+            )
         if self.split == "train" and len(labels) == 1:
             kind, other = CLASSES[labels[0]], CLASSES[1 - labels[0]]
             raise ShardError(

@@ -204,7 +204,7 @@ class ShardSet:
         codes = self.column("shard_code")
         order = np.lexsort((self.column("offset"), codes))
         present, starts = np.unique(codes[order], return_index=True)
-        return dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True))
+        return dict(zip(present.tolist(), np.split(order, starts)[1:], strict=True))
 
     def names(self, column: str, samples: np.ndarray) -> list[str]:
         """Return the values of a column of names for `samples`."""

@@ -23,10 +23,11 @@ import console
 from installed import DEMO
 from sharding.audit.audit import Audit, advice_of
 from sharding.audit.match import Match
-from sharding.build import BuiltSet, SourceScan
+from sharding.build import BuiltSet
 from sharding.catalog import Catalog
 from sharding.format import CLASSES, INDEX_FILE
 from sharding.pairs.run import Pairs
+from sharding.scan import SourceScan
 from storage import AnyPath
 
 

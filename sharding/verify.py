@@ -22,7 +22,8 @@ as a text, the tar's entry in `shards` of the index (a dict) and its rows of the
 pyarrow table), and returns (number of images, list of faults).
 
 `sets_in(folder)` returns a list of folders of sets: `[folder]` if this is a set, else the sets
-directly below it. It raises `ShardError` if there is none.
+directly below it. It raises `ShardError` if there is none. `unfinished_in(folder)` returns a fault,
+a line, for each folder directly below it that has tars but no index, none if `folder` is a set.
 """
 
 import csv
@@ -68,8 +69,23 @@ def sets_in(folder: AnyPath) -> list[AnyPath]:
         return [folder]
     below = sorted(path.parent for path in folder.glob(f"*/{INDEX_FILE}"))
     if not below:
-        read_index(folder)  # raises the ShardError
+        read_index(next(iter(_unfinished(folder)), folder))  # raises the ShardError
     return below
+
+
+def unfinished_in(folder: AnyPath) -> list[str]:
+    """Return one fault for each set directly below `folder` whose build did not finish."""
+    if (folder / INDEX_FILE).exists():
+        return []
+    return [
+        f"{path.name}: tar files but no {INDEX_FILE}: its build did not finish; run it again"
+        for path in _unfinished(folder)
+    ]
+
+
+def _unfinished(folder: AnyPath) -> list[AnyPath]:
+    with_tars = sorted({path.parent for path in folder.glob("*/*.tar")})
+    return [path for path in with_tars if not (path / INDEX_FILE).exists()]
 
 
 def verify(
@@ -216,7 +232,8 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
             "do not trust its license, policy, replay and counts"
         )
     yield from _check_left_out(folder, index)
-    for name, values in (("source", index["sources"]), ("split", [index["split"]])):
+    splits = [index["split"]] if index["samples"] else []
+    for name, values in (("source", index["sources"]), ("split", splits)):
         present = {shards.codes(name)[1][code] for code in np.unique(shards.codes(name)[0])}
         if present != set(values):
             yield f"{where}: {name}s are {sorted(present)}, the index says {sorted(values)}"

@@ -17,8 +17,9 @@ from model.evaluation.compare import flips
 from report.terminal import print_calibration, print_comparison, print_report
 from sharding.__main__ import main as sharding
 from sharding.audit.audit import Audit, Estimate, FeatureAudit, SourceAudit
-from sharding.build import BuiltSet, SourceScan
+from sharding.build import BuiltSet
 from sharding.format import read_index
+from sharding.scan import SourceScan
 from sharding.summary import say_what_was_audited, say_what_was_built
 from tests.builders import CALIBRATION
 from tests.report.test_page import made, robustness, rows

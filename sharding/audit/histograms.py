@@ -60,7 +60,7 @@ def _draw_names(axes: Any, metadata: Metadata, feature: str, most: int = 8) -> N
         share = np.bincount(here, minlength=len(labels)) / max(1, len(here))
         positions = np.arange(len(labels)) + (label - 0.5) * 0.4
         axes.bar(positions, share, 0.4, color=_COLORS[label], label=class_name)
-    long = max(map(len, labels)) > 6 and len(labels) > 3
+    long = max(map(len, labels), default=0) > 6 and len(labels) > 3
     axes.set_xticks(range(len(labels)), labels, rotation=45 if long else 0)
 
 

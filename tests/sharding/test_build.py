@@ -418,6 +418,21 @@ def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
     build_one(raw, tmp_path / "test", "old")
 
 
+def test_an_empty_training_set_stops_the_build(copies: Path, tmp_path: Path) -> None:
+    catalog = read_catalog([copies / "catalog.toml"])
+    said = r"training set mine would be empty: .* ours/fake/0\.png \(near-duplicate of an image"
+    with pytest.raises(ShardError, match=said):
+        build(catalog, copies, tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out/tests").exists()
+    assert read_index(build_all(copies, tmp_path / "out") / "mine")["samples"] == 0
+
+
+def test_an_unknown_set_is_refused_before_anything_is_decoded(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="no set odl in the catalog, which has old, new, val"):
+        build_one(raw, tmp_path / "out", "odl")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1" + bytes(99) + b"PAR1", None])
 def test_damaged_build_files_are_named_or_written_again(
     raw: Path, data: Path, tmp_path: Path, content: bytes | None

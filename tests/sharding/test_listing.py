@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sharding.build import Tolerance, build, find_sources
+from sharding.build import Tolerance, build
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.format import CLASSES, open_shards, read_index
 from sharding.listing import list_source
+from sharding.scan import find_sources
 from tests.builders import write_split_zip
 from tests.raw_copies import Row, image, parquet, put
 

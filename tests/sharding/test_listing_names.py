@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from sharding.__main__ import main
-from sharding.build import find_sources
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.describe import describe
 from sharding.format import open_shards
+from sharding.scan import find_sources
 from sharding.verify import verify
 from tests.builders import encode, photo
 

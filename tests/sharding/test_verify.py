@@ -15,7 +15,7 @@ from sharding.__main__ import main
 from sharding.describe import describe
 from sharding.format import SAMPLES_SCHEMA, ShardError, open_shards
 from sharding.verify import sets_in, verify
-from tests.builders import encode, photo, write_raw
+from tests.builders import build_all, encode, photo, write_raw
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -354,6 +354,26 @@ def test_a_damaged_table_is_a_one_line_error(copy: Path) -> None:
         status, output = run("verify", copy / "old")
         assert status == 1
         assert "samples.parquet is not a samples table" in output
+
+
+def test_a_set_whose_build_did_not_finish_is_a_fault(copy: Path) -> None:
+    (copy / "old/index.json").unlink()
+    status, output = run("verify", copy)
+    assert status == 1
+    assert "old: tar files but no index.json: its build did not finish; run it again" in output
+    assert run("verify", copy / "new")[0] == 0
+    for name in ("new", "val"):
+        shutil.rmtree(copy / name)
+    status, output = run("verify", copy)
+    assert status == 1
+    assert "old has tar files but no index.json, so its build did not finish" in output
+
+
+def test_an_empty_set_has_no_faults(copies: Path, tmp_path: Path) -> None:
+    build_all(copies, tmp_path / "out")
+    status, output = run("verify", tmp_path / "out")
+    assert status == 0, output
+    assert "mine, tests: 2 images match the index" in output
 
 
 def test_a_set_may_be_the_current_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

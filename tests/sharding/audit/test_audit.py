@@ -361,6 +361,15 @@ def test_the_command_refuses_a_set_of_one_class_and_equal_names(sets: Path, tmp_
     assert "both named lonely" in result.output
 
 
+def test_an_empty_set_is_not_measured(copies: Path, tmp_path: Path) -> None:
+    out = build_all(copies, tmp_path / "shards")
+    result = run(out / "mine", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/mine.png").exists()
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["sets"]["mine"]["verdict"] == "unknown"
+
+
 def test_names_too_long_for_a_file_or_a_title_are_shortened(sets: Path, tmp_path: Path) -> None:
     name = "n" * 250
     (tmp_path / name).symlink_to(sets / "lonely")

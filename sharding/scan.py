@@ -1,0 +1,132 @@
+"""Find the images of each source of a catalog, as files below the raw folder or packed before.
+
+Main entry: `find_sources(catalog, raw, out, only, tolerance)` returns a `SourceScan`; nothing is
+decoded or written.
+
+- `catalog`: from `read_catalog()` of sharding/catalog.py.
+- `raw`, `out`: the folders of the raw data and of the sets, each a `Path` or `UPath`.
+- `only`: names of sets; sources that cannot change them are skipped. Default: none is skipped.
+- `tolerance`: a `Tolerance` (`max_bad`: the largest share of missing or unreadable images;
+  `allow_incomplete`: whether a catalog rule may match no image). Default: 1 %, and False.
+
+It raises `CatalogError` if the files contradict the catalog, `RawError` for a broken archive, and
+`OSError` if a folder cannot be read.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+
+from console import counted
+from sharding.catalog import Catalog, CatalogError, Source
+from sharding.dedupe import sources_for
+from sharding.format import CLASSES
+from sharding.inventory import item_table
+from sharding.listing import Listing, list_source
+from sharding.raw import folder_of
+from sharding.split import capped
+from storage import AnyPath
+
+WORK_FOLDER = ".build"
+"""Folder below the output with intermediate results; only a build reads it."""
+
+COUNT_TOLERANCE = 0.02
+"""Allowed relative difference between a source's image count and `expected` in the catalog."""
+
+
+@dataclass
+class SourceScan:
+    """Result of `find_sources`: the images of each source, and notes on the source's layout.
+
+    `items` and `listings` contain the sources with raw images. `packed_only` names the sources that
+    an earlier build packed and whose raw files are gone. `missing` names the sources that have no
+    images at all. `empty` contains those of `missing` whose folder exists.
+    """
+
+    items: dict[str, pa.Table] = field(default_factory=dict)
+    listings: dict[str, Listing] = field(default_factory=dict)
+    packed_only: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    empty: dict[str, Listing] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits of a build: `tolerance` of `build()`."""
+
+    max_bad: float = 0.01
+    allow_incomplete: bool = False
+
+
+STRICT = Tolerance()
+
+
+def find_sources(
+    catalog: Catalog,
+    raw: AnyPath,
+    out: AnyPath,
+    only: Sequence[str] = (),
+    tolerance: Tolerance = STRICT,
+) -> SourceScan:
+    """List the images of every catalog source that is on disk or was packed before.
+
+    With `only`, sources are skipped if all their sets have a lower `SPLIT_RANK` than the sets in
+    `only`: they take no image from those sets. But copies in them decide into which of its sets an
+    image of a divided source goes, so none is skipped if such a source is left.
+
+    Raises:
+        CatalogError: a layout does not fit the catalog, the number of images differs from
+            `expected`, or a rule matches no file.
+    """
+    scan = SourceScan()
+    inventory = out / WORK_FOLDER / "inventory"
+    for name, source in sources_for(catalog.sources, catalog.sets, only).items():
+        source = replace(source, root=folder_of(raw, source.root or name))
+        if (raw / source.root).is_dir():
+            listing = list_source(name, source, raw)
+            if not listing.items and (inventory / f"{name}.parquet").exists():
+                scan.packed_only.append(name)  # the files were deleted, the folder was not
+            elif listing.items:
+                _check_counts(name, source, listing, max(COUNT_TOLERANCE, tolerance.max_bad))
+                if listing.unmatched and not tolerance.allow_incomplete:
+                    _refuse_unmatched(name, listing, raw / source.root)
+                capped(listing, source.cap)
+                scan.items[name] = item_table(listing.items)
+                scan.listings[name] = replace(listing, items=[])  # items take 10x the memory
+            else:
+                scan.missing.append(name)
+                scan.empty[name] = listing
+        elif (inventory / f"{name}.parquet").exists():
+            scan.packed_only.append(name)
+        else:
+            scan.missing.append(name)
+    return scan
+
+
+def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:
+    """Raise an error for rules without a file: they are misspelled, or the data are incomplete."""
+    shown = "; ".join(listing.unmatched[:4]) + ("; ..." if len(listing.unmatched) > 4 else "")
+    raise CatalogError(
+        f"source {name}: no file in {folder} matches {shown}. Correct the rule or complete the "
+        "data. If this is intended, set optional = true in the rule or pass --allow-incomplete"
+    )
+
+
+def _check_counts(name: str, source: Source, listing: Listing, tolerance: float) -> None:
+    """Raise an error if the image counts differ from `expected`: a download may be incomplete."""
+    counts = Counter(CLASSES[item.label] for item in listing.items)
+    for kind, expected in source.expected.items():
+        if abs(counts[kind] - expected) > tolerance * expected:
+            advice = (
+                f"Complete the data (python -m sharding fetch {name})"
+                if counts[kind] < expected
+                else "Remove what is not part of it"
+            )
+            raise CatalogError(
+                f"source {name} has {counted(counts[kind], f'{kind} image')}, the catalog expects "
+                f"{expected:,}. {advice}, raise "
+                "--max-bad, or turn off the check in your own catalog: "
+                f"[sources.{name}] expected = {{}}"
+            )
