@@ -10,7 +10,8 @@ It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns 
 (`missing`: sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
 index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
 contradict the catalog. `RawError`: broken file. `ShardError`: bad images, no class, raw file or
-catalog entry of packed images gone, `only` names a set without images, unknown files in a set.
+catalog entry of packed images gone, `only` names a set without images, unknown files in a set, or
+a set to which no image goes any more. `ChangedError` (a `ShardError`): raw file just changed.
 `ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, other build.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from console import counted
+from console import counted, log
 from sharding.catalog import Catalog
 from sharding.dedupe import Decision, decide
 from sharding.executor import Engine, run_all
@@ -46,6 +47,7 @@ from sharding.format import (
 )  # fmt: skip
 from sharding.inventory import (
     finish_source,
+    forget,
     known_facts,
     missing_chunks,
     read_source,
@@ -55,13 +57,15 @@ from sharding.lock import locked
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
     files_of,
+    packed_sources,
     read_record,
     refuse_foreign_files,
     remove_earlier,
+    sets_left,
     write_record,
 )  # fmt: skip
 from sharding.scan import STRICT, WORK_FOLDER, SourceScan, Tolerance, find_sources
-from sharding.write import Written, read_done, read_rows, write_shard
+from sharding.write import ChangedError, Written, read_done, read_rows, write_shard
 from storage import (
     AnyPath,
     check_inside,
@@ -150,10 +154,14 @@ def build(
                 one.refuse_lacking_class()
         for one in builds.values():
             one.plan(out)
+        _refuse_left(out, present, scan, only)
         # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:
-            with progress("packing", sum(len(one.samples) for one in builds.values())) as advance:
+            with (
+                _changed_files_forgotten(work / "inventory"),
+                progress("packing", sum(len(one.samples) for one in builds.values())) as advance,
+            ):
                 advance(sum(w.samples for one in builds.values() for w in one.done.values()))
                 for name, written in run_all(_write_one, tasks, engine, jobs):
                     builds[name].done[written.name] = written
@@ -169,6 +177,25 @@ def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[st
     for source in scan.packed_only:
         names.update(*catalog.sources[source].destinations())
     return sorted(name for name in names if not only or name in only)
+
+
+def _refuse_left(
+    out: AnyPath, present: Sequence[str], scan: SourceScan, only: Sequence[str]
+) -> None:
+    """Refuse to leave a set to which no image of its sources goes any more: its images may be in
+    other sets now. With `only`, just log it.
+
+    Raises:
+        ShardError: there is such a set.
+    """
+    for name in sets_left(out, out / WORK_FOLDER, present, scan.listings):
+        fault = (
+            f"set {name} is out of date: no image goes to it any more, and those of its earlier "
+            f"build may be in other sets now. Correct the catalog, or delete {out / name}"
+        )
+        if not only:
+            raise ShardError(f"{fault} and build again (no set was changed)")
+        log.warning("%s", fault)
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
@@ -200,6 +227,18 @@ def _read_everything(
         scan.listings[name] = listing
         tables.append(table)
     return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+
+
+@contextlib.contextmanager
+def _changed_files_forgotten(folder: AnyPath) -> Iterator[None]:
+    """If a raw file has changed since it was decoded, delete its rows in the inventory: its size
+    and time may be the same as before, so that the next build would not decode it again.
+    """
+    try:
+        yield
+    except ChangedError as error:
+        forget(folder, error.source, error.path)
+        raise
 
 
 class _SetBuild:
@@ -276,11 +315,7 @@ class _SetBuild:
         write_record(self.marks, read_record(self.marks) | names)
 
     def tasks(self, raw: AnyPath) -> Iterator[tuple]:
-        """Yield a task per missing shard. If any is missing, delete the index: the set is
-        incomplete.
-        """
-        if self.todo:
-            (self.folder / INDEX_FILE).unlink(missing_ok=True)
+        """Yield a task per missing shard."""
         for plan in self.todo:
             yield (
                 self.name, *(str(path.absolute()) for path in (raw, self.folder, self.marks)),
@@ -301,9 +336,7 @@ class _SetBuild:
                 f"{', '.join(gone)} are gone; restore them and build again (nothing was changed)"
             )
         inventory = out / WORK_FOLDER / "inventory"
-        shards = [name for name in read_record(self.marks) if name.endswith(".tar")]
-        before = {name.rsplit("-", 2)[0] for name in shards}
-        for name in sorted(before - self.catalog.sources.keys()):
+        for name in sorted(packed_sources(self.marks) - self.catalog.sources.keys()):
             if (inventory / f"{name}.parquet").exists():
                 raise ShardError(
                     f"set {self.name} contains source {name}, which is not in the catalog; pass "

@@ -23,6 +23,8 @@ source, and `folder` a path:
   `<source>.parquet`, with the notes of the `Listing` (what was excluded). It deletes the files of
   `take_inventory()` and returns the table, with the columns `SCHEMA`. It raises RuntimeError if an
   image has no row.
+- `forget(folder, source, path)` deletes the rows of the raw file `path` from `<source>.parquet`:
+  the next build decodes it again.
 - `read_source(folder, source, destinations)` returns (table, `Listing`) of a source whose raw files
   are gone, or None if there is no `<source>.parquet`. It raises `ShardError` for a file with
   another `FACTS_VERSION`, or packed for sets that are not in `destinations`, those of the catalog.
@@ -210,6 +212,14 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
         if unfinished.fullmatch(piece.name):
             piece.unlink()
     return table.replace_schema_metadata(None)
+
+
+def forget(folder: AnyPath, source: str, path: str) -> None:
+    """Delete the rows of the images in one raw file, so that the next build decodes them again."""
+    inventory = folder / f"{source}.parquet"
+    table = _read(inventory)
+    kept = table.filter(pc.not_equal(table.column("path"), path))
+    write_atomically(inventory, lambda partial: pq.write_table(kept, partial))
 
 
 def read_source(

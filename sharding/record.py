@@ -17,13 +17,17 @@ record that is no JSON or has no list `files`:
   `files_of(shards)` as the record.
 - `files_of(shards)` takes the names of tars and returns the set of the names of all files of a set
   with these tars.
+- `packed_sources(marks)` returns the set of the names of the sources whose tars are recorded.
+- `sets_left(out, work, planned, sources)` takes the folder of all sets, the folder of all `marks`,
+  and two collections of texts. It returns a list of the names of recorded sets that are not in
+  `planned`, have a tar in their folder, and contain one of `sources`.
 - `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an
   unfinished file counts as that of the finished one.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sharding.format import EXCLUDED_FILE, INDEX_FILE, SAMPLES_FILE, TIMM_FILE, ShardError
 from storage import AnyPath, files_in, parse_json, write_text
@@ -63,6 +67,27 @@ def write_record(marks: AnyPath, names: set[str]) -> None:
     """Write the record, unless it is unchanged."""
     if read_record(marks) != names or not names:
         write_text(marks / RECORD_FILE, json.dumps({"files": sorted(names)}, indent=1) + "\n")
+
+
+def packed_sources(marks: AnyPath) -> set[str]:
+    """Return the sources of the recorded tars of a set."""
+    return {name.rsplit("-", 2)[0] for name in read_record(marks) if name.endswith(".tar")}
+
+
+def sets_left(
+    out: AnyPath, work: AnyPath, planned: Collection[str], sources: Collection[str]
+) -> list[str]:
+    """Return the sets that earlier builds packed from some of `sources` and that are not in
+    `planned`: no image goes to them any more.
+    """
+    recorded = sorted(path.parent.name for path in work.glob(f"*/{RECORD_FILE}"))
+    return [
+        name
+        for name in recorded
+        if name not in planned
+        and not packed_sources(work / name).isdisjoint(sources)
+        and any((out / name).glob("*.tar"))
+    ]
 
 
 def is_recorded(name: str, record: set[str]) -> bool:

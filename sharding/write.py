@@ -13,13 +13,15 @@ the tar (`name`, number of `samples`, size in `bytes`, `sha256`).
   and `excluded`, from a `RawFile` (sharding/raw.py). Here `size` is the size of the raw file; the
   index gets the size in the tar. Further columns are ignored.
 
-The function writes the tar `folder/name`, the `.idx` next to the tar and, last, the rows and the
+The function deletes the index of the set just before it writes the tar `folder/name`: an old index
+would not fit the new tar. Then it writes the `.idx` next to the tar and, last, the rows and the
 fingerprint to `marks/<name>.parquet`: a shard with this parquet file is done.
 
-It raises `ShardError` if a raw file has changed since the build decoded it (its SHA-256 is not that
-of the row), or if the name of an image in the tar, `key` and its suffix, has more than 100 bytes.
-It raises `RawError` or `OSError` if a file cannot be read or written. The same samples give the
-same bytes, and the tar gets its final name only when complete.
+It raises `ChangedError` (a `ShardError` with the texts `source` and `path`) if a raw file has
+changed since the build decoded it: its SHA-256 is not that of the row. It raises `ShardError` if
+the name of an image in the tar, `key` and its suffix, has more than 100 bytes, and `RawError` or
+`OSError` if a file cannot be read or written. The same samples give the same bytes, and the tar
+gets its final name only when complete.
 
 `read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
 stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
@@ -28,6 +30,7 @@ checked). `read_rows(plan, marks)` returns the rows of a finished shard, a table
 `SAMPLES_SCHEMA`; it raises `ShardError` if the mark is that of another plan.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -43,6 +46,7 @@ import pyarrow.parquet as pq
 from imaging.decode import DecodeError, prepare
 from sharding.format import (
     IMAGE_FORMATS,
+    INDEX_FILE,
     SAMPLES_SCHEMA,
     ShardError,
     member_metadata,
@@ -63,6 +67,23 @@ class Written:
     sha256: str
 
 
+class ChangedError(ShardError):
+    """Raw file that no longer has the bytes that the build decoded. Its four arguments are texts,
+    so that a worker process can send it.
+    """
+
+    def __init__(self, source: str, path: str, origin: str, reason: str) -> None:
+        super().__init__(source, path, origin, reason)
+        self.source, self.path, self.origin, self.reason = source, path, origin, reason
+
+    def __str__(self) -> str:
+        """Name the image and the reason, and say what to do."""
+        return (
+            f"{self.origin} has changed since this build decoded it ({self.reason}); run the build "
+            "again once the raw files no longer change"
+        )
+
+
 def write_shard(
     raw: str, folder: str, marks: str, name: str, fingerprint: str, samples: pa.Table
 ) -> Written:
@@ -71,7 +92,8 @@ def write_shard(
     Runs in a worker process.
 
     Raises:
-        ShardError: a raw file has changed since it was decoded, or a file name is too long.
+        ChangedError: a raw file has changed since it was decoded.
+        ShardError: a file name is too long.
         OSError: a raw file cannot be read, or the output cannot be written.
     """
     rows = samples.to_pylist()
@@ -81,6 +103,8 @@ def write_shard(
     def pack(partial: Path) -> None:
         lines[:], sha256 = _pack(partial, any_path(raw), rows)
         written.append(Written(name, len(rows), partial.stat().st_size, sha256))
+        with contextlib.suppress(FileNotFoundError):  # another worker may delete it too
+            (any_path(folder) / INDEX_FILE).unlink()
 
     write_atomically(any_path(folder) / name, pack)
     index = "\n".join([f"v1.2 {len(rows)}", *lines]) + "\n"
@@ -187,10 +211,7 @@ def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
         found = "other bytes"
     except DecodeError as error:
         found = str(error)
-    raise ShardError(
-        f"{row['origin']} has changed since this build decoded it ({found}); run the build again "
-        "once the raw files no longer change"
-    )
+    raise ChangedError(row["source"], row["path"], row["origin"], found)
 
 
 def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | None:

@@ -22,6 +22,7 @@ from sharding.catalog import CatalogError, read_catalog
 from sharding.format import FORMAT_VERSION, ShardError, join_sets, open_shards, read_index
 from sharding.inventory import FACTS_VERSION
 from sharding.lock import locked
+from sharding.write import write_shard
 from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
 
 
@@ -117,7 +118,8 @@ def test_an_interrupted_rebuild_leaves_no_valid_set(
     build_all(raw, tmp_path / "out")
     (raw / "alpha/real/003.webp").write_bytes((raw / "alpha/real/007.webp").read_bytes())
 
-    def full_disk(*_arguments: object) -> None:
+    def full_disk(*arguments: object) -> None:
+        write_shard(*arguments)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sharding.build.write_shard", full_disk)
@@ -201,6 +203,33 @@ def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:
     sources = read_index(tmp_path / "out/old")["sources"]
     assert "dummy" not in sources
     assert sources["beta"]["synthetic"] is True and "synthetic" not in sources["alpha"]
+
+
+def test_a_set_to_which_no_image_goes_any_more_stops_the_build(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its images would be in two sets."""
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    path = raw / "catalog.toml"
+    path.write_text(CATALOG.replace("set = { new = 0.8, val = 0.2 }", 'set = "val"'))
+    before = hashes(build_all(raw, out))
+    path.write_text(CATALOG.replace("set = { new = 0.8, val = 0.2 }", 'set = "new"'))
+    with pytest.raises(ShardError, match=rf"set val is out of date.* delete {out}/val and build "):
+        build_all(raw, out)
+    assert hashes(out) == before
+    build_one(raw, out, "new")
+    assert "set val is out of date" in caplog.text
+    shutil.rmtree(out / "val")
+    build_all(raw, out)
+
+
+def test_a_set_of_another_catalog_stays(tmp_path: Path) -> None:
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    build_all(raw, out)
+    text = (raw / "catalog.toml").read_text()
+    (raw / "catalog.toml").write_text(text[: text.index("[sources.gamma]")])
+    build_all(raw, out)
+    assert (out / "new/index.json").exists()
 
 
 @pytest.mark.slow  # the quick kill of a build is in test_build_robust.py

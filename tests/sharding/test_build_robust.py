@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import ROOT, can_mount, hashes, run_build
+from sharding.format import ShardError, open_shards
+from tests.builders import (
+    ROOT,
+    build_all,
+    can_mount,
+    encode,
+    hashes,
+    photo,
+    run_build,
+    write_raw,
+)  # fmt: skip
 
 
 def finish(raw: Path, out: Path) -> None:
@@ -151,12 +161,29 @@ def test_an_unreadable_folder_is_one_error(raw: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_file_that_changed_at_the_same_size_and_time_is_decoded_by_the_next_build(
+    tmp_path: Path,
+) -> None:
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    victim = raw / "alpha/real/900.bmp"
+    victim.write_bytes(encode(photo(900), "BMP"))
+    before = hashes(build_all(raw, out))
+    stamp = victim.stat().st_mtime_ns
+    victim.write_bytes(encode(photo(901), "BMP"))
+    os.utime(victim, ns=(stamp, stamp))
+    (raw / "alpha/real/007.webp").unlink()
+    with pytest.raises(ShardError, match=r"900\.bmp has changed since this build decoded it"):
+        build_all(raw, out, jobs=2)
+    assert hashes(out) == before
+    build_all(raw, out)
+    open_shards([out / "old"])
+
+
 def test_a_file_that_changes_while_packing_is_noticed(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sharding import build as module
     from sharding.catalog import read_catalog
-    from sharding.format import ShardError
 
     shutil.copytree(raw, tmp_path / "raw")
     decide = module.decide
