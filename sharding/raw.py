@@ -10,7 +10,7 @@ volumes X.z01, ... of a split archive, which is read as X.zip. A broken archive 
 - `path`: path of the file with the bytes, below `raw`.
 - `member`: location in that file if it is an archive, else "".
 - `size`: in bytes.
-- `version`: a text that changes with the file.
+- `version`: a text that changes with the file; with any volume, if it is a split archive.
 - `excluded`: the reason if it is not read (such as a link, a name that is not UTF-8, or an
   encrypted member of an archive), else "".
 
@@ -35,6 +35,7 @@ the name of the folder `root` below `raw` as it is on disk, where macOS may have
 accents; if there is no such folder, `root` itself.
 """
 
+import hashlib
 import os
 import re
 import stat
@@ -97,11 +98,17 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
         OSError: a folder cannot be read.
     """
     listed = _walk_local(raw, root) if is_local(raw) else _walk_remote(raw, root)
-    volume = re.compile(r"\.z\d+$", re.IGNORECASE)
+    volume = re.compile(r"(.+)\.z\d+", re.IGNORECASE | re.DOTALL)
+    volumes: dict[str, list[str]] = {}  # name of a split archive -> versions of its other volumes
     for file in listed:
-        if not file.excluded and file.inside.lower().endswith(".zip"):
+        if match := volume.fullmatch(file.inside):  # sorted before their archive, read with it
+            volumes.setdefault(match[1].lower(), []).append(f"{file.size} {file.version}")
+        elif not file.excluded and file.inside.lower().endswith(".zip"):
+            if others := volumes.pop(file.inside[:-4].lower(), []):
+                text = "\n".join([file.version, *others])
+                file = file._replace(version=hashlib.sha256(text.encode()).hexdigest()[:16])
             yield from _members(raw, file)
-        elif not volume.search(file.inside):  # volumes are read with their archive
+        else:
             yield file
 
 

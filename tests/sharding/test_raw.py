@@ -37,6 +37,17 @@ def test_split_archives_are_read_without_unpacking(tmp_path: Path, volumes: int)
     assert contents(tmp_path) == {f"X.zip/{name}": data for name, data in MEMBERS.items()}
 
 
+def test_the_version_of_a_member_changes_with_every_volume(tmp_path: Path) -> None:
+    """Otherwise a volume that was repaired would never be read again."""
+    write_split_zip(tmp_path / "s/X.zip", MEMBERS, 3)
+    (before,) = {file.version for file in walk(tmp_path, "s")}
+    os.utime(tmp_path / "s/X.z02", ns=(0, 1))
+    (changed,) = {file.version for file in walk(tmp_path, "s")}
+    os.truncate(tmp_path / "s/X.z01", 10)
+    (shorter,) = {file.version for file in walk(tmp_path, "s")}
+    assert len({before, changed, shorter}) == 3
+
+
 @pytest.mark.skipif(not shutil.which("zip"), reason="no zip program")
 @pytest.mark.parametrize("options", [[], ["-fz"]], ids=["zip32", "zip64"])
 def test_archives_split_by_the_zip_program_are_read(tmp_path: Path, options: list[str]) -> None:
