@@ -129,7 +129,7 @@ def prepare(data: bytes) -> Prepared:
             name = _name_of(image)
             with decoding(image.width * image.height):
                 pixels, orientation = _upright_pixels(image, name, data)
-            exif = carries_exif(data, name) if name in _KEPT else "exif" in image.info
+            exif = carries_exif(data, name) if name in _KEPT else bool(image.info.get("exif"))
             tables: tuple[tuple[int, ...], ...] = ()
             chroma = transcoded_from = ""
             if orientation is None:

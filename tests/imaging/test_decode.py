@@ -33,6 +33,15 @@ def test_chroma_is_recorded(subsampling: int, chroma: str) -> None:
     assert prepare(encode(PIXELS, subsampling=subsampling)).facts.chroma == chroma
 
 
+@pytest.mark.parametrize("image_format", ["HEIF", "AVIF", "TIFF"])
+def test_a_converted_image_has_exif_only_if_its_file_has(image_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    assert not prepare(encode(PIXELS, image_format)).facts.exif
+    if image_format != "TIFF":  # its tags are no EXIF block
+        assert prepare(encode(PIXELS, image_format, exif=exif)).facts.exif
+
+
 @pytest.mark.parametrize(
     ("image", "image_format", "options"),
     [
