@@ -17,7 +17,10 @@ a folder that is missing or cannot be read `OSError`.
 path of a folder are read from the deepest to the top. The first name with words of only one class
 decides, but not a word for content, such as "human", below a name for fakes. If there is none, the
 folder is undecided. The catalog has two lines for it, one under each class, both commented out; a
-person removes the `#` of the right one. A person has to check the whole catalog.
+person removes the `#` of the right one. Such a line also labels the undecided folders below, which
+a third line for each of them, under `ignore`, can leave out. A person has to check the whole
+catalog. The source and its sets have the name of the folder, with `my-` before it if the catalogs
+of this program (`SHIPPED`) have that name: the source would inherit the other keys there.
 """
 
 import re
@@ -28,7 +31,14 @@ from pathlib import Path, PurePosixPath
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.zip import printable
-from sharding.catalog import LONGEST_NAME, CatalogError, leaves_raw, toml_string
+from sharding.catalog import (
+    LONGEST_NAME,
+    SHIPPED,
+    CatalogError,
+    leaves_raw,
+    read_catalog,
+    toml_string,
+)
 from sharding.format import CLASSES
 from sharding.raw import nfc, walk
 
@@ -121,8 +131,7 @@ def _catalog(
     undecided: dict[str, int],
     nested: Counter[str],
 ) -> str:
-    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[: LONGEST_NAME - len("-test")]
-    name = name.strip("_-") or "mine"
+    name = _free_name(folder)
     lines = [
         f"# Proposed from the folder names of {toml_string(folder.name)}. Check every line: the",
         "# labels of the images come only from this file.",
@@ -153,11 +162,35 @@ def _catalog(
             )
             lines.append(f"    {entry},  # {counted(count, 'image')}")
         for path, count in undecided.items():
-            lines.append(
-                f"    # {{ folder = {toml_string(path)} }},  # {counted(count, 'image')}: {kind}?"
-            )
+            below = sum(undecided[inner] for inner in undecided if _is_below(inner, path))
+            images = counted(count + below, "image")
+            note = f", {below:,} of them in folders below that are listed too" if below else ""
+            lines.append(f"    # {{ folder = {toml_string(path)} }},  # {images}{note}: {kind}?")
+        lines.append("]")
+    # A rule for a folder applies to those below it, and `ignore` also to those with a class.
+    inner = [path for path in undecided if any(_is_below(path, outer) for outer in undecided)]
+    inner = [path for path in inner if not any(_is_below(decided, path) for decided in folders)]
+    if inner:
+        lines.append("ignore = [")
+        for path in inner:
+            images = counted(undecided[path], "image")
+            lines.append(f"    # {toml_string(path)},  # {images} that no rule may label?")
         lines.append("]")
     return "\n".join(lines) + "\n"
+
+
+def _free_name(folder: Path) -> str:
+    """Return a name for the source of a folder that no shipped source or set has."""
+    longest = LONGEST_NAME - len("my-") - len("-test")
+    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[:longest].strip("_-") or "mine"
+    shipped = read_catalog(SHIPPED)
+    taken = shipped.sources.keys() | shipped.sets.keys()
+    return name if taken.isdisjoint({name, f"{name}-val", f"{name}-test"}) else f"my-{name}"
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Return whether a folder is in another one; "." is the top."""
+    return path != folder and (folder == "." or path.startswith(f"{folder}/"))
 
 
 def _generator(path: str) -> str:
