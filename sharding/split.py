@@ -53,7 +53,8 @@ def hash_point(text: str) -> float:
 def choose_set(group: str, share_of: Mapping[str, float]) -> str:
     """Choose the set of a group: the shares divide [0, 1), and the group's hash is a point in it.
 
-    The choice depends only on the group, so new files never move old ones to another set.
+    The choice depends only on the group's name, the first one of the groups that near-duplicates
+    join: a new file moves old ones to another set only if it changes that name.
     """
     point = hash_point(group)
     for name, share in share_of.items():
