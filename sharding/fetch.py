@@ -43,7 +43,7 @@ from escape import without_secrets
 from installed import install_extra
 from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
-from sharding.git import counted, extract
+from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, ask, download, size_of
 from storage import check_inside, parse_json, publish, write_text
 
@@ -133,7 +133,7 @@ def _wanted(fetch: Fetch) -> dict[str, Any]:
     return wanted | ({"urls": [without_secrets(url) for url in fetch.urls]} if fetch.urls else {})
 
 
-_KINDS = {"fetch": dict, "files": dict, "versions": dict, "revision": str}
+_KINDS = {"fetch": dict, "files": dict, "versions": dict, "left_out": dict, "revision": str}
 """Types of the entries of MARK and BEGUN that are read again. An entry may be missing or null."""
 
 
@@ -155,9 +155,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _is_complete(target: Path, fetch: Fetch) -> bool:
-    """Return whether the download finished and all its files still exist at their sizes."""
+    """Return whether the download finished and all its files still exist at their sizes. It is not
+    complete if a local copy of a Git repository lacked files, which it or its address may have now.
+    """
     mark = _read(target / MARK)
     files = mark.get("files") or {}
+    if ABSENT in (mark.get("left_out") or {}):
+        return False
     return bool(files) and mark.get("fetch") == _wanted(fetch) and not _lacking(target, files)
 
 

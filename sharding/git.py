@@ -111,16 +111,30 @@ class _Repository:
             raise FetchError(self._explain(done.stderr.decode(errors="replace")))
         return done.stdout
 
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing is downloaded."""
+        return self.protocols == "none"
+
+    @property
+    def place(self) -> str:
+        """Where the objects come from, for messages: an address, or a folder of this machine."""
+        return str(self.folder) if self.is_local else without_secrets(self.address)
+
     def _explain(self, stderr: str) -> str:
-        address = without_secrets(self.address)
         if re.search(
             "not our ref|unadvertised object|find remote ref|bad object|valid object|object info",
             stderr,
         ):
-            return f"{address} has no such commit; correct `commit` in the catalog"
+            if self.is_local and not self.address.startswith("/"):
+                todo = "update it, or leave out --git-mirror"
+                return f"the copy at {self.place} lacks the commit of the catalog; {todo}"
+            return f"{self.place} has no such commit; correct `commit` in the catalog"
         lines = [line for line in stderr.splitlines() if line.startswith(("fatal:", "error:"))]
         reason = without_secrets((lines or stderr.splitlines() or ["no reason given"])[0])
-        return f"download from {address} failed: {reason}; run the command again to resume"
+        if self.is_local:
+            return f"{self.place} cannot be read: {reason}; repair or update it"
+        return f"download from {self.place} failed: {reason}; run the command again to resume"
 
 
 def extract(
@@ -343,30 +357,26 @@ def _write_blobs(
             for entry in entries:
                 path = folder / entry.path
                 with naming(path):
-                    _write_blob(path, entry, _read_blob(process, entry, repository.address))
+                    _write_blob(path, entry, _read_blob(process, entry, repository.place))
                 advance(1)
         finally:
             process.kill()
 
 
-def _read_blob(process: subprocess.Popen[bytes], entry: Entry, address: str) -> Iterator[bytes]:
+def _read_blob(process: subprocess.Popen[bytes], entry: Entry, place: str) -> Iterator[bytes]:
     """Read a blob from `git cat-file --batch`; yield its size as 8 bytes, then its pieces."""
     assert process.stdin and process.stdout
     process.stdin.write(f"{entry.blob}\n".encode())
     process.stdin.flush()
     header = process.stdout.readline().split()
     if len(header) != 3 or header[1] != b"blob":
-        raise FetchError(
-            f"{without_secrets(address)}: {entry.path} cannot be read; run the command again"
-        )
+        raise FetchError(f"{place}: {entry.path} cannot be read; run the command again")
     left = int(header[2])
     yield left.to_bytes(8, "big")
     while left:
         piece = process.stdout.read(min(left, PIECE))
         if not piece:
-            raise FetchError(
-                f"{without_secrets(address)}: {entry.path} ended early; run the command again"
-            )
+            raise FetchError(f"{place}: {entry.path} ended early; run the command again")
         left -= len(piece)
         yield piece
     process.stdout.read(1)
@@ -374,7 +384,7 @@ def _read_blob(process: subprocess.Popen[bytes], entry: Entry, address: str) -> 
 
 def _write_blob(path: Path, entry: Entry, pieces: Iterator[bytes]) -> None:
     name = _blob_name(int.from_bytes(next(pieces), "big"))
-    partial = partial_of(path)
+    partial = partial_of(path.with_name(f".{entry.blob}"))  # short: the name may have 255 bytes
     try:
         with partial.open("wb") as stream:
             for piece in pieces:

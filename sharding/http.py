@@ -8,7 +8,7 @@ and returns nothing.
   the server states the lengths of uncompressed files.
 - `url`: the address of the file, a text.
 - `path`: the `Path` to save the file at, in an existing folder. An incomplete file is saved next to
-  it as `<name>.partial`.
+  it as `<name>.partial` (a long name is cut).
 - `sha256`: the expected SHA-256, 64 hexadecimal digits, or "" (not checked).
 - `progress`: `progress(label, total)` returns a context manager that yields `f`. `total` is the
   size in whole MiB, or None if it is not known; `f(n)` is called for n more MiB (a float).
@@ -36,7 +36,7 @@ from pathlib import Path
 import requests
 
 from sharding.downloads import FetchError, check_content, check_hash
-from storage import naming, publish
+from storage import file_name, naming, publish
 
 TIMEOUT_S = (10, 60)
 """Seconds to connect, and to wait for the next bytes."""
@@ -60,7 +60,7 @@ class Remote:
     @property
     def partial(self) -> Path:
         """Path of the file until it is complete."""
-        return self.path.with_name(f"{self.path.name}.partial")
+        return self.path.with_name(file_name(self.path.name, ".partial"))
 
 
 def size_of(path: Path) -> int:

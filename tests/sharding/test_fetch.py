@@ -161,6 +161,14 @@ def test_a_file_of_another_length_is_refused(server: Server, photos: str, tmp_pa
     assert not (tmp_path / "s/photos.bin").exists()
 
 
+def test_a_file_name_of_255_bytes_is_downloaded(server: Server, tmp_path: Path) -> None:
+    name = "n" * 251 + ".bin"
+    server.bodies[f"/p/{name}"] = BODY
+    result = fetched(tmp_path, urls=[f"{server.url}/p/{name}"])
+    assert result.status == "downloaded", result.note
+    assert files_of(tmp_path / "s") == {name: BODY}
+
+
 @pytest.mark.parametrize("end", ["", "a/", "a/..", "a%2Fb.zip", "a%5Cb.zip", ".fetched.json"])
 def test_an_address_must_end_in_a_file_name(server: Server, tmp_path: Path, end: str) -> None:
     result = fetched(tmp_path, urls=[f"{server.url}/{end}"])

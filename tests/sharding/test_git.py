@@ -272,6 +272,41 @@ def test_a_mirror_is_read_instead_of_the_network(tmp_path: Path, inside: str) ->
     assert files_of(tmp_path / "raw/s") == IMAGES
 
 
+def test_files_that_a_mirror_lacks_are_fetched_once_they_are_there(tmp_path: Path) -> None:
+    mirror, raw = tmp_path / "mirror", tmp_path / "raw"
+    repository = mirror / "owner+name"
+    mirror.mkdir()
+    commit = make(repository)
+    blob = blob_of(repository, IMAGES["art/3.png"])
+    (repository / "objects" / blob[:2] / blob[2:]).unlink()
+    s = source("https://nowhere.invalid/owner/name", commit)
+    result = fetch_source("s", s, raw, git_mirror=mirror)
+    assert result.note.endswith("left out: 1 files that the local copy lacks)")
+    assert fetch_source("s", s, raw).status == "failed"  # it asks the address, which is not there
+    blob_of(repository, IMAGES["art/3.png"])
+    assert fetch_source("s", s, raw, git_mirror=mirror).status == "downloaded"
+    assert files_of(raw / "s") == IMAGES
+    assert fetch_source("s", s, raw).status == "complete"
+
+
+def test_a_mirror_without_the_commit_is_named(tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    make(mirror / "owner+name")
+    s = source("https://nowhere.invalid/owner/name", "1" * 40)
+    note = fetch_source("s", s, tmp_path / "raw", git_mirror=mirror).note
+    assert note.startswith(f"the copy at {mirror}/owner+name lacks the commit of the catalog; upd")
+    assert note.endswith("update it, or leave out --git-mirror")
+
+
+def test_a_name_of_255_bytes_is_written(tmp_path: Path) -> None:
+    name = "n" * 251 + ".png"
+    commit = make(tmp_path / "r", {f"art/{name}": b"image"})
+    result = fetch_source("s", source(tmp_path / "r", commit), tmp_path / "raw")
+    assert result.status == "downloaded", result.note
+    assert files_of(tmp_path / "raw/s") == {f"art/{name}": b"image"}
+
+
 def test_nothing_of_a_repository_is_executed(tmp_path: Path) -> None:
     """A local copy may configure hooks, and commands that fetch a missing blob."""
     repository, trap = tmp_path / "r", tmp_path / "trap"
