@@ -114,8 +114,8 @@ def fetch_command(
     if failed:
         raise click.ClickException(
             f"{len(failed)} of {console.counted(len(results), 'source')} failed: "
-            f"{', '.join(failed)}; the downloaded files are kept, run the same command "
-            "again to resume"
+            f"{', '.join(failed)}; the downloaded files are kept, so do what is said above and "
+            "run the same command again"
         )
 
 

@@ -44,8 +44,8 @@ from installed import install_extra
 from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
 from sharding.git import ABSENT, counted, extract
-from sharding.http import TIMEOUT_S, Progress, ask, download, size_of
-from storage import check_inside, parse_json, publish, write_text
+from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
+from storage import check_inside, parse_json, publish, sha256_of, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -165,6 +165,20 @@ def _is_complete(target: Path, fetch: Fetch) -> bool:
     return bool(files) and mark.get("fetch") == _wanted(fetch) and not _lacking(target, files)
 
 
+def _begin(target: Path, fetch: Fetch, files: Mapping[str, int | None], **facts: object) -> None:
+    """Write BEGUN, with the sizes of the files to download and of those that earlier tries began:
+    `_finish` deletes the ones that the catalog no longer names.
+    """
+    begun = _read(target / BEGUN).get("files") or {}
+    _write(target / BEGUN, {"fetch": _wanted(fetch), "files": {**begun, **files}, **facts})
+
+
+def _own(target: Path) -> dict[str, int | None]:
+    """Return the names and sizes of the files that this command wrote or began to write."""
+    marks = [_read(target / name).get("files") or {} for name in (MARK, BEGUN)]
+    return marks[0] | marks[1]
+
+
 def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -> None:
     """Check the hashes given in the catalog, then write MARK and delete BEGUN."""
     files = {name: (folder / name).stat().st_size for name in sorted(names)}
@@ -180,13 +194,14 @@ def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -
 
 
 def _remove_earlier(folder: Path, files: Mapping[str, int]) -> None:
-    """Delete the files of an earlier download that are not among `files`, such as those of another
-    commit: a build would pack them. Files that have changed since are kept.
+    """Delete the files of an earlier download, also of one that did not finish, that are not among
+    `files`, such as those of another commit: a build would pack them. Files that have changed since
+    are kept.
     """
-    before = _read(folder / MARK).get("files") or {}
+    before = _own(folder)
     gone = [
         folder / name for name in sorted(before.keys() - files.keys())
-        if size_of(folder / name) == before[name]
+        if (folder / name).is_file() and size_of(folder / name) == before[name]
     ]  # fmt: skip
     for path in gone:
         check_inside(path, folder)
@@ -306,9 +321,10 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     names = _matching(sizes, fetch.files, f"{fetch.hub} on the hub")
     wanted = {name: sizes[name] for name in names}
-    _check_space(target, sum(sizes[name] or 0 for name in _lacking(target, wanted)))
+    to_write = {name: sizes[name] for name in _lacking(target, wanted)}
+    _check_space(target, sum(size or 0 for size in to_write.values()))
     target.mkdir(exist_ok=True)
-    _write(target / BEGUN, {"fetch": _wanted(fetch), "revision": info.sha})
+    _begin(target, fetch, to_write, revision=info.sha)
     # A killed download leaves these files, and the library never uses their names again.
     for orphan in (target / ".cache" / "huggingface").rglob("*.*.*.incomplete"):
         orphan.unlink()
@@ -340,9 +356,10 @@ def _from_git(
 ) -> str:
     """Download the files of one commit; return the end of a note with its file counts."""
     target.mkdir(exist_ok=True)
-    _write(target / BEGUN, {"fetch": _wanted(fetch)})
     work = target.with_name(f".{target.name}.git")
-    extracted = extract(repository, target, work, mirror, progress)
+    begin = functools.partial(_begin, target, fetch)
+    begin({})
+    extracted = extract(repository, target, work, mirror, progress, begin)
     _finish(target, fetch, extracted.names, left_out=extracted.left_out)
     shutil.rmtree(work, ignore_errors=True)
     left_out = counted(extracted.left_out)
@@ -363,6 +380,11 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
         from kagglehub import exceptions
     except ImportError:
         raise FetchError(f"Kaggle downloads need kagglehub; {install_extra('fetch')}") from None
+    if (target / MARK).exists():
+        raise FetchError(
+            f"{target} is of an earlier download, which lacks files or is not what the catalog "
+            "says now; delete it to fetch the dataset anew"
+        )
     if target.exists() and any(target.iterdir()):
         raise FetchError(
             f"{target} already has files that this command did not write; build them as they are, "
@@ -432,17 +454,38 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
         for remote in remotes:
             if not remote.version or begun.get(remote.path.name) != remote.version:
                 remote.partial.unlink(missing_ok=True)  # may be of another version
-        lacking = [each for each in remotes if each.size is None or size_of(each.path) != each.size]
+        lacking = [
+            each for each in remotes
+            if each.size is None
+            or size_of(each.path) != each.size
+            or _is_outdated(each, _own(target))
+        ]  # fmt: skip
         _check_space(target, sum((each.size or 0) - size_of(each.partial) for each in lacking))
         target.mkdir(exist_ok=True)
         versions = {each.path.name: each.version for each in remotes}
-        _write(target / BEGUN, {"fetch": _wanted(fetch), "versions": versions})
+        _begin(target, fetch, {each.path.name: each.size for each in lacking}, versions=versions)
         for remote in lacking:
             with _explained(remote.url, by_hand, remote.partial):
                 download(session, remote, progress)
     for remote in remotes:
         check_content(remote.path, "")
     _finish(target, fetch, names, versions=versions)
+
+
+def _is_outdated(remote: Remote, own: Mapping[str, int | None]) -> bool:
+    """Return whether a file of the right size has not the hash of the catalog.
+
+    Raises:
+        FetchError: it has not, and is not a file of this command, which replaces only these.
+    """
+    if not remote.sha256 or sha256_of(remote.path) == remote.sha256:
+        return False
+    if remote.path.name not in own:
+        raise FetchError(
+            f"{remote.path} has not the sha256 of the catalog, and this command did not write it; "
+            "move it away to download the file, or correct the catalog"
+        )
+    return True
 
 
 def _file_name(url: str) -> str:

@@ -1,8 +1,8 @@
 """Download the files of one commit of a Git repository with the `git` command, without a checkout.
 
-Main entry: `extract(git, folder, work, mirror, progress)` writes the selected files into `folder`
-and returns an `Extracted`: `names`, their paths below `folder`, and `left_out`, a dict, reason (a
-text such as "symbolic links") -> number of files left out. No argument has a default.
+Main entry: `extract(git, folder, work, mirror, progress, begin)` writes the selected files into
+`folder` and returns an `Extracted`: `names`, their paths below `folder`, and `left_out`, a dict,
+reason (a text such as "symbolic links") -> number of files left out.
 
 - `git`: the `Git` entry of a catalog source, `catalog.sources[name].fetch.git`, or
   `Git(repository=..., commit=..., pattern=...)` of sharding/catalog.py: an address or an absolute
@@ -16,6 +16,8 @@ text such as "symbolic links") -> number of files left out. No argument has a de
   lacks are left out. The same holds for a repository that is given as a folder.
 - `progress`: `progress(label, total)` returns a context manager for a progress bar. It yields a
   function, which is called with the number of files finished since its last call.
+- `begin`: a function that is called once, before the first file is written, with a dict: path of a
+  file to write -> its size in bytes. Default: does nothing.
 
 Errors are `FetchError` (a `ValueError`, of sharding/downloads.py; Git, network, wrong files, no
 file left), and `OSError` or `ValueError` for `folder` (disk full, a link that leads out of it).
@@ -138,13 +140,18 @@ class _Repository:
 
 
 def extract(
-    git: Git, folder: Path, work: Path, mirror: Path | None, progress: Progress
+    git: Git,
+    folder: Path,
+    work: Path,
+    mirror: Path | None,
+    progress: Progress,
+    begin: Callable[[dict[str, int]], None] = lambda _sizes: None,
 ) -> Extracted:
     """Write the files selected by `git` into `folder`, at their paths in the repository.
 
     `mirror` is searched first for a local copy (`find_mirror`). Otherwise the objects are
     downloaded to the Git directory `work`, which a later call uses to resume. Files in `folder`
-    that already have the right bytes are kept.
+    that already have the right bytes are kept. The sizes of the others are given to `begin` first.
 
     Raises:
         FetchError: git is missing, the network fails, the commit does not exist, or the files are
@@ -171,6 +178,7 @@ def extract(
         absent = set()
     left_out[ABSENT] += sum(entry.blob in absent for entry in lacking)
     to_write = [entry for entry in lacking if entry.blob not in absent]
+    begin(_sizes(repository, to_write))
     with progress(f"{folder.name}, files", len(entries)) as advance:
         advance(len(entries) - len(to_write))
         for entry in to_write:
@@ -261,6 +269,13 @@ def _missing(repository: _Repository, commit: str) -> set[str]:
     """Return the objects of a commit that are missing in the Git directory."""
     listed = repository.run("rev-list", "-1", "--objects", "--missing=print", commit)
     return {line[1:41].decode() for line in listed.splitlines() if line.startswith(b"?")}
+
+
+def _sizes(repository: _Repository, entries: Sequence[Entry]) -> dict[str, int]:
+    """Return the size of each file. Its blob must be in the Git directory."""
+    blobs = "".join(f"{entry.blob}\n" for entry in entries)
+    sizes = repository.run("cat-file", "--batch-check=%(objectsize)", text=blobs).split()
+    return {entry.path: int(size) for entry, size in zip(entries, sizes, strict=True)}
 
 
 # --- which files ----------------------------------------------------------------------------------

@@ -388,6 +388,37 @@ def test_the_sha256_in_the_catalog_is_checked(server: Server, photos: str, tmp_p
         Fetch(urls=[photos], sha256={"photos.bin": "abc"})
 
 
+def test_an_outdated_file_of_the_same_length_is_replaced(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
+    """Only if this command wrote it."""
+    assert fetched(tmp_path, urls=[photos]).status == "downloaded"
+    server.bodies["/p/photos.bin"] = BODY[::-1]
+    changed = {"photos.bin": hashlib.sha256(BODY[::-1]).hexdigest()}
+    assert fetched(tmp_path, urls=[photos], sha256=changed).status == "downloaded"
+    assert files_of(tmp_path / "s") == {"photos.bin": BODY[::-1]}
+    wrong = fetched(tmp_path, urls=[photos], sha256={"photos.bin": "0" * 64})
+    assert "the address now gives another file, or the catalog is wrong" in wrong.note
+    assert files_of(tmp_path / "s") == {"photos.bin": BODY[::-1]}
+    for mark in (MARK, BEGUN):
+        (tmp_path / "s" / mark).unlink()
+    result = fetched(tmp_path, urls=[photos], sha256={"photos.bin": "0" * 64})
+    assert "this command did not write it; move it away to download" in result.note
+
+
+def test_files_of_an_interrupted_download_that_the_catalog_no_longer_names_are_removed(
+    server: Server, photos: str, tmp_path: Path
+) -> None:
+    """A build would pack them."""
+    server.bodies["/p/more.bin"] = b"more"
+    server.cut["/p/photos.bin"] = CUT
+    assert fetched(tmp_path, urls=[f"{server.url}/p/more.bin", photos]).status == "failed"
+    assert files_of(tmp_path / "s").keys() >= {"more.bin"}
+    (tmp_path / "s/own.bin").write_bytes(b"mine")
+    assert fetched(tmp_path, urls=[photos]).status == "downloaded"
+    assert files_of(tmp_path / "s").keys() == {"photos.bin", "own.bin"}
+
+
 def test_without_an_etag_a_download_starts_again(
     server: Server, photos: str, tmp_path: Path
 ) -> None:

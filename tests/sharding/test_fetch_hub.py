@@ -171,3 +171,17 @@ def test_patterns_that_match_no_file_are_an_error(server: Server, tmp_path: Path
     result = fetched(tmp_path, hub=REPO, files=["train/*"])
     assert result.status == "failed"
     assert "no file that matches train/*; it has README.md, data" in result.note
+
+
+def test_files_of_an_interrupted_download_that_the_catalog_no_longer_names_are_removed(
+    server: Server, tmp_path: Path
+) -> None:
+    """A build would pack them."""
+    server.publish(FILES, OLD)
+    broken = f"/datasets/{REPO}/resolve/{OLD}/data/sub/b.parquet"
+    server.status[broken] = 403
+    assert fetched(tmp_path, **HUB).status == "failed"
+    assert files_of(tmp_path / "s").keys() == {"data/a.parquet"}
+    server.status.clear()
+    assert fetched(tmp_path, **HUB | {"files": ["data/sub/*"]}).status == "downloaded"
+    assert files_of(tmp_path / "s").keys() == {"data/sub/b.parquet"}

@@ -129,4 +129,7 @@ def test_a_missing_file_of_kaggle_is_an_error(kaggle: Server, tmp_path: Path) ->
     (tmp_path / "s/keep/2.png").unlink()
     result = fetched(tmp_path, **KAGGLE)
     assert result.status == "failed"
-    assert "move them away to fetch the dataset" in result.note
+    assert "is of an earlier download, which lacks files" in result.note
+    assert "delete it to fetch the dataset anew" in result.note
+    shutil.rmtree(tmp_path / "s")
+    assert fetched(tmp_path, **KAGGLE).status == "downloaded"

@@ -221,8 +221,9 @@ fetch_source("s", Source(license="x", set="t", real=["**"], fetch=Fetch(git=git)
 """
 
 
-def test_a_killed_fetch_resumes_with_its_files(tmp_path: Path) -> None:
-    commit, raw = make(tmp_path / "r"), tmp_path / "raw"
+def killed_fetch(tmp_path: Path, commit: str) -> dict[Path, int]:
+    """Kill a fetch of `IMAGES` before its end; return its files with their times."""
+    raw = tmp_path / "raw"
     command = [sys.executable, "-c", PROGRAM, str(raw), f"file://{tmp_path / 'r'}", commit]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout
@@ -231,6 +232,12 @@ def test_a_killed_fetch_resumes_with_its_files(tmp_path: Path) -> None:
     first = {path: path.stat().st_mtime_ns for path in (raw / "s/art").iterdir()}
     assert 0 < len(first) < len(IMAGES)
     assert (raw / "s" / BEGUN).exists() and not (raw / "s" / MARK).exists()
+    return first
+
+
+def test_a_killed_fetch_resumes_with_its_files(tmp_path: Path) -> None:
+    commit, raw = make(tmp_path / "r"), tmp_path / "raw"
+    first = killed_fetch(tmp_path, commit)
     damaged = min(first)
     damaged.write_bytes(b"cut")
     (raw / ".s.git" / "shallow.lock").touch()  # git leaves it when killed
@@ -239,6 +246,18 @@ def test_a_killed_fetch_resumes_with_its_files(tmp_path: Path) -> None:
     assert files_of(raw / "s") == IMAGES
     kept = {path for path, stamp in first.items() if path.stat().st_mtime_ns == stamp}
     assert kept == first.keys() - {damaged}
+
+
+def test_files_of_a_killed_fetch_that_its_rule_no_longer_names_are_removed(tmp_path: Path) -> None:
+    """A build would pack them."""
+    commit, raw = make(tmp_path / "r"), tmp_path / "raw"
+    first = killed_fetch(tmp_path, commit)
+    last = max(IMAGES)
+    assert raw / "s" / last not in first
+    (raw / "s/art/own.png").write_bytes(b"mine")
+    result = fetch_source("s", source(tmp_path / "r", commit, pattern=last), raw)
+    assert result.status == "downloaded", result.note
+    assert files_of(raw / "s").keys() == {last, "art/own.png"}
 
 
 def test_without_git_the_error_says_to_install_it(
