@@ -9,7 +9,8 @@ be read, `OSError` or `RawError` is raised.
 - `folder`: the existing folder of the inventory (`.build/inventory` below a build's output), as a
   text.
 - `name`: the file name, a text.
-- `items`: a table of at most `CHUNK` images. `missing_chunks()` yields pairs (name, items).
+- `items`: a table of images. `missing_chunks()` yields pairs (name, items), with `CHUNK` images,
+  or whole row groups of parquet tables with at most `LARGEST_CHUNK`.
 
 A build decodes only new and changed images. In the other functions `source` is the name of a
 source, and `folder` a path:
@@ -48,7 +49,7 @@ import pyarrow.parquet as pq
 from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
 from sharding.format import ShardError, table_from
 from sharding.listing import Item, Listing
-from sharding.raw import read_all
+from sharding.raw import read_all, row_group_of
 from storage import AnyPath, any_path, files_in, parse_json, write_atomically
 
 FACTS_VERSION = "5"
@@ -57,6 +58,10 @@ FACTS_VERSION = "5"
 CHUNK = 256
 """Images per task, about one second of work. A kill loses at most one task per process, and at the
 end the last process works alone for at most one task."""
+
+LARGEST_CHUNK = 2048
+"""Images per task at most, of which the last ones are of one row group of a parquet table: each
+task reads a row group from its beginning."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 
@@ -177,13 +182,25 @@ def missing_chunks(
     """Yield the items without facts as (file name, items) for `take_inventory`."""
     where = _match(items, facts)
     missing = items.filter(pc.is_null(where))
-    for start in range(0, missing.num_rows, CHUNK):
-        chunk = missing.slice(start, CHUNK)
+    for start, end in _bounds(missing):
         # A copy: pickling a slice for a worker would send the whole table.
-        chunk = chunk.take(pa.array(range(chunk.num_rows)))
+        chunk = missing.take(pa.array(range(start, end)))
         content = "\n".join(chunk.column("origin").to_pylist())
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
         yield f"{source}+{fingerprint}.parquet", chunk
+
+
+def _bounds(items: pa.Table) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each task, and the row after its last."""
+    groups = [row_group_of(row) for row in items.select(["path", "member"]).to_pylist()]
+    start = 0
+    for end in range(1, len(groups) + 1):
+        size = end - start
+        is_last = end == len(groups)
+        is_whole = is_last or groups[end] is None or groups[end] != groups[end - 1]
+        if is_last or size == LARGEST_CHUNK or (size >= CHUNK and is_whole):
+            yield start, end
+            start = end
 
 
 def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listing) -> pa.Table:

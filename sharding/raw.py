@@ -30,6 +30,9 @@ together. Only `path` and `member` count for a cell. `read_all()` raises `RawErr
 not sorted by the row in the group, and if a table is damaged or has fewer rows than when it was
 listed.
 
+`row_group_of(row)` returns the path and the row group of such a dict, a pair of texts, or None if
+it is no cell of a table.
+
 `nfc(name)` returns a name with composed characters (Unicode NFC). `folder_of(raw, root)` returns
 the name of the folder `root` below `raw` as it is on disk, where macOS may have decomposed its
 accents; if there is no such folder, `root` itself.
@@ -239,7 +242,7 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
             or has fewer rows than when it was listed.
         OSError: a file cannot be read.
     """
-    for block, run in groupby(rows, key=_block):
+    for block, run in groupby(rows, key=row_group_of):
         if block:
             with remote_errors(raw / block[0], "could not be read"):
                 yield from _read_cells(raw, list(run))
@@ -248,7 +251,7 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
                 yield _read_one(raw, row)
 
 
-def _block(row: Mapping[str, Any]) -> tuple[str, str] | None:
+def row_group_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the file and row group of a parquet cell; None for other files."""
     if row["path"].lower().endswith(".parquet") and row["member"]:
         return row["path"], row["member"].split(":", 1)[0]
