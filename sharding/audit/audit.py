@@ -458,9 +458,8 @@ def _notes(
     notes = []
     groups = [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
     if not min(groups):
-        notes.append(
-            f"There are only {CLASSES[bool(groups[1])]} images: no shortcut can be measured."
-        )
+        kind = f"only {CLASSES[bool(groups[1])]}" if max(groups) else "no"
+        notes.append(f"There are {kind} images: no shortcut can be measured.")
     elif min(groups) < MIN_GROUPS:
         counted = f"{groups[0]:,} groups of real and {groups[1]:,} of fake images"
         notes.append(

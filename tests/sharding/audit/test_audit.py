@@ -365,6 +365,7 @@ def test_an_empty_set_is_not_measured(copies: Path, tmp_path: Path) -> None:
     out = build_all(copies, tmp_path / "shards")
     result = run(out / "mine", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
+    assert "There are no images: no shortcut can be measured" in result.output
     assert (tmp_path / "out/mine.png").exists()
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["sets"]["mine"]["verdict"] == "unknown"
