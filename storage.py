@@ -372,6 +372,8 @@ def size_of(path: AnyPath) -> int | None:
 
 def files_in(folder: AnyPath) -> list[AnyPath]:
     """Return the files directly in a folder, sorted by name; empty if the folder does not exist."""
+    if not is_local(folder):  # its client caches listings, also of files that other processes write
+        folder.fs.invalidate_cache(folder.path)
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_file()), key=lambda p: p.name)

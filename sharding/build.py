@@ -379,7 +379,8 @@ class _SetBuild:
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(folder / TIMM_FILE, json.dumps(timm_info(index), indent=1) + "\n")
         remove_earlier(folder, self.marks, {shard.name for shard in shards})
-        if not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
+        # If shards were written, their workers have deleted the index: see `write_shard`.
+        if self.todo or not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
             write_text(folder / INDEX_FILE, text)
         return BuiltSet(self.name, index, len(self.todo))
 

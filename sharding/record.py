@@ -80,10 +80,11 @@ def sets_left(
     """Return the sets that earlier builds packed from some of `sources` and that are not in
     `planned`: no image goes to them any more.
     """
-    recorded = sorted(path.parent.name for path in work.glob(f"*/{RECORD_FILE}"))
+    # Only `work` is listed, not the folders in it: the client of a bucket caches listings, and
+    # would not find the marks that workers write later.
     return [
         name
-        for name in recorded
+        for name in sorted(path.name for path in work.iterdir() if path.is_dir())
         if name not in planned
         and not packed_sources(work / name).isdisjoint(sources)
         and any((out / name).glob("*.tar"))

@@ -59,8 +59,15 @@ def test_a_bucket_as_input_and_output(
     status, output = command(*build, environment=s3)
     assert status == 0, output
     assert output.count("was up to date") == 1
+    client.upload_file(str(small / "alpha/real/007.webp"), "bucket", "raw/alpha/real/003.webp")
+    status, output = command(*build, "--jobs", 2, environment=s3)
+    assert status == 0, output
     status, output = command("verify", "s3://bucket/shards", environment=s3)
     assert status == 0, output
+    catalog.write_text(catalog.read_text().replace('"old"', '"new"'))
+    status, output = command(*build, environment=s3)
+    assert status == 1
+    assert "set old is out of date" in output
 
 
 @pytest.mark.slow
