@@ -244,7 +244,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         )
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name.startswith(head))
-    net = Detector(backbone, network)
+    net = Detector(backbone, network).train()  # timm leaves frozen parts in training mode
     return net.to(memory_format=torch.channels_last)
 
 

@@ -176,6 +176,17 @@ def test_with_a_frozen_backbone_only_the_head_learns(network: Network) -> None:
     assert changed == {f"backbone.{head}.weight", f"backbone.{head}.bias"}
 
 
+def test_the_statistics_of_frozen_batch_norms_never_change() -> None:
+    """Not in the first step either, before anything has switched the mode of a new network."""
+    net = build(replace(MOBILE, freeze_bn=True), pretrained=False)
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    assert "backbone.bn1.running_mean" in before
+    net(noise())
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name]), name
+    assert net.training and not net.backbone.bn1.training
+
+
 def test_a_frozen_network_with_two_classifiers_learns_with_both() -> None:
     name = "deit_tiny_distilled_patch16_224"
     net = build(Network(name=name, pretrained=False, freeze_backbone=True), pretrained=False)
