@@ -3,10 +3,13 @@
 Main entry: `command(name)` takes the name of a command, such as "train" (not checked), and returns
 how to start it: `python train.py` in a checkout, else `ai-images-detector train`.
 `install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
-the end of a message: how to install them. `program_version()` returns the version. All return text.
+the end of a message: how to install them. `program_version()` returns the version, `git_commit()`
+the commit. All return text.
 `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
 """
 
+import functools
+import subprocess
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +37,21 @@ def program_version() -> str:
         text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
         return str(tomllib.loads(text)["project"]["version"])
     return version(NAME)
+
+
+@functools.cache
+def git_commit() -> str:
+    """Return the commit of this program, '-dirty' appended if files differ; '' if installed."""
+    if not CHECKOUT:  # git would report a repository around the environment
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def install_extra(extra: str) -> str:

@@ -16,8 +16,8 @@ with `--folder`, one of them or neither.
 - `--dry-run`: tries a few steps and prints the plan. No checkpoint is written. With `--folder`, the
   images are packed nevertheless.
 - `--run`: name of the run (default: the recipe's or DIR's name).
-- `--init-from`: initial weights (a checkpoint folder, a .safetensors file or the name of a fetched
-  backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
+- `--init-from`: initial weights (a checkpoint folder, a run, a .safetensors file or the name of a
+  fetched backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
 - `--no-pretrained`: starts from random weights instead of timm's. It is refused with `--init-from`,
   with `--folder` alone and in phase 2, which starts from a checkpoint.
 - `--data`: folder or address of the shard sets (default `data/shards`).
@@ -86,8 +86,8 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option(
     "--init-from",
     type=console.LocalPath(),
-    help="Initial weights: a checkpoint folder, the .safetensors file of a backbone, or the name "
-    "of a fetched backbone, such as clip. Default: as in the recipe.",
+    help="Initial weights: a checkpoint folder, a run, the .safetensors file of a backbone, or the "
+    "name of a fetched backbone, such as clip. Default: as in the recipe.",
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights, not from timm's.")
 @click.option("--dry-run", is_flag=True, help="Try a few steps, print the plan and exit.")

@@ -14,16 +14,17 @@ checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main en
   changed file. Another `ValueError`: weights do not fit, or a backbone is not fetched.
 - `find(runs, named=None, *, shipped=False)` returns a folder. `named`: a `Path` of a checkpoint or
   a run (gives its best), or a shipped detector, `Path("clip")`; else `CheckpointError`. None: the
-  best of the newest run in `runs`, else the shipped detector if `shipped`, or `NoCheckpointError`.
+  best of the newest run in `runs`, without runs whose best one the gate refused, else the shipped
+  detector if `shipped`, or `NoCheckpointError`.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
+import logging
 import pickle
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
-from installed import CHECKOUT, DEMO, command
+from installed import DEMO, command, git_commit
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
@@ -56,6 +57,8 @@ from storage import (
 
 if TYPE_CHECKING:
     from model.recipe import ResolvedRecipe
+
+log = logging.getLogger("ai_images_detector")
 
 FORMAT_VERSION = 2
 
@@ -144,10 +147,9 @@ def save(
             }
             seal(partial, meta)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{folder} could not be written ({reason}); the previous checkpoint is kept, and the "
-            "same command goes on from there"
+            f"{folder} could not be written ({_one_line(error)}); the previous checkpoint is kept, "
+            "and the same command goes on from there"
         ) from error
 
 
@@ -408,11 +410,7 @@ def last_of(run: Path) -> Path | None:
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the checkpoint with the highest selection figure (of equals the latest), or None.
-
-    Raises:
-        CheckpointError: as `read_meta`.
-    """
+    """Return the checkpoint with the highest selection figure (of equals the latest), or None."""
     return best_among(checkpoints_of(run))
 
 
@@ -425,6 +423,16 @@ def best_among(checkpoints: Sequence[Path]) -> Path | None:
         if figure >= most:
             best, most = folder, figure
     return best
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """Return the checkpoint that a path names: itself, or the best one if `path` is a run."""
+    return path if (path / META_FILE).exists() else best_of(path)
+
+
+def refusal_of(folder: Path) -> str:
+    """Return why the gate refused a checkpoint, in one line; empty if it did not."""
+    return "; ".join(read_meta(folder).get("refused") or [])
 
 
 def runs_below(runs: Path) -> list[Path]:
@@ -442,54 +450,44 @@ def runs_below(runs: Path) -> list[Path]:
 def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Path:
     """Return the checkpoint that the user means. `named` is a checkpoint, a run (its best
     checkpoint) or the name of a shipped detector. Without `named` it is the best checkpoint of the
-    newest run below `runs`, or, if there is no run and `shipped` is set, the default shipped
-    detector.
+    newest run below `runs` whose best one the gate did not refuse, or, if there is no such run and
+    `shipped` is set, the default shipped detector.
 
     Raises:
         CheckpointError: there is no such checkpoint; the message says how to get one.
     """
     if named:
         own = backbone.DETECTORS / named
-        best = named if (named / META_FILE).exists() else best_of(named)
-        if best is None and len(named.parts) == 1 and (own / META_FILE).exists():
-            return own
+        best = checkpoint_at(named)
         if best is None:
+            if len(named.parts) == 1 and (own / META_FILE).exists():
+                return own
             ships = ", ".join(backbone.shipped_names())
             raise CheckpointError(
                 f"{named} is neither a checkpoint nor a run that has one"
                 + (f", nor a detector that ships ({ships})" if ships else "")
             )
+        if reasons := refusal_of(best):
+            log.warning("%s was refused: %s", best, reasons)
         return best
-    candidates = runs_below(runs)
-    default = backbone.DETECTORS / backbone.DEFAULT_DETECTOR
-    if not candidates and shipped and (default / META_FILE).exists():
-        return default
-    if not candidates:
-        raise NoCheckpointError(
-            f"no checkpoint below {runs}; train one with `{command('train')} --phase 1`, see the "
-            f"whole flow with `{DEMO}` (then --runs demo/runs), name one with --checkpoint "
-            "FOLDER, or use the shipped one: `python -m model fetch`, then --checkpoint clip"
-        )
 
     def created(run: Path) -> int:
         return read_meta(checkpoints_of(run)[-1])["created_ns"]
 
-    return find(runs, max(candidates, key=created))
-
-
-@functools.cache
-def git_commit() -> str:
-    """Return the commit of this program, '-dirty' appended if files differ; '' if installed."""
-    if not CHECKOUT:  # installed: git would report a repository around the environment
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
+    candidates = sorted(runs_below(runs), key=created, reverse=True)
+    for best in filter(None, map(best_of, candidates)):
+        if not (reasons := refusal_of(best)):
+            return best
+        log.warning("%s is not used, because it was refused: %s", best, reasons)
+    default = backbone.DETECTORS / backbone.DEFAULT_DETECTOR
+    if shipped and (default / META_FILE).exists():
+        return default
+    raise NoCheckpointError(
+        f"no {'usable ' * bool(candidates)}checkpoint below {runs}; train one with "
+        f"`{command('train')} --phase 1`, see the whole flow with `{DEMO}` (then --runs demo/runs),"
+        " name one with --checkpoint FOLDER, or use the shipped one: `python -m model fetch`, then "
+        "--checkpoint clip"
+    )
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 import ai_images_detector
 import installed
 from ai_images_detector import COMMANDS, main
-from model import checkpoint
 from tests.builders import ROOT
 
 
@@ -86,8 +85,8 @@ def test_messages_name_the_commands_of_a_checkout_or_an_installation(
 def test_the_commit_of_a_surrounding_repository_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHECKOUT", False)
-    assert checkpoint.git_commit.__wrapped__() == ""
+    monkeypatch.setattr(installed, "CHECKOUT", False)
+    assert installed.git_commit.__wrapped__() == ""
 
 
 def test_modules_next_to_the_command_are_imported(tmp_path: Path) -> None:

@@ -49,10 +49,10 @@ import numpy as np
 import pyarrow as pa
 
 import console
-from installed import command
+from installed import command, git_commit
 from model.adapters.detector import OtherDetector, output_name
 from model.adapters.open import Opening, as_checkpoint, open_other
-from model.checkpoint import find, git_commit, load_network, weights_name
+from model.checkpoint import find, load_network, weights_name
 from model.device import choose_device, describe, keep_freed_memory
 from model.distributed import DistEnv, all_gather_object, on_main
 from model.evaluation import report

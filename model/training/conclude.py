@@ -5,7 +5,7 @@ false positives and kept mistakes).
 Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all call it.
 
 - `planned`: the `RunPlan` of the run, made by `plan()` in `plan.py`.
-- `best`: the run's best checkpoint, a `Best` of `plan.py`.
+- `best`: the run's best checkpoint, a `Best` of `validation.py`.
 - `baseline`: the `Validation` (metrics) of the initial detector, measured before training (in the
   file `planned.baseline`, which `read_validation()` of `validation.py` reads); None if the run did
   not start from a trained detector. Then nothing is compared, and the gate only limits false
@@ -48,8 +48,8 @@ from model.mistakes.keep import Verdict
 from model.mistakes.regressions import counts_of
 from model.training.forgetting import changes, forgetting, refusals
 from model.training.leave_out import calibrate_left_out
-from model.training.plan import Best, RunPlan
-from model.training.validation import Validation, calibrate_checkpoint, read_validation
+from model.training.plan import RunPlan
+from model.training.validation import Best, Validation, calibrate_checkpoint, read_validation
 
 
 class Refused(ValueError):

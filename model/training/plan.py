@@ -5,8 +5,8 @@ Main entry: `plan(recipe, data, runs, *, init_from, device, dist)`. The last thr
 - `recipe`: a `Recipe`, as `recipes.load(Recipe, path)` reads it from a TOML file.
 - `data`: the `Path` (or `UPath`) of the folder of all shard sets (packed images).
 - `runs`: the `Path` of the folder of all runs; this run's folder is `runs/<recipe.name>`.
-- `init_from`: the `Path` of the first weights, a checkpoint folder or an ImageNet `.safetensors`
-  file; None (default): those that the recipe says.
+- `init_from`: the `Path` of the first weights, a checkpoint, a run (its best checkpoint) or an
+  ImageNet `.safetensors` file; None (default): those that the recipe says.
 - `device`: a text, `auto` (the default: this rank's GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
 - `dist`: a `DistEnv`, as `init_distributed()` yields it; None (default): one process.
 
@@ -24,18 +24,17 @@ It raises `ValueError` for any error in the input, also if the run's folder hold
 recipe or from other first weights than `init_from`. It raises `OSError` for a file that cannot be
 read. `assemble.py` builds the objects of a plan, and `run.py` runs it.
 
-`Best` is a run's best checkpoint so far and its validation; `better(best, new)` returns the better
-of two. `BASELINE_FILE` is the file for the metrics before the first step.
+`BASELINE_FILE` is the file for the metrics before the first step.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+import recipes
 from console import counted
 from installed import command
 from model import checkpoint
@@ -53,11 +52,12 @@ from model.network import (
     check_size,
     timm_license,
 )
-from model.recipe import Recipe, ResolvedRecipe, flat_settings
+from model.recipe import Recipe, ResolvedRecipe
 from model.tracking.tracker import check_tracker
 from model.training.optim import parameter_groups
+from model.training.resume import as_saved, check_same_recipe, resumable_checkpoints
 from model.training.sets import check_apart, check_sets, open_stream, open_validation
-from model.training.validation import Gain, Validation
+from model.training.validation import Best, Gain, Validation
 from pipeline.stream import Stream
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, sha256_of
@@ -75,25 +75,6 @@ class Weights:
     kind: Literal["checkpoint", "imagenet", "timm", "random"]
     path: Path | None = None
     sha256: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """Best checkpoint of a run so far, and its validation (None if it has none)."""
-
-    path: Path
-    validation: Validation | None
-
-
-def better(best: Best | None, new: Best) -> Best:
-    """Return the checkpoint with the higher selection figure; the new one if the figures are equal.
-    A checkpoint without a validation is worse than any with one.
-    """
-    if best is None or best.validation is None:
-        return new
-    if new.validation is None or new.validation.selection < best.validation.selection:
-        return best
-    return new
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,8 +171,9 @@ def plan(
 ) -> RunPlan:
     """Decide, open and check everything that a run of `recipe` in `runs` needs. Nothing is written.
 
-    `init_from` is a checkpoint folder or an ImageNet `.safetensors` file for the first weights; it
-    overrides the recipe. If `runs` contains a run of the same recipe, the plan resumes it.
+    `init_from` is a checkpoint, a run (its best checkpoint) or an ImageNet `.safetensors` file for
+    the first weights; it overrides the recipe. If `runs` contains a run of the same recipe, the
+    plan resumes it.
 
     Raises:
         ValueError: an error in the recipe, data, checkpoint, network, weights or device; the
@@ -199,11 +181,13 @@ def plan(
     """
     check_tracker(recipe.run.tracker)
     dist, recipe = dist or DistEnv(), resolved(recipe)
+    if init_from is not None and init_from.suffix != ".safetensors":
+        init_from = checkpoint.checkpoint_at(init_from) or init_from
     folder = runs / recipe.name
-    whole, damaged = _checkpoints_of(folder)
+    whole, damaged = resumable_checkpoints(folder)
     resumed = next((one for one in reversed(whole) if (one / checkpoint.STATE_FILE).exists()), None)
     if resumed:
-        _check_same_recipe(resumed, recipe)
+        check_same_recipe(resumed, recipe)
         _check_same_start(resumed, init_from)
     where = choose_device(device, dist.local_rank)
     dtype, dtype_reason = choose_precision(recipe.run.precision, where)
@@ -231,7 +215,7 @@ def plan(
         resumed=resumed,
         damaged=damaged,
         spared=frozenset(checkpoint.checkpoints_of(folder)) - {*whole},
-        warnings=_warnings(recipe, weights, starts_trained),
+        warnings=_warnings(recipe, weights, starts_trained, resumed),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,
@@ -255,40 +239,6 @@ def plan(
     )
 
 
-_DECIDE_NOTHING = {
-    "loading.batch_size",  # per rank; the order of samples refuses another global batch
-    "loading.num_workers",
-    "loading.cache",
-    "loading.cache_gb",
-    "loading.verify_checksums",
-    "loading.stall_warning_s",
-    "loading.stall_error_s",
-    "features.store",
-    "run.log_every",
-    "run.save_every",
-    "run.tracker",
-}
-"""Recipe fields that may change when a run is resumed, for example on other hardware. They do not
-affect the result.
-"""
-
-
-def _checkpoints_of(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the undamaged checkpoints of a run, and why others are not used, or not resumed from.
-
-    Raises:
-        CheckpointError: the run has checkpoints, and none can be resumed from.
-    """
-    whole, damaged = checkpoint.whole_checkpoints(folder)
-    stateless = [one for one in whole if not (one / checkpoint.STATE_FILE).exists()]
-    damaged += [f"{one} has no {checkpoint.STATE_FILE}" for one in stateless]
-    if damaged and len(whole) == len(stateless):
-        raise checkpoint.CheckpointError(
-            f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one, or use --run NAME"
-        )
-    return whole, tuple(damaged)
-
-
 def _check_same_start(resumed: Path, init_from: Path | None) -> None:
     """Refuse `--init-from` for a run that began from other weights; the option would have no
     effect.
@@ -305,29 +255,6 @@ def _check_same_start(resumed: Path, init_from: Path | None) -> None:
             f"{_words_for(began)}; leave out --init-from to resume it, or use --run NAME for a "
             "new run"
         )
-
-
-def _check_same_recipe(resumed: Path, recipe: Recipe) -> None:
-    """Refuse to resume a checkpoint of another recipe.
-
-    Raises:
-        ValueError: the recipes differ; the message names the first setting.
-    """
-    before = flat_settings(checkpoint.read_meta(resumed)["recipe"])
-    now = flat_settings(_as_saved(recipe))
-    keys = (before.keys() | now.keys()) - _DECIDE_NOTHING
-    changed = sorted(key for key in keys if before.get(key) != now.get(key))
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"{resumed.parent} holds a run of another recipe ({key} was {before.get(key)}, now "
-            f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
-        )
-
-
-def _as_saved(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as it is read back from JSON."""
-    return json.loads(json.dumps(asdict(recipe)))
 
 
 def _weights(
@@ -416,18 +343,33 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     names no run.
 
     Raises:
-        CheckpointError: the named run has no checkpoint.
+        CheckpointError: the named run has no checkpoint, or its best one was refused by the gate.
     """
     if not recipe.run.init_from:
         return None
-    best = checkpoint.best_of(runs / recipe.run.init_from)
+    run = runs / recipe.run.init_from
+    best = checkpoint.best_of(run)
+    starts = f"{recipe.name} starts from the best checkpoint of {run}"
     if best is None:
         raise checkpoint.CheckpointError(
-            f"{recipe.name} starts from the best checkpoint of {runs / recipe.run.init_from}, "
-            f"which has none; run `{command('train')} --phase 1` first, or name one with "
-            "--init-from CHECKPOINT"
+            f"{starts}, which has none; {_how_to_train(recipe.run.init_from)} first, or name one "
+            "with --init-from CHECKPOINT"
+        )
+    if reasons := checkpoint.refusal_of(best):
+        raise checkpoint.CheckpointError(
+            f"{starts}, but {best.name} was refused: {reasons}; train another run and name it with "
+            f"--init-from, or use this one all the same with --init-from {best}"
         )
     return best
+
+
+def _how_to_train(run: str) -> str:
+    """Return the command that trains a run, in words if no built-in recipe has its name."""
+    if run == "phase1":
+        return f"run `{command('train')} --phase 1`"
+    if (recipes.FOLDER / f"{run}.toml").is_file():
+        return f"run `{command('train')} --recipe recipes/{run}.toml`"
+    return "train that run"
 
 
 def _starts_trained(recipe: Recipe, init_from: Path | None, resumed: Path | None) -> bool:
@@ -468,10 +410,12 @@ def _check_network(
     return parameters, tuple(sorted(rates))
 
 
-def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) -> tuple[str, ...]:
+def _warnings(
+    recipe: ResolvedRecipe, weights: Weights, starts_trained: bool, resumed: Path | None
+) -> tuple[str, ...]:
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
-    preprocessing other than that of the checkpoint that the run starts from, or a gate that
-    compares without a trained checkpoint to compare with.
+    preprocessing other than that of the checkpoint that the run starts from, a start from a refused
+    checkpoint, or a gate that compares without a trained checkpoint to compare with.
     """
     gate, unused = recipe.gate, list[str]()
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
@@ -481,7 +425,9 @@ def _warnings(recipe: ResolvedRecipe, weights: Weights, starts_trained: bool) ->
         return (*unused, *normalization_warnings(recipe))
     if weights.path is None:
         return tuple(unused)
-    before, now = checkpoint.read_meta(weights.path), _as_saved(recipe)
+    if not resumed and (reasons := checkpoint.refusal_of(weights.path)):
+        unused += [f"this run starts from {weights.path}, which was refused: {reasons}"]
+    before, now = checkpoint.read_meta(weights.path), as_saved(recipe)
     seen = before["preprocess"], before["recipe"]["network"]
     differ = [
         f"{table}.{name} is {now[table][name]}, but was {there[name]} in {weights.path}"

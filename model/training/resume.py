@@ -8,7 +8,7 @@ call it, and rank 0 writes.
 - `done`: the number of finished steps.
 - `validation`: the `Validation` (metrics) of this step, as `validate()` in `validation.py` returns,
   or None.
-- `best`: the best checkpoint so far, a `Best` of `plan.py` (`path`, `validation`), or None.
+- `best`: the best checkpoint so far, a `Best` of `validation.py` (`path`, `validation`), or None.
 - `gain`: a `Gain` of `validation.py`, the record of the validations. Begin with `plan.gain`, and
   replace it by `gain.after(step, selection)` after each validation.
 - `ended`: the reason why the run is over, a text ("", the default, if it is not).
@@ -31,28 +31,94 @@ checkpoint `folder` (a `Path`) already, and sets the rest of it to the saved sta
 number of steps of this checkpoint. It returns nothing, and raises `CheckpointError` for a missing
 or damaged file. If the number of ranks has changed, the random numbers differ from those of an
 uninterrupted run (a warning is logged).
+
+Before that, `plan()` uses three functions. `resumable_checkpoints(folder)` returns a list of the
+undamaged checkpoints (`Path`s) of the run in `folder`, and a tuple of texts: why others are not
+used. `check_same_recipe(resumed, recipe)` raises `ValueError` if the checkpoint `resumed` is of
+another recipe. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
 """
 
+import json
 import logging
 import re
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from model import checkpoint
 from model.distributed import all_gather_object, on_main
-from model.recipe import STEP_FOLDER
-from model.training.plan import Best, RunPlan, better
+from model.recipe import STEP_FOLDER, Recipe, flat_settings
 from model.training.step import TrainState
-from model.training.validation import Gain, Validation
+from model.training.validation import Best, Gain, Validation, better
 from storage import partial_of
+
+if TYPE_CHECKING:
+    from model.training.plan import RunPlan
 
 log = logging.getLogger("ai_images_detector")
 
 _UNFINISHED = re.compile(rf"{STEP_FOLDER.pattern}\.(old\.)?\d+\.partial")
+
+
+_DECIDE_NOTHING = {
+    "loading.batch_size",  # per rank; the order of samples refuses another global batch
+    "loading.num_workers",
+    "loading.cache",
+    "loading.cache_gb",
+    "loading.verify_checksums",
+    "loading.stall_warning_s",
+    "loading.stall_error_s",
+    "features.store",
+    "run.log_every",
+    "run.save_every",
+    "run.tracker",
+}
+"""Recipe fields that may change when a run is resumed, for example on other hardware. They do not
+affect the result.
+"""
+
+
+def resumable_checkpoints(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the undamaged checkpoints of a run, and why others are not used, or not resumed from.
+
+    Raises:
+        CheckpointError: the run has checkpoints, and none can be resumed from.
+    """
+    whole, damaged = checkpoint.whole_checkpoints(folder)
+    stateless = [one for one in whole if not (one / checkpoint.STATE_FILE).exists()]
+    damaged += [f"{one} has no {checkpoint.STATE_FILE}" for one in stateless]
+    if damaged and len(whole) == len(stateless):
+        raise checkpoint.CheckpointError(
+            f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one, or use --run NAME"
+        )
+    return whole, tuple(damaged)
+
+
+def check_same_recipe(resumed: Path, recipe: Recipe) -> None:
+    """Refuse to resume a checkpoint of another recipe.
+
+    Raises:
+        ValueError: the recipes differ; the message names the first setting.
+    """
+    before = flat_settings(checkpoint.read_meta(resumed)["recipe"])
+    now = flat_settings(as_saved(recipe))
+    keys = (before.keys() | now.keys()) - _DECIDE_NOTHING
+    changed = sorted(key for key in keys if before.get(key) != now.get(key))
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{resumed.parent} holds a run of another recipe ({key} was {before.get(key)}, now "
+            f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
+        )
+
+
+def as_saved(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as it is read back from JSON."""
+    return json.loads(json.dumps(asdict(recipe)))
 
 
 def restore(train_state: TrainState, folder: Path, done: int) -> None:
@@ -77,7 +143,7 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
 
 
 def save(
-    plan: RunPlan,
+    plan: "RunPlan",
     train_state: TrainState,
     done: int,
     validation: Validation | None,

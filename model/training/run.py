@@ -67,10 +67,11 @@ from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network, with_features
 from model.training.conclude import conclude, conclude_again, start_on_mistakes
 from model.training.optim import schedule, set_learning_rate
-from model.training.plan import Best, RunPlan, plan
+from model.training.plan import RunPlan, plan
 from model.training.resume import save
 from model.training.step import TrainState, not_finite_in, share_buffers, train_step
 from model.training.validation import (
+    Best,
     Gain,
     Validation,
     read_validation,

@@ -34,8 +34,9 @@ used. `calibrate_checkpoint()` raises `OSError` if a file cannot be read, or (on
 cannot be written. `Gain` has the `highest` selection so far, the `step` that reached it first, and
 `validations_since`. Its `after(step, selection)` returns the `Gain` after one more validation.
 
-`write_validation(path, validation)` writes a `Validation` to a JSON file (`Path`), and
-`read_validation(path)` returns it. It raises `ValueError` for a damaged file.
+`Best` is a run's best checkpoint so far and its `Validation`; `better(best, new)` returns the
+better of two. `write_validation(path, validation)` writes a `Validation` to a JSON file (`Path`),
+and `read_validation(path)` returns it. It raises `ValueError` for a damaged file.
 """
 
 import json
@@ -80,6 +81,25 @@ class Validation:
             for kind in ("sets", "sources")
         )
         return cls(sets, sources, saved["selection"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """Best checkpoint of a run so far, and its validation (None if it has none)."""
+
+    path: Path
+    validation: Validation | None
+
+
+def better(best: Best | None, new: Best) -> Best:
+    """Return the checkpoint with the higher selection figure; the new one if the figures are equal.
+    A checkpoint without a validation is worse than any with one.
+    """
+    if best is None or best.validation is None:
+        return new
+    if new.validation is None or new.validation.selection < best.validation.selection:
+        return best
+    return new
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,17 @@ def test_a_run_with_a_slash_in_its_name_is_found(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path, tmp_path / "exp/one") == inner
 
 
+def test_a_refused_checkpoint_is_used_only_by_name(tmp_path: Path, logged: list[str]) -> None:
+    good, refused = save(tmp_path / "good"), save(tmp_path / "bad")
+    checkpoint.annotate(refused, {"refused": ["40 % false positives"]})
+    assert checkpoint.find(tmp_path) == good
+    assert checkpoint.find(tmp_path, tmp_path / "bad") == refused
+    assert [line.endswith("was refused: 40 % false positives") for line in logged] == [True, True]
+    shutil.rmtree(tmp_path / "good")
+    with pytest.raises(CheckpointError, match="no usable checkpoint below"):
+        checkpoint.find(tmp_path)
+
+
 def test_normalization_is_applied_once_inside_the_network() -> None:
     net = Detector(torch.nn.Identity(), Network())
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

@@ -19,9 +19,9 @@ from model.network import build
 from model.recipe import Recipe
 from model.training import assemble as assembling
 from model.training.optim import OptimError
-from model.training.plan import Best, Weights, better, plan
+from model.training.plan import Weights, plan
 from model.training.run import train
-from model.training.validation import Validation
+from model.training.validation import Best, Validation, better
 from pipeline.loader import LoadError
 from pipeline.order import OrderError
 from sharding.format import ShardError, content_sha256
@@ -135,6 +135,39 @@ def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path
     planned = plan(named, data, trained, init_from=file)
     assert planned.weights == Weights(kind="imagenet", path=file, sha256=digest)
     assert planned.baseline is None
+
+
+def test_a_run_folder_as_first_weights_means_its_best_checkpoint(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    planned = plan(load(), data, tmp_path, init_from=trained / "first")
+    assert planned.weights.path == trained / "first/step_0000003"
+
+
+def test_a_refused_checkpoint_is_first_weights_only_by_name(
+    load: Load, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    first = runs / "first/step_0000003"
+    checkpoint.annotate(first, {"refused": ["val has 40.0% false positives"]})
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step_0000003 was refused: val has 40.0% .*--init-from"
+    ):
+        plan(load('run.init_from="first"'), data, runs)
+    warnings = plan(load(), data, runs, init_from=runs / "first").warnings
+    assert warnings[0].endswith("step_0000003, which was refused: val has 40.0% false positives")
+
+
+@pytest.mark.parametrize(
+    ("run", "advice"),
+    [("phase1", "train.py --phase 1` first"), ("mine", "; train that run first"),
+     ("clip-phase1", "train.py --recipe recipes/clip-phase1.toml` first")],
+)  # fmt: skip
+def test_a_missing_first_run_is_named_with_its_command(
+    load: Load, data: Path, tmp_path: Path, run: str, advice: str
+) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match=advice):
+        plan(load(f'run.init_from="{run}"'), data, tmp_path)
 
 
 def test_the_teacher_of_a_resumed_run_is_still_its_start(
