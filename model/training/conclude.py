@@ -46,7 +46,7 @@ from model.mistakes.gate import (
 )
 from model.mistakes.keep import Verdict
 from model.mistakes.regressions import counts_of
-from model.training.forgetting import changes, forgetting, refusals
+from model.training.forgetting import Change, changes, forgetting, refusals
 from model.training.leave_out import calibrate_left_out
 from model.training.plan import RunPlan
 from model.training.validation import Best, Validation, calibrate_checkpoint, read_validation
@@ -60,20 +60,20 @@ def conclude(
     planned: RunPlan, best: Best, baseline: Validation | None, start: Mapping[str, Verdict] | None
 ) -> None:
     """Calibrate the best checkpoint of a finished run, then compare it with the initial detector.
-    The calibration comes first, so that kept mistakes are scored with the final band.
+    The calibration comes first, so that kept mistakes are scored with the final band, and false
+    positives are counted at the final threshold.
 
     Raises:
         Refused: the gate refuses the checkpoint.
     """
     _calibrate(planned, best.path)
-    after = best.validation
-    if after is None:
+    if best.validation is None:
         return
 
     def judge() -> list[str]:
         if baseline:
             return _judge(planned, best, baseline, start)
-        if reasons := refusals(planned.recipe.gate, [], after.sets):
+        if reasons := _refusals(planned, best, []):
             checkpoint.annotate(best.path, {"refused": reasons})
         return reasons
 
@@ -153,6 +153,15 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     )
 
 
+def _refusals(planned: RunPlan, best: Best, rows: list[Change]) -> list[str]:
+    """Return the gate's reasons to refuse the best checkpoint. False positives are those at the
+    threshold that is stored in it, which calibration has set.
+    """
+    meta = checkpoint.read_meta(best.path)
+    validation = Validation.from_json(meta["calibrated_metrics"] or meta["metrics"])
+    return refusals(planned.recipe.gate, rows, validation.sets, meta["threshold"])
+
+
 def _judge(
     planned: RunPlan, best: Best, before: Validation, start: Mapping[str, Verdict] | None
 ) -> list[str]:
@@ -181,7 +190,7 @@ def _judge(
         f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
         f"{max(worst, 0.0):.3f} at worst"
     )
-    reasons = refusals(gate, rows, after.sets)
+    reasons = _refusals(planned, best, rows)
     compared = {
         "forgetting": forgetting(rows),
         "worst": worst,

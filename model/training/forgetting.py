@@ -9,10 +9,10 @@ Main entries, pure functions, in the order of use:
   in `new`), `images` (their number), accuracy `before` and `after`, and `lost` (before - after).
 - `forgetting(rows)` takes this list and returns the mean loss of accuracy over the old sources, 0
   to 1; a source that gained counts as 0, and without old sources it is 0.
-- `refusals(gate, rows, sets)` takes the recipe's `Gate` (`max_forgetting`: largest loss allowed on
-  any old source; `max_fpr`: highest false-positive rate allowed on any set), this list, and a dict,
-  set -> `Metrics` after training. It returns the reasons for refusing the checkpoint, a list of
-  sentences; empty if it passes.
+- `refusals(gate, rows, sets, threshold)` takes the recipe's `Gate` (`max_forgetting`: largest loss
+  allowed on any old source; `max_fpr`: highest false-positive rate allowed on any set), this list,
+  a dict, set -> `Metrics` after training, and the decision threshold of these metrics. It returns
+  the reasons for refusing the checkpoint, a list of sentences; empty if it passes.
 
 `accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy.
 """
@@ -78,7 +78,9 @@ def forgetting(rows: list[Change]) -> float:
     return sum(lost) / len(lost) if lost else 0.0
 
 
-def refusals(gate: Gate, rows: list[Change], sets: Mapping[str, Metrics]) -> list[str]:
+def refusals(
+    gate: Gate, rows: list[Change], sets: Mapping[str, Metrics], threshold: float
+) -> list[str]:
     """Return the gate's reasons for refusing a checkpoint, a sentence each; empty if it passes."""
     reasons = [
         f"{row.name} lost {row.lost:.1%} of accuracy ({row.before:.3f} to {row.after:.3f}), more "
@@ -87,8 +89,8 @@ def refusals(gate: Gate, rows: list[Change], sets: Mapping[str, Metrics]) -> lis
         if row.old and row.lost > gate.max_forgetting
     ]
     return reasons + [
-        f"{name} has {m.false_positive_rate:.1%} false positives, more than gate.max_fpr "
-        f"{gate.max_fpr:.1%}"
+        f"{name} has {m.false_positive_rate:.1%} false positives at threshold {threshold:.3f}, "
+        f"more than gate.max_fpr {gate.max_fpr:.1%}"
         for name, m in sets.items()
         if m.false_positive_rate is not None and m.false_positive_rate > gate.max_fpr
     ]

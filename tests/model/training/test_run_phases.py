@@ -250,11 +250,40 @@ def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
     ]
     assert forgetting(rows) == pytest.approx(0.04)
     sets = {"val": metrics(0.9, 0.12)}
-    assert refusals(Gate(), rows, sets) == []
-    (one,) = refusals(Gate(max_forgetting=0.05), rows, sets)
+    assert refusals(Gate(), rows, sets, 0.5) == []
+    (one,) = refusals(Gate(max_forgetting=0.05), rows, sets, 0.5)
     assert one.startswith("val/a lost 8.0%")
-    (one,) = refusals(Gate(max_fpr=0.1), rows, sets)
-    assert one.startswith("val has 12.0% false positives")
+    (one,) = refusals(Gate(max_fpr=0.1), rows, sets, 0.5)
+    assert one.startswith(
+        "val has 12.0% false positives at threshold 0.500, more than gate.max_fpr"
+    )
+
+
+def calibration_at(threshold: float) -> Calibration:
+    """A calibration as of a fit: there are too few images here to fit one."""
+    return Calibration(
+        temperature=2.0, threshold=threshold, threshold_at="auto", threshold_fpr_1=None,
+        threshold_fpr_5=threshold, band=(threshold, threshold), roc=[], reals=40, fakes=30,
+        before={}, after={},
+    )  # fmt: skip
+
+
+def test_the_gate_counts_false_positives_at_the_calibrated_threshold(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the threshold of the detector that is saved, not at 0.5."""
+
+    def train_at(threshold: float, name: str) -> Path:
+        monkeypatch.setattr(
+            "model.training.validation.calibrate_by", lambda *_: calibration_at(threshold)
+        )
+        changes = [f"name={name}", "gate.max_fpr=0.0", "optim.lr=1e-2", "run.epochs=1"]
+        return train(recipes.load(Recipe, tiny_recipe, changes), data, tmp_path)
+
+    meta = checkpoint.read_meta(train_at(1.0, "high"))
+    assert meta["metrics"]["sets"]["val"]["false_positive_rate"] > 0
+    with pytest.raises(Refused, match=r"val has 100.0% false positives at threshold 0.000, more"):
+        train_at(0.0, "low")
 
 
 @pytest.mark.slow
@@ -330,15 +359,9 @@ def test_the_last_table_uses_the_calibrated_threshold(
     """The figures equal those of `evaluate.py` for the same set."""
 
     def in_the_middle(
-        _rule: str, labels: np.ndarray, logits: np.ndarray, _sources: np.ndarray
+        _rule: str, _labels: np.ndarray, logits: np.ndarray, _sources: np.ndarray
     ) -> Calibration:
-        """Return a threshold at the median, because there are too few images to fit one."""
-        threshold = float(np.median(probability(logits, 2.0)))
-        return Calibration(
-            temperature=2.0, threshold=threshold, threshold_at="auto", threshold_fpr_1=None,
-            threshold_fpr_5=threshold, band=(threshold, threshold), roc=[],
-            reals=int((labels == 0).sum()), fakes=int(labels.sum()), before={}, after={},
-        )  # fmt: skip
+        return calibration_at(float(np.median(probability(logits, 2.0))))
 
     monkeypatch.setattr("model.training.validation.calibrate_by", in_the_middle)
     arguments = ["--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path)]
