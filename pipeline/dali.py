@@ -138,29 +138,29 @@ class DaliBackend:
                 yield Pixels(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """Do on the CPU what the graph cannot do (see `_apply_whole` and `_by_host`), before the
-        graph. Other damaged images are left to the graph, and then to the reference decoder, which
-        gives the reason.
+        """Do on the CPU what the graph cannot do (see `_by_host`), before the graph. Other damaged
+        images are left to the graph, and then to the reference decoder, which gives the reason.
         """
         params = request.params
-        work: dict[int, Callable[[Request, int], bytes | DecodeError | None]]
         whole = params.whole_jpeg | params.whole_height | params.whole_webp
-        work = dict.fromkeys(np.flatnonzero(whole).tolist(), self._apply_whole)
-        for row, encoded in enumerate(request.data):
-            if not _may_reach_graph(encoded, request.formats[row]):
-                work[row] = self._by_host
-        work = {row: act for row, act in work.items() if row not in request.failures}
-        if not work:
+        rows = [
+            row
+            for row, (data, image_format) in enumerate(
+                zip(request.data, request.formats, strict=True)
+            )
+            if row not in request.failures
+            and (whole[row] or not _may_reach_graph(data, image_format))
+        ]
+        if not rows:
             return request
         data, orientations = list(request.data), list(request.orientations)
         failures = dict(request.failures)
         with ThreadPoolExecutor(self.threads) as pool:
-            made = pool.map(lambda row: work[row](request, row), work)
-            for row, result in zip(work, made, strict=True):
+            made = pool.map(lambda row: self._by_host(request, row), rows)
+            for row, result in zip(rows, made, strict=True):
                 if isinstance(result, DecodeError):
                     failures[row], result = str(result), PLACEHOLDER[0]
-                if result is not None:
-                    data[row], orientations[row] = result, UPRIGHT
+                data[row], orientations[row] = result, UPRIGHT
         lost = failures.keys() - request.failures.keys()
         params = blank(params, sorted(lost)) if lost else params
         return replace(
@@ -168,30 +168,23 @@ class DaliBackend:
         )
 
     @staticmethod
-    def _apply_whole(request: Request, row: int) -> bytes | None:
-        """Apply the first steps of a policy, those for the whole image. DALI's JPEG operator
-        supports only one chroma subsampling, and only images of one size. If a JPEG is the last of
-        these steps, it is the result: the graph decodes a fake exactly as it decodes its partner.
+    def _by_host(request: Request, row: int) -> bytes | DecodeError:
+        """Decode an image with the reference decoder and apply the first steps of its policy, those
+        for the whole image: DALI's JPEG operator supports only one chroma subsampling, and only
+        images of one size. Returns the image as a PNG, or the error. If a JPEG is the last of these
+        steps, it is the result: the graph decodes a fake exactly as it decodes its partner.
         """
         params = request.params.row(row)
         try:
             pixels = decode_image(*_member(request, row))
-        except DecodeError:
-            return None
+        except DecodeError as error:
+            return error
         if params.whole_jpeg and not params.whole_webp:
             pixels = apply_whole(pixels, params._replace(whole_jpeg=0))
             if max(pixels.shape) <= JPEG_SIDE:
                 return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
             return png_of(pixels)
         return png_of(apply_whole(pixels, params))
-
-    @staticmethod
-    def _by_host(request: Request, row: int) -> bytes | DecodeError:
-        """Decode an image with the reference decoder. Returns the pixels as a PNG, or the error."""
-        try:
-            return png_of(decode_image(*_member(request, row)))
-        except DecodeError as error:
-            return error
 
     def _device_failed(self, error: RuntimeError) -> bool:
         """Return whether `error` means that the GPU is lost or out of memory, rather than that a
@@ -209,15 +202,19 @@ class DaliBackend:
     def _to_webp(
         self, images: torch.Tensor, params: AugmentBatch, failures: dict[int, str]
     ) -> torch.Tensor:
-        """Apply WebP, the last step of a harsh policy, on the CPU: DALI cannot encode WebP."""
+        """Apply WebP, the last step of a harsh policy, on the CPU: DALI cannot encode WebP. Each
+        crop of an image is compressed by itself, as by the reference backend.
+        """
         rows = [row for row in np.flatnonzero(params.webp).tolist() if row not in failures]
         if not rows:
             return images
         images = images.clone()  # the batch is DALI's own memory
-        pixels = images[rows].cpu().numpy()
+        height, width = self.shape
+        crops = images[rows].cpu().numpy().reshape(-1, width, width, 3)
+        qualities = np.repeat(params.webp[rows], height // width).tolist()
         with ThreadPoolExecutor(self.threads) as pool:
-            done = list(pool.map(webp_round_trip, pixels, params.webp[rows].tolist()))
-        images[rows] = torch.from_numpy(np.stack(done)).to(images.device)
+            done = np.stack(list(pool.map(webp_round_trip, crops, qualities)))
+        images[rows] = torch.from_numpy(done).reshape(-1, height, width, 3).to(images.device)
         return images
 
     @property

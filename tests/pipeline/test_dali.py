@@ -342,6 +342,28 @@ def test_images_that_dalis_parser_refuses_never_reach_the_graph() -> None:
     np.testing.assert_array_equal(dali.images, pil.images)
 
 
+@pytest.mark.parametrize(
+    "steps", [{"whole_height": 50, "whole_width": 40}, {"whole_jpeg": 20}, {"whole_webp": 20}]
+)
+def test_images_that_dalis_parser_refuses_keep_the_steps_for_the_whole_image(steps: dict) -> None:
+    params = AugmentParams(top=0, left=0, height=30, width=30)._replace(**steps)
+    odd = ODD["three bytes between segments"]
+    request = Request([odd, b"no image"], ["JPEG"] * 2, [1] * 2, stack([params] * 2))
+    pil = decode_request(request, (SIZE, SIZE))
+    (dali,) = DaliBackend((SIZE, SIZE), 2, CPU, threads=2).run([request])
+    assert dali.failures == pil.failures and set(pil.failures) == {1}
+    difference = np.abs(dali.images.numpy().astype(int) - pil.images.numpy().astype(int))
+    assert difference.mean() < RESIZE_MEAN
+
+
+def test_webp_compresses_each_crop_by_itself() -> None:
+    """At SIZE + 2 pixels a WebP of both crops would have blocks of both at their border."""
+    size = SIZE + 2
+    params = AugmentParams(0, 0, size, size, detail_side=size, webp=30)
+    pil, dali = both([encode(photo(5, size, size), "PNG")], [params], (2 * size, size))
+    np.testing.assert_array_equal(pil, dali)
+
+
 def test_a_bad_image_changes_no_pixel_of_batches_of_any_size() -> None:
     """Batches as in prediction: small ones first, and a last one that is not full."""
     good, bad = FILES["jpeg 420"], FILES["jpeg 420"][:-2]
