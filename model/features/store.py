@@ -5,8 +5,9 @@ them.
     <store>/<backbone>-<hash>/<set>/<view>/<shard>-<hash of the tar>.arrow
 
 View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (the first
-epoch is 0). A file has a row per sample, in the order of the tar. A file with another identity
-counts as missing. Sets of one name whose tars differ have different files.
+epoch is 0). Its folder depends on the policy of the shard's source and on the seed. A file has a
+row per sample, in the order of the tar. A file with another identity counts as missing. Sets of one
+name whose tars differ have different files.
 
 Main entries: `open_table(store, backbone, shards, view)` reads the features of one view, and
 `missing_of(store, backbone, shards, view, *, rank, world_size)` lists the files to compute.
@@ -156,13 +157,13 @@ class View:
     policy: str = ""
     seed: int = 0
 
-    @property
-    def folder(self) -> str:
-        """Name of the view's folder in a set."""
+    def folder_of(self, policy: AugmentPolicy | None) -> str:
+        """Return the name of the view's folder in a set, for the shards of the sources with this
+        policy. Other policies of the recipe do not change it.
+        """
         if not self.number:
             return "view0"
-        table = {name: asdict(policy) for name, policy in (self.augment or {}).items()}
-        text = _canonical([table, self.policy, self.seed])
+        text = _canonical([policy and asdict(policy), self.seed])
         return f"view{self.number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -182,7 +183,7 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
     codes = np.unique(shards.column("shard_code"))
     source_codes, names = shards.codes("source")
     first_rows = {int(code): int(row) for row, code in _first_rows(shards)}
-    policies = policies_of(shards, view.augment, view.policy) if view.augment else None
+    policies = policies_of(shards, view.augment, view.policy) if view.augment else {}
     files = []
     for code in codes.tolist():
         folder, shard = shards.folders[code], shards.shards[code]
@@ -193,11 +194,11 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
             "shard_sha256": shards.shard_sha256[code],
             "view": view.number,
         }
-        if view.number and policies is not None:
-            source = names[source_codes[first_rows[code]]]
-            entry |= {"seed": view.seed, "policy": asdict(policies[source])}
+        policy = policies.get(names[source_codes[first_rows[code]]])
+        if view.number and policy is not None:
+            entry |= {"seed": view.seed, "policy": asdict(policy)}
         name = f"{shard[:-4]}-{shards.shard_sha256[code][:12]}.arrow"
-        path = store / backbone.folder / folder.name / view.folder / name
+        path = store / backbone.folder / folder.name / view.folder_of(policy) / name
         files.append(ShardFile(path=path, shard_code=code, id=parse_json(_canonical(entry))))
     return files
 

@@ -20,7 +20,6 @@ import recipes
 from model import checkpoint
 from model.__main__ import main as command
 from model.features import embed as embedding
-from model.features import prepare
 from model.features.embed import Embedder, embed, embed_sets
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import (
@@ -35,6 +34,7 @@ from model.features.store import (
 )
 from model.network import Detector, build
 from model.recipe import Features, Network, Recipe
+from model.training import assemble
 from model.training.assemble import views_of
 from model.training.plan import plan
 from model.training.run import train
@@ -216,7 +216,11 @@ def test_other_weights_settings_or_shards_are_computed_anew(
     assert missing(source) == 0
     assert missing(source, number=2) == all_files
     assert missing(replace(source, view=replace(source.view, seed=6))) == all_files
-    assert missing(replace(source, view=replace(source.view, policy="dda"))) == all_files
+    of_one = missing(replace(source, view=replace(source.view, policy="dda")))
+    assert 0 < of_one < all_files  # the index names `dda` for source beta
+    for name, count in (("unused", 0), ("dda", all_files - of_one)):
+        augment = AUGMENT | {name: replace(HARSH, hflip=0.9)}
+        assert missing(replace(source, view=replace(source.view, augment=augment))) == count
     crop = replace(source.backbone, preprocess=replace(SMALL_PREPROCESS, resize_size=40))
     assert missing(replace(source, backbone=crop)) == all_files
     assert missing(replace(source, backbone=replace(source.backbone, precision="bf16"))) > 0
@@ -444,7 +448,7 @@ def test_the_local_engine_computes_in_this_process(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
-    monkeypatch.setattr(prepare, "embed_part", lambda *_task: ran.append(os.getpid()) or 7)
+    monkeypatch.setattr(assemble, "embed_part", lambda *_task: ran.append(os.getpid()) or 7)
     words = [
         "embed", "--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path),
         "--set", "features.views=0", "--set", "network.freeze_backbone=true",
