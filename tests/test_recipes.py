@@ -70,6 +70,15 @@ def test_phase_2_has_the_original_values() -> None:
     assert (policy.blur, policy.grayscale) == (0.1, 0.03)
 
 
+@pytest.mark.parametrize("path", BUILT_IN, ids=lambda path: path.stem)
+def test_the_views_of_frozen_backbones_are_augmented_as_by_web_sites(path: Path) -> None:
+    """Also in phase 2, whose recipe names another policy."""
+    recipe = recipes.load(Recipe, path)
+    if recipe.network.freeze_backbone and recipe.features:
+        policy = recipe.augment[recipe.data.policy]
+        assert policy.whole_resize and policy.whole_jpeg and policy.whole_webp
+
+
 def test_overrides_take_toml_values_and_plain_text() -> None:
     path = recipes.FOLDER / "phase2.toml"
     recipe = recipes.load(

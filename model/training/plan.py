@@ -415,12 +415,16 @@ def _warnings(
 ) -> tuple[str, ...]:
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
     preprocessing other than that of the checkpoint that the run starts from, a start from a refused
-    checkpoint, or a gate that compares without a trained checkpoint to compare with.
+    checkpoint, views that no epoch reads, or a gate that compares without a trained checkpoint to
+    compare with.
     """
     gate, unused = recipe.gate, list[str]()
+    if recipe.features and (epochs := recipe.run.epochs) <= recipe.features.views:
+        views = recipe.features.views + 1
+        unused = [f"run.epochs={epochs} reads only {epochs} of {views} views; set {views} or more"]
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
         name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
-        unused = [f"gate.{name} is not used: this run starts from no trained detector to compare"]
+        unused += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
     if weights.kind in ("timm", "imagenet"):
         return (*unused, *normalization_warnings(recipe))
     if weights.path is None:
