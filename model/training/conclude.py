@@ -102,7 +102,7 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
     if meta.get("refused"):
         raise _refused(best, meta["refused"])
     judged = meta["compared"] is not None
-    if planned.baseline and planned.baseline.exists() and not judged:
+    if planned.baseline and not judged:
         baseline = read_validation(planned.baseline)
         start = start_on_mistakes(planned)
     conclude(planned, best, baseline, start)

@@ -36,7 +36,7 @@ cannot be written. `Gain` has the `highest` selection so far, the `step` that re
 
 `Best` is a run's best checkpoint so far and its `Validation`; `better(best, new)` returns the
 better of two. `write_validation(path, validation)` writes a `Validation` to a JSON file (`Path`),
-and `read_validation(path)` returns it. It raises `ValueError` for a damaged file.
+and `read_validation(path)` returns it. It raises `ValueError` for a missing or damaged file.
 """
 
 import json
@@ -62,7 +62,7 @@ from model.verdict import probability
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
-from storage import AnyPath, parse_json, write_text
+from storage import AnyPath, parse_json, text_fault, write_text
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,16 @@ def read_validation(path: Path) -> Validation:
     """Read the validation that `write_validation` wrote.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is missing or damaged.
     """
     try:
         return Validation.from_json(parse_json(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
+        raise ValueError(
+            f"{path} has no readable metrics of the initial detector ({fault}); restore the file "
+            "from a copy, or use --run NAME for a new run"
+        ) from error
 
 
 def calibrate_checkpoint(

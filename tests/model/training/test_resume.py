@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model import checkpoint
 from model.recipe import Recipe
 from model.training.plan import plan
 from model.training.run import train
@@ -39,6 +40,23 @@ def test_a_run_that_is_resumed_without_init_from_keeps_its_gate(
     planned = plan(recipe, data, tmp_path)
     assert planned.baseline == tmp_path / "tiny/baseline_metrics.json"
     assert planned.baseline.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", None])
+def test_without_the_metrics_before_training_a_run_is_not_concluded(
+    load: Load, data: Path, tmp_path: Path, content: str | None
+) -> None:
+    """Nobody can measure them again: the run has other weights now."""
+    train(load('name="first"', "run.epochs=1", "run.seed=4"), data, tmp_path, stop_at=1)
+    recipe, start = load("run.epochs=1"), tmp_path / "first/step_0000001"
+    best = train(recipe, data, tmp_path, init_from=start)
+    checkpoint.annotate(best, {"compared": None})  # as if killed before the gate
+    file = tmp_path / "tiny/baseline_metrics.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"baseline_metrics.json has no readable metrics .*restore .*--run NAME"
+    ):
+        train(recipe, data, tmp_path)
 
 
 def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path) -> None:
