@@ -38,6 +38,7 @@ and raises `ValueError` for a name that no run may have. `Triple` is a value per
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -332,6 +333,12 @@ class Calibrating:
             raise ValueError(
                 "max_fpr and max_miss are shares between 0 and 0.5, got "
                 f"{self.max_fpr} and {self.max_miss}"
+            )
+        counts = Counter(name for group in self.together.values() for name in {*group})
+        if twice := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(
+                f"together names {', '.join(twice)} in more than one group; a source is left out "
+                "with one group"
             )
 
 

@@ -36,8 +36,8 @@ Errors:
 
 - `open_pool()`: `ShardError` if a set is missing, damaged or of another format version, `OSError`
   if a file cannot be read.
-- `Stream.epoch(0)`: `OrderError` if the samples do not fill a batch, `LoadError` for an unknown
-  source in `repeats`, `ValueError` if there is no old sample to replay.
+- `Stream.epoch(0)`: `OrderError` if the samples do not fill a batch, `LoadError` for a source in
+  `repeats` that the new sets lack, `ValueError` if there is no old sample to replay.
 - `Stream.batches()`: `LoadError` if the policy of a source is not in `augment`, too many images are
   unreadable, or no batch comes in time.
 - `Stream.resume()`: `OrderError` if the state has other data, another seed or batch size, or was
@@ -193,15 +193,17 @@ class Stream:
         """Return the new samples of epoch `epoch_number`, in the order of the index.
 
         Raises:
-            LoadError: `repeats` names a source that the sets do not have.
+            LoadError: `repeats` names a source that the new sets do not have.
         """
-        codes, names = self.pool.shards.codes("source")
-        if unknown := sorted(self.repeats.keys() - set(names)):
-            raise LoadError(
-                f"repeats names source {', '.join(unknown)}; the sources are {', '.join(names)}"
-            )
         if not self.repeats:
             return self.pool.new
+        codes, names = self.pool.shards.codes("source")
+        known = [names[code] for code in np.unique(codes[self.pool.new])]
+        if unknown := sorted(self.repeats.keys() - set(known)):
+            raise LoadError(
+                f"repeats names source {', '.join(unknown)}; the sources of the new samples are "
+                f"{', '.join(known)}"
+            )
         times = {names.index(name): count for name, count in self.repeats.items()}
         rng = repeat_rng(self.seed, epoch_number)
         return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))

@@ -131,6 +131,10 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
         ("network.mean=[1, 2]", "network.mean has 2 values, which is too few"),
         ("data.train=[a, b]", """takes a list, got "[a, b]": --set 'data.train=["a", "b"]'"""),
         ("run.epochs", "--set takes KEY=VALUE"),
+        (
+            'calibration.together={a=["x", "y"], b=["x"]}',
+            "together names x in more than one group",
+        ),
         ("name.x=1", "name is a value, not a table"),
     ],
 )

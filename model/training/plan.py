@@ -56,7 +56,13 @@ from model.recipe import Recipe, ResolvedRecipe
 from model.tracking.tracker import check_tracker
 from model.training.optim import parameter_groups
 from model.training.resume import as_saved, check_same_recipe, resumable_checkpoints
-from model.training.sets import check_apart, check_sets, open_stream, open_validation
+from model.training.sets import (
+    check_apart,
+    check_sets,
+    lacking_in_groups,
+    open_stream,
+    open_validation,
+)
 from model.training.validation import Best, Gain, Validation
 from pipeline.stream import Stream
 from sharding.format import CLASSES, ShardSet
@@ -215,7 +221,10 @@ def plan(
         resumed=resumed,
         damaged=damaged,
         spared=frozenset(checkpoint.checkpoints_of(folder)) - {*whole},
-        warnings=_warnings(recipe, weights, starts_trained, resumed),
+        warnings=(
+            *_warnings(recipe, weights, starts_trained, resumed),
+            *lacking_in_groups(recipe, stream),
+        ),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,

@@ -19,13 +19,15 @@ cannot be read, and these errors, all `ValueError`s:
 - `LoadError`: a tar is missing or has another length than in the index; for training, also if the
   image decoder is not installed or shared memory is too small.
 
-Two checks take what these functions returned, and return nothing. `check_sets(recipe, stream)`
-raises
+`lacking_in_groups(recipe, stream)` returns a line for the user (a list of at most one text) if the
+training sets lack sources of `calibration.together`. Two checks take what these functions returned,
+and return nothing. `check_sets(recipe, stream)` raises
 
 - `OrderError` if the samples of an epoch do not fill one batch (over all ranks);
-- `LoadError` if a source of `data.repeats` or the augmentation policy of a source is missing;
-- `ValueError` if a source of `replay.exclude_sources` is missing, if there is nothing to replay, or
-  if all samples are of one class (unless `data.allow_one_class`).
+- `LoadError` if the training sets lack a source of `data.repeats`, or the recipe lacks the
+  augmentation policy of a source;
+- `ValueError` if the replayed sets lack a source of `replay.exclude_sources`, if there is nothing
+  to replay, or if all samples are of one class (unless `data.allow_one_class`).
 
 `check_apart(recipe, stream, validation)` raises `ValueError` if a validation set shares images with
 the training sets (unless `data.allow_shared_images`). Sets that are only replayed do not count, nor
@@ -163,17 +165,18 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
     """Refuse sets that do not fit the recipe.
 
     Raises:
-        LoadError: the sets lack a source of `data.repeats`, or the recipe lacks a policy.
+        LoadError: the training sets lack a source of `data.repeats`, or the recipe lacks a policy.
         OrderError: the samples do not fill a batch.
-        ValueError: there is nothing to replay, the sets lack a source of `replay.exclude_sources`,
-            or all samples are of one class.
+        ValueError: there is nothing to replay, the replayed sets lack a source of
+            `replay.exclude_sources`, or all samples are of one class.
     """
     shards, seed = stream.pool.shards, recipe.run.seed
-    sources = shards.codes("source")[1]
-    if unknown := sorted(set(recipe.replay.exclude_sources) - set(sources)):
+    replayed = _sources_of(stream, slice(len(stream.pool.new), None))
+    unknown = sorted({*recipe.replay.exclude_sources} - {*replayed})
+    if recipe.replay.fraction and unknown:
         raise ValueError(
-            f"replay.exclude_sources names source {', '.join(unknown)}; the sets hold "
-            f"{', '.join(sources)}"
+            f"replay.exclude_sources names source {', '.join(unknown)}; the sets of replay.sets "
+            f"hold {', '.join(replayed)}"
         )
     epoch = stream.epoch(0)
     labels = np.unique(shards.column("label")[epoch.samples])
@@ -183,3 +186,24 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
             "a set with the other class, or use --set data.allow_one_class=true if intended"
         )
     train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)
+
+
+def lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
+    """Return a line on sources of `calibration.together` that the training sets lack, if there are
+    any: a misspelled name has no effect. A recipe may name more sources than a user has.
+    """
+    named = {name for group in recipe.calibration.together.values() for name in group}
+    lacking = sorted(named - {*_sources_of(stream, stream.pool.new)})
+    if recipe.calibration.on != "left_out" or not lacking:
+        return []
+    more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+    return [
+        f"calibration.together names sources that the training sets lack: "
+        f"{', '.join(lacking[:3])}{more}"
+    ]
+
+
+def _sources_of(stream: Stream, rows: np.ndarray | slice) -> list[str]:
+    """Return the names of the sources of these rows of the pool."""
+    codes, names = stream.pool.shards.codes("source")
+    return [names[code] for code in np.unique(codes[rows])]

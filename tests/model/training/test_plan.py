@@ -144,20 +144,6 @@ def test_a_run_folder_as_first_weights_means_its_best_checkpoint(
     assert planned.weights.path == trained / "first/step_0000003"
 
 
-def test_a_refused_checkpoint_is_first_weights_only_by_name(
-    load: Load, data: Path, trained: Path, tmp_path: Path
-) -> None:
-    runs = shutil.copytree(trained, tmp_path / "runs")
-    first = runs / "first/step_0000003"
-    checkpoint.annotate(first, {"refused": ["val has 40.0% false positives"]})
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"step_0000003 was refused: val has 40.0% .*--init-from"
-    ):
-        plan(load('run.init_from="first"'), data, runs)
-    warnings = plan(load(), data, runs, init_from=runs / "first").warnings
-    assert warnings[0].endswith("step_0000003, which was refused: val has 40.0% false positives")
-
-
 @pytest.mark.parametrize(
     ("run", "advice"),
     [("phase1", "train.py --phase 1` first"), ("mine", "; train that run first"),
@@ -234,9 +220,18 @@ def test_a_test_set_is_not_trained_on(
         (['data.validate=["val", "val"]'], ValueError, "names val more than once"),
         (['data.train=["old", "./old"]'], ValueError, "data.train names old more than once"),
         (['replay.sets=["old", "old/"]'], ValueError, "replay.sets names old more than once"),
-        (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sources are alpha"),
+        (["data.repeats.alhpa=2"], LoadError, "repeats names source alhpa; the sources of the new"),
+        (
+            ['data.train=["new"]', 'replay.sets=["old"]', "replay.ratio=1:8",
+             "data.repeats.beta=5"],
+            LoadError, "repeats names source beta; the sources of the new samples are gamma",
+        ),
         (['data.policy="tarin"'], LoadError, "augmented by policy 'tarin', but the recipe"),
-        (['replay.exclude_sources=["alhpa"]'], ValueError, "exclude_sources names source alhpa"),
+        (
+            ['data.train=["new"]', 'replay.sets=["old"]', "replay.ratio=1:8",
+             'replay.exclude_sources=["gamma"]'],
+            ValueError, "exclude_sources names source gamma; the sets of replay.sets hold alpha",
+        ),
         (
             ['replay.sets=["old"]', "replay.ratio=1:8",
              'replay.exclude_sources=["alpha", "beta", "dummy"]'],

@@ -1,29 +1,65 @@
 """Warnings of a plan: settings that have no effect, or not the intended one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
-from model.network import build
-from model.recipe import Recipe
+from model import checkpoint
+from model.recipe import Calibrating, Recipe
 from model.training.plan import plan
+from model.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 Load = Callable[..., Recipe]
 
 
+@pytest.fixture
+def recipe(load: Load) -> Recipe:
+    return load("network.freeze_backbone=true", "features.views=4")
+
+
 @pytest.mark.parametrize(("epochs", "count"), [(1, 1), (4, 1), (5, 0), (9, 0)])
 def test_views_that_no_epoch_reads_are_a_warning(
-    load: Load, data: Path, tmp_path: Path, epochs: int, count: int
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, epochs: int, count: int
 ) -> None:
-    recipe = load("network.freeze_backbone=true", "features.views=4", f"run.epochs={epochs}")
-    weights = build(recipe.network, pretrained=False).backbone.state_dict()
-    file = tmp_path / "weights.safetensors"
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
-    warnings = plan(recipe, data, tmp_path, init_from=file).warnings
+    recipe = replace(recipe, run=replace(recipe.run, epochs=epochs))
+    warnings = plan(recipe, data, tmp_path, init_from=weights).warnings
     assert [line for line in warnings if "views" in line] == [
         f"run.epochs={epochs} reads only {epochs} of 5 views; set 5 or more"
     ] * count
+
+
+def test_sources_of_a_group_that_the_sets_lack_are_a_warning(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    """A recipe that ships may name more sources than a user has."""
+    groups = {"a": ["alpha", "nosuch"], "b": ["d", "c", "b"]}
+    recipe = replace(recipe, calibration=Calibrating(on="left_out", together=groups))
+    warnings = plan(recipe, data, tmp_path, init_from=weights).warnings
+    assert [line for line in warnings if "together" in line] == [
+        "calibration.together names sources that the training sets lack: b, c, d and 1 more"
+    ]
+
+
+def test_sources_that_are_not_replayed_are_not_looked_up_without_replay(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    off = load('replay.sets=["old"]', "replay.ratio=0", 'replay.exclude_sources=["alpha"]')
+    assert plan(replace(off, data=replace(off.data, train=["new"])), data, tmp_path)
+
+
+def test_a_refused_checkpoint_is_first_weights_only_by_name(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    train(load('name="first"', "run.epochs=1"), data, tmp_path, stop_at=1)
+    first = tmp_path / "first/step_0000001"
+    checkpoint.annotate(first, {"refused": ["val has 40.0% false positives"]})
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step_0000001 was refused: val has 40.0% .*--init-from"
+    ):
+        plan(load('run.init_from="first"'), data, tmp_path)
+    warnings = plan(load(), data, tmp_path, init_from=tmp_path / "first").warnings
+    assert warnings[0].endswith("step_0000001, which was refused: val has 40.0% false positives")
