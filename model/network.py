@@ -58,6 +58,7 @@ from model.backbones.heads import ClassTokenHead, StageHead
 from model.backbones.made_with import NetworkError, first_line, made_with
 from model.lean_import import lean_import
 from model.recipe import Network, Triple
+from model.shipped.backbone import CLIP_8_BIT
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 
@@ -310,12 +311,8 @@ def _put_class_token_head(backbone: Backbone, network: Network) -> None:
 def classifier_names(backbone: Backbone) -> list[str]:
     """Return the names of the modules of timm's own head; distilled transformers have two."""
     head = backbone.get_classifier()
-    heads = head if isinstance(head, tuple) else (head,)
-    return [
-        n
-        for n, module in backbone.named_modules()
-        if any(module is classifier for classifier in heads)
-    ]
+    heads = {id(module) for module in (head if isinstance(head, tuple) else (head,))}
+    return [name for name, module in backbone.named_modules() if id(module) in heads]
 
 
 class _SkipInit(TorchFunctionMode):
@@ -378,10 +375,12 @@ def check_pretrained(network: Network) -> None:
 
 def _how_to_get_weights(network: Network, error: Exception) -> str:
     fault = "do not fit network.options" if "state_dict" in str(error) else "could not be fetched"
-    return (
-        f"the weights of {network.name} {fault} ({first_line(error)}); give a file "
-        "with --init-from weights.safetensors, or train from random weights with --no-pretrained"
-    )
+    ways = ["give a file with --init-from weights.safetensors"]
+    if network.name == CLIP_8_BIT.name:
+        ways.insert(0, "type `python -m model fetch` and give --init-from clip")
+    if not network.freeze_backbone:  # random weights are refused for a frozen backbone
+        ways.append("train from random weights with --no-pretrained")
+    return f"the weights of {network.name} {fault} ({first_line(error)}); {', or '.join(ways)}"
 
 
 def load_weights(

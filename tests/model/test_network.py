@@ -16,7 +16,13 @@ from model.backbones.made_with import NetworkError
 from model.export.hub import write_hub
 from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution
-from model.network import Detector, build, check_backbone_file, load_backbone_file
+from model.network import (
+    Detector,
+    build,
+    check_backbone_file,
+    check_pretrained,
+    load_backbone_file,
+)
 from model.recipe import Network, Optim
 from model.training.optim import make_optimizer
 from tests.builders import PREPROCESS, TINY, encode, photo, small_recipe
@@ -192,6 +198,27 @@ def test_a_frozen_network_with_two_classifiers_learns_with_both() -> None:
     net = build(Network(name=name, pretrained=False, freeze_backbone=True), pretrained=False)
     learning = {n for n, p in net.backbone.named_parameters() if p.requires_grad}
     assert learning == {f"{head}.{n}" for head in ("head", "head_dist") for n in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("convnextv2_atto.fcmae_ft_in1k", r"; give a file with --init-from weights\.safetensors$"),
+        (
+            "vit_base_patch16_clip_quickgelu_224.openai",
+            r"; type `python -m model fetch` and give --init-from clip, or give a file with "
+            r"--init-from weights\.safetensors$",
+        ),
+    ],
+)
+def test_random_weights_are_no_advice_for_a_frozen_backbone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, advice: str
+) -> None:
+    """They are refused there."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match=advice):
+        check_pretrained(Network(name=name, freeze_backbone=True))
 
 
 def test_an_imagenet_file_fills_the_body_of_a_network_with_a_stage_head(tmp_path: Path) -> None:
