@@ -57,7 +57,7 @@ from model.score import score_set
 from model.training.assemble import embed_run
 from model.training.optim import make_optimizer, schedule, set_learning_rate
 from model.training.plan import RunPlan
-from model.training.step import TrainState, train_step
+from model.training.step import TrainState, average_of, train_step
 from model.training.validation import calibrate_checkpoint
 from pipeline.order import OrderError
 from pipeline.stream import Stream
@@ -84,11 +84,14 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
         )
     reset_head(net)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
-    state = replace(train_state, optimizer=optimizer, ema=None, teacher=None, dist=DistEnv())
+    ema = average_of(net) if recipe.optim.ema_decay else None
+    state = replace(train_state, optimizer=optimizer, ema=ema, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs
     for step, batch in enumerate(stream.batches(0, recipe.run.epochs)):
         set_learning_rate(optimizer, schedule(recipe.optim, step, steps))
         train_step(state, net, batch, recipe.optim, step=step)
+    if ema is not None:
+        set_head(net, dict(ema.backbone.named_parameters()))
 
 
 def _without(stream: Stream, sources: Collection[str]) -> Stream:
@@ -118,7 +121,9 @@ def leave_one_out(
     the end the network has its original head again.
     """
     kept, pool = head_weights(train_state.net), planned.stream.pool
-    loading, device = planned.recipe.loading, planned.device
+    device, global_batch = planned.device, planned.stream.loader.global_batch
+    # This rank alone takes the batches of all ranks, so that each head learns as the run's own.
+    loading = replace(planned.recipe.loading, batch_size=global_batch)
     loader = FeatureLoader(pool.shards, source, loading, device)
     planned = replace(planned, stream=replace(planned.stream, loader=loader))
     codes, names = pool.shards.codes("source")

@@ -37,14 +37,23 @@ def recipe(tiny_recipe: Path, tmp_path: Path) -> Recipe:
     return recipes.load(Recipe, tiny_recipe, [*SETTINGS, store])
 
 
+@pytest.mark.parametrize(("decay", "ranks"), [(0.0, 1), (0.9, 1), (0.0, 2)])
 def test_each_source_is_scored_by_a_head_that_never_saw_it(
-    recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, decay: float, ranks: int
 ) -> None:
-    """The head equals that of a run without the source."""
+    """The head equals that of a run without the source, also one of several ranks or averages."""
+    recipe = replace(recipe, optim=replace(recipe.optim, ema_decay=decay))
     planned = plan(recipe, data, tmp_path / "runs", init_from=weights)
     state = assemble(planned)
     planned = with_features(planned, state)
     own = {name: p.clone() for name, p in state.net.named_parameters()}
+    small = replace(recipe.loading, batch_size=recipe.loading.batch_size // ranks)
+    loader = replace(planned.stream.loader, loading=small, world_size=ranks)
+    planned = replace(
+        planned,
+        recipe=replace(planned.recipe, loading=small),
+        stream=replace(planned.stream, loader=loader),
+    )
     scored = leave_one_out(planned, state, source_of(planned.recipe, state.net, torch.float32))
     assert all(torch.equal(p, own[name]) for name, p in state.net.named_parameters())
     shards = planned.stream.pool.shards
