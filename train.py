@@ -15,7 +15,7 @@ with `--folder`, one of them or neither.
 - `--set`: changes a value of the recipe, such as optim.lr=1e-4; may be repeated.
 - `--dry-run`: tries a few steps and prints the plan. No checkpoint is written. With `--folder`, the
   images are packed nevertheless.
-- `--run`: name of the run (default: the recipe's or DIR's name).
+- `--run`: name of the run (default: the recipe's, or with `--folder` DIR's name).
 - `--init-from`: initial weights (a checkpoint folder, a run, a .safetensors file or the name of a
   fetched backbone). Default: as in the recipe; with `--folder` alone the fetched CLIP.
 - `--no-pretrained`: starts from random weights instead of timm's. It is refused with `--init-from`,
@@ -129,7 +129,8 @@ def main(
         path = recipes.FOLDER / FOLDER_RECIPE
     extra = [f"name={json.dumps(name, ensure_ascii=False)}"] if name else []
     extra += ["network.pretrained=false"] if no_pretrained else []
-    recipe = recipes.load(Recipe, path, [*overrides, *extra])
+    settings = [*overrides, *extra]
+    recipe = recipes.load(Recipe, path, settings)
     if no_pretrained and recipe.run.init_from:
         raise click.UsageError(
             f"--no-pretrained starts from random weights, but {recipe.name} starts from the best "
@@ -150,7 +151,8 @@ def main(
         if not dist.is_main:
             console.log.setLevel(logging.WARNING)
         if folder:
-            recipe = with_folder(recipe, folder, any_path(data), keep_name=bool(name), dist=dist)
+            changed = recipes.changed_keys(settings)
+            recipe = with_folder(recipe, folder, any_path(data), changed=changed, dist=dist)
         if dry_run:
             try_out(recipe, any_path(data), runs, init_from=init_from, dist=dist)
             return

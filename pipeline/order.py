@@ -274,8 +274,8 @@ def check_state(
     expected = {
         "order_version": ORDER_VERSION,
         "seed": seed,
+        "index_sha256": index_sha256,  # before the batch size, which `--folder` takes from the sets
         "global_batch": global_batch,
-        "index_sha256": index_sha256,
     }
     for name, value in expected.items():
         if state[name] != value:

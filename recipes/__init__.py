@@ -3,7 +3,8 @@
 Main entry: `load(kind, path, overrides)` takes the dataclass `kind`, the file, and texts such as
 `optim.lr=1e-4` that change values. It returns a `kind`. An unknown key, a wrong type or a value out
 of range raises `RecipeError`. `build()` does the same for values that are nested dicts already,
-`read()` returns a recipe as nested dicts, and `read_toml()` any TOML file.
+`read()` returns a recipe as nested dicts, `read_toml()` any TOML file, `changed_keys()` the keys
+that such texts change.
 
 A recipe can extend others: `extends = ["phase1.toml", "demo.toml"]` first takes all values of these
 files (from the same folder; a later file overrides an earlier one), then the recipe's own values.
@@ -45,8 +46,12 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     values = read(path)
     for override in overrides:
         _apply(values, override)
-    changed = {override.partition("=")[0].strip() for override in overrides}
-    return build(kind, values, str(path), changed)
+    return build(kind, values, str(path), changed_keys(overrides))
+
+
+def changed_keys(overrides: Sequence[str]) -> set[str]:
+    """Return the keys that `overrides` such as `optim.lr=1e-4` change."""
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collection[str] = ()) -> T:

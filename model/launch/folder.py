@@ -1,13 +1,14 @@
 """Prepare training on a folder of images with the subfolders `real/` and `fake/`: pack them as
 shard sets (tars with an index) and adapt a recipe to these sets.
 
-Main entry: `with_folder(recipe, folder, data, *, keep_name, dist)`. On several ranks, each must
+Main entry: `with_folder(recipe, folder, data, *, changed, dist)`. On several ranks, each must
 call it; rank 0 packs.
 
 - `recipe`: a `Recipe`, read by `recipes.load(Recipe, path)`.
 - `folder`: `Path` of the folder of images.
 - `data`: the folder of all sets, a `Path`, or a `UPath` for an address.
-- `keep_name`: whether the run keeps the recipe's name instead of getting the folder's.
+- `changed`: the keys of the recipe that the user has set, such as `name`: then the run keeps this
+  name instead of getting the folder's.
 - `dist`: this process's rank, a `DistEnv`; `DistEnv()` for a single process.
 
 It writes a training set `<name>`, a validation set `<name>-val` and `catalog.toml` into
@@ -19,7 +20,8 @@ It returns the recipe with these two sets. If the recipe also trains on old sets
 validation sets are kept beside the new one. The batch size in it is reduced if there are few
 images, so that an epoch has at least `FEWEST_STEPS` steps.
 
-`ValueError` is raised if the folder cannot be packed, for example if a class has too few images;
+`ValueError` is raised if the folder cannot be packed, for example if a class has too few images, or
+if `changed` has `data.train` or, without replay, `data.validate`, which the packed sets replace;
 `OSError` if the folder cannot be read or a set cannot be written. On several ranks, both are a
 `ValueError`, on every rank.
 
@@ -28,7 +30,7 @@ images, so that an epoch has at least `FEWEST_STEPS` steps.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,17 +67,24 @@ def default_weights() -> Path:
 
 
 def with_folder(
-    recipe: Recipe, folder: Path, data: AnyPath, *, keep_name: bool, dist: DistEnv
+    recipe: Recipe, folder: Path, data: AnyPath, *, changed: Collection[str], dist: DistEnv
 ) -> Recipe:
     """Pack `folder` as shard sets below `data` and return the recipe with these sets.
 
-    Unless `keep_name`, the run gets the name of the folder. A recipe that replays old sets keeps
-    its own validation sets as well. The batch size is reduced if the folder is small. Every rank
-    calls this function; rank 0 packs.
+    The run gets the name of the folder, unless `changed`, the keys that the user has set, has
+    `name`. A recipe that replays old sets keeps its own validation sets as well. The batch size is
+    reduced if the folder is small. Every rank calls this function; rank 0 packs.
 
     Raises:
-        ValueError: as `sharding.folder.pack_folder`.
+        ValueError: as `sharding.folder.pack_folder`, or the user has set a key that the packed sets
+            would replace.
     """
+    replaced = {"data.train"} if recipe.replay.sets else {"data.train", "data.validate"}
+    if lost := sorted(replaced & {*changed}):
+        raise ValueError(
+            f"--folder trains and validates on the sets that it packs, so {' and '.join(lost)} "
+            "would have no effect; leave out --folder or that --set"
+        )
     packed = on_main(dist, lambda: pack_folder(folder, data, progress=_progress))
     console.log.info("%s", _words_for(packed, folder))
     samples, batch = sum(packed.train_counts), recipe.loading.batch_size
@@ -85,7 +94,7 @@ def with_folder(
     own = recipe.data.validate if recipe.replay.sets else []
     return replace(
         recipe,
-        name=recipe.name if keep_name else packed.name,
+        name=recipe.name if "name" in changed else packed.name,
         data=replace(recipe.data, train=[packed.train], validate=[packed.validate, *own]),
         loading=replace(recipe.loading, batch_size=min(batch, most)),
     )

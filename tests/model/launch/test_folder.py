@@ -54,6 +54,30 @@ def test_a_folder_becomes_a_detector(mine: Path, tiny_recipe: Path) -> None:
     assert "is finished; nothing to do" in again.stderr
 
 
+def test_more_images_are_the_reason_that_a_run_does_not_resume(
+    mine: Path, tiny_recipe: Path
+) -> None:
+    """Not the batch size, which follows from their number."""
+    assert run(mine, "--recipe", tiny_recipe).exit_code == 0
+    for label, name in enumerate(("real", "fake")):
+        for number in range(30, 60):
+            pixels = photo(1000 * label + number, 40, 40)
+            (mine / name / f"{number}.jpg").write_bytes(encode(pixels))
+    result = run(mine, "--recipe", tiny_recipe)
+    assert result.exit_code == 1
+    assert "the shard set has been built again since this run began" in result.stderr
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validate"])
+def test_sets_that_the_packed_ones_would_replace_are_refused(
+    mine: Path, tiny_recipe: Path, key: str
+) -> None:
+    result = run(mine, "--recipe", tiny_recipe, "--set", f'{key}=["other"]')
+    assert result.exit_code == 1
+    assert f"--folder trains and validates on the sets that it packs, so {key} " in result.stderr
+    assert not (mine.parent / "shards").exists()
+
+
 def test_a_recipe_that_replays_keeps_its_own_validation_sets(
     mine: Path, tiny_recipe: Path, data: Path
 ) -> None:
@@ -61,7 +85,7 @@ def test_a_recipe_that_replays_keeps_its_own_validation_sets(
     for name in ("old", "val"):
         (mine.parent / "shards" / name).symlink_to(data / name)
     result = run(
-        mine, "--recipe", tiny_recipe, "--run", "more", "--dry-run",
+        mine, "--recipe", tiny_recipe, "--set", "name=more", "--dry-run",
         "--set", 'replay.sets=["old"]', "--set", "replay.ratio=1:4",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
