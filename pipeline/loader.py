@@ -188,23 +188,35 @@ class Loader:
 
     @contextlib.contextmanager
     def _named_failures(self) -> Iterator[None]:
-        """Turn torch's errors about dead or stalled workers into a `LoadError`.
+        """Turn torch's errors about dead or stalled workers into a `LoadError`, and an `OSError` of
+        a worker, which comes with its traceback, into one line.
 
         If a worker dies, torch raises a plain RuntimeError, in whatever line the main thread is, or
-        the worker's pipe breaks in the middle of a batch. If no worker gives a batch in time, torch
-        raises another RuntimeError.
+        the worker's pipe breaks in the middle of a batch. If no worker gives a batch in time, or
+        the main process has no descriptor left for a batch, torch raises another RuntimeError.
         """
         try:
             yield
         except StallError as error:
             raise LoadError(str(error)) from error
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if "DataLoader timed out" in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            of_worker = lines[0].startswith("Caught ")  # a traceback follows; the error is its end
+            reason = lines[-1] if of_worker else lines[0]
+            if "DataLoader timed out" in lines[0]:
                 status = self._status.describe()
                 raise LoadError(stalled(self.loading.stall_error_s, status)) from error
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            if isinstance(error, RuntimeError) and lines[0].startswith("Too many open files"):
+                raise LoadError(
+                    "too many files are open to take a batch from a loading worker; raise the "
+                    "limit (ulimit -n 4096) or use a smaller loading.num_workers"
+                ) from error
+            if isinstance(error, OSError) and of_worker:
+                raise OSError(reason.partition(": ")[2] or reason) from error
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in lines[0]:
+                raise
             raise LoadError(
                 f"a loading worker died ({reason}); if memory ran out, use a smaller "
                 "loading.num_workers or loading.batch_size"

@@ -321,14 +321,19 @@ def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> Score
 
 
 @contextlib.contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """Limit the size of a file to `size` bytes, which acts like a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+def limited(kind: int, value: int) -> Iterator[None]:
+    """Set a limit of this process, such as `resource.RLIMIT_NOFILE`."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(kind, (soft, hard))
+
+
+def small_disk(size: int) -> contextlib.AbstractContextManager[None]:
+    """Limit the size of a file to `size` bytes, which acts like a full disk."""
+    return limited(resource.RLIMIT_FSIZE, size)
 
 
 MakeImage = Callable[[np.random.Generator, int, int], tuple[str, int, int]]

@@ -134,7 +134,9 @@ def test_a_repeated_image_gets_another_augmentation(make_stream: Callable) -> No
     twice = [images for images in seen.values() if len(images) == 2]
     assert len(twice) > len(stream.pool.new) - 6  # the last partial batch is dropped
     assert all(first != second for first, second in twice)
-    with pytest.raises(LoadError, match="repeats names source delta; the sources are gamma"):
+    with pytest.raises(
+        LoadError, match="repeats names source delta; the sources of the new samples are gamma"
+    ):
         replace(stream, repeats={"delta": 2}).epoch(0)
 
 

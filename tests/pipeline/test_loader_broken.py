@@ -2,6 +2,7 @@
 lost.
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -26,7 +27,7 @@ from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import ShardSet
-from tests.builders import CPU, HARSH, KINDS, PREPROCESS, awkward_files
+from tests.builders import CPU, HARSH, KINDS, PREPROCESS, awkward_files, limited
 
 DEVICES = {"pil": CPU, "dali": CPU, "dali on a GPU": torch.device("cuda")}
 BACKENDS = ("pil", "dali", pytest.param("dali on a GPU", marks=pytest.mark.gpu))
@@ -191,6 +192,30 @@ def resident() -> int:
     """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def test_an_error_of_the_system_in_a_worker_is_one_line(
+    old: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_self: ShardReader, _samples: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "/shards/a.tar")
+
+    monkeypatch.setattr(ShardReader, "read", failing)  # a worker is forked with it
+    loading = Loading(batch_size=4, backend="pil", num_workers=1)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
+    with pytest.raises(OSError, match=r"^\[Errno 24\] Too many open files: '/shards/a.tar'$"):
+        list(evaluation_batches(loader))
+
+
+def test_too_few_descriptors_for_a_batch_of_a_worker_are_named(old: ShardSet) -> None:
+    """torch tells it with the advice to change the program."""
+    loading = Loading(batch_size=4, backend="pil", num_workers=1)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
+    batches = evaluation_batches(loader)
+    next(batches)
+    too_many = pytest.raises(LoadError, match=r"too many files are open .*; raise the limit \(")
+    with limited(resource.RLIMIT_NOFILE, 3), too_many:
+        list(batches)
 
 
 # torch's signal handler may raise while torch opens a file, and the file is then never closed.

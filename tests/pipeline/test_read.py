@@ -1,11 +1,9 @@
 """Reading from tars: which files are open, and which byte ranges are prefetched."""
 
-import contextlib
 import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 from pipeline import read
 from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet
+from tests.builders import limited
 
 
 def first_of_each_shard(shards: ShardSet) -> list[int]:
@@ -81,17 +80,6 @@ def test_a_whole_batch_is_prefetched_while_reads_are_slow(
     assert calls == [expected, ["read"] * 3, expected, expected, ["read"] * 3]
 
 
-@contextlib.contextmanager
-def few_descriptors(count: int) -> Iterator[None]:
-    """Limit this process to `count` open files."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
 def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
     """Regression: with 300 shards under `ulimit -n 256`, good images were counted as broken."""
     codes = pa.array(range(len(old)), pa.int32())
@@ -104,9 +92,10 @@ def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
         _columns={},
     )
     used = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1
-    with few_descriptors(used + 20):
+    with limited(resource.RLIMIT_NOFILE, used + 20):
         items = ShardReader(many).read(range(len(old)))
     assert not [data for data in items if isinstance(data, ReadError) and "open" in str(data)]
     assert [data for data in items if isinstance(data, bytes)]  # samples of the first shard
-    with few_descriptors(3), pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096"):
+    too_many = pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096")
+    with limited(resource.RLIMIT_NOFILE, 3), too_many:
         ShardReader(many).read([0])
