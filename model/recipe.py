@@ -109,7 +109,8 @@ class Run:
     ends. 0: never. Range: at least 0"""
     grad_accum_steps: int = 1
     """Parts that a batch is split into, with one optimizer step for all. More parts need less
-    memory. Range: at least 1"""
+    memory. Batch norm that is not frozen normalizes each part alone, which changes the result.
+    Range: at least 1"""
     tracker: TrackerName = ""
     """Experiment tracker that receives the scalars in addition to TensorBoard. Empty: none."""
 

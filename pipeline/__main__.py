@@ -108,6 +108,11 @@ def order(shards: AnyPath, batch: int, seed: int) -> None:
     from sharding.format import open_shards
 
     opened = open_shards([shards])
+    if len(opened) < batch:
+        raise ValueError(
+            f"{shards} has {len(opened)} samples, fewer than a batch of {batch}; use a smaller "
+            "--batch"
+        )
     codes = opened.codes("source")[0]
     rows = []
     for shuffle in ("global", "block"):

@@ -25,10 +25,9 @@ recipe that is read, and `words_of(params)` describes the parameters of one imag
 `CELL` is the side of an image in pixels, `GAIN` the factor by which differences are enlarged.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +37,13 @@ import console
 import recipes
 from imaging.decode import decode_image
 from imaging.jpeg import CHROMAS
-from pipeline.augment import AugmentParams, AugmentPolicy
+from pipeline.augment import LEAST_SIGMA, AugmentParams, AugmentPolicy
 from pipeline.batch import Request
 from pipeline.color import IDENTITY
 from pipeline.loader import LoadError, choose_backend
-from pipeline.params import train_params
+from pipeline.params import ParamsFor, train_params
 from pipeline.pil import decode_request
-from pipeline.preprocess import FILTERS, Preprocess
+from pipeline.preprocess import FILTERS, Preprocess, PreprocessSettings
 from pipeline.read import ReadError, ShardReader
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath
@@ -62,7 +61,7 @@ class Policies:
     """The part of a recipe that describes preprocessing and augmentation."""
 
     augment: dict[str, AugmentPolicy]
-    preprocess: Preprocess = field(default_factory=Preprocess)
+    preprocess: PreprocessSettings = field(default_factory=PreprocessSettings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +106,12 @@ def write_preview(
     policy = policy or values.get("data", {}).get("policy", "")
     if not policy:
         raise recipes.RecipeError(f"{recipe} names no data.policy; name one with --policy")
-    _announce_defaults(recipe, values.get("preprocess", {}), policies.preprocess)
+    preprocess = _filled(policies.preprocess, recipe)
+    _announce_defaults(recipe, policies.preprocess, preprocess)
     samples = _spread(opened, count, seed)
-    request = _request(opened, samples, policies, policy, seed)
-    shape = policies.preprocess.shape
+    params_for = train_params(opened, policies.augment, policy, preprocess, seed, 0)
+    request = _request(opened, samples, params_for)
+    shape = preprocess.shape
     pil = decode_request(request, shape)
     if pil.failures:
         row, reason = next(iter(pil.failures.items()))
@@ -133,12 +134,24 @@ def write_preview(
     return len(rows), change
 
 
-def _announce_defaults(recipe: Path, stated: Mapping[str, Any], preprocess: Preprocess) -> None:
+def _filled(stated: PreprocessSettings, recipe: Path) -> Preprocess:
+    """Return the preprocessing with defaults for what the recipe leaves out. `resize_size` is then
+    at least `crop_size`; training crops do not depend on it.
+
+    Raises:
+        RecipeError: the sizes do not fit together.
+    """
+    values = {name: value for name, value in asdict(stated).items() if value is not None}
+    least = max(Preprocess.resize_size, stated.crop_size or 0)
+    return recipes.build(Preprocess, {"resize_size": least} | values, f"{recipe}: preprocess")
+
+
+def _announce_defaults(recipe: Path, stated: PreprocessSettings, preprocess: Preprocess) -> None:
     """Name the preprocessing settings that the recipe leaves out and training takes from the
     network's weights.
     """
     names = ("crop_size", "resize_size", "interpolation")
-    used = [f"{name}={getattr(preprocess, name)}" for name in names if name not in stated]
+    used = [f"{n}={getattr(preprocess, n)}" for n in names if getattr(stated, n) is None]
     if used:
         console.say(
             f"{recipe} leaves out settings that training takes from the network's weights; shown "
@@ -158,10 +171,7 @@ def _spread(shards: ShardSet, count: int, seed: int) -> np.ndarray:
     return shuffled[np.lexsort((kind, turn))][:count]
 
 
-def _request(
-    shards: ShardSet, samples: np.ndarray, policies: Policies, policy: str, seed: int
-) -> Request:
-    params_for = train_params(shards, policies.augment, policy, policies.preprocess, seed, 0)
+def _request(shards: ShardSet, samples: np.ndarray, params_for: ParamsFor) -> Request:
     data = []
     for sample, image in zip(samples.tolist(), ShardReader(shards).read(samples), strict=True):
         if isinstance(image, ReadError):
@@ -255,7 +265,10 @@ def words_of(params: AugmentParams) -> list[str]:
     if params.whole_jpeg:
         words.append(f"whole image: JPEG {params.whole_jpeg}, {CHROMAS[params.whole_chroma]}")
     words += [f"whole image: WebP {params.whole_webp}"] if params.whole_webp else []
+    side = params.detail_side
+    words += [f"detail {side} x {side} at {params.detail_left}, {params.detail_top}"] * bool(side)
     words += ["horizontal flip"] if params.hflip else []
+    words += ["vertical flip"] if params.vflip else []
     words += ["color jitter"] if params.color != IDENTITY else []
     how = f" ({FILTERS[params.filter]})" if params.filter else ""
     words += [f"resample to {params.resample} and back{how}"] if params.resample else []
@@ -263,6 +276,6 @@ def words_of(params: AugmentParams) -> list[str]:
     words += [f"JPEG {jpegs}"] if jpegs else []
     moved = params.grid_top or params.grid_left
     words += [f"blocks begin at {params.grid_left}, {params.grid_top}"] if moved else []
-    words += [f"blur {params.blur:.2f}"] if params.blur else []
+    words += [f"blur {params.blur:.2f}"] if params.blur >= LEAST_SIGMA else []
     words += ["grayscale"] if params.grayscale else []
     return words + ([f"WebP {params.webp}"] if params.webp else [])

@@ -128,9 +128,10 @@ def train_step(
     """Take one optimizer step and return this rank's part of the loss, a scalar on the device.
 
     The loss is the mean over the valid images of all ranks, and equals the mean of the parts. The
-    batch is split into `grad_accum_steps` pieces, which saves memory and does not change the
-    result. `distill_weight` weights the squared distance between the logits of replayed samples and
-    those of the teacher (DER++, Buzzega et al. 2020).
+    batch is split into `grad_accum_steps` pieces, which saves memory. It changes the result only of
+    networks with batch norm that is not frozen, which normalizes each piece alone.
+    `distill_weight` weights the squared distance between the logits of replayed samples and those
+    of the teacher (DER++, Buzzega et al. 2020).
     """
     if train_state.net.training == train_state.net.freeze_backbone:  # not yet in its training mode
         train_state.net.train()  # takes 3 ms for a ViT-B, longer than a step of a head

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.augment import AugmentParams
-from pipeline.preview import CELL, Row, picture_of
+from pipeline.augment import LEAST_SIGMA, AugmentParams
+from pipeline.preview import CELL, Row, picture_of, words_of
 from tests.builders import photo
 
 
@@ -59,6 +59,31 @@ def test_preview_names_the_settings_that_training_takes_from_the_weights(
     assert "shown with" not in output
 
 
+def test_preview_takes_a_crop_that_is_larger_than_the_default_resize(
+    data: Path, tmp_path: Path
+) -> None:
+    """As training does, which takes the missing size from the network's weights."""
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        'name = "own"\n[data]\npolicy = "train"\n[augment.train]\n[augment.dda]\n'
+        "[preprocess]\ncrop_size = 320\n"
+    )
+    out = tmp_path / "grid.png"
+    status, output = run("preview", data / "old", "--out", out, "--recipe", recipe, "--count", 1)
+    assert status == 0, output
+    with recipe.open("a") as stream:
+        stream.write("resize_size = 300\n")
+    status, output = run("preview", data / "old", "--out", out, "--recipe", recipe)
+    assert status == 1 and "16 <= crop_size <= resize_size, got 320 and 300" in output
+
+
+def test_the_words_name_every_operation_that_a_backend_applies() -> None:
+    params = AugmentParams(top=0, left=0, height=64, width=64, vflip=True, blur=LEAST_SIGMA)
+    params = params._replace(detail_top=7, detail_left=9, detail_side=32)
+    assert words_of(params)[1:] == ["detail 32 x 32 at 9, 7", "vertical flip", "blur 0.25"]
+    assert len(words_of(params._replace(blur=LEAST_SIGMA - 0.01))) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -69,6 +94,7 @@ def test_preview_names_the_settings_that_training_takes_from_the_weights(
             "by policy 'none', but the recipe describes train, dda",
         ),
         (["order", "nowhere"], "no shard set at nowhere"),
+        (["order", "{old}", "--batch", "99"], "fewer than a batch of 99; use a smaller --batch"),
     ],
 )
 def test_wrong_arguments_are_errors_with_one_clear_line(
