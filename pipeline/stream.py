@@ -172,6 +172,7 @@ class Stream:
     seed: int
     repeats: Mapping[str, float] = field(default_factory=dict)
     views: int | None = None
+    _replayed: dict[int, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def new_per_epoch(self) -> int:
@@ -262,18 +263,23 @@ class Stream:
 
     def replayed_until(self, done: int, *, whole: bool = False) -> list[tuple[int, str]]:
         """Return (epoch, key) of every old sample in the first `done` steps, in their order. With
-        `whole`, those of whole epochs, as in `epoch()`.
+        `whole`, those of whole epochs, as in `epoch()`. The keys of finished epochs are kept for
+        the next call: a run asks at each of its checkpoints.
         """
         replayed = []
         for epoch_number in range(-(-done // self.steps_per_epoch)):
-            epoch = self.epoch(epoch_number, whole=whole)
             left = done - epoch_number * self.steps_per_epoch
-            steps = epoch.steps if whole else min(epoch.steps, left)
-            seen = slice(0, steps * epoch.global_batch)
-            keys = self.pool.shards.table.column("key").take(
-                epoch.samples[seen][epoch.replayed[seen]]
-            )
-            replayed += [(epoch_number, key) for key in keys.to_pylist()]
+            finished = left >= self.steps_per_epoch and not whole
+            keys = self._replayed.get(epoch_number) if finished else None
+            if keys is None:
+                epoch = self.epoch(epoch_number, whole=whole)
+                steps = epoch.steps if whole else min(epoch.steps, left)
+                seen = slice(0, steps * epoch.global_batch)
+                old = epoch.samples[seen][epoch.replayed[seen]]
+                keys = self.pool.shards.table.column("key").take(old).to_pylist()
+            if finished:
+                self._replayed[epoch_number] = keys
+            replayed += [(epoch_number, key) for key in keys]
         return replayed
 
     def state(self, done: int) -> dict[str, Any]:

@@ -179,6 +179,24 @@ def test_each_epoch_replays_other_samples(make_stream: Callable) -> None:
     assert chosen[0] == set(stream.epoch(0).samples[stream.epoch(0).replayed].tolist())
 
 
+def test_the_replayed_samples_of_an_epoch_are_chosen_once_for_all_checkpoints(
+    make_stream: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of saving does not grow with the epochs that are over."""
+    stream, numbers = make_stream(ratio="1:2"), []
+    steps, epoch_of = stream.steps_per_epoch, Stream.epoch
+
+    def noted(self: Stream, number: int, **options: bool):
+        numbers.append(number)
+        return epoch_of(self, number, **options)
+
+    monkeypatch.setattr(Stream, "epoch", noted)
+    saved = [stream.replayed_until(done) for done in (steps, 2 * steps, 3 * steps + 1, 1)]
+    assert numbers == [0, 1, 2, 3, 0]
+    assert saved[1][: len(saved[0])] == saved[0] and saved[0][: len(saved[3])] == saved[3]
+    assert saved[2] == make_stream(ratio="1:2").replayed_until(3 * steps + 1)
+
+
 def test_sources_marked_no_replay_are_never_old(make_stream: Callable) -> None:
     pool = make_stream().pool
     codes, names = pool.shards.codes("source")
