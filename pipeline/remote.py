@@ -4,8 +4,8 @@ Main entry: `RemoteShards(shards, cache)`. Both must be given.
 
 - `shards`: a `ShardSet` (from `open_shards()` of `sharding/format.py`) whose folders are addresses.
 - `cache`: a `Cache(*, folder, limit)`: `folder` is a `Path`, made if needed; `limit` is the largest
-  size of the cache in bytes. `Cache()` is `data/cache` and 20 GiB. `Cache` raises ValueError for a
-  limit below `4 * PIECE` bytes.
+  size of the cache in bytes. `Cache()` is `data/cache` and 20 GiB. For a limit below `4 * PIECE`
+  bytes, `RemoteShards` raises ValueError.
 
 Its `read(code, offset, size)` takes the number of a shard (a position in `shards.shards`), and an
 offset and a size in bytes, both inside the shard. It returns these bytes. If the remote does not
@@ -51,24 +51,25 @@ class RemoteError(OSError):
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Folder of cached pieces of remote shards, and its limit in bytes.
-
-    Raises:
-        ValueError: the limit is less than four pieces.
-    """
+    """Folder of cached pieces of remote shards, and its limit in bytes."""
 
     folder: Path = Path("data/cache")
     limit: int = 20 * 2**30
 
-    def __post_init__(self) -> None:
-        if self.limit < 4 * PIECE:
-            raise ValueError(f"a cache needs at least {4 * PIECE:,} bytes, got {self.limit:,}")
-
 
 class RemoteShards:
-    """Tars of a shard set at an address. Safe in any thread or process, and after a fork."""
+    """Tars of a shard set at an address. Safe in any thread or process, and after a fork.
+
+    Raises:
+        ValueError: the limit of the cache is less than four pieces.
+    """
 
     def __init__(self, shards: ShardSet, cache: Cache):
+        if cache.limit < 4 * PIECE:
+            raise ValueError(
+                f"the cache of remote shards needs at least {4 * PIECE:,} bytes, got "
+                f"{cache.limit:,}; set a larger loading.cache_gb"
+            )
         self.cache = cache
         self._names = [str(folder / name) for folder, name in zip(
             shards.folders, shards.shards, strict=True)]  # fmt: skip

@@ -275,6 +275,12 @@ def test_a_cache_below_its_limit_asks_for_no_sizes(
     ShardReader(shards, cache=Cache(folder=tmp_path)).read(range(len(shards)))
 
 
-def test_a_cache_of_too_few_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="a cache needs at least"):
-        Cache(limit=remote.PIECE)
+def test_a_cache_of_too_few_bytes_is_refused_for_remote_shards_only(
+    web: Callable, old: ShardSet
+) -> None:
+    few = Cache(limit=remote.PIECE)
+    with pytest.raises(
+        ValueError, match=r"needs at least 65,536 bytes, .* larger loading.cache_gb"
+    ):
+        ShardReader(web(), cache=few)
+    assert len(ShardReader(old, cache=few).read([0, 1])) == 2
