@@ -410,7 +410,11 @@ def last_of(run: Path) -> Path | None:
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the checkpoint with the highest selection figure (of equals the latest), or None."""
+    """Return the checkpoint with the highest selection figure (of equals the latest), or None.
+
+    Raises:
+        CheckpointError: as `read_meta`.
+    """
     return best_among(checkpoints_of(run))
 
 
@@ -448,10 +452,9 @@ def runs_below(runs: Path) -> list[Path]:
 
 
 def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Path:
-    """Return the checkpoint that the user means. `named` is a checkpoint, a run (its best
-    checkpoint) or the name of a shipped detector. Without `named` it is the best checkpoint of the
-    newest run below `runs` whose best one the gate did not refuse, or, if there is no such run and
-    `shipped` is set, the default shipped detector.
+    """Return the checkpoint that the user means. `named` is a checkpoint, a run (its best one) or
+    the name of a shipped detector. Without `named` it is the best of the newest run below `runs`
+    whose best one was not refused, or, without such a run and if `shipped`, the shipped detector.
 
     Raises:
         CheckpointError: there is no such checkpoint; the message says how to get one.

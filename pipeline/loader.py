@@ -203,7 +203,7 @@ class Loader:
             lines = str(error).splitlines() or [type(error).__name__]
             of_worker = lines[0].startswith("Caught ")  # a traceback follows; the error is its end
             reason = lines[-1] if of_worker else lines[0]
-            if "DataLoader timed out" in lines[0]:
+            if "DataLoader timed out" in str(error):
                 status = self._status.describe()
                 raise LoadError(stalled(self.loading.stall_error_s, status)) from error
             if isinstance(error, RuntimeError) and lines[0].startswith("Too many open files"):
@@ -215,7 +215,7 @@ class Loader:
                 raise OSError(reason.partition(": ")[2] or reason) from error
             if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                 raise
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in lines[0]:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise LoadError(
                 f"a loading worker died ({reason}); if memory ran out, use a smaller "

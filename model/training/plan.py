@@ -427,19 +427,19 @@ def _warnings(
     checkpoint, views that no epoch reads, or a gate that compares without a trained checkpoint to
     compare with.
     """
-    gate, unused = recipe.gate, list[str]()
+    gate, lines = recipe.gate, list[str]()
     if recipe.features and (epochs := recipe.run.epochs) <= recipe.features.views:
         views = recipe.features.views + 1
-        unused = [f"run.epochs={epochs} reads only {epochs} of {views} views; set {views} or more"]
+        lines = [f"run.epochs={epochs} reads only {epochs} of {views} views; set {views} or more"]
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
         name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
-        unused += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
+        lines += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
     if weights.kind in ("timm", "imagenet"):
-        return (*unused, *normalization_warnings(recipe))
+        return (*lines, *normalization_warnings(recipe))
     if weights.path is None:
-        return tuple(unused)
+        return tuple(lines)
     if not resumed and (reasons := checkpoint.refusal_of(weights.path)):
-        unused += [f"this run starts from {weights.path}, which was refused: {reasons}"]
+        lines += [f"this run starts from {weights.path}, which was refused: {reasons}"]
     before, now = checkpoint.read_meta(weights.path), as_saved(recipe)
     seen = before["preprocess"], before["recipe"]["network"]
     differ = [
@@ -448,7 +448,7 @@ def _warnings(
         for name in ("crop_size", "resize_size", "interpolation", "detail_crop", "mean", "std")
         if name in there and there[name] != now[table][name]
     ]
-    return (*unused, *differ)
+    return (*lines, *differ)
 
 
 def _best(whole: Sequence[Path]) -> Best | None:
