@@ -89,7 +89,9 @@ def test_an_interrupted_build_ends_quickly_and_resumes(
     raw: Path, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     process = run_build(raw, tmp_path)
-    time.sleep(3)
+    while process.poll() is None and not (tmp_path / ".build").exists():
+        time.sleep(0.05)
+    time.sleep(1)
     send = os.killpg if number == signal.SIGINT else os.kill  # only a terminal sends to all
     send(process.pid, number)
     output = process.communicate(timeout=20)[0].decode()
