@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "page": {*COMMON, "sharding", "pipeline", "model"},
     **{script: {*COMMON, "sharding", "pipeline", "model", "report"} for script in SCRIPTS},
     "app": {"page"},
+    "app_server": {"page"},
 }
 
 
