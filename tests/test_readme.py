@@ -60,6 +60,21 @@ def test_make_targets_exist(line: str) -> None:
         assert "=" in target or target in targets, line
 
 
+@pytest.mark.parametrize("python", ["python3", ".venv/bin/python"])
+def test_the_gpu_tests_install_nothing_with_a_python_of_your_own(python: str) -> None:
+    """A GPU machine may reach no package registry (benchmarks/README.md)."""
+    dry_run = ["make", "--dry-run", "--always-make", "test-gpu"]
+    own = subprocess.check_output([*dry_run, f"RUN={python}"], cwd=ROOT, text=True)
+    assert own == f"REQUIRE_GPU=1 {python} -m pytest -m gpu tests/pipeline\n"
+    assert "pip install" in subprocess.check_output(dry_run, cwd=ROOT, text=True)
+
+
+def test_the_packages_for_a_gpu_machine_have_the_runner_of_its_tests() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"-m pip (?:wheel|install) .*wheels.*", page)
+    assert len(lines) == 2 and all(line.endswith(" pytest") for line in lines)
+
+
 @pytest.mark.parametrize("line", typed("python "))
 def test_python_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
