@@ -1,14 +1,19 @@
 """Compare numbers with golden values in files, so that no change alters the numbers unnoticed.
 
-Main entry: `Golden.check()`. `make golden` writes the files.
+Main entry: `Golden.check()`. `make golden` writes the files. `check_printed()` compares an output
+with the one that a page shows.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+OTHER_PROCESSOR = 0.002
+"""How far a probability may be from the one that a page shows: processors round differently."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,15 @@ def _compare(path: Path, values: dict[str, Any], rtol: float) -> None:
     for key, value in values.items():
         where = f"{path.name}: {key}; if this change is intended, run `make golden`"
         np.testing.assert_allclose(value, expected[key], rtol=rtol, err_msg=where)
+
+
+def check_printed(actual: str, shown: str) -> None:
+    """Compare an output with the one on a page; a probability may be `OTHER_PROCESSOR` apart.
+
+    Raises:
+        AssertionError: a probability differs by more, or anything else differs.
+    """
+    probability = r"\b0\.\d{3}\b"
+    assert re.sub(probability, "PROBABILITY", actual) == re.sub(probability, "PROBABILITY", shown)
+    values, expected = (np.array(re.findall(probability, text), float) for text in (actual, shown))
+    np.testing.assert_allclose(values, expected, rtol=0, atol=OTHER_PROCESSOR)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.goldens import Golden
+from tests.goldens import Golden, check_printed
 
 VALUES = {"losses": [0.5, 0.25], "flipped": True, "quality": 84}
 
@@ -43,3 +43,14 @@ def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="make golden"):
         Golden(tmp_path).check("tiny", VALUES, rtol=1e-7)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_printed_probability_may_be_that_of_another_processor() -> None:
+    shown = "      0.013  no sign of AI  photo.jpg\n(0.10312345, 2 images)\n"
+    check_printed(shown.replace("0.013", "0.015"), shown)
+    for wrong in (
+        shown.replace("0.013", "0.016"), shown.replace("photo", "photos"),
+        shown.replace("0.10312345", "0.10312346"), shown.replace("0.013", "-"),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_printed(wrong, shown)
