@@ -13,9 +13,9 @@ returns it.
 - `onnx`: a folder of `export_onnx()`, whose files are copied to `out/onnx`, or None (default). No
   other file in it is copied.
 
-The folder has `model.safetensors`, `config.json`, `meta.json` without private paths, and
-`README.md`, the model card. timm and transformers can load the first two only if the recipe's
-`network.head` is timm's own head. It is also a checkpoint: `python predict.py dir/ --checkpoint
+The folder has `model.safetensors`, `meta.json` without private paths, and `README.md`, the model
+card. If the recipe's `network.head` is timm's own head, it also has `config.json`, with which timm
+and transformers load the weights. It is also a checkpoint: `python predict.py dir/ --checkpoint
 FOLDER`.
 
 `push(folder, repository, *, private)` uploads the folder to `repository` (OWNER/NAME), which is
