@@ -6,8 +6,10 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
 import yaml
 
+from model.shipped.backbone import cached_path
 from serve.__main__ import main as serve
 from tests.builders import ROOT, imports_of
 
@@ -71,3 +73,17 @@ def test_the_compose_services_have_the_right_command_port_and_rights() -> None:
     assert api["ports"] == [f"127.0.0.1:{context.params['port']}:{context.params['port']}"]
     assert f"127.0.0.1:{context.params['port']}/readyz" in api["healthcheck"]["test"][-1]
     assert int(api["stop_grace_period"].removesuffix("s")) > context.params["timeout"]
+
+
+def test_the_backbone_of_the_detector_that_ships_is_mounted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a run, the page of a container needs it."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert "DETECTOR_CACHE=/cache" in text
+    for name in ("DETECTOR_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    mount = f'-v "{cached_path("").parent}:/cache:ro"'.replace(str(Path.home()), "$HOME")
+    page = (ROOT / "docs/page.md").read_text(encoding="utf-8").partition("## In a container")[2]
+    assert mount in text and mount in page
+    assert page.index("python -m model fetch") < page.index("docker run")
