@@ -272,7 +272,7 @@ def list_command(
 @JOBS
 @console.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
-    """Check the shard set in FOLDER, or all sets below it, against the index."""
+    """Check the shard set in FOLDER, or all sets directly in it, against the index."""
     from sharding.format import read_index
     from sharding.verify import sets_in, unfinished_in, verify
 
