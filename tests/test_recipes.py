@@ -1,5 +1,7 @@
 """Built-in recipes are valid and have the original values; a wrong recipe is one clear error."""
 
+import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 import recipes
 from model.recipe import Recipe
+from tests.builders import ROOT
 
 BUILT_IN = sorted(
     path for path in recipes.FOLDER.glob("*.toml") if "name" in tomllib.loads(path.read_text())
@@ -31,6 +34,15 @@ def test_a_recipe_begins_with_its_command_hardware_and_result(path: Path) -> Non
         or "docs/log.md" in head
     )
     assert said, "states neither minutes and result, nor `not measured yet`, nor docs/log.md"
+
+
+def test_the_detector_that_ships_says_how_to_fetch_its_sources() -> None:
+    head = (recipes.FOLDER / "clip-all.toml").read_text().partition("\n\n")[0]
+    lines = re.search(r"(catalog=\S+)\n.* fetch --catalog \$catalog \$\((.*)\)\n", head)
+    assert lines
+    listed = subprocess.check_output(["bash", "-c", f"{lines[1]}; {lines[2]}"], cwd=ROOT, text=True)
+    catalog = ROOT / lines[1].removeprefix("catalog=")
+    assert listed.split() == list(tomllib.loads(catalog.read_text(encoding="utf-8"))["sources"])
 
 
 def test_phase_1_has_the_original_values() -> None:
