@@ -5,7 +5,7 @@
 Main entry: `main()`, this click command. Each stage runs in its own process with a time limit. A
 stage that fails or exceeds its limit does not stop the later stages, and the results that it has
 written are kept. The command fails if a stage did not succeed; the same command again skips the
-stages that did.
+stages that did. Without a GPU (and `--cpu`) or without JPEGs, it ends with an error at once.
 
 - `--images` (required): a folder of photographs: only JPEGs in `jpeg/`, PNG and WebP in `other/`.
 - `--out` (required): the folder that gets a JSON file per measurement, `stages.jsonl` with the exit
@@ -27,7 +27,8 @@ Functions (paths must be absolute, because stages run in the project's folder):
 - `pack(images, work, count, jobs)` writes `count` files in total to `work/raw/`. They are copies of
   the JPEGs in `images/jpeg/`, taken in turn; half are labeled real, half fake. It packs them with
   `jobs` processes as the shard set (tars with an index) `work/shards/bench`, which the stages use.
-  It returns nothing. The subcommand `pack IMAGES WORK [--count N] [--jobs N]` calls it.
+  It returns nothing. It raises click.ClickException if there is no JPEG. The subcommand `pack
+  IMAGES WORK [--count N] [--jobs N]` calls it.
 """
 
 import json
@@ -42,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import torch
 
 import console
 import interrupts
@@ -125,13 +127,26 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
     ]  # fmt: skip
 
 
+def jpegs_of(images: Path) -> list[Path]:
+    """Return the files in `images/jpeg`, in the order of their names.
+
+    Raises:
+        click.ClickException: there is none.
+    """
+    folder = images / "jpeg"
+    paths = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    if not paths:
+        raise click.ClickException(f"no JPEG in {folder}; put photographs there")
+    return paths
+
+
 def pack(images: Path, work: Path, count: int, jobs: int) -> None:
     """Pack `count` JPEGs as `work/shards/bench`, half labeled real and half fake.
 
     Each JPEG is a copy of one in `images/jpeg` with a different comment: the bytes of all copies
     differ, and decoding takes the same time.
     """
-    originals = [path.read_bytes() for path in sorted((images / "jpeg").iterdir())]
+    originals = [path.read_bytes() for path in jpegs_of(images)]
     parts = max(8, jobs)
 
     def write(index: int) -> None:
@@ -221,10 +236,14 @@ def main(
     cpu: bool,
 ) -> None:
     """Run every stage that has not succeeded yet; see the module."""
-    if context.invoked_subcommand:
+    if command := context.invoked_subcommand:
+        _refuse_options_before(context, command)
         return
     if images is None or out is None:
         raise click.UsageError("needs --images FOLDER and --out FOLDER")
+    if not cpu and not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device here; run this on a GPU, or try --cpu")
+    jpegs_of(images)
     end = time.monotonic() + budget
     out, work = out.resolve(), work.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -246,6 +265,17 @@ def main(
             failed.append(stage.name)
     if failed:
         raise click.ClickException(f"not done: {', '.join(failed)}; run the same command again")
+
+
+def _refuse_options_before(context: click.Context, command: str) -> None:
+    """Refuse options before a subcommand: it has its own, and would not see these."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} stands before {command}, which does not see it; see "
+                f"`python -m benchmarks.gpu_day {command} --help`"
+            )
 
 
 @main.command("pack")

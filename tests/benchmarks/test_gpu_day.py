@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
-from benchmarks.gpu_day import ROOT, Stage, done_in, pack, run, stages_of
+from benchmarks.gpu_day import ROOT, Stage, done_in, main, pack, run, stages_of
 from benchmarks.images import write_images
 from sharding.format import open_shards
 
@@ -54,6 +56,26 @@ def test_files_of_an_earlier_call_are_not_packed(tmp_path: Path) -> None:
     pack(tmp_path / "images", work, 16, 1)
     assert len(open_shards([work / "shards/bench"])) == 16
     assert not old.exists() and mine.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--images . --out out", "no CUDA device here; run this on a GPU, or try --cpu"),
+        ("--images . --out out --cpu", "no JPEG in jpeg; put photographs there"),
+        ("pack . work", "no JPEG in jpeg; put photographs there"),
+        ("--images . pack . work", "--images stands before pack, which does not see it"),
+        ("--work elsewhere pack . work", "--work stands before pack, which does not see it"),
+    ],
+)
+def test_what_is_missing_is_one_line_at_the_start(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also on a machine with a GPU
+    result = CliRunner().invoke(main, line.split())
+    assert result.exit_code in (1, 2) and f"Error: {said}" in result.stderr
+    assert not list(tmp_path.iterdir()), "something was written"
 
 
 def test_only_a_stage_with_exit_code_0_is_done(tmp_path: Path) -> None:
