@@ -16,6 +16,7 @@ from model.recipe import Recipe
 from page.figures import ends, of_hundred
 from serve.limits import MB, Limits
 from sharding import folder as sharding_folder
+from sharding.catalog import SHIPPED, read_catalog
 from sharding.dedupe import MAX_BITS
 from sharding.format import FORMAT_VERSION
 from tests import test_budgets as budgets
@@ -257,6 +258,30 @@ def test_the_error_rates_of_the_examples_have_a_threshold() -> None:
         texts.append(text_of(ROOT / "model/inference/detector.py"))
         rates = [float(rate) for text in texts for rate in stated(pattern, text)]
         assert rates and min(rates) >= min(CLIP["calibration"][name])[0]
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_the_header_of_a_demo_recipe_has_the_figures_of_its_page(phase: int) -> None:
+    head = text_of(ROOT / f"recipes/demo-phase{phase}.toml").partition("\n\n")[0]
+    reached = re.search(
+        r"on `(\S+)` AUROC .*?recall ([\d.]+) at ([\d.]+) % false", head.replace("\n# ", " ")
+    )
+    assert reached
+    name, recall, false_positives = reached.groups()
+    row = re.findall(rf"^│ {name} .*$", text_of(ROOT / "docs/demo.md"), re.M)[0]
+    pairs = re.findall(r"([\d.]+) -> ([\d.]+)", row)  # phase 1 -> phase 2
+    assert recall == pairs[1][phase - 1]
+    assert f"{float(false_positives) / 100:.3f}" == pairs[2][phase - 1]
+
+
+def test_the_suites_of_the_test_sets_are_those_of_the_catalog() -> None:
+    suites = read_catalog(SHIPPED).suites
+    rows = re.findall(r"^\|.*\? \| (.*) \| (.*) \|$", text_of(ROOT / "docs/test-sets.md"), re.M)
+    assert len(rows) == 7
+    for sets, column in rows:
+        named = set(re.findall(r"`([a-z0-9-]+)`", sets))
+        expected = {suite for suite, listed in suites.items() if named & set(listed)} - {"all"}
+        assert set(column.split(", ")) == expected, sets
 
 
 def test_the_figures_of_the_gpu_are_those_of_its_results() -> None:
