@@ -2,14 +2,15 @@
 
     python -m benchmarks.packing [--images N] [--originals FOLDER] [--json FILE]
 
-N JPEGs are packed: synthetic ones, or variants of the JPEGs in FOLDER. There are `--repeats` rounds
-(default 3). In each, every contender runs once on a few images and once on all, with `--jobs`
-processes (default 2; the loop has one). The difference of the two times gives images/s without the
-time of the start. A table of speed, start-up seconds and memory is printed. `--json` gets the
-seconds and images/s of every run, and the memory. `build` decodes and checks every image, finds
-duplicates, hashes, packs and indexes. The loop packs images that Pillow can decode. img2dataset
-runs if its command is given (`--img2dataset`). The contender with simplejpeg shows the limit: it
-only reads the files and decodes them.
+N JPEGs (at least 400) are packed: synthetic ones, or variants of the JPEGs in FOLDER. There are
+`--repeats` rounds (default 3). In each, every contender runs once on `FEW` images and once on all,
+with `--jobs` processes (default 2; the loop has one). The difference of the two times gives
+images/s without the time of the start. If it is not positive in each round, the contender's row has
+no speed, and a line says that there are too few images. A table of speed, start-up seconds and
+memory is printed. `--json` gets the seconds and images/s of every run, and the memory. `build`
+decodes and checks every image, finds duplicates, hashes, packs and indexes. The loop packs images
+that Pillow can decode. img2dataset runs if its command is given (`--img2dataset`). The contender
+with simplejpeg shows the limit: it only reads the files and decodes them.
 
 Main entry: `measure(raw, name, jobs, img2dataset)` runs one contender once, into a temporary
 folder.
@@ -42,6 +43,10 @@ import console
 from benchmarks.images import write_copies, write_images
 
 ROOT = Path(__file__).parents[1]
+LOOP_NAME, LIMIT_NAME = "ShardWriter loop, Pillow check", "bare simplejpeg decode (limit)"
+
+FEW = 200
+"""Images of the short run of each round."""
 
 CATALOG = """
 [sets]
@@ -99,8 +104,8 @@ def commands(raw: Path, out: Path, jobs: int, img2dataset: str) -> dict[str, lis
     build = ["-m", "sharding", "build", "--raw", raw, "--catalog", out / "catalog.toml"]
     lines = {
         "sharding build": [*build, "--out", out / "shards", "--jobs", jobs],
-        "ShardWriter loop, Pillow check": [out / "loop.py", raw, out],
-        "bare simplejpeg decode (limit)": [out / "limit.py", raw, out, jobs],
+        LOOP_NAME: [out / "loop.py", raw, out],
+        LIMIT_NAME: [out / "limit.py", raw, out, jobs],
     }
     lines = {name: [sys.executable, *map(str, command)] for name, command in lines.items()}
     if img2dataset:
@@ -136,9 +141,40 @@ def measure(raw: Path, name: str, jobs: int, img2dataset: str) -> tuple[float, i
         return seconds_and_memory(commands(raw, Path(folder), jobs, img2dataset)[name])
 
 
+def rates_of(spent: dict[str, list[float]], count: int) -> list[float]:
+    """Return the images/s of each round, for `count` more images in the run with all; none if a
+    run with all was not longer than the one with few.
+    """
+    longer = [a - b for a, b in zip(spent["all"], spent["few"], strict=True)]
+    return [count / seconds for seconds in longer] if min(longer) > 0 else []
+
+
+def row_of(
+    name: str, rates: dict[str, list[float]], few_s: list[float], memory: int
+) -> list[object]:
+    """Return a line of the table; a figure that was not measured is None."""
+    used = f"{memory / 2**20:.0f}"
+    if not (own := rates[name]):
+        return [name, *[None] * 6, used]
+    speed = statistics.median(own)
+    start = statistics.median(few_s) - FEW / speed
+    to_loop, to_limit = (
+        f"{speed / statistics.median(rates[other]):.2f}" if rates[other] else None
+        for other in (LOOP_NAME, LIMIT_NAME)
+    )
+    return [
+        name, round(speed), f"{min(own):,.0f}-{max(own):,.0f}", to_loop, to_limit,
+        f"{start:.1f}", f"{(420_000 / speed + start) / 60:.0f}", used,
+    ]  # fmt: skip
+
+
 @click.command(cls=console.Command)
 @click.option(
-    "--images", type=click.IntRange(min=2), default=6000, show_default=True, help="Images to pack."
+    "--images",
+    type=click.IntRange(min=2 * FEW),
+    default=6000,
+    show_default=True,
+    help="Images to pack.",
 )
 @click.option(
     "--repeats",
@@ -164,12 +200,11 @@ def main(
     out: Path | None,
 ) -> None:
     """Measure the packers in turn, and print one table."""
-    few = min(200, images // 2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = folder / "all" / "bench"
         paths = write_copies(raw, originals, images) if originals else write_images(raw, images)
-        for path in paths[:few]:
+        for path in paths[:FEW]:
             copy = folder / "few" / path.relative_to(folder / "all")
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
@@ -184,28 +219,17 @@ def main(
                     took, largest = measure(folder / kind, contender, jobs, img2dataset)
                     times[contender][kind].append(took)
                     memory[contender] = max(memory[contender], largest)
-    rates = {
-        name: [(images - few) / (a - b) for a, b in zip(spent["all"], spent["few"], strict=True)]
-        for name, spent in times.items()
-    }
-    middle = {name: statistics.median(rates_of) for name, rates_of in rates.items()}
-    loop, limit = middle["ShardWriter loop, Pillow check"], middle["bare simplejpeg decode (limit)"]
-    rows = []
-    for name, spent in times.items():
-        start = statistics.median(spent["few"]) - few / middle[name]
-        rows.append(
-            [
-                name, round(middle[name]), f"{min(rates[name]):,.0f}-{max(rates[name]):,.0f}",
-                f"{middle[name] / loop:.2f}", f"{middle[name] / limit:.2f}", f"{start:.1f}",
-                f"{(420_000 / middle[name] + start) / 60:.0f}", f"{memory[name] / 2**20:.0f}",
-            ]
-        )  # fmt: skip
+    rates = {name: rates_of(spent, images - FEW) for name, spent in times.items()}
+    rows = [row_of(name, rates, times[name]["few"], memory[name]) for name in names]
     title = f"{images:,} JPEGs of {size / 1000:.0f} kB on average, {jobs} processes, {repeats} runs"
     columns = [
         "packer", "images/s", "min-max", "/ loop", "/ limit", "start-up s",
         "420k images, min", "largest process MiB",
     ]  # fmt: skip
     console.table(title, columns, rows)
+    for name in names:
+        if not rates[name]:
+            console.say(f"{name}: too few images for a speed; try more than --images {images}")
     if out:
         figures = {"title": title, "seconds": times, "images_per_s": rates, "bytes": memory}
         out.write_text(json.dumps(figures, indent=1) + "\n")
