@@ -34,11 +34,12 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import click
 
 from benchmarks import peers
 
@@ -197,22 +198,30 @@ def measure(contender: Contender, place: Path, workers: int) -> dict[str, float 
     return {"first": first, "last": last, "images": images, "version": version}
 
 
+@click.command()
+@click.argument("name", type=click.Choice(list(CONTENDERS)), metavar="NAME")
+@click.argument("place", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("workers", type=click.IntRange(min=1))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("batch", type=click.IntRange(min=1))
+@click.argument("epochs", type=click.IntRange(min=1))
+@click.option("--prepare", is_flag=True, help="Only write the files that the library needs.")
 def main(
-    name: str, place: str, workers: str, out: str, batch: str, epochs: str, *options: str
+    name: str, place: Path, workers: int, out: Path, batch: int, epochs: int, prepare: bool
 ) -> None:
-    """Write the files that a contender reads (`--prepare`), or measure the contender."""
-    peers.BATCH, peers.EPOCHS = int(batch), int(epochs)
+    """Time the loader NAME on the images in PLACE; `benchmarks.loader` calls this."""
+    peers.BATCH, peers.EPOCHS = batch, epochs
     contender = CONTENDERS[name]
     if not is_installed(contender):
         result = {"missing": contender.package}
-    elif "--prepare" in options:
+    elif prepare:
         result = {}
         if contender.prepare:
-            contender.prepare(Path(place))
+            contender.prepare(place)
     else:
-        result = measure(contender, Path(place), int(workers))
-    Path(out).write_text(json.dumps(result))
+        result = measure(contender, place, workers)
+    out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
