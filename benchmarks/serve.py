@@ -19,7 +19,7 @@ serve` on this machine three times: by 1 client, by 8 and by 32 at the same time
 its own connection and sends one file per request. After the rounds, each file below `--hostile` is
 sent alone. The status must be 422, with the error of `predict.py`, if `predict.py` cannot read the
 file. Otherwise it must be 413 for more than 50 MiB, else 200. At the end the server gets SIGTERM
-during 16 requests.
+during `LAST` (16) requests, or one per photograph if there are fewer.
 
 A table of images/s, CPU milliseconds per image and response times is printed. `ratio` is the
 server's images per second divided by those of `predict.py`. `CPU ratio` is the CPU time per image
@@ -64,6 +64,8 @@ from storage import cores
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (1, 8, 32)
+LAST = 16
+"""Requests at most that the server is answering when it gets SIGTERM."""
 
 
 def started(arguments: list[str], log: Path) -> tuple[subprocess.Popen, int]:
@@ -188,7 +190,10 @@ def hostile(port: int, folder: Path, detector: ImageDetector) -> dict[str, Any]:
 
 
 def stop(process: subprocess.Popen, port: int, files: dict[Path, bytes]) -> dict[str, Any]:
-    """Send SIGTERM during 16 requests; returns the statuses of these and the exit code."""
+    """Send SIGTERM during `LAST` requests, one for each file at most.
+
+    Returns their number, statuses and the server's exit code.
+    """
     answers: list[str] = []
 
     def work(path: Path) -> None:
@@ -199,14 +204,16 @@ def stop(process: subprocess.Popen, port: int, files: dict[Path, bytes]) -> dict
             answers.append(type(error).__name__)
         connection.close()
 
-    threads = [threading.Thread(target=work, args=(path,)) for path in list(files)[:16]]
+    threads = [threading.Thread(target=work, args=(path,)) for path in list(files)[:LAST]]
     for thread in threads:
         thread.start()
     time.sleep(0.3)  # the server has accepted all of them
     process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
-    return {"statuses": Counter(answers), "code": process.wait(120)}
+    return {
+        "requests": len(threads), "statuses": Counter(answers), "code": process.wait(120),
+    }  # fmt: skip
 
 
 def middle(rounds: list[dict[str, Any]], what: str) -> float:
@@ -246,6 +253,8 @@ def main(
 ) -> None:  # fmt: skip
     """Measure the API and `predict.py` in turn, and print one table."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise click.ClickException(f"no image below {folder}; put photographs there")
     files = {path: path.read_bytes() for path in paths[:: max(1, len(paths) // images)][:images]}
     detector = load_detector(checkpoint, runs=runs, device=device, backend="pil")
     expected = dict(zip(files, detector.predict(files, batch_size), strict=True))
@@ -306,7 +315,8 @@ def main(
         console.say(f"hostile: {dict(wrongs['statuses'])}, slowest {wrongs['slowest']:.1f} s")
         for line in wrongs["wrong"]:
             console.say(f"  not as predict.py: {line}")
-    console.say(f"SIGTERM with 16 requests: {dict(ended['statuses'])}, exit code {ended['code']}")
+    requests = f"{ended['requests']} request{'s' if ended['requests'] > 1 else ''}"
+    console.say(f"SIGTERM with {requests}: {dict(ended['statuses'])}, exit code {ended['code']}")
     if out:
         plain = {"title": title, "python": platform.python_version(), "rows": rows,
                  "difference": difference, "hostile": wrongs, "stopped": ended}  # fmt: skip
