@@ -379,7 +379,7 @@ def _how_to_get_weights(network: Network, error: Exception) -> str:
     if network.name == CLIP_8_BIT.name:
         ways.insert(0, "type `python -m model fetch` and give --init-from clip")
     if not network.freeze_backbone:  # random weights are refused for a frozen backbone
-        ways.append("train from random weights with --no-pretrained")
+        ways.append("use random weights: --no-pretrained or --set network.pretrained=false")
     return f"the weights of {network.name} {fault} ({first_line(error)}); {', or '.join(ways)}"
 
 
