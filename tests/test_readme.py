@@ -33,7 +33,7 @@ from tests.goldens import check_printed
 
 # The log keeps old commands that no longer exist.
 PAGES = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md",
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md",
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"),
 ]  # fmt: skip
 COMMANDS = {
@@ -44,14 +44,12 @@ COMMANDS = {
 
 def typed(prefix: str) -> list[str]:
     """Return the lines in code blocks of the pages that begin with `prefix`."""
-    blocks = [b for page in PAGES for b in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)]
-    indented = [re.findall(r"^    (\S.*)$", page.read_text(), re.M) for page in PAGES]
-    lines = [
-        line for block in [*blocks, *("\n".join(i) for i in indented)] for line in block.split("\n")
-    ]
-    return sorted(
-        {line.split(" #")[0].strip() for line in lines if line.strip().startswith(prefix)}
-    )
+    texts = [re.sub(r" *\\\n *", " ", page.read_text(encoding="utf-8")) for page in PAGES]
+    blocks = [block for text in texts for block in re.findall(r"```\w*\n(.*?)```", text, re.S)]
+    lines = [line for block in blocks for line in block.split("\n")]
+    lines += [line for text in texts for line in re.findall(r"^    (\S.*)$", text, re.M)]
+    commands = [re.sub(r"^[A-Z_]+=\S+ ", "", line.split(" #")[0].strip()) for line in lines]
+    return sorted({command for command in commands if command.startswith(prefix)})
 
 
 @pytest.mark.parametrize("line", typed("make "))
@@ -82,15 +80,19 @@ def test_python_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.Mo
     name = next((name for name in COMMANDS if line.startswith(f"python {name}")), None)
     if benchmark := re.match(r"python (-m (benchmarks\.\w+))", line):
         name = benchmark[1]
+    if name is None and line.startswith(("python -m venv ", "python -m pip ")):
+        return
     if name is None:
         assert (ROOT / shlex.split(line)[1]).exists(), line
         return
     arguments = shlex.split(line.removeprefix(f"python {name}"))
     for argument in arguments:  # create the files that the command needs
-        if re.search(r"[/.]", argument) and not argument.startswith("-") and "=" not in argument:
+        is_path = re.search(r"[/.]", argument) or argument.isupper()
+        if is_path and not argument.startswith("-") and "=" not in argument:
             path = tmp_path / argument
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("") if path.suffix else path.mkdir(exist_ok=True)
+            is_file = path.suffix or argument == "FILE"
+            path.write_text("") if is_file else path.mkdir(exist_ok=True)
     command: click.Command = COMMANDS.get(name) or import_module(benchmark[2]).main
     if isinstance(command, click.Group) and arguments and arguments[0] in command.commands:
         command = command.commands[arguments.pop(0)]
