@@ -2,9 +2,11 @@
 
 import re
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 
 import recipes
@@ -297,3 +299,47 @@ def test_the_findings_of_the_log_have_a_section_and_its_date() -> None:
     headings = re.findall(r"^## (\S+) (.*)$", text_of(ROOT / "docs/log.md"), re.M)
     assert len(rows) >= 20
     assert set(rows) <= set(headings)
+
+
+def named_in_changelog(pattern: str) -> set[str]:
+    """Return the captures of a pattern in the entries of the changelog, but not what is gone."""
+    text = re.sub(r"^- Gone: .*?(?=^- )", "", text_of(ROOT / "CHANGELOG.md"), flags=re.S | re.M)
+    return set(re.findall(pattern, " ".join(text.split())))
+
+
+@pytest.mark.parametrize("package", ["sharding", "pipeline", "model"])
+def test_the_commands_of_the_changelog_exist(package: str) -> None:
+    main: click.Group = import_module(f"{package}.__main__").main
+    lines = named_in_changelog(rf"`(?:python -m )?{package} ([a-z][a-z |]*)")
+    commands = {name.split()[0] for line in lines for name in line.split("|") if name.strip()}
+    assert commands and commands <= main.commands.keys()
+
+
+def test_the_benchmarks_of_the_changelog_exist() -> None:
+    names = {
+        name for line in named_in_changelog(r"`(?:python -m )?benchmarks\.(\w+(?: \| \w+)*)")
+        for name in line.split(" | ")
+    }  # fmt: skip
+    assert len(names) > 10
+    assert not {name for name in names if not (ROOT / f"benchmarks/{name}.py").exists()}
+
+
+def test_the_recipe_keys_of_the_changelog_exist() -> None:
+    tables = re.split(r"^## \[(\w+).*\]$", text_of(ROOT / "docs/recipe-keys.md"), flags=re.M)[1:]
+    known = {
+        f"{table}.{key}" for table, text in zip(tables[::2], tables[1::2], strict=True)
+        for key in re.findall(r"^\| `(\w+)` \|", text, re.M)
+    }  # fmt: skip
+    keys = named_in_changelog(rf"`((?:{'|'.join(tables[::2])})\.[a-z_]+)(?=[` =])")
+    assert len(keys) > 20 and keys <= known
+
+
+def test_the_options_of_the_changelog_exist() -> None:
+    code = "\n".join(
+        text_of(path) for folder in (".", "model", "sharding", "serve", "benchmarks")
+        for path in (ROOT / folder).glob("*.py")
+    )  # fmt: skip
+    options = named_in_changelog(r"(?<=[` ])(--[a-z-]+)")
+    assert len(options) > 20
+    of_click = {"--help", "--version"}
+    assert not {option for option in options - of_click if f'"{option}"' not in code}
