@@ -59,6 +59,13 @@ def test_make_targets_exist(line: str) -> None:
         assert "=" in target or target in targets, line
 
 
+def test_the_pages_set_only_variables_of_the_makefile() -> None:
+    variables = re.findall(r"^([A-Z]+) [?:]=", (ROOT / "Makefile").read_text(), re.M)
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    named = {name for text in texts for name in re.findall(r"make [a-z-]+ ([A-Z]+)=", text)}
+    assert "PYTHON" in named and named <= set(variables)
+
+
 @pytest.mark.parametrize("python", ["python3", ".venv/bin/python"])
 def test_the_gpu_tests_install_nothing_with_a_python_of_your_own(python: str) -> None:
     """A GPU machine may reach no package registry (benchmarks/README.md)."""
