@@ -82,7 +82,8 @@ def trained(file: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shipped(trained: Path, file: Path, tmp_path: Path) -> Path:
-    """Return a shipped detector with the default name; the runs folder is `tmp_path / none`."""
+    """Return a shipped detector with the default name; `tmp_path / none` is a folder without runs."""
+    (tmp_path / "none").mkdir()
     return head.save_head(trained, tmp_path / "detectors" / NAME, spec_of(file))
 
 
@@ -306,12 +307,16 @@ def test_a_shipped_head_works_like_any_checkpoint(
     for name, weight in checkpoint.read_weights(back).items():
         torch.testing.assert_close(weight, checkpoint.read_weights(trained)[name])
     line = ["--shards", "val", "--data", str(data), "--runs", str(tmp_path / "none"),
-            "--checkpoint", NAME, "--device", "cpu", "--backend", "pil"]  # fmt: skip
-    result = CliRunner().invoke(evaluate.main, line)
-    assert result.exit_code == 0, result.output
+            "--device", "cpu", "--backend", "pil"]  # fmt: skip
+    for named in (NAME, str(trained)):
+        result = CliRunner().invoke(evaluate.main, [*line, "--checkpoint", named])
+        assert result.exit_code == 0, result.output
     report = tmp_path / "none" / NAME / "evaluation" / "val" / "report.json"
     assert json.loads(report.read_text())["step"] == 7  # nothing is written into the detector
     assert sorted(p.name for p in shipped.parent.iterdir()) == [NAME]
+    with pytest.raises(hub.HubError, match="of another file of tiny step 7"):
+        head.save_head(trained, tmp_path / "other", head.backbone_of(shipped), report=report)
+    report = trained.parent / "evaluation" / "val" / "report.json"
     carded = head.save_head(trained, tmp_path / "carded", head.backbone_of(shipped), report=report)
     assert r"| val\: gamma |" in (carded / "README.md").read_text()
     logging.getLogger("ai_images_detector").handlers.clear()
