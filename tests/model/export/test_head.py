@@ -82,7 +82,7 @@ def trained(file: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shipped(trained: Path, file: Path, tmp_path: Path) -> Path:
-    """Return a shipped detector with the default name; `tmp_path / none` is a folder without runs."""
+    """Return a shipped detector with the default name; `tmp_path / none` has no runs."""
     (tmp_path / "none").mkdir()
     return head.save_head(trained, tmp_path / "detectors" / NAME, spec_of(file))
 
