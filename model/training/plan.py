@@ -62,6 +62,7 @@ from model.training.sets import (
     lacking_in_groups,
     open_stream,
     open_validation,
+    traffic,
 )
 from model.training.validation import Best, Gain, Validation
 from pipeline.stream import Stream
@@ -224,6 +225,7 @@ def plan(
         warnings=(
             *_warnings(recipe, weights, starts_trained, resumed),
             *lacking_in_groups(recipe, stream),
+            *traffic(recipe, stream),
         ),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,

@@ -19,9 +19,10 @@ cannot be read, and these errors, all `ValueError`s:
 - `LoadError`: a tar is missing or has another length than in the index; for training, also if the
   image decoder is not installed or shared memory is too small.
 
-`lacking_in_groups(recipe, stream)` returns a line for the user (a list of at most one text) if the
-training sets lack sources of `calibration.together`. Two checks take what these functions returned,
-and return nothing. `check_sets(recipe, stream)` raises
+Two functions return a line for the user (a list of at most one text): `lacking_in_groups(recipe,
+stream)` if the training sets lack sources of `calibration.together`, and `traffic(recipe, stream)`
+if each epoch would fetch most of the sets again. Two checks take what these functions returned, and
+return nothing. `check_sets(recipe, stream)` raises
 
 - `OrderError` if the samples of an epoch do not fill one batch (over all ranks);
 - `LoadError` if the training sets lack a source of `data.repeats`, or the recipe lacks the
@@ -47,9 +48,10 @@ from model.distributed import DistEnv
 from model.recipe import Recipe, ResolvedRecipe
 from pipeline.loader import check_shards, open_loader
 from pipeline.params import train_params
+from pipeline.remote import PIECE
 from pipeline.stream import Stream, open_pool
 from sharding.format import CLASSES, ShardSet, open_shards, read_index
-from storage import AnyPath
+from storage import AnyPath, is_local
 
 
 def open_stream(
@@ -200,6 +202,28 @@ def lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
     return [
         f"calibration.together names sources that the training sets lack: "
         f"{', '.join(lacking[:3])}{more}"
+    ]
+
+
+def traffic(recipe: Recipe, stream: Stream) -> list[str]:
+    """Return a line if samples in random order come from sets at an address that are larger than
+    the cache: then a whole piece of a shard is fetched for nearly every sample.
+    """
+    loading, shards = recipe.loading, stream.pool.shards
+    far = {
+        (folder, name): size
+        for folder, name, size in zip(
+            shards.folders, shards.shards, shards.shard_bytes, strict=True
+        )
+        if not is_local(folder)
+    }
+    size = sum(far.values()) / 1e9
+    if loading.shuffle != "global" or size <= loading.cache_gb:
+        return []
+    return [
+        f"the sets at an address have {size:,.0f} GB, more than loading.cache_gb "
+        f"{loading.cache_gb:g}, so nearly each sample of a global shuffle fetches "
+        f"{PIECE / 2**20:g} MiB; set loading.shuffle=block, or a larger cache"
     ]
 
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from model import checkpoint
 from model.recipe import Calibrating, Recipe
 from model.training.plan import plan
 from model.training.run import train
+from model.training.sets import traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -29,6 +31,27 @@ def test_views_that_no_epoch_reads_are_a_warning(
     warnings = plan(recipe, data, tmp_path, init_from=weights).warnings
     assert [line for line in warnings if "views" in line] == [
         f"run.epochs={epochs} reads only {epochs} of 5 views; set 5 or more"
+    ] * count
+
+
+@pytest.mark.parametrize(("setting", "count"), [
+    ("loading.cache_gb=4", 1), ("loading.cache_gb=9", 0), ("loading.shuffle=block", 0),
+])  # fmt: skip
+def test_a_global_shuffle_of_large_sets_at_an_address_is_a_warning(
+    load: Load, weights: Path, data: Path, tmp_path: Path, setting: str, count: int
+) -> None:
+    recipe = load("loading.cache_gb=4", setting)
+    stream = plan(recipe, data, tmp_path, init_from=weights).stream
+    assert not traffic(recipe, stream)  # on disk
+    shards = stream.pool.shards
+    far = replace(
+        shards,
+        folders=(UPath("memory://bucket/shards"),) * len(shards.folders),
+        shard_bytes=(8 * 10**9, *[0] * (len(shards.shard_bytes) - 1)),
+    )
+    stream = replace(stream, pool=replace(stream.pool, shards=far))
+    assert [line[:47] for line in traffic(recipe, stream)] == [
+        "the sets at an address have 8 GB, more than loa"
     ] * count
 
 
