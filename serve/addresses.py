@@ -68,6 +68,8 @@ class Allowance:
             alarm.start()
             with self._lock:
                 self._open.add(twin)
+                if time.monotonic() >= self.until:  # `end` was called just before
+                    _cut(twin)
             try:
                 yield
             finally:

@@ -280,14 +280,17 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
     folders = sets_in(folder)
     total = sum(read_index(each)["samples"] for each in folders)
     with console.progress("verifying", total) as advance:
-        faults = unfinished_in(folder) + verify(folders, jobs=jobs or 0, on_images=advance)
+        unfinished = unfinished_in(folder)
+        damaged = verify(folders, jobs=jobs or 0, on_images=advance)
+    faults = unfinished + damaged
     for fault in faults[:20]:
         console.say(fault)
     names = ", ".join(each.name for each in folders)
     if faults:
+        remedy = "Delete each damaged shard and run" if damaged else "Run"
         raise click.ClickException(
-            f"faults in {names}: {len(faults):,} (listed above: {min(20, len(faults))}). "
-            "Delete each damaged shard and run the build again to pack it anew"
+            f"{console.counted(len(faults), 'fault')} (listed above: {min(20, len(faults))}). "
+            f"{remedy} the build again to pack what is missing"
         )
     images = console.counted(total, "image")
     console.say(f"{names}: {images} match the index, no image is in two splits")

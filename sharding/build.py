@@ -11,7 +11,7 @@ It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns 
 index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
 contradict the catalog. `RawError`: broken file. `ShardError`: bad images, no class, raw file or
 catalog entry of packed images gone, `only` names a set without images, unknown files in a set, or
-a set to which no image goes any more. `ChangedError` (a `ShardError`): raw file just changed.
+images of a set go to another one now. `ChangedError` (a `ShardError`): raw file just changed.
 `ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, other build.
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from console import counted, log
@@ -43,6 +44,7 @@ from sharding.format import (
     TIMM_FILE,
     ShardError,
     content_sha256,
+    table_from,
     timm_info,
 )  # fmt: skip
 from sharding.inventory import (
@@ -154,7 +156,7 @@ def build(
                 one.refuse_lacking_class()
         for one in builds.values():
             one.plan(out)
-        _refuse_left(out, present, scan, only)
+        _refuse_left(out, present, scan, builds)
         # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:
@@ -180,22 +182,27 @@ def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[st
 
 
 def _refuse_left(
-    out: AnyPath, present: Sequence[str], scan: SourceScan, only: Sequence[str]
+    out: AnyPath, present: Sequence[str], scan: SourceScan, builds: "dict[str, _SetBuild]"
 ) -> None:
-    """Refuse to leave a set to which no image of its sources goes any more: its images may be in
-    other sets now. With `only`, just log it.
+    """Log each set to which no image of its sources goes any more, such as after its raw files were
+    deleted. Refuse it if one of its images is in the sets that are built now.
 
     Raises:
-        ShardError: there is such a set.
+        ShardError: an image would be in two sets.
     """
     for name in sets_left(out, out / WORK_FOLDER, present, scan.listings):
-        fault = (
-            f"set {name} is out of date: no image goes to it any more, and those of its earlier "
-            f"build may be in other sets now. Correct the catalog, or delete {out / name}"
-        )
-        if not only:
-            raise ShardError(f"{fault} and build again (no set was changed)")
-        log.warning("%s", fault)
+        path = out / name / SAMPLES_FILE
+        packed = table_from(path.read_bytes()).column("key") if path.exists() else pa.array([])
+        for one in builds.values():
+            here = pa.array(packed.to_pylist(), pa.string())
+            both = pc.sum(pc.is_in(one.samples.column("key"), here)).as_py()
+            if both:
+                raise ShardError(
+                    f"set {name} is out of date: no image goes to it any more, and {both:,} of its "
+                    f"earlier build would be in set {one.name} too. Correct the catalog, or delete "
+                    f"{out / name} and build again (no set was changed)"
+                )
+        log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:

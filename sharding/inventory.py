@@ -52,7 +52,7 @@ from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
 from storage import AnyPath, any_path, files_in, parse_json, write_atomically
 
-FACTS_VERSION = "5"
+FACTS_VERSION = "4"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
 
 CHUNK = 256

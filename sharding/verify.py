@@ -84,8 +84,9 @@ def unfinished_in(folder: AnyPath) -> list[str]:
 
 
 def _unfinished(folder: AnyPath) -> list[AnyPath]:
-    with_tars = sorted({path.parent for path in folder.glob("*/*.tar")})
-    return [path for path in with_tars if not (path / INDEX_FILE).exists()]
+    # Only a build writes the positions of a tar beside it; other programs leave tars too.
+    packed = sorted({path.parent for path in folder.glob("*/*.idx")})
+    return [path for path in packed if not (path / INDEX_FILE).exists()]
 
 
 def verify(

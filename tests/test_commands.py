@@ -283,6 +283,8 @@ def test_predict_as_csv_and_jsonl(runs: Path, photos: Path) -> None:
 
 
 def test_predict_without_a_checkpoint_says_how_to_get_one(tmp_path: Path, photos: Path) -> None:
+    assert "there is no folder" in run(predict.main, photos, "--runs", tmp_path / "none").output
+    (tmp_path / "none").mkdir()
     result = run(predict.main, photos, "--runs", tmp_path / "none")
     assert result.exit_code == 2
     assert "python train.py --phase 1" in result.output

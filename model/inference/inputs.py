@@ -76,7 +76,7 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
             matched = True
             if match.startswith(tuple(folders)):
                 continue  # inside a folder that matched: its images were yielded
-            if "**" in pattern and (link := _link_above(match, fixed_part(path))):
+            if "**" in pattern and (link := _link_above(match, pattern)):
                 excluded["a link to a folder"] += link not in links
                 links.add(link)
                 continue
@@ -87,12 +87,14 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
             yield _unreadable(path, "no file matches this pattern")
 
 
-def _link_above(match: str, top: Path) -> str:
-    """Return the first linked folder on the way from `top` to `match`, or "". A `**` would follow
-    such links without end.
+def _link_above(match: str, pattern: str) -> str:
+    """Return the first linked folder that a `**` of `pattern` followed to `match`, or "". Links
+    could form a loop.
     """
-    path = Path(top)
-    for part in Path(match).relative_to(top).parts:
+    named = Path(pattern).parts.index("**") if "**" in Path(pattern).parts else 0
+    parts = Path(match).parts
+    path = Path(*parts[:named])
+    for part in parts[named:]:
         path /= part
         if os.path.islink(path) and os.path.isdir(path):  # noqa: PTH112, PTH114  long names
             return str(path)

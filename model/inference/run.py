@@ -112,11 +112,11 @@ class Run:
             for index, file in enumerate(files):
                 is_written = self._is_written(file)
                 # The first batch is scored completely: rounding depends on the batch size.
+                if is_written and (index >= first or self.heatmaps):
+                    file = self._pass_over(file)
                 if not is_written or index < first:
                     notes.append(Note(is_written=is_written))
                     yield self._noted(file, notes[-1])
-                else:
-                    self._pass_over(file)
                 self.skipped += is_written
 
         with contextlib.closing(self.detector.stream(reading(), batch_size, start)) as predictions:
@@ -147,9 +147,10 @@ class Run:
             return file
         try:
             data = file.read()
-            self._draw(file.name, data, self.heatmaps)
-        except DecodeError:  # its line has the reason
+        except (DecodeError, OSError):  # its line has the reason
             return file
+        with contextlib.suppress(DecodeError):
+            self._draw(file.name, data, self.heatmaps)
         return ImageFile(file.name, lambda: data)
 
     def _remaining(

@@ -59,10 +59,9 @@ from model.training.resume import as_saved, check_same_recipe, resumable_checkpo
 from model.training.sets import (
     check_apart,
     check_sets,
-    lacking_in_groups,
     open_stream,
     open_validation,
-    traffic,
+    warnings_of,
 )
 from model.training.validation import Best, Gain, Validation
 from pipeline.stream import Stream
@@ -224,8 +223,7 @@ def plan(
         spared=frozenset(checkpoint.checkpoints_of(folder)) - {*whole},
         warnings=(
             *_warnings(recipe, weights, starts_trained, resumed),
-            *lacking_in_groups(recipe, stream),
-            *traffic(recipe, stream),
+            *warnings_of(recipe, stream),
         ),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,
@@ -363,8 +361,8 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
     starts = f"{recipe.name} starts from the best checkpoint of {run}"
     if best is None:
         raise checkpoint.CheckpointError(
-            f"{starts}, which has none; {_how_to_train(recipe.run.init_from)} first, or name one "
-            "with --init-from CHECKPOINT"
+            f"{starts}, which has none; {_how_to_train(recipe.run.init_from)}, or name a "
+            "checkpoint with --init-from"
         )
     if reasons := checkpoint.refusal_of(best):
         raise checkpoint.CheckpointError(
@@ -375,12 +373,12 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
 
 
 def _how_to_train(run: str) -> str:
-    """Return the command that trains a run, in words if no built-in recipe has its name."""
+    """Return how to train a run: a command, or in words if it is not that of a built-in recipe."""
     if run == "phase1":
-        return f"run `{command('train')} --phase 1`"
-    if (recipes.FOLDER / f"{run}.toml").is_file():
-        return f"run `{command('train')} --recipe recipes/{run}.toml`"
-    return "train that run"
+        return f"run `{command('train')} --phase 1` first"
+    if (recipes.FOLDER / f"{run}.toml").is_file():  # its header has the options that it needs
+        return f"train it first, with the same --runs: the command is in recipes/{run}.toml"
+    return "train that run first"
 
 
 def _starts_trained(recipe: Recipe, init_from: Path | None, resumed: Path | None) -> bool:

@@ -19,10 +19,9 @@ cannot be read, and these errors, all `ValueError`s:
 - `LoadError`: a tar is missing or has another length than in the index; for training, also if the
   image decoder is not installed or shared memory is too small.
 
-Two functions return a line for the user (a list of at most one text): `lacking_in_groups(recipe,
-stream)` if the training sets lack sources of `calibration.together`, and `traffic(recipe, stream)`
-if each epoch would fetch most of the sets again. Two checks take what these functions returned, and
-return nothing. `check_sets(recipe, stream)` raises
+`warnings_of(recipe, stream)` returns lines for the user, a list of texts: if the training sets lack
+sources of `calibration.together`, and if each epoch would fetch most of the sets again. Two checks
+take what these functions returned, and return nothing. `check_sets(recipe, stream)` raises
 
 - `OrderError` if the samples of an epoch do not fill one batch (over all ranks);
 - `LoadError` if the training sets lack a source of `data.repeats`, or the recipe lacks the
@@ -190,7 +189,12 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
     train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)
 
 
-def lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
+def warnings_of(recipe: Recipe, stream: Stream) -> list[str]:
+    """Return lines for likely mistakes about the sets; empty if there are none."""
+    return [*_lacking_in_groups(recipe, stream), *_traffic(recipe, stream)]
+
+
+def _lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
     """Return a line on sources of `calibration.together` that the training sets lack, if there are
     any: a misspelled name has no effect. A recipe may name more sources than a user has.
     """
@@ -205,11 +209,13 @@ def lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
     ]
 
 
-def traffic(recipe: Recipe, stream: Stream) -> list[str]:
-    """Return a line if samples in random order come from sets at an address that are larger than
-    the cache: then a whole piece of a shard is fetched for nearly every sample.
+def _traffic(recipe: Recipe, stream: Stream) -> list[str]:
+    """Return a line if images in random order come from sets at an address that are larger than the
+    cache: then a whole piece of a shard is fetched for nearly every image.
     """
     loading, shards = recipe.loading, stream.pool.shards
+    if recipe.features and recipe.features.stored:  # images are read once, in order
+        return []
     far = {
         (folder, name): size
         for folder, name, size in zip(

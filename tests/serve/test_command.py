@@ -147,6 +147,7 @@ def test_a_used_port_or_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None
         result = CliRunner().invoke(main, ["--port", port])
     assert result.exit_code == 1
     assert re.fullmatch(rf"(.*\n)*Error: port {port} .* in use; .*--port.*\n", result.stderr)
+    (tmp_path / "none").mkdir()
     result = CliRunner().invoke(main, ["--port", "0", "--runs", str(tmp_path / "none")])
     assert result.exit_code == 1 and "no checkpoint below" in result.stderr
 

@@ -217,10 +217,24 @@ def test_a_set_to_which_no_image_goes_any_more_stops_the_build(
     with pytest.raises(ShardError, match=rf"set val is out of date.* delete {out}/val and build "):
         build_all(raw, out)
     assert hashes(out) == before
-    build_one(raw, out, "new")
-    assert "set val is out of date" in caplog.text
     shutil.rmtree(out / "val")
     build_all(raw, out)
+
+
+def test_a_set_whose_raw_files_were_deleted_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing moved to another set, and its images cannot be packed again."""
+    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    fakes = 'folder = "fake", generator = "diffusion"'
+    text = CATALOG.replace("set = { new = 0.8, val = 0.2 }", 'set = "new"')
+    (raw / "catalog.toml").write_text(text.replace(fakes, f'{fakes}, set = "val"'))
+    before = hashes(build_all(raw, out))
+    shutil.rmtree(raw / "gamma/fake")
+    after = hashes(build_all(raw, out))
+    assert "set val is out of date: no image goes to it any more; it is kept" in caplog.text
+    kept = {name for name in before if name.startswith("val/")}
+    assert kept and all(after[name] == before[name] for name in kept)
 
 
 def test_a_set_of_another_catalog_stays(tmp_path: Path) -> None:

@@ -395,7 +395,11 @@ def test_a_set_whose_build_did_not_finish_is_a_fault(copy: Path) -> None:
     status, output = run("verify", copy)
     assert status == 1
     assert "old: tar files but no index.json: its build did not finish; run it again" in output
+    assert "1 fault (listed above: 1). Run the build again" in output
     assert run("verify", copy / "new")[0] == 0
+    (copy / "downloads").mkdir()
+    (copy / "downloads/others.tar").write_bytes(b"not of a build")
+    assert "downloads" not in run("verify", copy)[1]
     for name in ("new", "val"):
         shutil.rmtree(copy / name)
     status, output = run("verify", copy)

@@ -23,7 +23,7 @@ def test_a_pattern_does_not_follow_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "a/self").symlink_to(".")
     (tmp_path / "a/link.jpg").symlink_to("1.jpg")
     (tmp_path / "top").symlink_to("a")  # named in the pattern, so it is followed
-    for pattern in ("a/**/*.jpg", "**/*.jpg", "top/**/*.jpg"):
+    for pattern in ("a/**/*.jpg", "**/*.jpg", "top/**/*.jpg", "to*/**/*.jpg"):
         excluded: Counter[str] = Counter()
         files = inputs.find_images([f"{tmp_path}/{pattern}"], excluded)
         names = sorted(Path(file.name).name for file in files)

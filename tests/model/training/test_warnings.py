@@ -8,10 +8,10 @@ import pytest
 from upath import UPath
 
 from model import checkpoint
-from model.recipe import Calibrating, Recipe
+from model.recipe import Calibrating, Features, Recipe
 from model.training.plan import plan
 from model.training.run import train
-from model.training.sets import traffic
+from model.training.sets import warnings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -42,7 +42,7 @@ def test_a_global_shuffle_of_large_sets_at_an_address_is_a_warning(
 ) -> None:
     recipe = load("loading.cache_gb=4", setting)
     stream = plan(recipe, data, tmp_path, init_from=weights).stream
-    assert not traffic(recipe, stream)  # on disk
+    assert not warnings_of(recipe, stream)  # on disk
     shards = stream.pool.shards
     far = replace(
         shards,
@@ -50,9 +50,12 @@ def test_a_global_shuffle_of_large_sets_at_an_address_is_a_warning(
         shard_bytes=(8 * 10**9, *[0] * (len(shards.shard_bytes) - 1)),
     )
     stream = replace(stream, pool=replace(stream.pool, shards=far))
-    assert [line[:47] for line in traffic(recipe, stream)] == [
+    assert [line[:47] for line in warnings_of(recipe, stream)] == [
         "the sets at an address have 8 GB, more than loa"
     ] * count
+    frozen = replace(recipe.network, freeze_backbone=True)
+    stored = replace(recipe, network=frozen, features=Features())
+    assert not warnings_of(stored, stream)  # each image is read once, in order
 
 
 def test_sources_of_a_group_that_the_sets_lack_are_a_warning(
