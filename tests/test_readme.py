@@ -69,7 +69,7 @@ def test_the_pages_set_only_variables_of_the_makefile() -> None:
 @pytest.mark.parametrize("python", ["python3", ".venv/bin/python"])
 def test_the_gpu_tests_install_nothing_with_a_python_of_your_own(python: str) -> None:
     """A GPU machine may reach no package registry (benchmarks/README.md)."""
-    dry_run = ["make", "--dry-run", "--always-make", "test-gpu"]
+    dry_run = ["make", "--no-print-directory", "--dry-run", "--always-make", "test-gpu"]
     own = subprocess.check_output([*dry_run, f"RUN={python}"], cwd=ROOT, text=True)
     assert own == f"REQUIRE_GPU=1 {python} -m pytest -m gpu tests/pipeline\n"
     assert "pip install" in subprocess.check_output(dry_run, cwd=ROOT, text=True)
