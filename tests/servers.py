@@ -1,18 +1,34 @@
 """Serve small datasets on loopback as Hugging Face, Kaggle and plain HTTP do, and download them.
 
-Main entry: `Server`. It answers only the requests that the client libraries send.
+Main entry: `Server`. It answers only the requests that the client libraries send. `run_async(work)`
+runs a coroutine, for tests of servers.
 """
 
+import asyncio
 import hashlib
 import json
 import random
 import threading
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from sharding.catalog import Fetch, Source
 from sharding.fetch import Fetched, fetch_source
+
+Result = TypeVar("Result")
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of a coroutine. It runs in a thread of its own, because Playwright's event
+    loop stays in the main thread after the first browser test.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
 
 REPO = "owner/set"
 MODEL = "owner/detector"

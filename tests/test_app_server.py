@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 import app_server
+from tests.servers import run_async
 
 UPLOAD = "/_stcore/upload_file/session/file"
 MB = 2**20
@@ -132,7 +133,7 @@ def test_an_upload_that_stops_frees_its_memory(monkeypatch: pytest.MonkeyPatch) 
         assert guard.arriving == 0
         return statuses
 
-    assert asyncio.run(upload()) == [408]
+    assert run_async(upload()) == [408]
 
 
 def test_simultaneous_uploads_are_counted_together(streamlit: Streamlit) -> None:
@@ -162,7 +163,7 @@ def test_simultaneous_uploads_are_counted_together(streamlit: Streamlit) -> None
         assert guard.arriving == 0
         return statuses
 
-    statuses = asyncio.run(together([(b"content-length", b"1048576")]))
+    statuses = run_async(together([(b"content-length", b"1048576")]))
     assert sorted(statuses) == [204] * 4 + [503] * 6
     go_on.clear()
-    assert asyncio.run(together([])) == [503] * 10
+    assert run_async(together([])) == [503] * 10

@@ -22,6 +22,7 @@ from serve.limits import MB, Limits, Refused
 from serve.metrics import Metrics
 from tests.builders import encode, photo
 from tests.serve.conftest import Gate, Serve
+from tests.servers import run_async
 
 PHOTO = encode(photo(1))
 JPEG = {"content-type": "image/jpeg"}
@@ -209,7 +210,7 @@ def ask(
         }  # fmt: skip
         await make_app(service)(scope, receive, answer)
 
-    asyncio.run(run())
+    run_async(run())
     (status,) = statuses
     return status
 
