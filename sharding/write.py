@@ -208,10 +208,10 @@ def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
         stored = prepare(data).data if row["transcoded_from"] else data
         if hashlib.sha256(stored).digest() == row["sha256"]:
             return stored
-        found = "other bytes"
+        reason = "other bytes"
     except DecodeError as error:
-        found = str(error)
-    raise ChangedError(row["source"], row["path"], row["origin"], found)
+        reason = str(error)
+    raise ChangedError(row["source"], row["path"], row["origin"], reason)
 
 
 def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | None:
