@@ -23,7 +23,7 @@ LEFT_OUT = {
 
 EXTRAS = (
     "pandas", "streamlit", "sklearn", "onnxruntime", "onnxscript", "fastapi", "uvicorn", "captum",
-    "c2pa", "kagglehub", "ray", "s3fs", "nvidia.dali", "wandb", "pytest",
+    "c2pa", "kagglehub", "ray", "s3fs", "wandb", "pytest",
 )  # fmt: skip
 """Modules that are missing in an installation without extras."""
 
