@@ -368,7 +368,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)
-        again = "; --resume reads none of the file again: score them into another --out"
+        again = "; those with a row are not read again: score them into another --out"
         again = again if run.out and run.out.unreadable else ""
         click.echo(f"{unreadable:,} of {total:,} images could not be read{again}", err=True)
     if run.undrawn:

@@ -12,10 +12,11 @@ refused (if all were refused, the first).
 - `verdicts`: a dict with the same file ids -> "likely AI", "uncertain", "no sign of AI", or
   "unreadable" for a refused file. A missing id raises KeyError.
 
-`summary(scored, verdicts)` returns the number of images in all and per verdict as text. `row(key,
-result, verdict)` returns the values of one row as a dict for `table.js`; `key` is the file id,
-`result` its `Scored`. `as_csv(detector, scored, verdicts)` returns the table as text in the format
-of `predict.py --format csv`. `HERE` is the folder of this module.
+`summary(scored, verdicts)` returns the number of images in all and per verdict, and of files that
+name AI, as text. `row(key, result, verdict)` returns the values of one row as a dict for
+`table.js`; `key` is the file id, `result` its `Scored`. `as_csv(detector, scored, verdicts)`
+returns the table as text in the format of `predict.py --format csv`. `HERE` is the folder of this
+module.
 """
 
 from collections import Counter

@@ -13,8 +13,8 @@ It returns a `Prediction`, or a list of them for an iterable: `name`, `probabili
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (why an
 image is unreadable or its score is not finite, else ""). `TypeError` is raised for a wrong type;
 `ValueError` for a wrong array, a Pillow image of the mode "La", or, with an iterable, a
-`batch_size` below 1. Subclasses define `stream(images, batch_size)`, which takes an iterable and
-yields the predictions one by one.
+`batch_size` below 1. Subclasses define `stream(images, batch_size, start)`, which takes an
+iterable and yields the predictions one by one.
 
 `DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
