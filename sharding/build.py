@@ -401,7 +401,8 @@ class _SetBuild:
             "replay": source.replay,
             "read_as": listing.read_as,
             "excluded": {reason: entry["files"] for reason, entry in listing.excluded.items()},
-            # Only if true, so that the index of every other set stays the same.
+            # Only if set, so that the index of every other set stays the same.
+            **({"title": source.title} if source.title else {}),
             **({"synthetic": True} if source.synthetic else {}),
         }
 

@@ -64,6 +64,8 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
   complete download, in the same form; a build checks them.
 - `policy`: name of the augmentation policy. `replay` (default true): phase 2 may replay it.
 - `test_only`: only for sets of the split test. `synthetic`: drawn to try out the commands.
+- `title`: what its images are, in a few words that follow "37 % of", such as `faces of Flickr
+  users`. Notices on a detector and its model card name the source so.
 - `homepage` (without `https://`), `size`, `facts` (a list): texts for people, like `license`.
 
 `shares(destination)` converts the `set` of a source or `Rule` to a dict, set -> share. The methods
@@ -93,6 +95,8 @@ LONGEST_NAME = 78
 """Maximum characters of the name of a source or set. A file name in a tar may have 100 bytes, and
 `sharding.plan.sample_key` and `.json` add 22 to the name of the source.
 """
+LONGEST_TITLE = 80
+"""Maximum characters of the title of a source."""
 _DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 
@@ -225,8 +229,9 @@ class Source:
     check off. `group` and `group_column` give regular expressions and a parquet column: files or
     rows with equal values form a group. `synthetic` marks images that a program drew to try out the
     commands, neither photographs nor output of a published generator; a detector trained on such
-    images is marked too. A `test_only` source may only go to sets of the split test. `size` is the
-    size of the download. `facts` are notes for people, each with its reference in brackets.
+    images is marked too. A `test_only` source may only go to sets of the split test. `title` says
+    in a few words what the images are. `size` is the size of the download. `facts` are notes for
+    people, each with its reference in brackets.
     """
 
     license: str
@@ -235,6 +240,7 @@ class Source:
     fake: list[str | Rule] = field(default_factory=list)
     ignore: list[str | Rule] = field(default_factory=list)
     root: str = ""
+    title: str = ""
     homepage: str = ""
     fetch: Fetch | None = None
     table: Table | None = None
@@ -252,6 +258,11 @@ class Source:
     def __post_init__(self) -> None:
         if not self.real and not self.fake:
             raise ValueError("names neither real nor fake images")
+        if len(self.title) > LONGEST_TITLE or not self.title.isprintable():
+            raise ValueError(
+                f"title is {self.title[:100]!r}; expected one line of at most {LONGEST_TITLE} "
+                "characters"
+            )
         for rule in (*self.rules(0), *self.rules(1)):
             if rule.generator_column and not rule.column:
                 raise ValueError(

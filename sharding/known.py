@@ -71,6 +71,7 @@ def facts_of(name: str, catalog: Catalog) -> list[str]:
     brings = "" if fetch is None or fetch.by_hand else f"python -m sharding fetch {name}"
     suites = [suite for suite, sets in catalog.suites.items() if {*sets} & {*sets_of(source)}]
     lines = {
+        "title": source.title,
         "page": source.homepage,
         "license": source.license,
         "size": source.size,

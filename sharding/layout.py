@@ -51,6 +51,8 @@ class SourceEntry(TypedDict):
     """Number of files by the layout rule that they matched."""
     excluded: dict[str, int]
     """Files that are no images or may not be read, by reason."""
+    title: NotRequired[str]
+    """What the images are, in a few words for people."""
     synthetic: NotRequired[bool]
     """True if the images are rendered, such as those of the demo."""
 

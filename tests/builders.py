@@ -142,6 +142,7 @@ real = [{ folder = "real", generator = "camera" }]
 fake = [{ folder = "fake", generator = "vae" }]
 
 [sources.dummy]
+title = "dummies"
 license = "test"
 set = "old"
 replay = false

@@ -251,11 +251,13 @@ def _left_out(meta: Mapping[str, Any]) -> str:
         "| source | images | called likely AI | uncertain |",
         "|---|---|---|---|",
     ]
+    titles = (meta["data"] or {}).get("titles", {})
     for name, rates in left_out_sources(meta).items():
+        shown = markdown(name) + (f": {markdown(titles[name])}" if name in titles else "")
         for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
             if rates[metric] is not None:
                 rows.append(
-                    f"| {markdown(name)} ({label}) | {rates[label + 's']:,} | {rates[metric]:.3f} "
+                    f"| {shown} ({label}) | {rates[label + 's']:,} | {rates[metric]:.3f} "
                     f"| {rates['uncertain']:.3f} |"
                 )
     return (

@@ -285,7 +285,7 @@ def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
     """Return those entries of a checkpoint's `data` that are reasons not to rely on it, and the
     sets that it was trained on.
     """
-    known = {key: meta["data"].get(key, []) for key in FITNESS_KEYS}
+    known = {key: meta["data"][key] for key in FITNESS_KEYS if key in meta["data"]}
     return known | {"earlier_sets": sets_seen(meta)}
 
 

@@ -8,7 +8,8 @@ of `Notice` (may be empty), the most serious first. Each has a line of `text` an
 read from two keys of `meta`:
 
 - `data`: a dict, which may be missing. Each of its keys `FITNESS_KEYS` is optional, but if
-  "synthetic_sources" is there, "sources" must be there too.
+  "synthetic_sources" is there, "sources" must be there too. "titles" is a dict, source -> what its
+  images are; a notice calls a source without a title by its name.
 - `calibration`: None, or a dict. Its `sources`, if there, is a dict, source (dataset) -> its rates
   `false_positive_rate` and `recall` (0 to 1, or None), measured with a detector that was trained
   without this source. A meta without the key `calibration` raises `KeyError`.
@@ -32,7 +33,7 @@ from typing import Any, Literal
 
 from model.verdict import left_out_sources
 
-FITNESS_KEYS = ("sources", "synthetic_sources", "known_against")
+FITNESS_KEYS = ("sources", "synthetic_sources", "titles", "known_against")
 """Keys of a meta's `data` that this module reads."""
 
 MOST_CALLED_AI = 0.10
@@ -72,7 +73,8 @@ def notices(meta: Mapping[str, Any]) -> list[Notice]:
                 "the error rates at its threshold were not measured",
             )
         )
-    texts += [("known", text) for text in _of_left_out(left_out_sources(meta))]
+    titles = data.get("titles") or {}
+    texts += [("known", text) for text in _of_left_out(left_out_sources(meta), titles)]
     return [Notice(kind=kind, text=text) for kind, text in texts]
 
 
@@ -105,7 +107,7 @@ def _of_synthetic(synthetic: list[str], sources: list[str]) -> str:
     )
 
 
-def _of_left_out(sources: Mapping[str, Any]) -> list[str]:
+def _of_left_out(sources: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     """Return notices on sources with a bad result when left out of training, the worst first."""
     called = {
         name: rates["false_positive_rate"]
@@ -124,22 +126,25 @@ def _of_left_out(sources: Mapping[str, Any]) -> list[str]:
         worst = sorted(called, key=lambda name: (-called[name], name))
         texts.append(
             "this detector called many real images of new kinds AI: "
-            f"{_shares(called, worst, f'over {_percent(MOST_CALLED_AI)}')} ({how})"
+            f"{_shares(called, worst, f'over {_percent(MOST_CALLED_AI)}', titles)} ({how})"
         )
     if missed:
         worst = sorted(missed, key=lambda name: (missed[name], name))
-        shares = _shares(missed, worst, f"under {_percent(LEAST_FOUND)}")
+        shares = _shares(missed, worst, f"under {_percent(LEAST_FOUND)}", titles)
         texts.append(f"this detector found few generated images of new kinds: {shares} ({how})")
     return texts
 
 
-def _shares(rates: Mapping[str, float], worst: list[str], limit: str) -> str:
+def _shares(
+    rates: Mapping[str, float], worst: list[str], limit: str, titles: Mapping[str, str]
+) -> str:
     """Return the rates of the `NAMED` worst sources, and the number of other sources beyond the
     limit, as text.
     """
-    text = ", ".join(f"{_percent(rates[name])} of {name}" for name in worst[:NAMED])
+    named = [(rates[name], titles.get(name, name)) for name in worst[:NAMED]]
+    text = "; ".join(f"{_percent(rate)} of {title}" for rate, title in named)  # titles have commas
     others = len(worst) - NAMED
-    return text if others < 1 else f"{text}, and {limit} of {others} more"
+    return text if others < 1 else f"{text}; and {limit} of {others} more kinds"
 
 
 def _percent(share: float) -> str:

@@ -138,6 +138,8 @@ class TrainingData(TypedDict):
     """Sources of the sets."""
     synthetic_sources: NotRequired[list[str]]
     """Sources with rendered images, such as those of the demo."""
+    titles: NotRequired[dict[str, str]]
+    """What the images of a source are, in a few words for people, by source."""
     earlier_sets: NotRequired[dict[str, str]]
     """Hash of the index and name of each set that the weights of an average were trained on."""
     imported_from: NotRequired[str]

@@ -204,6 +204,7 @@ def save(
                     "set_sha256": stream.pool.hashes,
                     "sources": sorted(sources),
                     "synthetic_sources": sorted(n for n in sources if sources[n].get("synthetic")),
+                    "titles": {n: t for n in sorted(sources) if (t := sources[n].get("title"))},
                 },
                 first_weights=plan.first_weights,
                 ended=ended,

@@ -192,7 +192,8 @@ def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:
     build_all(raw, tmp_path / "out")
     assert "synthetic" not in read_index(tmp_path / "out/old")["sources"]["beta"]
     text = (raw / "catalog.toml").read_text()
-    text = text.replace("[sources.beta]\n", "[sources.beta]\nsynthetic = true\n")
+    own = '[sources.beta]\ntitle = "cats"\nsynthetic = true\n'
+    text = text.replace("[sources.beta]\n", own)
     start, end = text.index("[sources.dummy]"), text.index("[sources.gamma]")
     (raw / "catalog.toml").write_text(text[:start] + text[end:])
     with pytest.raises(ShardError, match="set old contains source dummy, which is not in the cat"):
@@ -203,6 +204,7 @@ def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:
     sources = read_index(tmp_path / "out/old")["sources"]
     assert "dummy" not in sources
     assert sources["beta"]["synthetic"] is True and "synthetic" not in sources["alpha"]
+    assert sources["beta"]["title"] == "cats" and "title" not in sources["alpha"]
 
 
 def test_a_set_to_which_no_image_goes_any_more_stops_the_build(

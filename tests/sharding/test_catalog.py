@@ -155,6 +155,8 @@ def test_folder_patterns(pattern: str, path: str, matches: bool) -> None:
         ('[sources.s]\nlicense = "x"\nset = "train"\nreal = [{ folder = "a", generatr = "g" }]\n',
          "unknown key 'sources.s.real.0.generatr'"),
         ('[sources.s]\nlicense = "x"\nset = "train"\n', "names neither real nor fake images"),
+        ('[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\ntitle = "a\\nb"\n',
+         "title is 'a\\nb'; expected one line of at most 80"),
         ('[sources.s]\nlicense = "x"\nset = "none"\nreal = ["a"]\n', "goes to set 'none'"),
         ('[sources.s]\nlicense = "x"\nset = { train = 0.5 }\nreal = ["a"]\n', "sum to 0.5"),
         ('[sources."S 1"]\nlicense = "x"\nset = "train"\nreal = ["a"]\n', "use lower-case letters"),
@@ -280,7 +282,7 @@ def test_the_catalog_of_git_repositories_is_pinned() -> None:
         assert repository.repository.startswith("https://"), name
         assert repository.count, name
         assert repository.manifest_sha256, name
-        assert source.license, name
+        assert source.license and source.title, name
         assert bool(source.real) != bool(source.fake), name
     assert len(catalog.exclude) == 2223
     assert {len(digits) for digits in catalog.exclude} == {16}

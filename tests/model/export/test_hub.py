@@ -202,8 +202,9 @@ def test_the_card_lists_sources_left_out_of_training(
     meta["calibration"] = known  # the head has seen these sources
     assert "## Sources left out" not in card_of(meta, report_of(meta), {"old": None}, onnx=False)
     meta["calibration"] = known | {"method": "sources left out, pooled"}
+    meta["data"]["titles"] = {"faces": "faces | of Flickr"}
     card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
-    assert "| faces (real) | 376 | 0.260 | 0.700 |" in card
+    assert "| faces: faces \\| of Flickr (real) | 376 | 0.260 | 0.700 |" in card
     assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
     assert "| both (real) | 7 | 0.100 | 0.200 |\n| both (fake) | 8 | 0.600 | 0.200 |" in card
     assert card.index("## Sources left out") < card.index("## Evaluation")

@@ -56,8 +56,8 @@ def test_bad_sources_are_listed_worst_first() -> None:
     }  # fmt: skip
     called, missed = notices(meta_of(CALIBRATION | {"sources": sources}))
     assert called.kind == missed.kind == "known"
-    assert "of new kinds AI: 31 % of worse, 20 % of bad (" in called.text
-    assert "of new kinds: under 1 % of unseen, 8 % of half (" in missed.text
+    assert "of new kinds AI: 31 % of worse; 20 % of bad (" in called.text
+    assert "of new kinds: under 1 % of unseen; 8 % of half (" in missed.text
 
 
 def test_sources_that_the_head_has_seen_give_no_notice() -> None:
@@ -70,9 +70,17 @@ def test_of_many_bad_sources_only_the_worst_are_named() -> None:
     sources = {f"kind{n}": rates(0.2 + n / 100, None) for n in range(6)}
     (notice,) = notices(meta_of({**CALIBRATION, "sources": sources}))
     assert (
-        "25 % of kind5, 24 % of kind4, 23 % of kind3, 22 % of kind2, and over 10 % of 2 more"
+        "25 % of kind5; 24 % of kind4; 23 % of kind3; 22 % of kind2; and over 10 % of 2 more kinds"
         in (notice.text)
     )
+
+
+def test_a_source_is_called_by_its_title() -> None:
+    sources = {"ffhq": rates(0.3, None), "own": rates(0.2, None), "avatars": rates(None, 0.05)}
+    titles = {"ffhq": "faces of Flickr users", "avatars": "avatars by StyleGAN2"}
+    called, missed = notices(meta_of(CALIBRATION | {"sources": sources}, titles=titles))
+    assert "AI: 30 % of faces of Flickr users; 20 % of own (" in called.text
+    assert "kinds: 5 % of avatars by StyleGAN2 (" in missed.text
 
 
 def test_known_weaknesses_are_quoted_and_the_most_serious_notice_is_first() -> None:
@@ -84,8 +92,8 @@ def test_known_weaknesses_are_quoted_and_the_most_serious_notice_is_first() -> N
 def test_the_shipped_detector_lists_its_false_alarms() -> None:
     meta = json.loads((ROOT / "detectors/clip/meta.json").read_text(encoding="utf-8"))
     called, missed = notices(meta)
-    assert "37 % of ffhq, 26 % of edited_pixls" in called.text
-    assert "2 % of faces_avatars_leafac, 3 % of faces_boredhumans" in missed.text
+    assert "37 % of faces from photographs on Flickr; 26 % of edited photographs" in called.text
+    assert "2 % of avatars by StyleGAN2, 2019 to 2023; 3 % of faces of bored" in missed.text
 
 
 def ask(folder: Path, *arguments: object) -> Result:

@@ -158,6 +158,7 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
     # The checkpoint records the synthetic sources of the first phase.
     assert known["sources"] == ["alpha", "beta", "dummy", "gamma"]
     assert known["synthetic_sources"] == ["dummy"]
+    assert known["titles"] == {"dummy": "dummies"}
 
 
 def test_phase_2_without_phase_1_says_what_to_run(
