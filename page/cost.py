@@ -8,7 +8,9 @@ the detector's calibration; without a calibration, a warning replaces it.
 `moved(detector)` returns the detector with the threshold of the slider and no uncertain verdict:
 both ends of its band are this threshold. If the slider was not moved or not yet drawn, it returns
 `detector` itself. `rule(detector)` returns a text: which probabilities give which verdict, and the
-default threshold if the slider was moved.
+default threshold if the slider was moved. `percentages(values)` takes probabilities and returns a
+dict, probability -> its text, such as "89.98%". Probabilities with different percentages have
+different texts.
 
 `hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real images and 100
 fakes, how many get each verdict.
@@ -19,7 +21,7 @@ fakes, how many get each verdict.
 - `band`: the uncertain band of probabilities, (low, high).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,14 +48,17 @@ def show_threshold(detector: ImageDetector) -> None:
     calibration = detector.meta["calibration"]
     curve = calibration["roc"] if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
+    labels = percentages([*steps, detector.threshold])
+    # Streamlit stores the label of the chosen option, so each label may have only one option.
+    options = sorted({labels[step]: step for step in (*steps, detector.threshold)}.values())
     with st.container(key="cost"):
         show(Markup("<h2>Results at this threshold</h2>"))
         st.select_slider(
             f"Threshold: likely AI at or above this {fitness.word_for(detector.meta)}",
-            sorted({*steps, detector.threshold}),
+            options,
             value=detector.threshold,
             key="threshold",
-            format_func=lambda step: f"{100 * step:.3g}%",
+            format_func=labels.__getitem__,
         )
         show(Markup('<p class="quiet">{}</p>').format(rule(detector)))
         if not curve:
@@ -67,6 +72,19 @@ def show_threshold(detector: ImageDetector) -> None:
             return
         show(hundred_html(curve, moved(detector).band))
         show(Markup('<p class="quiet">{}</p>').format(measured_on(detector.meta)))
+
+
+def percentages(values: Iterable[float]) -> dict[float, str]:
+    """Format each value with the same number of digits: at least 3, and as many as keep different
+    percentages apart.
+    """
+    values = list(values)
+    different = len({100 * value for value in values})
+    for digits in range(3, 18):  # 17 digits tell any two numbers apart
+        texts = {value: f"{100 * value:.{digits}g}%" for value in values}
+        if len(set(texts.values())) == different:
+            break
+    return texts
 
 
 def measured_on(meta: Mapping[str, Any]) -> str:
@@ -83,10 +101,12 @@ def measured_on(meta: Mapping[str, Any]) -> str:
 def rule(detector: ImageDetector) -> str:
     """Describe in one sentence which probabilities give which verdict."""
     ours = moved(detector)
-    low, high, own_threshold = (f"{100 * p:.3g}%" for p in (*ours.band, detector.threshold))
-    doubt = f", uncertain from there to {high}" if low != high else ""
-    aside = f" The detector's default threshold is {own_threshold}." if ours is not detector else ""
-    return f"No sign of AI below {low}{doubt}, likely AI from {high} on.{aside}"
+    low, high = ours.band
+    said = percentages([low, high, detector.threshold])
+    doubt = f", uncertain from there to {said[high]}" if low != high else ""
+    own = f" The detector's default threshold is {said[detector.threshold]}."
+    aside = own if ours is not detector else ""
+    return f"No sign of AI below {said[low]}{doubt}, likely AI from {said[high]} on.{aside}"
 
 
 def hundred_html(roc: Sequence[Row], band: tuple[float, float]) -> Markup:

@@ -96,6 +96,42 @@ def test_without_a_calibration_the_number_is_called_a_score(small_runs: Path) ->
     assert page.select_slider[0].label == "Threshold: likely AI at or above this score"
 
 
+def draw_slider(folder: str) -> None:
+    """Draw the slider of a detector whose threshold is next to a step of its ROC curve."""
+    from dataclasses import replace
+
+    import streamlit as st
+
+    from model import load_detector
+    from page.cost import moved, show_threshold
+
+    detector = load_detector(folder)
+    calibration = {
+        "fitted_on": ["val"], "sources": {}, "reals": 50, "fakes": 40,
+        "roc": [(0.1, 0.5, 1.0), (0.8998, 0.04, 0.6), (0.9, 0.0, 0.2)], "band": [0.3, 0.8998],
+    }  # fmt: skip
+    meta = detector.meta | {"calibration": calibration, "threshold": 0.8998}
+    detector = replace(detector, meta=meta)
+    show_threshold(detector)
+    st.text(f"band {moved(detector).band}")
+
+
+def test_a_rerun_does_not_move_the_threshold(small_runs: Path) -> None:
+    """Streamlit finds the option of the slider by its label."""
+    (folder,) = small_runs.glob("small/step_*")
+    page = AppTest.from_function(draw_slider, kwargs={"folder": str(folder)}).run()
+    assert not page.exception
+    assert page.select_slider[0].options == ["10%", "89.98%", "90%"]
+    before = [page.text[0].value, *html_of(page)]
+    page.run()
+    assert [page.text[0].value, *html_of(page)] == before
+    page.select_slider[0].set_value(0.9).run()
+    assert page.text[0].value == "band (0.9, 0.9)"
+    said = "".join(html_of(page))
+    assert "No sign of AI below 90%, likely AI from 90% on." in said
+    assert "The detector's default threshold is 89.98%." in said.replace("&#39;", "'")
+
+
 def test_a_missing_detector_says_what_to_do_on_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
