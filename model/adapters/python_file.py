@@ -26,6 +26,7 @@ the probability of AI-generated, 0 to 1, or NaN. Any other result, or an excepti
 `DetectorError`, also out of `predict()` of the detector.
 """
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +41,6 @@ from PIL import Image
 import console
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.inference.prediction import band_from
-from storage import sha256_of
 
 FUNCTION = "predict"
 
@@ -114,7 +114,10 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
     # As with any import: dataclasses, pickle and worker processes look a module up by its name.
     sys.modules[loader.name] = module
     try:
-        loader.exec_module(module)
+        # Not `exec_module`: it may run a cached compilation of an earlier file of the same size and
+        # time, which is not what the hash below says.
+        source = path.read_bytes()
+        exec(loader.source_to_code(source, str(path)), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[loader.name]
         raise DetectorError(f"{path} cannot be run: {_said(error)}") from error
@@ -124,7 +127,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
             f"{path} has no function `{FUNCTION}`; expected {FUNCTION}(images: list[PIL.Image]) -> "
             "list[float]"
         )
-    meta = meta_of("file", path.name, sha256=sha256_of(path))
+    meta = meta_of("file", path.name, sha256=hashlib.sha256(source).hexdigest())
     reason = f"{path.name}, a trusted third-party program"
     return OtherDetector(path, FileJudge(path, function), meta, band_from(threshold), reason)
 

@@ -1,7 +1,9 @@
 """A Python file as a detector: loading it, and its use in predict.py and evaluate.py."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from model.score import Scores
 from model.verdict import probability
 from pipeline.read import ShardReader
 from sharding.format import open_shards
+from storage import sha256_of
 from tests.builders import encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -160,6 +163,19 @@ def test_the_identity_depends_on_the_content_of_the_file(file: Path) -> None:
     file.write_text(DETECTOR + "# changed\n")
     assert open_file(file, trust=True).identity != first
     assert open_file(file, trust=True, threshold=0.3).identity != first
+
+
+def test_the_recorded_hash_is_that_of_the_code_that_ran(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's cache of compiled files compares only the size and the whole second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for value in ("0.25", "0.75"):
+        file.write_text(f"def predict(images): return [{value}] * len(images)\n")
+        os.utime(file, (1e9, 1e9))
+        detector = open_file(file, trust=True)
+        assert detector.predict(photo(1)).probability == float(value)
+        assert detector.meta["detector"]["sha256"] == sha256_of(file)
 
 
 def test_predict_in_every_format_and_resume(file: Path, tmp_path: Path) -> None:
