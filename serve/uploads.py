@@ -50,7 +50,7 @@ def kind_of(request: Request) -> str:
 
     Raises:
         Refused: the content type is not supported, or the body is compressed (status 415). Or the
-            URL has a parameter that means nothing (400): the client may rely on it.
+            URL has a parameter that means nothing for this body (400): the client may rely on it.
     """
     if strange := sorted(set(request.query_params) - {PARAMETER}):
         raise Refused(
@@ -63,6 +63,15 @@ def kind_of(request: Request) -> str:
         raise Refused(415, f"content-encoding {encoding} is not supported; send it uncompressed")
     if kind not in (FORM, LIST) and not kind.startswith(RAW):
         raise Refused(415, f"content type {kind or '(none)'} is not supported; expected {TAKEN}")
+    names = request.query_params.getlist(PARAMETER)
+    if names and kind in (FORM, LIST):
+        own = "each file of a form" if kind == FORM else "each image of a list of URLs"
+        raise Refused(
+            400, f"?{PARAMETER}= is the name of an image that is the body; {own} has its own name"
+        )
+    if len(names) > 1:
+        raise Refused(400, f"the URL has {len(names)} names (?{PARAMETER}=), but the body is one "
+                      "image; send one name")  # fmt: skip
     return kind
 
 

@@ -99,6 +99,19 @@ def test_the_body_can_be_one_image(serve: Serve, detector: ImageDetector) -> Non
     assert answer.json()["images"][0]["path"] == "image 0"
 
 
+def test_a_name_in_the_url_means_nothing_for_other_bodies(serve: Serve) -> None:
+    client, _ = serve()
+    answers = {
+        "each file of a form has its own name": client.post(
+            "/predict?name=x", files={"image": ("a.jpg", PHOTO)}
+        ),
+        "each image of a list of URLs has": client.post("/predict?name=", json={"urls": ["a"]}),
+        "send one name": client.post("/predict?name=a&name=b", content=PHOTO, headers=JPEG),
+    }
+    for said, answer in answers.items():
+        assert answer.status_code == 400 and said in answer.json()["detail"]
+
+
 def test_any_file_name_is_accepted(serve: Serve) -> None:
     client, _ = serve()
     for name in ("später ☂.jpg", "a\u202eb.jpg", "../../a b", "x" * 500, "=1+1"):
