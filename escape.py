@@ -1,6 +1,8 @@
-"""Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets from text.
+"""Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets and private
+paths.
 
-Main entries: every function takes one `text` (str) and returns a new str; none raises an error.
+Main entries: every function but `without_paths()` takes one `text` (str) and returns a new str;
+none raises an error.
 `printable()` replaces control characters, which a terminal would execute, and characters that it
 cannot show by visible escapes; newlines stay. `spreadsheet_cell()` puts a `'` before a text, or a
 part after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes its result
@@ -8,9 +10,14 @@ and returns the original text. `markdown()` returns one line in which markup is 
 addresses do not become links; all words stay readable. (A text that is only a number with a full
 stop, such as `7.`, is not escaped: it can show as a list item.) `without_secrets()` replaces the
 logins, queries and fragments of web addresses (passwords, tokens, signatures) by `***`.
+`without_paths(value)` takes a record (a dict, a list, or any value in one) and returns it without
+private paths and secrets.
 """
 
 import re
+from collections.abc import Mapping
+from pathlib import PureWindowsPath
+from typing import Any
 
 # First characters of a formula by OWASP's page "CSV Injection", and their full-width forms, which
 # some programs run too. Quotes before them are matched so that escaping can be undone.
@@ -74,3 +81,28 @@ def without_secrets(text: str) -> str:
         return text
     text = _WEB_QUERY.sub(r"\1***", _LOGIN.sub("***@", text))
     return _ASSIGNMENTS.sub(r"\1***", text)
+
+
+_PATH = re.compile(r"/|\\\\|\.{1,2}[\\/]|[a-z]:[\\/]|file:/|~[\w.-]*(?:[\\/]|$)", re.IGNORECASE)
+"""Start of a path of this machine. `~5 % of x / y` is none."""
+
+
+def without_paths(value: Any) -> Any:
+    """Return a record, or a part of it, without private data: texts that are paths of this machine
+    are cut to the file name, and secrets are removed from addresses, also in the keys of dicts.
+    """
+    if isinstance(value, Mapping):
+        record: dict[Any, Any] = {}
+        for key, own in value.items():
+            name = without_paths(key)
+            if name in record:  # two paths may have the same file name
+                name = f"{name} ({len(record) + 1})"
+            record[name] = without_paths(own)
+        return record
+    if isinstance(value, list):
+        return [without_paths(own) for own in value]
+    if not isinstance(value, str):
+        return value
+    if _PATH.match(value):
+        return PureWindowsPath(value).name
+    return without_secrets(value) if "://" in value else value

@@ -13,8 +13,9 @@ Main entry: `card_of(meta, report, sources, *, onnx, left_out)` takes these argu
   `read_left_out(path)` of `hub.py` reads, or None (default): the card has no section "Robustness
   and subjects".
 
-It returns YAML and Markdown as one string, writes nothing and raises no errors of its own. `TAGS`
-are the search words on the hub; `LIMITS` is the section on what the detector cannot do.
+It returns YAML and Markdown as one string, writes nothing and raises no errors of its own. Paths of
+this machine are cut to the file name. `TAGS` are the search words on the hub; `LIMITS` is the
+section on what the detector cannot do.
 """
 
 import re
@@ -23,7 +24,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from escape import markdown
+from escape import markdown, without_paths
 from model.evaluation.report import on_subset, on_training_data
 from model.export.license import License, license_of
 from model.inference.fitness import notices, sets_seen
@@ -110,6 +111,7 @@ def card_of(
     index. `onnx`: the folder also contains an ONNX export in `onnx/`. `left_out` are the figures
     that `python -m benchmarks.leave_out --json` writes.
     """
+    meta, report, sources = without_paths([meta, report, sources])
     license = license_of(meta)
     preprocess = Preprocess(**meta["preprocess"])
     limits = LIMITS.format(

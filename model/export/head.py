@@ -45,6 +45,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
+from escape import without_paths
 from model.checkpoint import META_FILE, WEIGHTS_FILE, read_meta, read_weights, seal
 from model.export.card import card_of
 from model.export.hub import (
@@ -53,7 +54,6 @@ from model.export.hub import (
     read_report,
     refuse_if_there,
     sources_of,
-    without_paths,
 )
 from model.export.license import first_of
 from model.network import build, head_prefixes, timm_license
@@ -113,6 +113,7 @@ def save_head(
     body = {name: value for name, value in weights.items() if name not in head}
     trained_on = _trained_on(body, backbone, checkpoint)
     spec = replace(backbone, tested={trained_on: {}, **backbone.tested})
+    sources = sources_of(meta, data)
     meta = {**without_paths(meta), KEY: as_meta(spec)}
     with atomic_folder(target) as partial:
         try:
@@ -122,7 +123,6 @@ def save_head(
                 f"{target} could not be written ({error}); free space, or name another folder"
             ) from error
         seal(partial, meta)
-        sources = sources_of(meta, data)
         card = card_of(meta, figures, sources, onnx=False, left_out=new_kinds)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return target

@@ -34,18 +34,17 @@ Errors of `write_hub()`, of which all but `OSError` are `ValueError`s:
 - `OSError`: `report`, `data` or `onnx` cannot be read, or a file of `out` other than the weights
   cannot be written.
 
-`without_paths(value)` returns a record without private paths and secrets, `preprocessing_of(net,
-preprocess)` a dict of the preprocessing in timm's terms (without a detail crop), `sources_of(meta,
-data)` a dict, training set -> its data sources (None if not known), `read_report(path, meta)` a
-checked `report.json`, and `read_left_out(path)` the checked figures of `benchmarks.leave_out`.
-`refuse_if_there()` raises `HubError` if a folder exists and is not empty.
+`preprocessing_of(net, preprocess)` returns a dict of the preprocessing in timm's terms (without a
+detail crop), `sources_of(meta, data)` a dict, training set -> its data sources (None if not known),
+`read_report(path, meta)` a checked `report.json`, and `read_left_out(path)` the checked figures of
+`benchmarks.leave_out`. `refuse_if_there()` raises `HubError` if a folder exists and is not empty.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 import console
-from escape import without_secrets
+from escape import without_paths
 from model.checkpoint import (
     HUB_WEIGHTS_FILE,
     META_FILE,
@@ -130,22 +129,6 @@ def write_hub(
         card = card_of(meta, figures, sources_of(meta, data), onnx=onnx is not None)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return out
-
-
-def without_paths(value: Any) -> Any:
-    """Return the record of a checkpoint, or a part of it, without private data: paths of this
-    machine are cut to the file name, and secrets are removed from URLs.
-    """
-    if isinstance(value, Mapping):
-        return {key: without_paths(own) for key, own in value.items()}
-    if isinstance(value, list):
-        return [without_paths(own) for own in value]
-    if not isinstance(value, str):
-        return value
-    if "://" in value:
-        return without_secrets(value)
-    is_path = value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).drive
-    return PureWindowsPath(value).name if is_path else value
 
 
 def _let_transformers_in(path: Path) -> None:

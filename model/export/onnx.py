@@ -56,6 +56,7 @@ import torch
 from torch import nn
 
 import console
+from escape import without_paths
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
 from installed import install_extra
 from model.checkpoint import load_network
@@ -290,7 +291,9 @@ def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
-    """Return the metadata of an ONNX file: each of `META_KEYS` as JSON text."""
+    """Return the metadata of an ONNX file: each of `META_KEYS` as JSON text, without paths of this
+    machine.
+    """
     preprocess = Preprocess(**meta["preprocess"])
     size, (height, width) = preprocess.crop_size, preprocess.shape
     detail = f"; below it the {size} x {size} pixels in the center of that square, not resized"
@@ -313,7 +316,8 @@ def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
         "outputs": "probability: float32 (batch,), of fake, after the temperature; logits: float32 "
         "(batch, 2), in the order of classes, before the temperature",
     }
-    return {key: json.dumps(values[key], ensure_ascii=False) for key in META_KEYS}
+    public = without_paths(values)
+    return {key: json.dumps(public[key], ensure_ascii=False) for key in META_KEYS}
 
 
 def _refuse_if_far(parity: Parity) -> None:
