@@ -111,7 +111,7 @@ def app(context: click.Context, host: str, port: int, checkpoint: Path | None, r
             os.environ.pop("DETECTOR_CHECKPOINT", None)
     from streamlit.web.cli import main as streamlit
 
-    console.say(f"page: http://{host}:{port} (Ctrl-C stops it)")
+    console.say(f"page: {console.address(host, port)} (Ctrl-C stops it)")
     # Streamlit reads its settings from .streamlit/ in the folder of the script.
     script = str(HERE / "app_server.py")
     streamlit(["run", script, f"--server.address={host}", f"--server.port={port}"])

@@ -14,7 +14,8 @@ total=None)`. This counts `done` more, shows `note` and sets a given `total`. `l
 Types of options: `LocalPath` (a path on this machine; keywords of click.Path), `AnyAddress` (a
 folder or an address like s3://; `writes=True` refuses one that can only be read), `FiniteRange(min,
 max)` and `Device` (auto, cpu, cuda or cuda:N). `Command` and `Group` use `plain_errors()`, a
-context manager; `one_line(error)` is the line that it prints. `counted(2, "image")` is "2 images".
+context manager; `one_line(error)` is the line that it prints. `counted(2, "image")` is "2 images",
+`address("::1", 80)` is "http://[::1]:80".
 """
 
 import contextlib
@@ -346,6 +347,11 @@ def listen(port: int, lowest: int = 1) -> Callable[[Callable], Callable]:
     add_host = click.option("--host", default="127.0.0.1", show_default=True, help=host_help)
     add_port = click.option("--port", type=ports, default=port, show_default=True, help=port_help)
     return lambda function: add_host(add_port(function))
+
+
+def address(host: str, port: int) -> str:
+    """Return the address of a server, with brackets around an IPv6 address."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def say(text: str = "") -> None:

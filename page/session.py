@@ -12,9 +12,11 @@ nothing. The uploader is empty the next time `page.uploads.uploads()` draws it; 
 have drawn it in this session before, else `forget()` raises KeyError after the files are deleted.
 It is called while Streamlit draws the page, or by a button of the page (`on_click`).
 
-`script_context()` returns Streamlit's context of the page that is being drawn.
+`script_context()` returns Streamlit's context of the page that is being drawn. `seconds_of(text)`
+returns the value of `DETECTOR_GRACE_S` as a number; if the text is none, it raises SystemExit.
 """
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -25,7 +27,23 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.scriptrunner_utils.script_run_context import ScriptRunContext
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-GRACE_S = float(os.environ.get("DETECTOR_GRACE_S", "30"))
+
+def seconds_of(text: str) -> float:
+    """Return the value of the variable DETECTOR_GRACE_S; without a value, 30.
+
+    Raises:
+        SystemExit: it is no number of seconds.
+    """
+    try:
+        seconds = float(text or "30")
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise SystemExit(f"Error: DETECTOR_GRACE_S is {text!r}, expected a number of seconds")
+    return seconds
+
+
+GRACE_S = seconds_of(os.environ.get("DETECTOR_GRACE_S", ""))
 """Seconds after which the data of a closed page is deleted."""
 
 

@@ -49,8 +49,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for sock in sockets or []:
             host, port = sock.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            console.log.info("listening on http://%s:%d", host, port)
+            console.log.info("listening on %s", console.address(host, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start stopping on the first signal; stop at once on the second."""

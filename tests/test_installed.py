@@ -62,6 +62,7 @@ def test_the_app_command_passes_its_options_to_the_page(
     assert "DETECTOR_CHECKPOINT" not in os.environ  # the newest of these runs, as --help says
     script = str(Path(ai_images_detector.__file__).with_name("app_server.py"))
     assert started[1] == ["run", script, "--server.address=0.0.0.0", "--server.port=80"]
+    assert "page: http://[::1]:8734 " in invoke("app", "--host", "::1", "--port", 8734).stdout
 
 
 def test_without_streamlit_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from page.examples import examples
 from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
 from page.photo import crops_of, photo_html
 from page.scored import FORWARD, Scored, score
+from page.session import seconds_of
 from page.start import figures_html
 from page.table import row, summary
 from page.verdict import evidence_html, refused_html, scale_html
@@ -166,6 +167,13 @@ def test_the_metadata_of_the_examples_says_that_a_program_drew_them() -> None:
         assert Image.open(io.BytesIO(example.data)).size == (640, 480)
         (said,) = read_evidence(example.data)
         assert "algorithmicMedia" in said.value and said.suggests == ""
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf", "1e400"])
+def test_an_impossible_grace_period_is_one_line_that_names_the_variable(text: str) -> None:
+    with pytest.raises(SystemExit, match=f"^Error: DETECTOR_GRACE_S is '{text}', expected a numb"):
+        seconds_of(text)
+    assert [seconds_of(text) for text in ("", "0", "1.5")] == [30, 0, 1.5]
 
 
 def test_an_image_is_decoded_while_the_network_is_in_use(
