@@ -290,8 +290,7 @@ def _check(output: str) -> None:
             )
     heatmap = given["heatmap"]
     for path in (*paths, *([watch] if watch else [])):
-        below = inputs.fixed_part(path)
-        if heatmap and path != "-" and heatmap.resolve().is_relative_to(below.resolve()):
+        if heatmap and path != "-" and inputs.covers(path, heatmap):
             raise click.UsageError(
                 f"--heatmap {heatmap} is inside {path}, so its pictures would be scored too; name "
                 "a folder outside"

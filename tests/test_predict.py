@@ -139,6 +139,7 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
         ([photos, "--heatmap", photos / "heat"], "is inside"),
         (["--watch", photos, "--heatmap", photos / "heat"], "name a folder outside"),
         ([f"{photos}/**", "--heatmap", photos / "heat"], "is inside"),
+        ([f"{photos}/*", "--heatmap", photos / "c/heat"], "is inside"),
         ([photos, "--out", tmp_path / "x.txt", "--resume"], "--format csv or jsonl"),
         ([photos, "--threshold", "2"], "0<=x<=1"),
         ([photos, "--device", "none"], "no such device"),
@@ -383,6 +384,14 @@ def test_a_heatmap_for_each_image(ask: Callable[..., Result], photos: Path, tmp_
     )
     with Image.open(heatmap_path(str(photos / "a.jpg"), tmp_path / "maps")) as image:
         assert image.size == (32, 32)
+
+
+def test_heatmaps_may_lie_beside_what_a_pattern_matches(
+    ask: Callable[..., Result], photos: Path
+) -> None:
+    maps = photos / "maps"
+    assert ask(f"{photos}/*.jpg", "--heatmap", maps).exit_code == 0
+    assert list(maps.rglob("*.png")) == [heatmap_path(str(photos / "a.jpg"), maps)]
 
 
 def test_heatmaps_with_long_and_impossible_names(

@@ -28,12 +28,13 @@ A file or folder that cannot be read is yielded too: its `read()` raises `Decode
 So is a path of `find_images()` that does not exist, or a pattern that matches nothing. If the
 folder of `watch()` does not exist, its lists are empty.
 
-`fixed_part(path)` returns the folder below which all matches of a pattern are (a `Path`).
-`is_there(path)` returns whether a path exists or a pattern matches anything, `is_compressed(path)`
-whether a path has the suffix of a compressed tar, and `is_image(name)` whether a name has the
-suffix of an image. At most `RUN` names of a folder are sorted at a time.
+`covers(path, folder)` returns whether the images of a path or pattern may include files that are
+written below `folder` (a `Path`) later. `is_there(path)` returns whether a path exists or a pattern
+matches anything, and `is_image(name)` whether a name has the suffix of an image. At most `RUN`
+names of a folder are sorted at a time.
 """
 
+import fnmatch
 import functools
 import glob
 import itertools
@@ -69,22 +70,32 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
         if os.path.lexists(path) or not glob.has_magic(path):
             yield from _images_of(path, excluded)
             continue
-        matched, folders, links = False, list[str](), set[str]()
-        # A last `**` matches every folder and file below: the same as the folder itself.
-        pattern = re.sub(rf"({re.escape(os.sep)}\*\*)+$|^\*\*$", "", path) or os.curdir
+        matched, folders, links = False, set[str](), set[str]()
+        pattern = _without_last_stars(path)
         for match in glob.iglob(pattern, recursive=True):  # noqa: PTH207  it takes any pattern
             matched = True
-            if match.startswith(tuple(folders)):
+            if folders and not folders.isdisjoint(_above(match)):
                 continue  # inside a folder that matched: its images were yielded
             if "**" in pattern and (link := _link_above(match, pattern)):
                 excluded["a link to a folder"] += link not in links
                 links.add(link)
                 continue
             if "**" in pattern and os.path.isdir(match):  # noqa: PTH112
-                folders.append(os.path.join(match, ""))  # noqa: PTH118
+                folders.add(os.path.join(match, ""))  # noqa: PTH118
             yield from _images_of(match, excluded)
         if not matched:
             yield _unreadable(path, "no file matches this pattern")
+
+
+def _without_last_stars(pattern: str) -> str:
+    """Remove a last `**`: it matches every folder and file below, the same as the folder itself."""
+    folder = re.sub(rf"({re.escape(os.sep)}\*\*)+$|^\*\*$", "", pattern)
+    return folder or (os.sep if pattern.startswith(os.sep) else os.curdir)
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the folders above a path, each with a separator at its end."""
+    return (path[: place + 1] for place, letter in enumerate(path) if letter == os.sep)
 
 
 def _link_above(match: str, pattern: str) -> str:
@@ -137,13 +148,23 @@ def _fail(reason: str) -> NoReturn:
     raise DecodeError(reason)
 
 
-def fixed_part(path: str) -> Path:
-    """Return the folder below which all matches of a pattern are. A path that exists, or has no
-    `*`, `?` or `[`, is returned as it is.
+def covers(path: str, folder: Path) -> bool:
+    """Return whether `folder` is `path` or lies below it. Of a pattern: whether it may match
+    `folder` or a folder above it, or names files directly in `folder`. A `**` may match any folder.
     """
-    if os.path.exists(path):  # noqa: PTH110  strings, as in the folder
-        return Path(path)
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+    is_pattern = glob.has_magic(path) and not os.path.exists(path)  # noqa: PTH110  long names
+    parts = Path(path).parts
+    named = itertools.takewhile(lambda part: not (is_pattern and glob.has_magic(part)), parts)
+    fixed = Path(*named)
+    if not folder.resolve().is_relative_to(fixed.resolve()):
+        return False
+    below = folder.resolve().relative_to(fixed.resolve()).parts
+    rest = parts[len(fixed.parts) :]
+    if "**" in rest:
+        rest = rest[: rest.index("**")]
+    elif len(below) < len(rest):
+        return not below
+    return all(map(fnmatch.fnmatchcase, below, rest))  # up to the end of the shorter one
 
 
 def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:

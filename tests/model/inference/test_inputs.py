@@ -1,5 +1,6 @@
 """Input files of a run: a watched folder, and a list without an end."""
 
+import glob
 import os
 import shutil
 from collections import Counter
@@ -61,6 +62,56 @@ def test_a_watched_folder_yields_each_complete_file_once(
     assert look() == []
     growing.write_bytes(b"another")
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "folder"),
+    [("/**", "/"), ("/**/**", "/"), ("**", "."), ("a/**", "a"), ("/a/**/**", "/a"),
+     ("**/a", "**/a"), ("/**/*.jpg", "/**/*.jpg"), ("a**", "a**")],
+)  # fmt: skip
+def test_a_last_double_star_stands_for_its_folder(pattern: str, folder: str) -> None:
+    assert inputs._without_last_stars(pattern) == folder
+
+
+def test_a_match_is_not_compared_with_all_folders_that_matched_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of a pattern grew with the square of the number of folders."""
+    compared = []
+
+    class Match(str):
+        __slots__ = ()
+
+        def startswith(self, prefix: str | tuple[str, ...], *rest: int) -> bool:
+            compared.extend([prefix] if isinstance(prefix, str) else prefix)
+            return super().startswith(prefix, *rest)
+
+    matches = glob.iglob
+    monkeypatch.setattr(glob, "iglob", lambda *args, **named: map(Match, matches(*args, **named)))
+    for number in range(200):
+        (tmp_path / f"{number}/in").mkdir(parents=True)
+    (tmp_path / "7/in/a.jpg").touch()
+    (file,) = inputs.find_images([f"{tmp_path}/**/[0-9i]*"], Counter())
+    assert file.name == f"{tmp_path}/7/in/a.jpg"
+    assert len(compared) < 10 * 400
+
+
+def test_what_a_path_or_pattern_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("maps", "photos/a", "odd[1]"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "maps/old.png").touch()
+    covered = {
+        "*.jpg": False, "photos/*.jpg": False, "photos/*/*.jpg": False, "*/*.jpg": False,
+        "photos": False, "none.jpg": False, "*": True, "m*": True, "**": True, "**/*.jpg": True,
+        "m*/**/*.png": True, "p*/**": False, "photos/**": False, "maps/*.png": True, "maps": True,
+        ".": True, str(tmp_path): True, f"{tmp_path}/[lm]aps": True, f"{tmp_path.parent}/*": True,
+        f"{tmp_path}/*.jpg": False,
+    }  # fmt: skip
+    assert {path: inputs.covers(path, Path("maps")) for path in covered} == covered
+    assert inputs.covers("odd[1]", Path("odd[1]/maps"))
+    assert inputs.covers("*/maps", Path("photos/maps/x"))
+    assert not inputs.covers("*.jpg", Path("maps/x.jpg.d/y"))
 
 
 def test_an_endless_list_is_read_only_as_needed(small_runs: Path, tmp_path: Path) -> None:
