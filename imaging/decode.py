@@ -301,6 +301,11 @@ class ImageFile(NamedTuple):
     read: Callable[[], bytes]
     skip: Callable[[], object] = _nothing
 
+    @property
+    def is_held(self) -> bool:
+        """Return whether its bytes are in memory until `read` or `skip` is called."""
+        return self.skip is not _nothing
+
 
 def read_file(path: Path | str) -> bytes:
     """Read the bytes of a file. Pipes, devices and too large files are refused.

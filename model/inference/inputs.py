@@ -7,9 +7,10 @@ Main entries, two generators:
   lines of a pipe. It yields `ImageFile`s one by one. Each match of a pattern is treated like a path
   of its own. A file that is one of the paths is yielded whatever its suffix, unless it is an
   archive.
-- `watch(folder, excluded)` takes the path of one folder as text. It yields a list of `ImageFile`s,
-  once a second without end: those that are new or changed, complete (unchanged for 2 seconds) and
-  not empty. The first list has those already there. A list may be empty.
+- `watch(folder, excluded)` takes the path of one folder as text. It yields a `Look`, once a second
+  without end. Its `files` are a list of `ImageFile`s: those that are new or changed, complete
+  (unchanged for 2 seconds) and not empty. The first list has those already there. A list may be
+  empty. Its `until` is a Unix time: every change before it is in this list or an earlier one.
 - `excluded`: an empty `Counter` that the caller gives. Both count skipped files in it: reason
   (text) -> number of files. A hidden folder counts as one file; what is skipped in a shard set is
   not counted. `watch()` counts anew in each scan.
@@ -46,7 +47,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from imaging import tar, zip
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
@@ -115,11 +116,6 @@ def _link_above(match: str, pattern: str) -> str:
 def is_there(path: str) -> bool:
     """Return whether `path` is a file, a folder or a pattern with a match."""
     return os.path.lexists(path) or any(glob.iglob(path, recursive=True))  # noqa: PTH207
-
-
-def is_compressed(path: str) -> bool:
-    """Return whether `path` is a compressed tar, which must be unpacked to list its members."""
-    return path.lower().endswith(TARS[1:])
 
 
 def is_image(name: str) -> bool:
@@ -256,8 +252,8 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             return False
         return True
 
-    packed = is_compressed(path)
     try:
+        packed = tar.is_compressed(Path(path))
         for member in tar.members(Path(path), wanted):
             name, read = f"{path}/{member.name}", member.read
             if read is None:
@@ -275,7 +271,16 @@ POLL_S, SETTLED_S = 1.0, 2.0
 complete."""
 
 
-def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
+class Look(NamedTuple):
+    """Result of one scan of a folder: the images that are new or changed. Each change before the
+    Unix time `until` is in these `files` or those of an earlier scan.
+    """
+
+    files: list[ImageFile]
+    until: float
+
+
+def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
     """Yield, every `POLL_S` without end, the complete images below `folder` that are new or changed
     since the last scan. The first scan yields all complete images. Archives are skipped.
     """
@@ -283,7 +288,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
     given: dict[str, tuple[int, int]] = {}
     is_first_scan = True
     while True:
-        now, stamps, ready = time.monotonic(), {}, []
+        now, until, stamps, ready = time.monotonic(), time.time(), {}, []
         excluded.clear()
         for file in _in_folder(folder, excluded):
             try:
@@ -297,10 +302,14 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[list[ImageFile]]:
             age = now - stamps[file.name][1]
             if is_first_scan:
                 age = max(age, time.time() - facts.st_mtime)
-            if facts.st_size and age >= SETTLED_S and given.get(file.name) != stamp:
+            if not facts.st_size or given.get(file.name) == stamp:
+                continue
+            if age >= SETTLED_S:
                 given[file.name] = stamp
                 ready.append(file)
+            else:
+                until = min(until, facts.st_ctime)
         first_seen, is_first_scan = stamps, False
         given = {name: stamp for name, stamp in given.items() if name in stamps}
-        yield ready
+        yield Look(ready, until)
         time.sleep(POLL_S)

@@ -22,8 +22,12 @@ It returns a locked `ResultsFile`. On disk it is named `partial_of(path)`; `fini
 `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
 `line()`, and in a new table first `write(header("table"))`. A new CSV file has its header already,
 JSON lines need none. `name in file` says whether an image of this name had a row when the file was
-opened. `unreadable` is the number of rows without a verdict at that time. `OSError` is raised if
-the file cannot be opened or written, and `ResultsError` in these cases:
+opened, and `take(name)` whether it had more of them than were taken before. `unreadable` is the
+number of rows without a verdict at that time. `reach(until)` states that the rows have all changes
+of the images before a Unix time, and `is_older_than(path)` says whether a file changed after the
+time that was stated last: it is the modification time of the file on disk, and begins with the time
+at which the file is new. `OSError` is raised if the file cannot be opened or written, and
+`ResultsError` in these cases:
 
 - `path` or `partial_of(path)` exists and `resume` is false, or one of them is not a regular file.
 - Another process writes the file, or its folder is missing.
@@ -32,18 +36,20 @@ the file cannot be opened or written, and `ResultsError` in these cases:
   exist, and neither begins with all bytes of the other.
 """
 
+import contextlib
 import csv
 import fcntl
 import hashlib
 import io
 import json
 import os
+import sys
 import time
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -57,6 +63,9 @@ the evidence in the file. `checkpoint` is the identity of the detector and its b
 """
 
 FORMATS = ("table", "csv", "jsonl")
+
+TICK_S = 0.02
+"""Seconds by which a file's time of change may lie before the change: systems round it down."""
 
 
 def header(output: str, word: str = "probability") -> str:
@@ -112,8 +121,8 @@ class ResultsFile:
     `close`.
 
     Of the rows that were in the file when it was opened, `names` contains a sorted hash of each
-    image name, uint64, and `unreadable` is the number of rows without a verdict. `written` is the
-    modification time of these rows in seconds (Unix time).
+    image name, uint64, and `unreadable` is the number of rows without a verdict. `until` is a Unix
+    time: the rows have all changes of the images before it.
     """
 
     path: Path
@@ -121,21 +130,43 @@ class ResultsFile:
     output: str
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     unreadable: int = 0
-    written: float = 0.0
+    until: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self._taken = np.zeros(len(self.names), np.uint32)
 
     def __contains__(self, name: str) -> bool:
         index = np.searchsorted(self.names, _hash(name))
         return bool(index < len(self.names) and self.names[index] == _hash(name))
 
+    def take(self, name: str) -> bool:
+        """Return whether a row of this name is left, and take it: an archive or a list may have
+        several images of one name.
+        """
+        first, end = (np.searchsorted(self.names, _hash(name), side) for side in _SIDES)
+        if first == end or first + self._taken[first] == end:
+            return False
+        self._taken[first] += 1
+        return True
+
     def is_older_than(self, path: str) -> bool:
-        """Return whether a file has changed since the last row was written, before this run. A time
-        in the future says nothing.
+        """Return whether a file has changed after `until`. Its change time counts, which the system
+        sets: a file that takes the place of another may have an old modification time.
         """
         try:
-            changed = os.stat(path).st_mtime  # noqa: PTH116  strings, as in the list
+            changed = os.stat(path).st_ctime  # noqa: PTH116  strings, as in the list
         except OSError:
             return False
-        return self.written < changed <= time.time()
+        return changed > self.until - TICK_S
+
+    def reach(self, until: float) -> None:
+        """State that the rows have all changes of the images before a Unix time."""
+        self.until = max(self.until, until)
+        self._stamp()
+
+    def _stamp(self) -> None:
+        with contextlib.suppress(OSError):  # not every network disk stores times
+            os.utime(self.stream.fileno(), (self.until, self.until))
 
     @property
     def go_on(self) -> str:
@@ -164,6 +195,7 @@ class ResultsFile:
         except OSError as error:
             reason = f"{error.strerror}; its complete rows are kept{self.go_on}"
             raise OSError(error.errno, reason, str(partial_of(self.path))) from error
+        self._stamp()
 
     def finish(self) -> None:
         """Rename the file to its final name."""
@@ -228,7 +260,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
     """Return the locked file `<path>.partial`, positioned after its last complete row."""
     partial = partial_of(path)
     with_rows = [place.stat() for place in (path, partial) if place.exists()]
-    written = max((facts.st_mtime for facts in with_rows if facts.st_size), default=0.0)
+    until = max((facts.st_mtime for facts in with_rows if facts.st_size), default=time.time())
     with partial.open("rb") as started:
         if path.exists():
             with path.open("rb") as finished:
@@ -239,7 +271,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
                             f"{path} and {partial} are both there, and neither begins with the "
                             "other; remove or rename one, or name another file with --out"
                         )
-                    file = ResultsFile(path, stream, output, rows.names, rows.unreadable, written)
+                    file = ResultsFile(path, stream, output, rows.names, rows.unreadable, until)
                     finished.seek(0)
                     for part in iter(lambda: finished.read(2**20), b""):
                         file.write_bytes(part)
@@ -247,7 +279,8 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
         rows = _read_rows(started, output, partial, checkpoint, may_be_cut=True)
     stream.truncate(rows.end)
     stream.seek(rows.end)
-    file = ResultsFile(path, stream, output, rows.names, rows.unreadable, written)
+    file = ResultsFile(path, stream, output, rows.names, rows.unreadable, until)
+    file.reach(until)  # the cut changed the time of the file
     if not rows.end and output == "csv":
         file.write(header(output))
     return file
@@ -258,6 +291,9 @@ def _begins_with(longer: BinaryIO, shorter: BinaryIO) -> bool:
     longer.seek(0)
     shorter.seek(0)
     return all(longer.read(len(part)) == part for part in iter(lambda: shorter.read(2**20), b""))
+
+
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 def _hash(name: str) -> np.uint64:
@@ -332,8 +368,10 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
     """Yield the rows of a results file up to the byte offset `end`, with the values as given to
     `line`.
     """
+    largest = csv.field_size_limit()
     try:
         if output == "csv":
+            csv.field_size_limit(sys.maxsize)  # a name in an archive may have a million characters
             reader = csv.DictReader(_texts(stream, end), strict=True)
             if end and tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"it begins with {reader.fieldnames}")
@@ -350,6 +388,8 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
         raise ResultsError(
             f"{path} is not a {output} file of this program ({error}); name another file with --out"
         ) from error
+    finally:
+        csv.field_size_limit(largest)
 
 
 def _has_texts(row: Mapping[str, Any]) -> bool:

@@ -36,9 +36,9 @@ pass through. The `Run` counts:
 `draw_heatmap(detector, name, data, folder)` takes the name and the bytes of an image, and writes
 its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `named(paths)` yields these
 paths, and instead of `-` the lines of standard input. `count_in_background(paths, counted)` counts
-the images in a thread and then appends their number to the list `counted`; it does nothing for `-`
-and compressed archives. A `Run` uses `Note` for what it knows of an image before its line is
-written; callers do not need it.
+the images in a thread and then appends their number to the list `counted`; it appends nothing if
+`-` or a compressed archive is among the paths. A `Run` uses `Note` for what it knows of an image
+before its line is written; callers do not need it.
 """
 
 import contextlib
@@ -104,13 +104,12 @@ class Run:
         Images that are in the results file already are skipped in whole batches. So a resumed run
         has the same batches, and to the last bit the same probabilities, as an uninterrupted run.
         """
-        files, start = self._remaining(files, batch_size)
+        remaining, start = self._remaining(files, batch_size)
         first = next(group_sizes(batch_size, start))
         notes: deque[Note] = deque()
 
         def reading() -> Iterator[ImageFile]:
-            for index, file in enumerate(files):
-                is_written = self._is_written(file)
+            for index, (file, is_written) in enumerate(remaining):
                 # The first batch is scored completely: rounding depends on the batch size.
                 if is_written and (index >= first or self.heatmaps):
                     file = self._pass_over(file)
@@ -127,13 +126,16 @@ class Run:
                 yield self.done + self.skipped
 
     def _is_written(self, file: ImageFile) -> bool:
-        """Return whether the results file had a line for this image when the run began. In a
-        watched folder it does not count for an image that has changed since then.
+        """Return whether the results file had a line for this image when the run began. Called once
+        for each image, because each of several images of one name has a line. In a watched folder
+        a line does not count for an image that has changed since then.
         """
-        if not self.out or file.name not in self.out:
+        if not self.out:
             return False
         if self.watched is None:
-            return True
+            return self.out.take(file.name)
+        if file.name not in self.out:
+            return False
         is_first = file.name not in self.watched
         self.watched.add(file.name)
         return is_first and not self.out.is_older_than(file.name)
@@ -155,23 +157,24 @@ class Run:
 
     def _remaining(
         self, files: Iterable[ImageFile], batch_size: int
-    ) -> tuple[Iterator[ImageFile], int]:
-        """Return the files from the first incomplete batch on, and the number of files before."""
-        files = iter(files)
+    ) -> tuple[Iterator[tuple[ImageFile, bool]], int]:
+        """Return the files from the first incomplete batch on, each with `_is_written` of it, and
+        the number of files before.
+        """
+        states = ((file, self._is_written(file)) for file in files)
         start = 0
         if self.watched is not None or not self.out or not len(self.out.names):
-            return files, start
+            return states, start
         for size in group_sizes(batch_size):
             group = []
             is_complete = True
-            for file in islice(files, size):
-                is_written = self._is_written(file)
+            for file, is_written in islice(states, size):
                 is_complete &= is_written
                 if not is_written:
                     file.skip()
-                group.append(self._pass_over(file) if is_written else file)
+                group.append((self._pass_over(file) if is_written else file, is_written))
             if not group or not is_complete:
-                return chain(group, files), start
+                return chain(group, states), start
             start += size
             self.skipped += len(group)
         raise AssertionError("group_sizes has no end")
@@ -257,15 +260,20 @@ def named(paths: Iterable[str]) -> Iterator[str]:
 
 
 def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
-    """Count the images in a thread and append the number to `counted`. Does nothing for a list on
-    standard input or for a compressed archive, which would have to be unpacked.
+    """Count the images in a thread and append the number to `counted`. Appends nothing if a list on
+    standard input or a compressed archive is among the paths: it would have to be unpacked.
     """
 
     def count() -> None:
+        total = 0
         with contextlib.suppress(Exception):  # the run itself reports errors
-            counted.append(sum(1 for _ in inputs.find_images(paths, Counter())))
+            for file in inputs.find_images(paths, Counter()):
+                if file.is_held:
+                    return
+                total += 1
+            counted.append(total)
 
-    if "-" not in paths and not any(map(inputs.is_compressed, paths)):
+    if "-" not in paths:
         threading.Thread(target=count, daemon=True).start()
 
 
@@ -286,6 +294,8 @@ def predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
     """Score new images in a folder, without end."""
     console.log.info("watching %s; press Ctrl-C to stop", folder)
     run.watched = set()
-    for ready in inputs.watch(folder, run.excluded):
+    for ready, until in inputs.watch(folder, run.excluded):
         for _ in run.over(ready, batch_size):
             pass
+        if run.out and ready:
+            run.out.reach(until)

@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_watched_folder_yields_each_complete_file_once(
     looks = inputs.watch(str(tmp_path), Counter())
 
     def look() -> list[str]:
-        return [Path(file.name).name for file in next(looks)]
+        return [Path(file.name).name for file in next(looks).files]
 
     assert look() == ["old.jpg"]
     growing = tmp_path / "growing.jpg"
@@ -62,6 +63,24 @@ def test_a_watched_folder_yields_each_complete_file_once(
     assert look() == []
     growing.write_bytes(b"another")
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
+
+
+def test_a_look_says_up_to_when_all_changes_are_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is not complete yet counts with its change time, also if its own time is old."""
+    clock = [1000.0]
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(inputs.time, "sleep", lambda _seconds: clock.__setitem__(0, clock[0] + 1))
+    looks = inputs.watch(str(tmp_path), Counter())
+    assert next(looks).files == []
+    (tmp_path / "a.jpg").write_bytes(b"12")
+    os.utime(tmp_path / "a.jpg", (1, 1))
+    changed = (tmp_path / "a.jpg").stat().st_ctime
+    assert [(look.files, look.until <= changed) for look in islice(looks, 2)] == [([], True)] * 2
+    ready = next(looks)
+    assert len(ready.files) == 1 and ready.until > changed
+    assert next(looks).until >= ready.until
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,53 @@ NAMES = ["=1+1.jpg", "'=1.jpg", "+a.jpg", "@b.jpg", "-c.jpg", 'qu"ote', "new\nli
          "\ufeffx", os.fsdecode(b"\xe9"), "é", "x" * 4000]  # fmt: skip
 
 
+def test_a_change_before_the_last_row_is_not_lost(tmp_path: Path) -> None:
+    """A file that was written while the rows were, or that a file with an older time replaced."""
+    image, other, out = tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / "out.csv"
+    other.write_bytes(b"other")
+    os.utime(other, (1, 1))
+    file = open_results(out, "csv", MADE_BY, resume=False)
+    file.write(line("csv", row(str(image))))
+    image.write_bytes(b"changed")
+    file.write(line("csv", row("last")))
+    file.finish()
+    file.close()
+    again = open_results(out, "csv", MADE_BY, resume=True)
+    assert again.is_older_than(str(image))
+    again.reach(image.stat().st_ctime + 1)
+    assert not again.is_older_than(str(image))
+    again.write(line("csv", row("later")))
+    again.finish()
+    again.close()
+    resumed = open_results(out, "csv", MADE_BY, resume=True)
+    assert not resumed.is_older_than(str(image))
+    resumed.until = image.stat().st_ctime - 60
+    other.replace(image)
+    assert resumed.is_older_than(str(image))
+    resumed.close()
+
+
+def test_cutting_off_an_incomplete_row_does_not_hide_earlier_changes(tmp_path: Path) -> None:
+    out, image = tmp_path / "out.csv", tmp_path / "a.jpg"
+    partial = finished(out, "a.jpg").rename(partial_of(out))
+    partial.write_bytes(partial.read_bytes() + b"half a")
+    os.utime(partial, (1e9, 1e9))
+    image.write_bytes(b"changed")
+    for _ in range(2):
+        file = open_results(out, "csv", MADE_BY, resume=True)
+        assert file.is_older_than(str(image))
+        file.close()
+
+
+def test_a_name_beyond_the_limit_of_the_csv_module_can_be_read_again(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    path = finished(tmp_path / "out.csv", "x" * 140_000)
+    file = open_results(path, "csv", MADE_BY, resume=True)
+    assert "x" * 140_000 in file
+    file.close()
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize("output", ["csv", "jsonl"])
 def test_every_row_can_be_read_again(tmp_path: Path, output: str) -> None:
     path = finished(tmp_path / f"x.{output}", *NAMES)

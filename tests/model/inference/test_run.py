@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import predict
 from model.inference import detector, inputs, results
-from model.inference.run import heatmap_path
+from model.inference.run import count_in_background, heatmap_path
 from tests.builders import encode, photo, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -190,8 +192,8 @@ def test_a_resumed_watch_scores_what_changed_in_between_and_nothing_twice(
 ) -> None:
     """Not a file either that the first look leaves out, because its time is in the future."""
     out = tmp_path / "out.csv"
-    assert ask(photos, "--out", out).exit_code == 0
     os.utime(photos / "0.jpg", (4e9, 4e9))
+    assert ask(photos, "--out", out).exit_code == 0
     (photos / "1.jpg").write_bytes(encode(photo(8)))
     looks = []
 
@@ -238,6 +240,53 @@ def test_a_finished_run_over_a_compressed_tar_is_resumed(
     result = ask(archive, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     assert out.read_bytes() == before
+
+
+def test_a_compressed_tar_that_is_named_tar_is_resumed_and_not_counted(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first bytes say that it is compressed. Neither the run nor the count waits forever."""
+    images = {f"{number}.bmp": encode(photo(number), "BMP") for number in range(12)}
+    archive, out = write_tar(tmp_path / "a.tar", images, "w:gz"), tmp_path / "out.csv"
+    monkeypatch.setattr("imaging.tar.WAITING_BYTES", 2 * len(images["0.bmp"]))
+    assert ask(archive, "--out", out).exit_code == 0
+    before, running = out.read_bytes(), threading.enumerate()
+    counted: list[int] = []
+    for paths in ((str(archive),), (f"{tmp_path}/*.tar",), (str(tmp_path), str(archive))):
+        count_in_background(paths, counted)
+    for thread in threading.enumerate():
+        if thread not in running:
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+    assert counted == []
+    result = ask(archive, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_images_of_one_name_each_have_a_row_also_after_an_interruption(
+    ask: Callable[..., Result], photos: Path, tmp_path: Path, output: str
+) -> None:
+    out, archive = tmp_path / f"out.{output}", tmp_path / "same.tar"
+    with tarfile.open(archive, "w") as tar:
+        for number in range(3):
+            data = encode(photo(number), "PNG")
+            member = tarfile.TarInfo("same.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    for paths, rows in (((archive,), 3), ((photos, photos / "1.jpg"), 4)):
+        assert ask(*paths, "--out", out).exit_code == 0
+        whole = out.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        header = len(lines) - rows
+        assert len(set(lines)) == header + 3
+        for kept in range(rows + 1):
+            out.unlink()
+            results.partial_of(out).write_bytes(b"".join(lines[: header + kept]))
+            assert ask(*paths, "--out", out, "--resume").exit_code == 0
+            assert out.read_bytes() == whole, f"{kept} rows were there"
+        out.unlink()
 
 
 def test_an_index_of_another_program_hides_nothing(
