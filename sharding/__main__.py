@@ -287,10 +287,10 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
         console.say(fault)
     names = ", ".join(each.name for each in folders)
     if faults:
-        remedy = "Delete each damaged shard and run" if damaged else "Run"
+        remedy = "Delete the damaged shards, if any, and build all sets again, without --set"
         raise click.ClickException(
             f"{console.counted(len(faults), 'fault')} (listed above: {min(20, len(faults))}). "
-            f"{remedy} the build again to pack what is missing"
+            f"{remedy if damaged else 'Run the build again to pack what is missing'}"
         )
     images = console.counted(total, "image")
     console.say(f"{names}: {images} match the index, no image is in two splits")

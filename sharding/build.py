@@ -11,7 +11,7 @@ It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns 
 index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
 contradict the catalog. `RawError`: broken file. `ShardError`: bad images, no class, raw file or
 catalog entry of packed images gone, `only` names a set without images, unknown files in a set, or
-images of a set go to another one now. `ChangedError` (a `ShardError`): raw file just changed.
+an image or its duplicate would be in a set that is built and one that is not. `ChangedError` (a `ShardError`): raw file just changed.
 `ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, other build.
 """
 
@@ -59,11 +59,11 @@ from sharding.lock import locked
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
     files_of,
+    packed_sets,
     packed_sources,
     read_record,
     refuse_foreign_files,
     remove_earlier,
-    sets_left,
     write_record,
 )  # fmt: skip
 from sharding.scan import STRICT, WORK_FOLDER, SourceScan, Tolerance, find_sources
@@ -129,7 +129,7 @@ def build(
         )
     check_reachable(raw)
     check_reachable(out)
-    scan = find_sources(catalog, raw, out, only, tolerance)
+    scan = find_sources(catalog, raw, out, tolerance)
     if not scan.listings and not scan.packed_only:
         return scan, []
     work = out / WORK_FOLDER
@@ -156,7 +156,7 @@ def build(
                 one.refuse_lacking_class()
         for one in builds.values():
             one.plan(out)
-        _refuse_left(out, present, scan, builds)
+        _refuse_overlaps(out, present, scan, inventory, decision, builds)
         # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:
@@ -181,28 +181,71 @@ def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[st
     return sorted(name for name in names if not only or name in only)
 
 
-def _refuse_left(
-    out: AnyPath, present: Sequence[str], scan: SourceScan, builds: "dict[str, _SetBuild]"
+def _refuse_overlaps(
+    out: AnyPath,
+    present: Sequence[str],
+    scan: SourceScan,
+    inventory: pa.Table,
+    decision: Decision,
+    builds: "dict[str, _SetBuild]",
 ) -> None:
-    """Log each set to which no image of its sources goes any more, such as after its raw files were
-    deleted. Refuse it if one of its images is in the sets that are built now.
+    """Refuse a set of an earlier build that is not built now, if one of its images, or a duplicate
+    of one, is in a set that is built now. Log each set to which no image of its sources goes any
+    more, such as after its raw files were deleted.
 
     Raises:
-        ShardError: an image would be in two sets.
+        ShardError: an image, or its duplicate, would be in two sets; or the table of a set is
+            damaged.
     """
-    for name in sets_left(out, out / WORK_FOLDER, present, scan.listings):
-        path = out / name / SAMPLES_FILE
-        packed = table_from(path.read_bytes()).column("key") if path.exists() else pa.array([])
+    work = out / WORK_FOLDER
+    losing = np.flatnonzero((decision.sets == "") & (decision.other >= 0))
+    winning = decision.sets[decision.other[losing]]
+    for name in packed_sets(out, work):
+        if name in builds:
+            continue
+        origins, hashes = _packed_images(out / name)
         for one in builds.values():
-            here = pa.array(packed.to_pylist(), pa.string())
-            both = pc.sum(pc.is_in(one.samples.column("key"), here)).as_py()
-            if both:
+            lost = inventory.column("origin").take(pa.array(losing[winning == one.name]))
+            ties = (
+                (origins, one.samples.column("origin")),
+                (hashes, one.samples.column("sha256")),
+                (origins, lost),
+            )
+            both = [pc.is_in(packed, here.combine_chunks()) for packed, here in ties]
+            count = pc.sum(pc.or_(pc.or_(*both[:2]), both[2])).as_py()
+            if not count:
+                continue
+            said = f"{count:,} of its images, or duplicates of them, would be in set {one.name} too"
+            if name in present:
                 raise ShardError(
-                    f"set {name} is out of date: no image goes to it any more, and {both:,} of its "
-                    f"earlier build would be in set {one.name} too. Correct the catalog, or delete "
-                    f"{out / name} and build again (no set was changed)"
+                    f"set {name} is out of date: {said}. Build it in the same run: add --set "
+                    f"{name}, or leave out --set (no set was changed)"
                 )
-        log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
+            raise ShardError(
+                f"set {name} is out of date: no image goes to it any more, and {said}. Correct the "
+                f"catalog, or delete {out / name} and build again (no set was changed)"
+            )
+        if name not in present and not packed_sources(work / name).isdisjoint(scan.listings):
+            log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
+
+
+def _packed_images(folder: AnyPath) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Return the origins and hashes of the images of a packed set, empty if it is unfinished.
+
+    Raises:
+        ShardError: its table is damaged.
+    """
+    path = folder / SAMPLES_FILE
+    try:
+        table = table_from(path.read_bytes()) if path.exists() else SAMPLES_SCHEMA.empty_table()
+        return table.column("origin"), table.column("sha256")
+    except (KeyError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ShardError(
+            f"{path} is damaged ({reason}); delete {folder} and build it again"
+        ) from error
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:

@@ -40,7 +40,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.catalog import Source
 from sharding.format import codes_of
 from sharding.split import choose_set
 from storage import parse_json
@@ -57,26 +56,6 @@ EXCLUDED_BY_CATALOG = "its SHA-256 stands in a list that the catalog excludes"
 
 SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
 """Priority of the splits for duplicates: test before val before train."""
-
-
-def sources_for(
-    sources: Mapping[str, Source], sets: Mapping[str, str], only: Collection[str]
-) -> dict[str, Source]:
-    """Return the sources that can change the sets `only`, all if it is empty. `sets` is set ->
-    split.
-
-    A source whose sets all have a lower `SPLIT_RANK` takes no image from them. But copies in it
-    decide into which of its sets an image of a divided source goes, so if such a source is left,
-    all are returned.
-    """
-    lowest = min((SPLIT_RANK[sets[name]] for name in only if name in sets), default=0)
-    parts_of = {name: source.destinations() for name, source in sources.items()}
-    kept = {
-        name: source for name, source in sources.items()
-        if any(SPLIT_RANK[sets[of]] >= lowest for part in parts_of[name] for of in part)
-    }  # fmt: skip
-    divided = any(len(part) > 1 for name in kept for part in parts_of[name])
-    return dict(sources) if divided else kept
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,15 @@ record that is no JSON or has no list `files`:
 - `files_of(shards)` takes the names of tars and returns the set of the names of all files of a set
   with these tars.
 - `packed_sources(marks)` returns the set of the names of the sources whose tars are recorded.
-- `sets_left(out, work, planned, sources)` takes the folder of all sets, the folder of all `marks`,
-  and two collections of texts. It returns a list of the names of recorded sets that are not in
-  `planned`, have a tar in their folder, and contain one of `sources`.
+- `packed_sets(out, work)` takes the folder of all sets and the folder of all `marks`. It returns a
+  sorted list of the names of the sets whose record has a tar and whose folder has one.
 - `is_recorded(name, record)` returns whether the file `name` is in the set `record`; the name of an
   unfinished file counts as that of the finished one.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from sharding.format import EXCLUDED_FILE, INDEX_FILE, SAMPLES_FILE, TIMM_FILE, ShardError
 from storage import AnyPath, files_in, parse_json, write_text
@@ -74,20 +73,14 @@ def packed_sources(marks: AnyPath) -> set[str]:
     return {name.rsplit("-", 2)[0] for name in read_record(marks) if name.endswith(".tar")}
 
 
-def sets_left(
-    out: AnyPath, work: AnyPath, planned: Collection[str], sources: Collection[str]
-) -> list[str]:
-    """Return the sets that earlier builds packed from some of `sources` and that are not in
-    `planned`: no image goes to them any more.
-    """
+def packed_sets(out: AnyPath, work: AnyPath) -> list[str]:
+    """Return the sets with a tar that earlier builds packed into `out`, of any catalog."""
     # Only `work` is listed, not the folders in it: the client of a bucket caches listings, and
     # would not find the marks that workers write later.
     return [
         name
         for name in sorted(path.name for path in work.iterdir() if path.is_dir())
-        if name not in planned
-        and not packed_sources(work / name).isdisjoint(sources)
-        and any((out / name).glob("*.tar"))
+        if packed_sources(work / name) and any((out / name).glob("*.tar"))
     ]
 
 

@@ -1,11 +1,10 @@
 """Find the images of each source of a catalog, as files below the raw folder or packed before.
 
-Main entry: `find_sources(catalog, raw, out, only, tolerance)` returns a `SourceScan`; nothing is
-decoded or written.
+Main entry: `find_sources(catalog, raw, out, tolerance)` returns a `SourceScan`; nothing is decoded
+or written.
 
 - `catalog`: from `read_catalog()` of sharding/catalog.py.
 - `raw`, `out`: the folders of the raw data and of the sets, each a `Path` or `UPath`.
-- `only`: names of sets; sources that cannot change them are skipped. Default: none is skipped.
 - `tolerance`: a `Tolerance` (`max_bad`: the largest share of missing or unreadable images;
   `allow_incomplete`: whether a catalog rule may match no image). Default: 1 %, and False.
 
@@ -14,14 +13,12 @@ It raises `CatalogError` if the files contradict the catalog, `RawError` for a b
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from console import counted
 from sharding.catalog import Catalog, CatalogError, Source
-from sharding.dedupe import sources_for
 from sharding.format import CLASSES
 from sharding.inventory import item_table
 from sharding.listing import Listing, list_source
@@ -64,17 +61,9 @@ STRICT = Tolerance()
 
 
 def find_sources(
-    catalog: Catalog,
-    raw: AnyPath,
-    out: AnyPath,
-    only: Sequence[str] = (),
-    tolerance: Tolerance = STRICT,
+    catalog: Catalog, raw: AnyPath, out: AnyPath, tolerance: Tolerance = STRICT
 ) -> SourceScan:
     """List the images of every catalog source that is on disk or was packed before.
-
-    With `only`, sources are skipped if all their sets have a lower `SPLIT_RANK` than the sets in
-    `only`: they take no image from those sets. But copies in them decide into which of its sets an
-    image of a divided source goes, so none is skipped if such a source is left.
 
     Raises:
         CatalogError: a layout does not fit the catalog, the number of images differs from
@@ -82,7 +71,7 @@ def find_sources(
     """
     scan = SourceScan()
     inventory = out / WORK_FOLDER / "inventory"
-    for name, source in sources_for(catalog.sources, catalog.sets, only).items():
+    for name, source in catalog.sources.items():
         source = replace(source, root=folder_of(raw, source.root or name))
         if (raw / source.root).is_dir():
             listing = list_source(name, source, raw)

@@ -18,7 +18,6 @@ from sharding.build import Tolerance, build
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.format import CLASSES, open_shards, read_index
 from sharding.listing import list_source
-from sharding.scan import find_sources
 from tests.builders import write_split_zip
 from tests.raw_copies import Row, image, parquet, put
 
@@ -419,26 +418,6 @@ def test_every_source_of_the_catalog_is_tested_here() -> None:
     for name, source in read_catalog([BUILT_IN]).sources.items():
         assert f"raw/{source.root or name}" in text, name
         assert source.fetch and source.license and source.homepage, name
-
-
-@pytest.mark.parametrize(
-    ("held", "read"),
-    [('"trial"', ["coco"]), ("{ trial = 0.5, held = 0.5 }", ["coco", "faces"])],
-)
-def test_sources_that_cannot_affect_the_requested_set_are_skipped(
-    tmp_path: Path, held: str, read: list[str]
-) -> None:
-    """Training sources are skipped for a test set, unless its images are divided among sets."""
-    put(tmp_path / "raw/coco/real", "000000000139.jpg")
-    put(tmp_path / "raw/faces/fake", "a.jpg")
-    (tmp_path / "catalog.toml").write_text(
-        '[sets]\ntrial = "test"\nheld = "val"\nphase = "train"\n'
-        f'[sources.coco]\nlicense = "x"\nset = {held}\nreal = ["real"]\n'
-        '[sources.faces]\nlicense = "x"\nset = "phase"\nfake = ["fake"]\n'
-    )
-    catalog = read_catalog([tmp_path / "catalog.toml"])
-    scan = find_sources(catalog, tmp_path / "raw", tmp_path / "out", ["trial"], Tolerance(1.0))
-    assert list(scan.listings) == read
 
 
 def test_images_in_a_parquet_table_may_be_plain_bytes_or_missing(tmp_path: Path) -> None:

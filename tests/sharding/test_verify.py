@@ -59,7 +59,7 @@ def test_a_flipped_bit_is_found_in_its_shard_and_its_image(copy: Path) -> None:
     assert status == 1
     assert "old/alpha-train-00000.tar: its sha256 is not the one in the index" in output
     assert f"{row['key']}" in output and "the bytes do not match the sha256" in output
-    assert "Delete each damaged shard and run the build again" in output
+    assert "Delete the damaged shards, if any, and build all sets again" in output
 
 
 def test_missing_short_and_unlisted_files_are_found(copy: Path) -> None:

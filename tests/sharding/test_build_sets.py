@@ -1,0 +1,120 @@
+"""Tests of builds of some sets (`only`): no image may be in a built set and in one that is not."""
+
+from pathlib import Path
+
+import pytest
+
+from sharding.build import Tolerance, build
+from sharding.catalog import read_catalog
+from sharding.format import ShardError, open_shards
+from sharding.verify import sets_in, verify
+from tests.builders import encode, hashes, photo
+
+SOURCE = '[sources.{0}]\nlicense = "x"\nroot = "{1}"\nset = {2}\n{3}\n'
+REAL, FAKE = 'real = ["real"]', 'fake = ["fake"]'
+
+
+def catalog(*sources: tuple[str, str, str, str], sets: str = "tr te te2") -> str:
+    lines = [f'{name} = "{"train" if name[:2] == "tr" else "test"}"' for name in sets.split()]
+    return "\n".join(["[sets]", *lines, *(SOURCE.format(*source) for source in sources)])
+
+
+def put(folder: Path, numbers: range, suffix: str = "png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        options = {"quality": 90} if suffix == "jpg" else {}
+        kind = {"png": "PNG", "jpg": "JPEG"}[suffix]
+        data = encode(photo(number, 48, 40), kind, **options)
+        (folder / f"{number}.{suffix}").write_bytes(data)
+
+
+def pack(tmp_path: Path, text: str, *only: str) -> None:
+    path = tmp_path / "catalog.toml"
+    path.write_text(text)
+    build(read_catalog([path]), tmp_path / "raw", tmp_path / "out", only=only, jobs=1,
+          tolerance=Tolerance(allow_incomplete=True))  # fmt: skip
+
+
+def refused(tmp_path: Path, said: str, text: str, *only: str) -> None:
+    """Check that a build is refused with `said`, and changes no set."""
+    before = hashes(tmp_path / "out")
+    with pytest.raises(ShardError, match=said):
+        pack(tmp_path, text, *only)
+    assert hashes(tmp_path / "out") == before
+
+
+def consistent(tmp_path: Path) -> bool:
+    return verify(sets_in(tmp_path / "out"), jobs=1) == []
+
+
+def test_changed_shares_do_not_put_images_of_a_set_that_is_not_built_into_another(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path / "raw/a/real", range(20))
+    text = catalog(("a", "a", "{ tr = 0.5, te = 0.5 }", REAL))
+    pack(tmp_path, text)
+    changed = text.replace("tr = 0.5, te = 0.5", "tr = 0.95, te = 0.05")
+    said = r"set te is out of date: \d+ of its .* in set tr too. .* add --set te, or leave out"
+    refused(tmp_path, said, changed, "tr")
+    pack(tmp_path, changed, "tr", "te")
+    assert consistent(tmp_path)
+    pack(tmp_path, changed, "tr")
+
+
+def test_a_source_that_moves_to_another_split_is_not_in_both(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    put(tmp_path / "raw/b/fake", range(10, 14))
+    text = catalog(("a", "a", '"tr"', REAL), ("b", "b", '"tr"', FAKE))
+    pack(tmp_path, text)
+    moved = catalog(("a", "a", '"te2"', REAL), ("b", "b", '"tr"', FAKE))
+    refused(tmp_path, "set tr is out of date: 4 of its images.* in set te2 too", moved, "te2")
+    pack(tmp_path, moved)
+    assert consistent(tmp_path)
+
+
+@pytest.mark.parametrize("root", ["photos", "renamed"])
+def test_a_source_that_is_renamed_with_its_set_is_not_in_two_sets(
+    tmp_path: Path, root: str
+) -> None:
+    put(tmp_path / "raw/photos/real", range(4))
+    pack(tmp_path, catalog(("old", "photos", '"trx"', REAL), sets="trx"))
+    (tmp_path / "raw/photos").rename(tmp_path / "raw" / root)
+    renamed = catalog(("new", root, '"tex"', REAL), sets="tex")
+    said = rf"set trx .* no image goes to it any more, and 4 .* delete {tmp_path}/out/trx and "
+    refused(tmp_path, said, renamed)
+
+
+@pytest.mark.parametrize("quality", ["the same bytes", "near-duplicates"])
+def test_new_duplicates_of_a_set_that_is_not_built_are_refused(
+    tmp_path: Path, quality: str
+) -> None:
+    put(tmp_path / "raw/a/real", range(6))
+    text = catalog(("a", "a", '"tr"', REAL), ("b", "b", '"te"', REAL))
+    pack(tmp_path, text)
+    put(tmp_path / "raw/b/real", range(4, 8), "png" if quality == "the same bytes" else "jpg")
+    refused(tmp_path, "set tr is out of date: 2 of its images", text, "te")
+    pack(tmp_path, text)
+    assert consistent(tmp_path)
+    assert len(open_shards([tmp_path / "out/tr"])) == 4
+
+
+def test_a_set_built_alone_loses_images_that_another_source_labels_otherwise(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    put(tmp_path / "raw/b/fake", range(3, 6))
+    text = catalog(("a", "a", '"te"', REAL), ("b", "b", '"tr"', FAKE))
+    pack(tmp_path, text, "te")
+    alone = hashes(tmp_path / "out")
+    assert len(open_shards([tmp_path / "out/te"])) == 3
+    pack(tmp_path, text)
+    assert alone.items() <= hashes(tmp_path / "out").items()
+
+
+def test_a_damaged_table_of_a_set_that_is_not_built_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    put(tmp_path / "raw/b/fake", range(4, 8))
+    text = catalog(("a", "a", '"te"', REAL), ("b", "b", '"tr"', FAKE))
+    pack(tmp_path, text)
+    (tmp_path / "out/tr/samples.parquet").write_bytes(b"PAR1")
+    refused(tmp_path, r"out/tr/samples\.parquet is damaged \(.*; delete .*/out/tr and", text, "te")
