@@ -11,8 +11,9 @@ It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns 
 index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
 contradict the catalog. `RawError`: broken file. `ShardError`: bad images, no class, raw file or
 catalog entry of packed images gone, `only` names a set without images, unknown files in a set, or
-an image or its duplicate would be in a set that is built and one that is not. `ChangedError` (a `ShardError`): raw file just changed.
-`ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, other build.
+an image or its duplicate would be in a set that is built and in one that is not. `ChangedError` (a
+`ShardError`): raw file just changed. `ValueError`: no Ray, too many `jobs`, a link out of `out`.
+`OSError`: no access, other build.
 """
 
 import contextlib
@@ -267,11 +268,11 @@ def _read_everything(
             for done in run_all(take_inventory, tasks, engine, jobs):
                 advance(done)
     tables = [
-        finish_source(folder, name, table, scan.listings[name])
+        finish_source(folder, name, catalog.sources[name], table, scan.listings[name])
         for name, table in scan.items.items()
     ]
     for name in scan.packed_only:
-        packed = read_source(folder, name, catalog.sources[name].destinations())
+        packed = read_source(folder, name, catalog.sources[name])
         assert packed is not None  # find_sources has seen its file
         table, listing = packed
         scan.listings[name] = listing

@@ -20,15 +20,16 @@ source, and `folder` a path:
   `FACTS_VERSION`), or None if there are none.
 - `missing_chunks(source, items, facts)` takes the tables of `item_table()` and `known_facts()`. It
   yields the pairs for `take_inventory()`: the images of which `facts` has no row.
-- `finish_source(folder, source, items, listing)` then joins all rows of a source and writes them to
-  `<source>.parquet`, with the notes of the `Listing` (what was excluded). It deletes the files of
+- `finish_source(folder, name, source, items, listing)` then joins all rows of a source (its name,
+  and its `Source` in the catalog) and writes them to `<name>.parquet`, with the notes of the
+  `Listing` (what was excluded) and the catalog's rules for the images. It deletes the files of
   `take_inventory()` and returns the table, with the columns `SCHEMA`. It raises RuntimeError if an
   image has no row.
 - `forget(folder, source, path)` deletes the rows of the raw file `path` from `<source>.parquet`:
   the next build decodes it again.
-- `read_source(folder, source, destinations)` returns (table, `Listing`) of a source whose raw files
-  are gone, or None if there is no `<source>.parquet`. It raises `ShardError` for a file with
-  another `FACTS_VERSION`, or packed for sets that are not in `destinations`, those of the catalog.
+- `read_source(folder, name, source)` returns (table, `Listing`) of a source whose raw files are
+  gone, or None if there is no `<name>.parquet`. It raises `ShardError` for a file with another
+  `FACTS_VERSION`, or packed for other sets or by other rules than those of the catalog.
 - `describe(prepared, data)` returns the facts of a good image as a dict (a `Prepared` of
   imaging/decode.py, and the bytes of its file), and `refuse(reason)` those of a bad one; the
   perceptual hash is not among them.
@@ -47,7 +48,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
-from sharding.format import ShardError, table_from
+from sharding.catalog import Source, shares
+from sharding.format import CLASSES, ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
 from storage import AnyPath, any_path, files_in, parse_json, write_atomically
@@ -203,14 +205,16 @@ def _bounds(items: pa.Table) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listing) -> pa.Table:
+def finish_source(
+    folder: AnyPath, name: str, source: Source, items: pa.Table, listing: Listing
+) -> pa.Table:
     """Join a source's items with their facts, write one file, and delete the partial ones, also
     those that killed builds left.
     """
-    facts = known_facts(folder, source)
+    facts = known_facts(folder, name)
     where = _match(items, facts)
     if where.null_count:
-        raise RuntimeError(f"{where.null_count} images of {source} were never read")
+        raise RuntimeError(f"{where.null_count} images of {name} were never read")
     table = items
     if facts is not None:
         chosen = facts.take(where)
@@ -219,12 +223,14 @@ def finish_source(folder: AnyPath, source: str, items: pa.Table, listing: Listin
         table = table.unify_dictionaries()
     else:
         table = SCHEMA.empty_table()
-    notes = {"excluded": listing.excluded, "read_as": listing.read_as}
+    notes = {
+        "excluded": listing.excluded, "read_as": listing.read_as, "rules": _rules_of(source),
+    }  # fmt: skip
     table = table.replace_schema_metadata({"facts": FACTS_VERSION, "listing": json.dumps(notes)})
-    path = folder / f"{source}.parquet"
+    path = folder / f"{name}.parquet"
     if not path.exists() or not _read(path).equals(table, check_metadata=True):
         write_atomically(path, lambda partial: pq.write_table(table, partial))
-    unfinished = re.compile(rf"{re.escape(source)}(\+.*|\.parquet\.\d+\.partial)")
+    unfinished = re.compile(rf"{re.escape(name)}(\+.*|\.parquet\.\d+\.partial)")
     for piece in files_in(folder):
         if unfinished.fullmatch(piece.name):
             piece.unlink()
@@ -239,17 +245,15 @@ def forget(folder: AnyPath, source: str, path: str) -> None:
     write_atomically(inventory, lambda partial: pq.write_table(kept, partial))
 
 
-def read_source(
-    folder: AnyPath, source: str, destinations: Sequence[Mapping[str, float]]
-) -> tuple[pa.Table, Listing] | None:
-    """Read the inventory of a source from an earlier build; None if there is none. `destinations`
-    are those of the catalog (`Source.destinations()`).
+def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, Listing] | None:
+    """Read the inventory of a source from an earlier build; None if there is none. `source` is its
+    entry in the catalog.
 
     Raises:
         ShardError: the file is damaged, or written by another version of this program, or the
-            catalog sends the source elsewhere now.
+            catalog sends the source elsewhere or has other rules for its images now.
     """
-    path = folder / f"{source}.parquet"
+    path = folder / f"{name}.parquet"
     if not path.exists():
         return None
     table = _read(path)
@@ -262,16 +266,46 @@ def read_source(
     if (version := _version_of(table)) != FACTS_VERSION:
         raise ShardError(
             f"{path} has inventory version {version}, expected {FACTS_VERSION}, and the raw files "
-            f"of {source} are gone; restore them and build again, or delete it to drop the source"
+            f"of {name} are gone; restore them and build again, or delete it to drop the source"
         )
+    destinations = source.destinations()
     for packed in map(parse_json, table.column("destination").unique().to_pylist()):
         if packed not in destinations:
             raise ShardError(
-                f"{source} was packed for {_shares(packed)}, the catalog says "
+                f"{name} was packed for {_shares(packed)}, the catalog says "
                 f"{' or '.join(map(_shares, destinations))}, and its raw files are gone; restore "
                 f"them and build again, or delete {path} to drop the source (nothing was changed)"
             )
+    rules = _rules_of(source)
+    earlier = notes.get("rules", rules)  # builds of before did not record them
+    if changed := [key for key in rules if earlier.get(key) != rules[key]]:
+        raise ShardError(
+            f"{name} was packed with another {' and '.join(changed)} in its catalog entry, and its "
+            f"raw files are gone; restore them and build again, take the change back, or delete "
+            f"{path} to drop the source (nothing was changed)"
+        )
     return table.replace_schema_metadata(None), Listing([], notes["excluded"], notes["read_as"])
+
+
+def _rules_of(source: Source) -> dict[str, Any]:
+    """Return what the catalog says about the choice, labels, sets and groups of images, as JSON
+    values. Texts for people, and what does not change the images of a source, are left out.
+    """
+    rules: dict[str, Any] = {
+        kind: [
+            [rule.folder, rule.name, rule.column, rule.where, rule.generator,
+             shares(rule.set or source.set)]
+            for rule in source.rules(label)
+        ]
+        for label, kind in enumerate(CLASSES)
+    }  # fmt: skip
+    return rules | {
+        "ignore": [[rule.folder, rule.name] for rule in source.ignored()],
+        "table": [source.table.name, source.table.key] if source.table else [],
+        "group": source.groups(),
+        "group_column": source.group_column,
+        "cap": dict(source.cap),
+    }
 
 
 def _shares(destination: Mapping[str, float]) -> str:

@@ -1,7 +1,12 @@
-"""Tests of builds of some sets (`only`): no image may be in a built set and in one that is not."""
+"""Tests of builds of some sets, and of catalogs that changed since: no image is in two sets, and no
+rule is ignored.
+"""
 
+import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from sharding.build import Tolerance, build
@@ -118,3 +123,49 @@ def test_a_damaged_table_of_a_set_that_is_not_built_is_named(tmp_path: Path) -> 
     pack(tmp_path, text)
     (tmp_path / "out/tr/samples.parquet").write_bytes(b"PAR1")
     refused(tmp_path, r"out/tr/samples\.parquet is damaged \(.*; delete .*/out/tr and", text, "te")
+
+
+RULES = {
+    "classes": (REAL + "\n" + FAKE, 'real = ["fake"]\nfake = ["real"]', "real and fake"),
+    "ignored": (REAL, REAL + '\nignore = [{ folder = "real", name = "1*" }]', "ignore"),
+    "cap": (REAL, REAL + "\ncap = { real = 2 }", "cap"),
+    "group": (REAL, REAL + "\ngroup = '(\\d)'", "group"),
+    "set of a rule": (
+        'set = "te"\nreal = [{ folder = "real", set = "tr" }]\nfake = ["fake"]',
+        'set = "tr"\nreal = [{ folder = "real", set = "te" }]\nfake = ["fake"]',
+        "real and fake",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", RULES)
+def test_changed_rules_of_a_source_whose_raw_files_are_gone_are_refused(
+    tmp_path: Path, change: str
+) -> None:
+    before, after, keys = RULES[change]
+    head = '[sets]\ntr = "train"\nte = "test"\n[sources.a]\nlicense = "x"\n'
+    head += "" if before.startswith("set") else 'set = "tr"\n'
+    put(tmp_path / "raw/a/real", range(4))
+    put(tmp_path / "raw/a/fake", range(4, 8))
+    pack(tmp_path, head + before)
+    shutil.rmtree(tmp_path / "raw/a")
+    pack(tmp_path, head + before.replace('["real"]', '[{ folder = "real", optional = true }]'))
+    refused(tmp_path, f"a was packed with another {keys} in its catalog entry.*gone", head + after)
+
+
+def test_a_source_of_an_earlier_version_without_recorded_rules_is_kept(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    text = catalog(("a", "a", '"tr"', REAL))
+    pack(tmp_path, text)
+    before = hashes(tmp_path / "out")
+    path = tmp_path / "out/.build/inventory/a.parquet"
+    table = pq.read_table(path)
+    notes = json.loads(table.schema.metadata[b"listing"])
+    del notes["rules"]
+    table = table.replace_schema_metadata(
+        {**table.schema.metadata, b"listing": json.dumps(notes).encode()}
+    )
+    pq.write_table(table, path)
+    shutil.rmtree(tmp_path / "raw/a")
+    pack(tmp_path, text)
+    assert hashes(tmp_path / "out") == before
