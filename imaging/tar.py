@@ -13,6 +13,10 @@ For an excluded file, `read` is None. Folders are not yielded. An archive that i
 one of the limits below raises `DecodeError` (a `ValueError`, of imaging/decode.py) during the loop;
 the members before the error are good. An archive that cannot be opened raises `OSError`.
 
+`headers(stream)` takes a plain tar that is open for reading, and yields the pair (`TarInfo`, reason
+why the member is not read, or "") of each member, folders and hidden files too. The caller may read
+a member from `stream`, at its `offset_data`. It raises the same errors during the loop.
+
 In a plain tar, `read` reads the file at its offset, at any time and from any thread. A compressed
 tar (`is_compressed(path)`) is read from front to end: the bytes of each member stay in memory until
 its `read` is called. The loop stops when the next member would bring the bytes in memory above
@@ -228,32 +232,55 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
     """
     packed = is_compressed(path)
     waiting = _Waiting()
+    with _damage_named(), _open(path, packed) as archive:
+        end = MAX_RATIO * path.stat().st_size + MAX_SLACK if packed else sys.maxsize
+        reached = 0
+        while (member := _next(archive, reached, end)) is not None:
+            reached = archive.offset
+            if member.isdir() or not wanted(member.name):
+                continue
+            name = printable(member.name)
+            excluded = _refuse(member)
+            if excluded:
+                yield TarMember(name, excluded, None)
+                if packed and member.size > MAX_BYTES:
+                    raise DecodeError(
+                        "a member is too large to skip in a compressed archive; unpack the "
+                        "archive to read the members after it"
+                    )
+            elif packed:
+                stream = archive.extractfile(member)
+                assert stream is not None  # None only for members that are no regular file
+                yield TarMember(name, "", waiting.put(stream.read()))
+            else:
+                read = _MemberReader(path, member.offset_data, member.size)
+                yield TarMember(name, "", read)
+        if archive.damage:
+            raise DecodeError(f"damaged or cut off: {archive.damage}; members may be missing")
+
+
+def headers(stream: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield the header of each member of a plain tar, with the reason why the member is not read or
+    "".
+
+    Raises:
+        DecodeError: the archive is damaged, cut off, or no tar. Members before the error are good.
+        OSError: the archive cannot be read.
+    """
+    with _damage_named(), _Archive.open(fileobj=stream, mode="r:", tarinfo=_Info) as archive:
+        reached = 0
+        while (member := _next(archive, reached, sys.maxsize)) is not None:
+            reached = archive.offset
+            yield member, _refuse(member)
+        if archive.damage:
+            raise DecodeError(f"damaged or cut off: {archive.damage}; members may be missing")
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    """Raise DecodeError for the errors that tarfile and the decompressors raise for damage."""
     try:
-        with _open(path, packed) as archive:
-            end = MAX_RATIO * path.stat().st_size + MAX_SLACK if packed else sys.maxsize
-            reached = 0
-            while (member := _next(archive, reached, end)) is not None:
-                reached = archive.offset
-                if member.isdir() or not wanted(member.name):
-                    continue
-                name = printable(member.name)
-                excluded = _refuse(member)
-                if excluded:
-                    yield TarMember(name, excluded, None)
-                    if packed and member.size > MAX_BYTES:
-                        raise DecodeError(
-                            "a member is too large to skip in a compressed archive; unpack the "
-                            "archive to read the members after it"
-                        )
-                elif packed:
-                    stream = archive.extractfile(member)
-                    assert stream is not None  # None only for members that are no regular file
-                    yield TarMember(name, "", waiting.put(stream.read()))
-                else:
-                    read = _MemberReader(path, member.offset_data, member.size)
-                    yield TarMember(name, "", read)
-            if archive.damage:
-                raise DecodeError(f"damaged or cut off: {archive.damage}; members may be missing")
+        yield
     except DecodeError:
         raise
     except (

@@ -457,10 +457,11 @@ def _check_downloads(catalog: Catalog, file: Path) -> None:
     """Check that no two sources download to one folder: each deletes the files of the other."""
     first: dict[str, str] = {}
     for name, source in catalog.sources.items():
-        if source.fetch:
-            other = first.setdefault(source.root or name, name)
+        if source.fetch and not source.fetch.by_hand:
+            root = str(PurePosixPath(source.root or name))  # without `./`, `//` and a last `/`
+            other = first.setdefault(root, name)
             if catalog.sources[other].fetch != source.fetch:
-                where = f"{file}: sources {other} and {name} have the root {source.root or name!r}"
+                where = f"{file}: sources {other} and {name} have the root {root!r}"
                 raise CatalogError(f"{where} and different downloads; give each its own root")
 
 

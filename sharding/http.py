@@ -81,6 +81,8 @@ def ask(session: requests.Session, url: str, path: Path, sha256: str) -> Remote:
 
 def download(session: requests.Session, remote: Remote, progress: Progress) -> None:
     """Download the rest of a file, and give the file its name when complete."""
+    if remote.partial.is_symlink():  # the folder may come from a stranger
+        remote.partial.unlink()
     have = size_of(remote.partial)
     if have and have == remote.size:
         _accept(remote)

@@ -98,6 +98,8 @@ class _Compiled(NamedTuple):
     destination: str
 
 
+_PACKED_TABLE = "a table in an archive, which is not read; unpack it"
+
 # An extension by which files are counted: not a number after a dot, which differs per file.
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
 
@@ -130,6 +132,8 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
         inside = f"{folder}/".lower() if folder else ""
         suffix = posixpath.splitext(base)[1].lower()
         if source.table and fnmatch.fnmatch(base.lower(), source.table.name.lower()):
+            if file.member:
+                listing.exclude(_PACKED_TABLE, file.inside)
             continue
         claims = _fitting(on_files, inside, base)
         ignoring = _fitting(ignored, inside, base)
@@ -319,6 +323,10 @@ def _read_table(
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
             continue
+        if file.excluded:  # without it, labels would come from the folders alone
+            raise CatalogError(
+                f"{raw / file.path} is {file.excluded}, expected a table; put the file itself there"
+            )
         with (
             _naming_damage(raw / file.path),
             (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
@@ -354,6 +362,9 @@ def _list_cells(
     """List the image cells of one parquet table that a rule matches."""
     if not claims:
         listing.exclude("in no table the catalog names", file.inside)
+        return
+    if file.excluded or file.member:
+        listing.exclude(file.excluded or _PACKED_TABLE, file.inside)
         return
     with _naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
         table = pq.ParquetFile(stream)

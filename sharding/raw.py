@@ -3,8 +3,8 @@
 Main entries, two generators: `walk(raw, root)` takes the folder of all raw datasets (a `Path` or
 `UPath`) and the name of a folder in it, a text. It yields a `RawFile` for each file below
 `raw/root`, sorted by path, with each zip archive as a folder. Left out are hidden files, and the
-volumes X.z01, ... of a split archive, which is read as X.zip. A broken archive raises `RawError` (a
-`ValueError`), an unreadable folder `OSError`. The fields of a `RawFile`:
+volumes X.z01, ... of a split archive, which is read as X.zip. A broken archive, and volumes without
+X.zip, raise `RawError` (a `ValueError`), an unreadable folder `OSError`. The fields of a `RawFile`:
 
 - `inside`: path below `raw/root`.
 - `path`: path of the file with the bytes, below `raw`.
@@ -102,17 +102,30 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
     """
     listed = _walk_local(raw, root) if is_local(raw) else _walk_remote(raw, root)
     volume = re.compile(r"(.+)\.z\d+", re.IGNORECASE | re.DOTALL)
-    volumes: dict[str, list[str]] = {}  # name of a split archive -> versions of its other volumes
+    volumes: dict[str, list[RawFile]] = {}  # name of a split archive -> its other volumes
+    archives = set[str]()
     for file in listed:
         if match := volume.fullmatch(file.inside):  # sorted before their archive, read with it
-            volumes.setdefault(match[1].lower(), []).append(f"{file.size} {file.version}")
-        elif not file.excluded and file.inside.lower().endswith(".zip"):
-            if others := volumes.pop(file.inside[:-4].lower(), []):
-                text = "\n".join([file.version, *others])
+            volumes.setdefault(match[1].lower(), []).append(file)
+        elif file.inside.lower().endswith(".zip"):
+            stem = file.inside[:-4].lower()
+            archives.add(stem)
+            if others := volumes.pop(stem, []):
+                versions = (f"{other.size} {other.version}" for other in others)
+                text = "\n".join([file.version, *versions])
                 file = file._replace(version=hashlib.sha256(text.encode()).hexdigest()[:16])
-            yield from _members(raw, file)
+            if file.excluded:
+                yield file
+            else:
+                yield from _members(raw, file)
         else:
             yield file
+    for stem in volumes.keys() - archives:  # X.ZIP is sorted before X.z01
+        first = volumes[stem][0]
+        raise RawError(
+            f"{raw / first.path} is a volume of a split archive, and the last volume, the .zip, is "
+            "not beside it; fetch it, or remove the volumes"
+        )
 
 
 def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:

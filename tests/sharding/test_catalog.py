@@ -228,6 +228,34 @@ def test_a_download_must_have_the_name_of_a_dataset(tmp_path: Path, entry: str) 
         )
 
 
+TWO = """[sources.a]
+license = "x"
+set = "train"
+real = ["a"]
+root = "{0}"
+fetch = {{ {1} }}
+[sources.b]
+license = "x"
+set = "train"
+real = ["b"]
+root = "{2}"
+fetch = {{ {3} }}
+"""
+
+
+@pytest.mark.parametrize("root", ["photos", "photos/", "./photos", "photos//", "photos/."])
+def test_two_downloads_to_one_folder_are_refused(tmp_path: Path, root: str) -> None:
+    text = TWO.format("photos", 'hub = "x/y"', root, 'hub = "x/z"')
+    with pytest.raises(CatalogError, match="sources a and b have the root 'photos' and different"):
+        catalog_of(tmp_path, text)
+    catalog_of(tmp_path, TWO.format("photos/b", 'hub = "x/y"', root, 'hub = "x/z"'))
+
+
+@pytest.mark.parametrize("other", ['by_hand = "ask her"', 'hub = "x/y"'])
+def test_files_put_in_a_folder_by_hand_are_no_download(tmp_path: Path, other: str) -> None:
+    catalog_of(tmp_path, TWO.format("photos", 'by_hand = "ask him"', "photos", other))
+
+
 def test_a_byte_order_mark_is_accepted_and_another_encoding_refused(tmp_path: Path) -> None:
     text = '# Müller\n[sets]\nt = "train"\n[sources.s]\nlicense = "x"\nset = "t"\nreal = ["a"]\n'
     path = tmp_path / "catalog.toml"

@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from unicodedata import normalize
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -132,6 +135,47 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> 
     status, output = build_command(tmp_path)
     assert status == 1
     assert f"Error: {tmp_path}/raw/mine/{name} is damaged or not a table (" in output
+
+
+def with_tables(tmp_path: Path) -> Path:
+    """Write a catalog of files anywhere and of tables, and return the source's folder."""
+    (tmp_path / "catalog.toml").write_text(
+        '[sets]\nm = "test"\n[sources.mine]\nlicense = "x"\nset = "m"\n'
+        'real = [{ name = "*" }, { column = "image", optional = true }]\n'
+        'table = { name = "*.csv", key = "filename" }\n'
+    )
+    folder = tmp_path / "raw/mine"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(encode(photo(next(SEEDS)), "PNG"))
+    pq.write_table(pa.table({"image": [encode(photo(next(SEEDS)))]}), tmp_path / "x.parquet")
+    return folder
+
+
+def test_a_table_that_is_a_link_or_a_pipe_is_not_read(tmp_path: Path) -> None:
+    folder = with_tables(tmp_path)
+    (folder / "x.parquet").symlink_to("../../x.parquet")
+    os.mkfifo(folder / "y.parquet")
+    status, output = build_command(tmp_path)
+    assert status == 0, output
+    assert "mine: 1 file: a symbolic link, which is not followed (first: x.parquet)" in output
+    assert "mine: 1 file: neither a file nor a folder (first: y.parquet)" in output
+    assert len(open_shards([tmp_path / "out/m"])) == 1
+    (tmp_path / "x.csv").write_text("filename\na.png\n")
+    (folder / "x.csv").symlink_to("../../x.csv")
+    status, output = build_command(tmp_path)
+    assert status == 1
+    assert f"{folder}/x.csv is a symbolic link, which is not followed, expected a tab" in output
+
+
+def test_a_table_in_an_archive_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = with_tables(tmp_path)
+    with zipfile.ZipFile(folder / "t.zip", "w") as archive:
+        archive.write(tmp_path / "x.parquet", "x.parquet")
+        archive.writestr("x.csv", "filename\na.png\n")
+    status, output = build_command(tmp_path)
+    assert status == 0, output
+    said = "mine: 2 files: a table in an archive, which is not read; unpack it (first: t.zip/x.csv)"
+    assert said in output
 
 
 def test_a_table_that_ends_within_a_line_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Tests of the lock of a build in a bucket; a file system in memory stands for the bucket."""
+"""Tests of the lock of a build, most of them in a bucket, for which a file system in memory
+stands.
+"""
 
 import json
 import logging
@@ -7,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +132,19 @@ def test_a_lost_lease_stays_with_its_new_owner(
     lock._release(work / "lock.json", "ours")
     assert read(work)["owner"] == "elsewhere:1"
     assert "is no longer the lock of this build" in warnings(caplog)[0]
+
+
+def test_a_link_in_place_of_the_lock_file_is_refused(tmp_path: Path) -> None:
+    """The output may be a folder that a stranger made."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "lock").symlink_to("mine")
+    with pytest.raises(OSError, match=f"{tmp_path}/lock is a link, expected a file; remove it"):
+        with lock.locked(tmp_path, tmp_path):
+            pass
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").write_text("kept")
+    with lock.locked(tmp_path, tmp_path), pytest.raises(BlockingIOError, match="another build"):
+        with lock.locked(tmp_path, tmp_path):
+            pass
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "lock").read_text() == "kept"

@@ -48,6 +48,19 @@ def test_the_version_of_a_member_changes_with_every_volume(tmp_path: Path) -> No
     assert len({before, changed, shorter}) == 3
 
 
+def test_volumes_without_their_archive_are_an_error(tmp_path: Path) -> None:
+    """The last volume is the last one to arrive; without it, its images would be left out."""
+    write_split_zip(tmp_path / "s/sub/X.zip", MEMBERS, 3)
+    (tmp_path / "s/sub/X.zip").rename(tmp_path / "s/sub/X.ZIP")
+    assert len(list(walk(tmp_path, "s"))) == len(MEMBERS)
+    (tmp_path / "s/sub/X.ZIP").unlink()
+    (tmp_path / "s/a.jpg").touch()
+    with pytest.raises(RawError, match=r"s/sub/X\.z01 is a volume .*, the \.zip, is not beside it"):
+        list(walk(tmp_path, "s"))
+    (tmp_path / "s/sub/X.zip").symlink_to("elsewhere.zip")
+    assert [file.inside for file in walk(tmp_path, "s")] == ["a.jpg", "sub/X.zip"]
+
+
 @pytest.mark.skipif(not shutil.which("zip"), reason="no zip program")
 @pytest.mark.parametrize("options", [[], ["-fz"]], ids=["zip32", "zip64"])
 def test_archives_split_by_the_zip_program_are_read(tmp_path: Path, options: list[str]) -> None:

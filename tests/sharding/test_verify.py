@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -157,6 +159,52 @@ def test_deep_json_and_endless_fields_are_found(copy: Path) -> None:
     (copy / "old/index.json").write_bytes(DEEP)
     with pytest.raises(ShardError, match=r"index\.json is not JSON .*copy the set again"):
         verify([copy / "old"], jobs=1)
+
+
+def sparse_header(name: str) -> bytes:
+    """Return the header of a member that has no bytes and claims a MiB, in the form of GNU tar."""
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % 2**20 + b"%011o\0" % 0  # its map: no bytes from 1 MiB on
+    header[483:495] = b"%011o\0" % 2**20
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_member(name: str, headers: dict[str, str]) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.pax_headers = headers
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (sparse_header, "a sparse file, which is not read"),
+        (lambda name: pax_member(name, {"GNU.sparse.map": "a,b"}), "a sparse file, which is not"),
+        (lambda name: pax_member(name, {"GNU.sparse.size": "x"}), "damaged tar: damaged or cut of"),
+        (lambda name: pax_member(name, {"size": str(2**29 + 1)}), "more than the limit of 536,870"),
+    ],
+)  # fmt: skip
+def test_members_that_no_build_writes_are_faults_of_their_shard(
+    copy: Path, make: Callable[[str], bytes], said: str
+) -> None:
+    """A set may come from a stranger. None of these is read, whatever size it claims."""
+    row = open_shards([copy / "old"]).table.to_pylist()[0]
+    path = copy / "old/alpha-train-00000.tar"
+    path.write_bytes(make(f"{row['key']}.jpg") + bytes(1024))
+    faults = verify(sets_in(copy), jobs=1)
+    assert any(fault.startswith("old/alpha-train-00000.tar") and said in fault for fault in faults)
+    assert not any("beta" in fault or "gamma" in fault for fault in faults)
+
+
+def test_a_named_pipe_in_place_of_a_shard_is_a_fault(copy: Path) -> None:
+    path = copy / "old/alpha-train-00000.tar"
+    path.unlink()
+    os.mkfifo(path)
+    assert "old/alpha-train-00000.tar: missing" in verify(sets_in(copy), jobs=1)
 
 
 def test_verify_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:
