@@ -83,8 +83,8 @@ def plain_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:
-        click.echo("stopped by Ctrl-C", err=True)
+    except KeyboardInterrupt as error:  # its text is the name of another signal than Ctrl-C
+        click.echo(f"stopped by {str(error) or 'Ctrl-C'}", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except click.ClickException as error:
         # click prints this attribute, but its type hints mark the attribute as final

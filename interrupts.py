@@ -5,8 +5,8 @@ loop can save its state and stop. A Ctrl-C that comes after any earlier signal r
 `KeyboardInterrupt` and is not added. `resumable()` yields nothing; if its block raises
 `KeyboardInterrupt`, it prints that the same command resumes the job, and raises SystemExit with
 exit code 130. `sigterm_interrupts()` yields nothing; in its block, SIGTERM raises
-`KeyboardInterrupt`. At the end of a block, the earlier signal handlers are restored. Outside the
-main thread, `stop_signals()` and `sigterm_interrupts()` do not react to signals.
+`KeyboardInterrupt("SIGTERM")`. At the end of a block, the earlier signal handlers are restored.
+Outside the main thread, `stop_signals()` and `sigterm_interrupts()` do not react to signals.
 """
 
 import contextlib
@@ -47,8 +47,9 @@ def resumable() -> Iterator[None]:
     """Exit with code 130 on Ctrl-C and tell the user that the same command resumes the job."""
     try:
         yield
-    except KeyboardInterrupt:
-        click.echo("stopped by Ctrl-C; run the same command again to resume", err=True)
+    except KeyboardInterrupt as error:
+        by = str(error) or "Ctrl-C"
+        click.echo(f"stopped by {by}; run the same command again to resume", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
 
 
@@ -58,7 +59,11 @@ def sigterm_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

@@ -278,10 +278,12 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+LINK = "a symbolic link, which is not followed"
+
+
 def kind_of(mode: int) -> str:
     """Return the reason why a file that is not regular is not read, by its mode."""
-    link = "a symbolic link, which is not followed"
-    return link if stat.S_ISLNK(mode) else "neither a file nor a folder"
+    return LINK if stat.S_ISLNK(mode) else "neither a file nor a folder"
 
 
 def leaves_archive(name: str) -> bool:

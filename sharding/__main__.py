@@ -37,6 +37,7 @@ Every command has --verbose (more log lines). A packed set may be at an address.
 """
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -349,8 +350,8 @@ def describe_command(folder: Path, out: Path) -> None:
     if description.undecided:
         folders = console.counted(len(description.undecided), "folder")
         console.say(f"{folders} without a class: uncomment a line for each, real or fake, in {out}")
-    command = f"python -m sharding build --raw {folder.absolute().parent} --catalog {out}"
-    console.say(f"check {out}, then: {command}")
+    words = shlex.join(["--raw", str(folder.absolute().parent), "--catalog", str(out)])
+    console.say(f"check {out}, then: python -m sharding build {words}")
 
 
 @main.command("audit")
@@ -490,10 +491,9 @@ def demo(folder: Path, seed: int) -> None:
     console.table(
         f"Synthetic raw datasets in {folder / 'raw'}", ["source", "images"], counts.items()
     )
-    console.say(
-        f"pack them: python -m sharding build --raw {folder / 'raw'} "
-        f"--catalog {folder / 'catalog.toml'} --out {folder / 'shards'}"
-    )
+    paths = {"--raw": "raw", "--catalog": "catalog.toml", "--out": "shards"}
+    words = shlex.join(word for key, name in paths.items() for word in (key, str(folder / name)))
+    console.say(f"pack them: python -m sharding build {words}")
 
 
 if __name__ == "__main__":

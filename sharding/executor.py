@@ -14,9 +14,9 @@ order of completion.
 When a task fails, its error is raised: tasks that have not started are dropped, and those running
 are awaited (local) or canceled (Ray). `ValueError` is raised if `engine` is "ray" and Ray is not
 installed, or if it is "local" and `jobs` is larger than max(64, 8 * number of cores).
-`ChildProcessError` (an `OSError`) is raised if a local worker is killed. A task may write only to
-storage that every worker can reach, and may be killed at any moment: if this process dies, its
-local workers exit at once, in the middle of their tasks.
+`ChildProcessError` (an `OSError`) is raised if a worker is killed, or Ray fails in another way. A
+task may write only to storage that every worker can reach, and may be killed at any moment: if this
+process dies, its local workers exit at once, in the middle of their tasks.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def run_all(
 
     Raises:
         ValueError: Ray is not installed, or `jobs` is too large for this machine.
-        ChildProcessError: a worker of this machine was killed.
+        ChildProcessError: a worker was killed, or the cluster failed.
     """
     if engine == "local" and jobs > (most := max(64, 8 * cores())):
         raise ValueError(f"--jobs {jobs:,}: this machine has {cores()} cores; use at most {most}")
@@ -183,8 +183,13 @@ def _run_ray(
         while running:
             done, running = ray.wait(running)
             yield from ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause or error from None
+    except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayTaskError) and error.cause:
+            raise error.cause from None
+        raise ChildProcessError(
+            f"the Ray cluster lost a task ({type(error).__name__}), probably for lack of memory; "
+            "run the same command again, with fewer --jobs"
+        ) from error
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

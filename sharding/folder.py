@@ -41,6 +41,7 @@ set. Files below `data`:
 
 import hashlib
 import re
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
-from console import counted
+from console import counted, log
 from imaging.zip import printable
 from sharding.build import Progress, Tolerance, build, no_progress
 from sharding.catalog import (
@@ -60,7 +61,7 @@ from sharding.catalog import (
     toml_string,
 )
 from sharding.format import CLASSES
-from sharding.listing import list_source
+from sharding.listing import links_in, list_source
 from storage import AnyPath, make_folder, write_text
 
 PLACE = "folders"
@@ -161,10 +162,11 @@ def _class_folders(folder: Path) -> list[list[str]]:
     sides = [[name for name in names if name.lower() in known] for known in CLASS_FOLDERS]
     for kind, known, side in zip(CLASSES, CLASS_FOLDERS, sides, strict=True):
         if not side:
+            command = shlex.join(["python", "-m", "sharding", "describe", str(folder)])
             there = ", ".join(printable(name) for name in names[:8]) or "no folder"
             raise CatalogError(
                 f"{folder} has no folder of {kind} images (expected {' or '.join(known)}, "
-                f"found {there}); rename a folder, or let `python -m sharding describe {folder}` "
+                f"found {there}); rename a folder, or let `{command}` "
                 "write a catalog for other names"
             )
     return sides
@@ -205,7 +207,8 @@ def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
         CatalogError: the message gives the number of images.
     """
     ((name, source),) = catalog.sources.items()
-    counts = Counter(item.label for item in list_source(name, source, folder.parent).items)
+    listing = list_source(name, source, folder.parent)
+    counts = Counter(item.label for item in listing.items)
     for label, kind in enumerate(CLASSES):
         if counts[label] < FEWEST:
             where = " and ".join(str(folder / side) for side in sides[label])
@@ -213,4 +216,7 @@ def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
             raise CatalogError(
                 f"{where} has {count}; expected at least {FEWEST} {kind} images (a fifth is for "
                 "validation), such as .jpg, .png or .webp files, in folders or zip archives"
+                f"{links_in(listing)}"
             )
+    if said := links_in(listing):
+        log.warning("%s: a part is left out%s", folder, said)

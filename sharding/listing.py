@@ -25,6 +25,7 @@ real and a fake rule of equal depth, or a parquet cell matches both; if there ar
 matches any; if a table is damaged, or lacks a column or a class that the catalog names. `RawError`
 is raised for a broken archive, `OSError` for an unreadable file or missing source folder.
 
+`links_in(listing)` returns the end of a sentence, which names a link among the excluded files.
 `sharding/split.py` chooses which of these items are packed, and into which set.
 """
 
@@ -45,6 +46,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imaging.decode import IMAGE_SUFFIXES
+from imaging.zip import LINK
 from sharding.catalog import CatalogError, Rule, Source, shares
 from sharding.format import CLASSES
 from sharding.raw import RawFile, nfc, walk
@@ -141,7 +143,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             used.update(claim.compiled.read_as for claim in (*ignoring, *claims))
         if ignoring:
             listing.exclude("the catalog ignores it", file.inside)
-        elif file.excluded and not claims:
+        elif file.excluded and not (claims and suffix in IMAGE_SUFFIXES):
             listing.exclude(file.excluded, file.inside)
         elif on_cells and suffix == ".parquet":
             images += 1
@@ -156,6 +158,13 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     if images and not listing.items:
         _refuse_all(name, source, raw / root, listing)
     return listing
+
+
+def links_in(listing: Listing) -> str:
+    """Return the end of a sentence on missing images that names a link, or "" if there is none."""
+    if LINK not in listing.excluded:
+        return ""
+    return f"; {listing.excluded[LINK]['first'][0]} is {LINK}: put the folder or file itself there"
 
 
 def _unmatched(rules: Sequence[_Compiled], used: set[str]) -> list[str]:
@@ -363,8 +372,8 @@ def _list_cells(
     if not claims:
         listing.exclude("in no table the catalog names", file.inside)
         return
-    if file.excluded or file.member:
-        listing.exclude(file.excluded or _PACKED_TABLE, file.inside)
+    if file.member:
+        listing.exclude(_PACKED_TABLE, file.inside)
         return
     with _naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
         table = pq.ParquetFile(stream)

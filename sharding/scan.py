@@ -21,7 +21,7 @@ from console import counted
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.format import CLASSES
 from sharding.inventory import item_table
-from sharding.listing import Listing, list_source
+from sharding.listing import Listing, links_in, list_source
 from sharding.raw import folder_of
 from sharding.split import capped
 from storage import AnyPath
@@ -98,8 +98,9 @@ def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:
     """Raise an error for rules without a file: they are misspelled, or the data are incomplete."""
     shown = "; ".join(listing.unmatched[:4]) + ("; ..." if len(listing.unmatched) > 4 else "")
     raise CatalogError(
-        f"source {name}: no file in {folder} matches {shown}. Correct the rule or complete the "
-        "data. If this is intended, set optional = true in the rule or pass --allow-incomplete"
+        f"source {name}: no file in {folder} matches {shown}{links_in(listing)}. Correct the rule "
+        "or complete the data. If this is intended, set optional = true in the rule or pass "
+        "--allow-incomplete"
     )
 
 

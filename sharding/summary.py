@@ -19,6 +19,8 @@ or a `UPath` for an address.
   wanted). About the subset it prints something only if `matched` is a `Match`.
 """
 
+import shlex
+
 import console
 from installed import DEMO
 from sharding.audit.audit import Audit, advice_of
@@ -49,8 +51,9 @@ def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> Non
     )  # fmt: skip
     _say_what_was_excluded(scan)
     parent = raw.parent
+    option = shlex.join(["--raw", str(parent)])
     if any((parent / (source.root or name)).is_dir() for name, source in catalog.sources.items()):
-        console.say(f"{parent} has folders of known sources: did you mean --raw {parent}?")
+        console.say(f"{parent} has folders of known sources: did you mean {option}?")
     console.say(
         f"Nothing to build below {raw}{'' if raw.is_dir() else ', which does not exist'}.\n"
         "Download a source of the table with `python -m sharding fetch SOURCE`, or write a\n"
@@ -124,10 +127,8 @@ def say_what_was_paired(pairs: Pairs, out: AnyPath) -> None:
     console.say(f"{console.counted(total, 'pair')}{already}")
     for reason, count in sorted(pairs.excluded.items()):
         console.say(f"without a partner: {console.counted(count, 'image')}: {reason}")
-    console.say(
-        f"pack them: python -m sharding build --raw {out} --catalog {pairs.catalog} --out "
-        f"{out / 'shards'}"
-    )
+    words = ["--raw", out, "--catalog", pairs.catalog, "--out", out / "shards"]
+    console.say(f"pack them: python -m sharding build {shlex.join(map(str, words))}")
 
 
 def say_what_was_audited(name: str, result: Audit, matched: Match | str | None) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,7 @@ def raiser(error: BaseException):
         (click.UsageError(f"{HOSTILE} is wrong"), 2, f"{SHOWN} is wrong"),
         (ValueError("https://me:secret@host/a does not answer"), 1, "https://***@host/a does not"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (KeyboardInterrupt("SIGTERM"), 130, "stopped by SIGTERM"),
     ],
 )
 def test_a_mistake_is_one_harmless_line(error: BaseException, code: int, said: str) -> None:
@@ -184,6 +186,16 @@ def test_ctrl_c_says_that_the_command_can_resume() -> None:
     result = run(action)
     assert result.exit_code == 130
     assert result.stderr == "stopped by Ctrl-C; run the same command again to resume\n"
+
+
+def test_a_stop_by_sigterm_is_called_one() -> None:
+    def action() -> None:
+        with interrupts.resumable(), interrupts.sigterm_interrupts():
+            signal.raise_signal(signal.SIGTERM)
+
+    result = run(action)
+    assert result.exit_code == 130
+    assert result.stderr == "stopped by SIGTERM; run the same command again to resume\n"
 
 
 def test_counts_have_their_nouns() -> None:

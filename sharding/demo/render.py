@@ -2,7 +2,8 @@
 
 Main entry: `make_demo(folder, *, seed, jobs, on_done)` writes the files below and returns a dict
 from the name of each source (key of `SOURCES`) to its number of images. A file that cannot be
-written raises `OSError`. One JPEG is truncated on purpose.
+written raises `OSError`, and so do files of a demo with another seed in `folder`. One JPEG is
+truncated on purpose.
 
 - `folder`: a `pathlib.Path`, created if it does not exist.
 - `seed`: an integer from 0 on that determines all images (default 0).
@@ -34,10 +35,11 @@ or the checkerboard of uneven upsampling (Odena et al. 2016). A score on this da
 programs work. It shows nothing about real generators.
 """
 
+import io
 import math
 import multiprocessing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from sharding.demo.scenes import SCENES, Rng
+from storage import is_partial, remove_left, write_bytes, write_text
 
 Progress = Callable[[int, int], None]  # files done, files in all
 AFFINE = Image.Transform.AFFINE
@@ -155,10 +158,16 @@ def make_demo(
 ) -> dict[str, int]:
     """Write raw images and catalog.toml below `folder` with `jobs` processes. Returns the number of
     files per source.
+
+    Raises:
+        OSError: `folder` has files of another demo, or a file cannot be written.
     """
     shots = [shot for name in SOURCES for shot in shots_of(name)]
-    for shot in shots:
-        path_of(folder, shot, seed).parent.mkdir(parents=True, exist_ok=True)
+    paths = {path_of(folder, shot, seed) for shot in shots}
+    _refuse_others(folder / "raw", paths)
+    for parent in {path.parent for path in paths}:
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_left(parent)
     work = [(folder, shot, seed) for shot in shots]
     # Forking a process that already runs the threads of torch can deadlock; spawning cannot.
     context = multiprocessing.get_context("spawn")
@@ -167,8 +176,25 @@ def make_demo(
             if on_done:
                 on_done(done, len(shots))
     entries = [SETS, *(catalog_entry(name) for name in SOURCES)]
-    (folder / "catalog.toml").write_text("\n".join(entries), encoding="utf-8")
+    write_text(folder / "catalog.toml", "\n".join(entries))
     return {name: 2 * source.count for name, source in SOURCES.items()}
+
+
+def _refuse_others(raw: Path, paths: Collection[Path]) -> None:
+    """Refuse a folder in which a source has other files, such as those of another seed: suffixes
+    depend on the seed, so the images of both would be packed.
+
+    Raises:
+        FileExistsError: the message names one of these files.
+    """
+    for name in SOURCES:
+        for path in sorted((raw / name).rglob("*")):
+            kept = path in paths or is_partial(path) or path.name.startswith(".")
+            if path.is_file() and not kept:
+                raise FileExistsError(
+                    f"{path} is not of this demo, maybe of one with another --seed; remove {raw}, "
+                    "or choose another folder"
+                )
 
 
 def catalog_entry(name: str) -> str:
@@ -213,12 +239,14 @@ def write_shot(work: tuple[Path, Shot, int]) -> None:
     folder, shot, seed = work
     pixels = np.clip(render(shot, seed) * 255 + 0.5, 0, 255).astype(np.uint8)
     suffix, quality, subsampling = container(shot, seed)
-    jpeg: dict[str, Any] = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
+    jpeg: dict[str, Any] = {"quality": quality, "subsampling": subsampling}
     options: dict[str, Any] = {"jpg": jpeg, "webp": {"quality": quality}}.get(suffix, {})
-    path = path_of(folder, shot, seed)
-    Image.fromarray(pixels).save(path, **options)
-    if shot == TRUNCATED:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG" if suffix == "jpg" else suffix.upper(), **options)
+    data = stream.getvalue()
+    write_bytes(
+        path_of(folder, shot, seed), data[: len(data) * 2 // 5] if shot == TRUNCATED else data
+    )
 
 
 def size_of(shot: Shot, seed: int) -> tuple[int, int]:

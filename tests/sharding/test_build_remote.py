@@ -121,3 +121,20 @@ def test_ray_packs_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert status == 0, output
     assert hashes(tmp_path / "out") == hashes(data)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_ray_is_one_error() -> None:
+    pytest.importorskip("ray")
+    program = (
+        "import os, signal\nfrom sharding.executor import run_all\n"
+        "def end():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "try:\n    list(run_all(end, [()], 'ray', 1))\n"
+        "except ChildProcessError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    assert "the Ray cluster lost a task (WorkerCrashedError)" in done.stdout, done.stderr
+    assert "with fewer --jobs" in done.stdout

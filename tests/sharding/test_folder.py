@@ -127,6 +127,26 @@ def test_a_folder_that_cannot_be_trained_on_is_a_one_line_error(
     assert not list((tmp_path / "shards").rglob("index.json"))
 
 
+def test_links_to_folders_are_named(
+    mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "REAL is a symbolic link, which is not followed: put the folder or file itself there"
+    (mine / "1_fake/more").symlink_to("sdxl")
+    pack(mine, tmp_path / "shards")
+    assert "My Photos: a part is left out; 1_fake/more is a symbolic link, which" in caplog.text
+    (mine / "1_fake/more").unlink()
+    (mine / "REAL").rename(tmp_path / "elsewhere")
+    (mine / "REAL").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CatalogError, match=rf"REAL has no image; .* zip archives; {said}$"):
+        pack(mine, tmp_path / "shards")
+    (tmp_path / "c.toml").write_text(
+        '[sets]\nm = "train"\n[sources.mine]\nlicense = "x"\nset = "m"\n'
+        'root = "My Photos"\nreal = ["REAL"]\nfake = ["1_fake/**"]\n'
+    )
+    with pytest.raises(CatalogError, match=rf"matches real: REAL; {said}\. Correct the rule"):
+        build(read_catalog([tmp_path / "c.toml"]), mine.parent, tmp_path / "out", jobs=1)
+
+
 def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:
     packed = pack(mine.rename(mine.with_name("x" * 200)), tmp_path / "shards")
     assert packed.name == "x" * 74

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -275,6 +276,18 @@ def test_describe_then_build(tmp_path: Path) -> None:
     assert len(rows) == 4
     assert "in no folder the catalog names" in output
     assert run("describe", folder, "--out", out)[0] == 1  # never overwrites
+
+
+def test_the_command_that_describe_prints_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "sp ace" / "my [x] photos"
+    for number, name in enumerate(("real", "fake")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").write_bytes(encode(photo(number)))
+    status, output = run("describe", folder, "--out", tmp_path / "my catalog.toml")
+    assert status == 0, output
+    words = shlex.split(output.partition("then: python -m sharding ")[2])
+    status, output = run(*words, "--out", tmp_path / "out", "--jobs", 1, "--allow-incomplete")
+    assert status == 0, output
 
 
 def test_a_word_for_content_below_fakes_makes_no_real_images(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from model.checkpoint import read_meta
 from model.inference.fitness import notices
@@ -21,6 +22,30 @@ def test_every_source_of_the_demo_is_marked_as_synthetic(tmp_path: Path) -> None
     assert sources.keys() == render.SOURCES.keys()
     assert all(source.synthetic for source in sources.values())
     assert not any(source.synthetic for source in read_catalog([BUILT_IN]).sources.values())
+
+
+def test_a_demo_of_another_seed_is_not_mixed_in(tmp_path: Path) -> None:
+    """The suffix of a file depends on the seed, so files of both would stay."""
+    shots = render.shots_of("street")
+    earlier = [{render.path_of(tmp_path, shot, seed) for shot in shots} for seed in (0, 1)]
+    other = min(earlier[0] - earlier[1])
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x")
+    (other.parent / ".DS_Store").touch()
+    with pytest.raises(OSError, match=rf"{other} is not of .* --seed; remove {tmp_path}/raw, or"):
+        render.make_demo(tmp_path, seed=1)
+    assert [path for path in tmp_path.rglob("[!.]*") if path.is_file()] == [other]
+
+
+def test_an_image_of_the_demo_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    shot = render.Shot("street", render.FAKE, 1, "nearest")
+    path = render.path_of(tmp_path, shot, 0)
+    path.parent.mkdir(parents=True)
+    path.symlink_to("elsewhere")  # a file written in place would appear there
+    render.write_shot((tmp_path, shot, 0))
+    assert list(path.parent.iterdir()) == [path] and not path.is_symlink()
+    with Image.open(path) as image:
+        image.load()
 
 
 @pytest.mark.slow
