@@ -224,7 +224,8 @@ def _refuse_overlaps(
                 )
             raise ShardError(
                 f"set {name} is out of date: no image goes to it any more, and {said}. Correct the "
-                f"catalog, or delete {out / name} and build again (no set was changed)"
+                f"catalog, pass the --catalog of that set too, or delete {out / name} and build "
+                "again (no set was changed)"
             )
         if name not in present and not packed_sources(work / name).isdisjoint(scan.listings):
             log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
