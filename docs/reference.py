@@ -213,7 +213,8 @@ _EXTENDS = Field(
     list[str],
     [],
     "Recipe files to start from. A later file overrides an earlier one, and this recipe overrides "
-    "all. They are searched in the folder of this recipe, then in `recipes/`.",
+    "all. They are searched in the folder of this recipe, then in `recipes/`. `.toml` may be left "
+    "out.",
     may_be_absent=False,
 )
 """Row for the only key that is not a field of `Recipe`: `recipes.read` removes it."""

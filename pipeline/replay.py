@@ -10,7 +10,8 @@ Main entries: `Replay(...)`, the settings of a recipe (by keyword; the defaults 
   initial network.
 
 Its `fraction` is the number of old samples per new one, exact (a `Fraction`); the caller computes
-`count` from it. A wrong ratio, a ratio above 0 without sets or a negative weight raises ValueError.
+`count` from it. ValueError is raised for a wrong ratio, a ratio above 0 without sets, a negative
+weight, or one above 0 without a ratio.
 
 `sample_old(pool, sources, labels, count, rng)` returns `count` sample numbers of the pool,
 shuffled, in an array of its dtype (int64 if `count` is 0). Each source gives an equal share, half
@@ -48,13 +49,18 @@ class Replay:
     """Sources of the old sets that are not replayed."""
     distill_weight: float = 0.0
     """Weight of the loss that keeps the logits of old samples near those of the initial network. 0:
-    off. Range: at least 0"""
+    off. Needs a `ratio` above 0. Range: at least 0"""
 
     def __post_init__(self) -> None:
         if self.fraction > 0 and not self.sets:
             raise ValueError(f"ratio is {self.ratio}, but `sets` is empty; name the old sets there")
         if self.distill_weight < 0:
             raise ValueError(f"distill_weight must not be negative, got {self.distill_weight}")
+        if self.distill_weight > 0 and not self.fraction:
+            raise ValueError(
+                f"distill_weight is {self.distill_weight:g}, but ratio is 0, so no old sample is "
+                "replayed whose logits it could keep; set ratio, or distill_weight=0"
+            )
 
     @property
     def fraction(self) -> Fraction:

@@ -9,12 +9,14 @@ that such texts change.
 A recipe can extend others: `extends = ["phase1.toml", "demo.toml"]` first takes all values of these
 files (from the same folder; a later file overrides an earlier one), then the recipe's own values.
 
-Built-in recipes are in `FOLDER`. If no such file exists in the current folder, a name means the
-built-in recipe: `demo-phase1`, `demo-phase1.toml` and `recipes/demo-phase1.toml` are the same.
+Built-in recipes are in `FOLDER`. If no such file exists, in the current folder or beside the recipe
+that extends it, a name means the built-in recipe: `demo-phase1`, `demo-phase1.toml` and
+`recipes/demo-phase1.toml` are the same.
 """
 
 import codecs
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -50,8 +52,21 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 
 def changed_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the keys that `overrides` such as `optim.lr=1e-4` change."""
-    return {override.partition("=")[0].strip() for override in overrides}
+    """Return the keys that `overrides` such as `optim.lr=1e-4` change. `data={train=["a"]}` changes
+    `data` and `data.train`.
+    """
+    changed: set[str] = set()
+    for name, value in map(_parsed, overrides):
+        changed |= {name, *_keys_in(value, f"{name}.")}
+    return changed
+
+
+def _keys_in(value: Any, prefix: str) -> set[str]:
+    """Return the keys of a nested table, each after `prefix`."""
+    keys: set[str] = set()
+    for key, entry in value.items() if isinstance(value, Mapping) else ():
+        keys |= {prefix + key, *_keys_in(entry, f"{prefix}{key}.")}
+    return keys
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collection[str] = ()) -> T:
@@ -67,7 +82,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collect
         built = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed)}") from error
-    _refuse_not_finite(built, where, prefix="")
+    _refuse_misread(built, values, where, prefix="")
     return built
 
 
@@ -77,6 +92,8 @@ _TAKES = {
     "string": "a text",
 }  # fmt: skip
 """Expected type of a value in words, by the first part of pydantic's error type."""
+
+_SCALARS = (bool, int, float, str)
 
 
 def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
@@ -90,7 +107,7 @@ def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
         return f"{name} is missing; add it"
     if takes is None or not isinstance(value, str | int | float | bool | list | dict):
         return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
-    said = f"{name} takes {takes}, got {json.dumps(value)}"
+    said = f"{name} takes {takes}, got {json.dumps(value, default=str)}"  # a date is no JSON
     if takes == "a list" and isinstance(value, str):
         inside = value.removeprefix("[").removesuffix("]") if value.startswith("[") else value
         items = [item.strip() for item in inside.split(",")] if inside != value else [value]
@@ -99,25 +116,49 @@ def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
     return said
 
 
-def _refuse_not_finite(value: Any, where: str, prefix: str) -> None:
-    """Raise `RecipeError` for the first NaN or infinity in a nested value."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{where}: {prefix.rstrip('.')} must be a finite number, got {value}")
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            _refuse_not_finite(entry, where, f"{prefix}{key}.")
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            _refuse_not_finite(entry, where, prefix)
+def _refuse_misread(built: Any, given: Any, where: str, prefix: str) -> None:
+    """Raise `RecipeError` for the first value of `given`, nested dicts, that is a date, not finite,
+    or in `built` of another type. Pydantic's strict mode would also refuse lists for tuples, and
+    1e3 for a whole number.
+    """
+    name = prefix.rstrip(".")
+    if isinstance(given, datetime.date | datetime.time):
+        raise RecipeError(f"{where}: {name} takes no date or time, got {given}; quote it as a text")
+    both = isinstance(built, _SCALARS) and isinstance(given, _SCALARS)
+    if both and any(isinstance(built, kind) != isinstance(given, kind) for kind in (bool, str)):
+        takes = _TAKES[type(built).__name__.replace("str", "string")]
+        raise RecipeError(f"{where}: {name} takes {takes}, got {json.dumps(given)}")
+    if isinstance(built, float) and not math.isfinite(built):
+        raise RecipeError(f"{where}: {name} must be a finite number, got {built}")
+    if isinstance(given, Mapping):
+        for key, entry in given.items():
+            of = built.get(key) if isinstance(built, Mapping) else getattr(built, key, None)
+            _refuse_misread(of, entry, where, f"{prefix}{key}.")
+    elif isinstance(given, list | tuple) and isinstance(built, list | tuple):
+        for of, entry in zip(built, given, strict=True):
+            _refuse_misread(of, entry, where, prefix)
 
 
 def _file_of(path: Path) -> Path:
-    """Return `path`, or the built-in recipe of that name if `path` does not exist."""
+    """Return `path`, or the built-in recipe of that name if `path` is no file."""
+    return path if path.is_file() else _built_in(path) or path
+
+
+def _built_in(path: Path) -> Path | None:
+    """Return the built-in recipe that a path names; None if it names none."""
     shipped = FOLDER / f"{path.name.removesuffix('.toml')}.toml"
     is_name = path.parent in (Path(), Path("recipes"))
-    return shipped if is_name and not path.exists() and shipped.is_file() else path
+    return shipped if is_name and shipped.is_file() else None
+
+
+def _base_of(file: Path, base: str) -> Path:
+    """Return the recipe that `file` extends by the name `base`: beside it, or built-in. The working
+    directory does not matter. A recipe of a built-in name extends the built-in one by this name.
+    """
+    beside = [file.parent / base, file.parent / f"{base.removesuffix('.toml')}.toml"]
+    others = (path for path in beside if path.is_file() and not path.samefile(file))
+    own = next((path for path in beside if path.is_file()), beside[0])  # itself, or missing
+    return next(others, _built_in(Path(base)) or own).absolute()
 
 
 def read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -140,11 +181,7 @@ def read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise RecipeError(f'{file}: extends takes a list of recipes, such as ["phase1.toml"]')
     for base in bases:
-        beside = file.parent / base
-        if not beside.exists() or beside.samefile(file):  # the own copy of a built-in recipe
-            own = FOLDER / Path(base).name
-            beside = own if own.exists() and Path(base).parent == Path() else beside
-        _merge(merged, read(beside, (*within, file.resolve())))
+        _merge(merged, read(_base_of(file, base), (*within, file.resolve())))
     return _merge(merged, values)
 
 
@@ -178,8 +215,8 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Apply one override `path.to.key=value`. A value that is not valid TOML is taken as text."""
+def _parsed(override: str) -> tuple[str, Any]:
+    """Split an override `path.to.key=value`. A value that is not valid TOML is taken as text."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise RecipeError(f"--set takes KEY=VALUE, such as optim.lr=1e-4; got {override!r}")
@@ -189,7 +226,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = text.strip()
     except RecursionError:
         raise RecipeError(f"--set {name}: its value is nested too deeply") from None
-    *tables, key = name.strip().split(".")
+    return name.strip(), value
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Apply one override `path.to.key=value`."""
+    name, value = _parsed(override)
+    *tables, key = name.split(".")
     for part in tables:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

@@ -101,6 +101,20 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
     assert recipe.augment["continual"].hflip == 0
 
 
+def test_whole_numbers_and_floats_may_be_written_as_each_other() -> None:
+    """A run of 1e2 epochs at a learning rate of 1."""
+    path = recipes.FOLDER / "phase1.toml"
+    recipe = recipes.load(Recipe, path, ["run.epochs=1e2", "optim.lr=1", "network.mean=[0, 1, 0]"])
+    assert (recipe.run.epochs, recipe.optim.lr, recipe.network.mean) == (100, 1.0, (0, 1, 0))
+    with pytest.raises(recipes.RecipeError, match=r"run\.epochs takes a whole number, got 1\.5"):
+        recipes.load(Recipe, path, ["run.epochs=1.5"])
+
+
+def test_keys_inside_a_table_are_changed_too() -> None:
+    changed = recipes.changed_keys(['data={train=["a"], repeats={x=1}}', " optim.lr = 1", "name=b"])
+    assert changed == {"data", "data.train", "data.repeats", "data.repeats.x", "optim.lr", "name"}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -114,7 +128,19 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
         ("optimm.lr=1", "unknown key 'optimm'; did you mean optim?"),
         ("optim.lr=-1", "optim: lr must be above 0 and min_lr from 0 to lr"),
         ("optim.lr=inf", "optim.lr must be a finite number, got inf"),
-        ('optim.lr="inf"', "optim.lr must be a finite number, got inf"),
+        ('optim.lr="inf"', 'optim.lr takes a number, got "inf"'),
+        ("optim.lr=[2026-01-01]", 'optim.lr takes a number, got ["2026-01-01"]'),
+        ("optim.lr={a = [07:30:00]}", 'optim.lr takes a number, got {"a": ["07:30:00"]}'),
+        ("network.options.day=2026-01-01", "network.options.day takes no date or time, got 2026"),
+        ("optim.lr=true", "optim.lr takes a number, got true"),
+        ("run.epochs=true", "run.epochs takes a whole number, got true"),
+        ('run.epochs="3"', 'run.epochs takes a whole number, got "3"'),
+        ("data.allow_one_class=1", "data.allow_one_class takes true or false, got 1"),
+        ('loading.verify_checksums="yes"', 'verify_checksums takes true or false, got "yes"'),
+        ('network.mean=[0.5, "0.5", 0.5]', 'network.mean takes a number, got "0.5"'),
+        ("data.repeats.a=true", "data.repeats.a takes a number, got true"),
+        ("augment.train.hflip=true", "augment.train.hflip takes a number, got true"),
+        ('replay={ratio=true, sets=["a"]}', "replay.ratio takes a number, got true"),
         ("optim.weight_decay=nan", "clip_grad_norm must be above 0 and weight_decay at least 0"),
         ("optim.weight_decay=inf", "optim.weight_decay must be a finite number"),
         ("optim.weight_decay=-1", "weight_decay at least 0, got 1.0 and -1.0"),
@@ -129,7 +155,11 @@ def test_overrides_take_toml_values_and_plain_text() -> None:
         ("augment.train.hue=2", "hue must be from 0 to 1, got 2.0"),
         ("network.mean=[0.5, nan, 0.5]", "network.mean must be a finite number"),
         ("data.repeats.a=nan", "data.repeats.a must be a finite number"),
-        ("replay.distill_weight=inf", "replay.distill_weight must be a finite number"),
+        (
+            "replay={distill_weight=inf, sets=['a'], ratio=1}",
+            "replay.distill_weight must be a finite number",
+        ),
+        ("replay.distill_weight=0.5", "distill_weight is 0.5, but ratio is 0, so no old sample is"),
         ("loading.stall_error_s=inf", "loading.stall_error_s must be a finite number"),
         ("loading.stall_error_s=-1", "stall_error_s must be more than 0, got -1"),
         ("gate.max_fpr=nan", "max_forgetting and max_fpr are shares"),
@@ -199,11 +229,39 @@ def test_a_built_in_recipe_is_found_by_name_from_any_folder(
     assert recipes.read(Path("demo-phase1.toml")) == {"name": "own"}
 
 
+@pytest.mark.parametrize("base", ["phase1", "phase1.toml", "recipes/phase1", "recipes/phase1.toml"])
+def test_what_a_recipe_extends_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    """Built-in recipes and those beside the recipe, with `.toml` and without."""
+    (tmp_path / "phase1").mkdir()  # no recipe
+    mine = tmp_path / "mine/mine.toml"
+    mine.parent.mkdir()
+    mine.write_text(f'extends = ["{base}"]')
+    for folder, path in ((tmp_path, mine), (mine.parent, Path("mine.toml")), (tmp_path, "mine")):
+        monkeypatch.chdir(folder)
+        if path == "mine":  # another recipe of that name, which is not beside the one that is read
+            (tmp_path / "phase1.toml").write_text('name = "other"')
+            path = mine
+        assert recipes.read(Path(path)) == recipes.read(recipes.FOLDER / "phase1.toml")
+    monkeypatch.chdir(tmp_path)
+    assert recipes.read(Path("phase1")) == recipes.read(recipes.FOLDER / "phase1.toml")
+    beside = mine.parent / base
+    beside.parent.mkdir(exist_ok=True)
+    beside.with_suffix(".toml").write_text('name = "beside"')
+    assert recipes.read(mine) == {"name": "beside"}
+    beside.with_suffix(".toml").unlink()
+    mine.write_text('extends = ["nosuch"]')
+    with pytest.raises(recipes.RecipeError, match=r"no recipe at .*mine/nosuch; built-in"):
+        recipes.read(mine)
+
+
 def test_a_recipe_may_extend_the_built_in_recipe_of_its_name(tmp_path: Path) -> None:
     own = tmp_path / "phase1.toml"
-    own.write_text('extends = ["phase1.toml"]\n[optim]\nlr = 0.5\n')
-    assert recipes.load(Recipe, own).optim.lr == 0.5
-    assert recipes.read(own)["optim"].keys() > {"lr"}
+    for name in ("phase1.toml", "phase1"):
+        own.write_text(f'extends = ["{name}"]\n[optim]\nlr = 0.5\n')
+        assert recipes.load(Recipe, own).optim.lr == 0.5
+        assert recipes.read(own)["optim"].keys() > {"lr"}
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,21 @@ def test_more_images_are_the_reason_that_a_run_does_not_resume(
     assert "the shard set has been built again since this run began" in result.stderr
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.validate"])
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ('data.train=["other"]', "data.train"),
+        ('data.validate=["other"]', "data.validate"),
+        (
+            'data={train=["other"], validate=["other"], policy="train"}',
+            "data.train and data.validate",
+        ),
+    ],
+)
 def test_sets_that_the_packed_ones_would_replace_are_refused(
-    mine: Path, tiny_recipe: Path, key: str
+    mine: Path, tiny_recipe: Path, setting: str, key: str
 ) -> None:
-    result = run(mine, "--recipe", tiny_recipe, "--set", f'{key}=["other"]')
+    result = run(mine, "--recipe", tiny_recipe, "--set", setting)
     assert result.exit_code == 1
     assert f"--folder trains and validates on the sets that it packs, so {key} " in result.stderr
     assert not (mine.parent / "shards").exists()
