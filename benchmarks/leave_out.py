@@ -67,7 +67,7 @@ from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of, score_set
 from model.shipped.fetch import weights_at
 from model.training.assemble import assemble, embed_run, with_features
-from model.training.leave_out import leave_one_out, refit
+from model.training.leave_out import groups_of, leave_one_out, refit
 from model.training.plan import RunPlan, plan
 from model.training.step import TrainState
 from model.verdict import probability
@@ -155,7 +155,7 @@ def left_out_pairs(
     """
     pool, loading = planned.stream.pool, planned.recipe.loading
     codes, names = pool.shards.codes("source")
-    group_of = planned.recipe.calibration.group_of
+    groups, group_of = groups_of(planned), planned.recipe.calibration.group_of
     loader = planned.stream.loader
     assert isinstance(loader, FeatureLoader)
     kinds = kinds_of(scored)
@@ -164,8 +164,7 @@ def left_out_pairs(
     pairs, values = [pairs[i] for i in chosen], {}
     with console.progress("leaving out pairs", len(pairs)) as advance:
         for real, fake in pairs:
-            members = [n for n in kinds if group_of(n) in (group_of(real), group_of(fake))]
-            refit(planned, state, members)
+            refit(planned, state, sorted({*groups[group_of(real)], *groups[group_of(fake)]}))
             logits = []
             for name in (real, fake):
                 rows = pool.new[codes[pool.new] == names.index(name)]

@@ -2,23 +2,20 @@
 to its minimum. A head from a fixed number of AdamW steps stops before, and does worse on new
 sources (docs/log.md, 2026-11-28).
 
-Main entry: `fit_head(net, samples, optim, dist, on_evaluation, new=False)` sets the weights of the
-head.
+Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weights of the head.
 
 - `net`: a `Detector` whose backbone is frozen and whose head is one linear layer.
 - `samples`: the `Samples` of this rank, from `gather()`.
 - `optim`: the recipe's `Optim` settings, of which `weight_decay`, `label_smoothing` and
   `iterations` (the most) are used. The loss is the mean cross entropy plus a penalty:
   `weight_decay` / 4 times the sum of the squared changes of w from its first value. w is the
-  layer's row for fake minus its row for real; the bias is free. `run.py` lets a new head begin at
-  0, so this is the usual penalty on both rows. In phase 2 the penalty keeps the head near that of
-  phase 1, unless the new images require a change (L2-SP, Li et al. 2018).
+  layer's row for fake minus its row for real; the bias is free. A new head begins at 0
+  (`reset_head()`), so this is the usual penalty on both rows. In phase 2 the penalty keeps the head
+  near that of phase 1, unless the new images require a change (L2-SP, Li et al. 2018).
 - `dist`: this process's rank, a `DistEnv` (default: a single process). On several ranks, each calls
   it with its own samples, and all get the same head.
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
   (default: does nothing). An exception in it ends the fit.
-- `new`: fit a new head, for which the first value of w is 0 (default: the head's present w). The
-  search begins at the present weights in both cases.
 
 It returns a `Fit`: `loss`, `iterations` (those done), and `gradient`, the largest absolute gradient
 at the end, near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if the network
@@ -152,14 +149,9 @@ def fit_head(
     optim: Optim,
     dist: DistEnv | None = None,
     on_evaluation: Callable[[], Any] = lambda: None,
-    *,
-    new: bool = False,
 ) -> Fit:
     """Fit the head of `net` to `samples` and return the result of the fit. Every rank calls this
-    function, with its own samples.
-
-    With `new`, the result is that of a new head, whose weights begin at 0. The search still begins
-    at the head's present weights, which is faster if these are near.
+    function, with its own samples. The search begins at the head's present weights.
 
     Only the difference of the two rows of the layer matters, so one vector is fitted: the logit of
     fake minus that of real. Features are centered on the fly, which speeds up the fit.
@@ -177,10 +169,9 @@ def fit_head(
     smoothing = optim.label_smoothing
     targets = samples.labels * (1 - smoothing) + smoothing / 2
     shares = samples.weights / total
-    present, bias = ((rows[1] - rows[0]).detach().float() for rows in (head.weight, head.bias))
-    first = torch.zeros_like(present) if new else present
-    vector = present.clone().requires_grad_()
-    offset = (bias + mean @ present).reshape(1).requires_grad_()
+    first, bias = ((rows[1] - rows[0]).detach().float() for rows in (head.weight, head.bias))
+    vector = first.clone().requires_grad_()
+    offset = (bias + mean @ first).reshape(1).requires_grad_()
     with lean_import():
         solver = torch.optim.LBFGS(
             [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
@@ -258,4 +249,5 @@ def set_head(net: Detector, weights: HeadWeights) -> None:
 
 def reset_head(net: Detector) -> None:
     """Set the weights that learn to 0."""
-    set_head(net, {name: 0 * weight for name, weight in head_weights(net).items()})
+    weights = head_weights(net)  # 0 times a weight that is not finite would be NaN
+    set_head(net, {name: torch.zeros_like(weight) for name, weight in weights.items()})

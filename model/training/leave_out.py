@@ -26,16 +26,19 @@ validation set has another split than `val`, or a head cannot be trained (see `r
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
 returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
 of the training sets. Sources that come only from replay sets (old sets, mixed in against
-forgetting) are not in it. The function also takes a `TrainState` (network, device, ..., from
-`assemble()`), the `FeatureSource` (location of the features, from `source_of()`), and a function
-that may be left out: `on_head(sources)` is called once for each new head, with the list of names
-that this head was trained without; while `on_head` runs, `train_state.net` has this head.
+forgetting) are not in it, but are left out with their group. The function also takes a `TrainState`
+(network, device, ..., from `assemble()`), the `FeatureSource` (location of the features, from
+`source_of()`), and a function that may be left out: `on_head(sources)` is called once for each new
+head, with the list of names that this head was trained without; while `on_head` runs,
+`train_state.net` has this head.
 
-`refit(planned, train_state, without)` trains a new head in `train_state` on the stored
-features of `planned` (from `with_features()`), without the sources `without` (names): in steps, or
-by `fit_head()` with `optim.solver` lbfgs. It raises `CalibrationError` if the other images fill no
-batch or, with lbfgs, lack a class or give a loss that is not finite. (In steps, a lacking class is
-no error.)
+`refit(planned, train_state, without)` trains a new head, which begins at 0, in `train_state` on the
+stored features of `planned` (from `with_features()`), without the sources `without` (names): in
+steps, or by `fit_head()` with `optim.solver` lbfgs. If no old sample is left, it replays none. It
+raises `CalibrationError` if the other images fill no batch or, with lbfgs, lack a class or give a
+loss that is not finite. (In steps, a lacking class is no error.)
+
+`groups_of(planned)` returns the sources that are left out together: a dict, group -> list of names.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -60,6 +63,7 @@ from model.training.plan import RunPlan
 from model.training.step import TrainState, average_of, train_step
 from model.training.validation import calibrate_checkpoint
 from pipeline.order import OrderError
+from pipeline.replay import Replay
 from pipeline.stream import Stream
 
 
@@ -71,9 +75,12 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
         CalibrationError: the remaining images do not fill a batch, or lack a class.
     """
     recipe, stream, net = planned.recipe, _without(planned.stream, without), train_state.net
+    # From a head that has seen these sources the search would be shorter. But what the others do
+    # not contradict would stay, and the scores would tell how well the sources were learned.
+    reset_head(net)
     if recipe.optim.solver == "lbfgs":
-        try:  # the head of all sources, or without others, is near: the search begins there
-            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim, new=True)
+        try:
+            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
         except (FitError, OrderError) as error:
             raise CalibrationError(f"without {', '.join(without)} {error}") from error
         return
@@ -82,7 +89,6 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
             f"without {', '.join(without)} the training images fill no batch of "
             f"{stream.loader.global_batch}; use a smaller loading.batch_size"
         )
-    reset_head(net)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
     ema = average_of(net) if recipe.optim.ema_decay else None
     state = replace(train_state, optimizer=optimizer, ema=ema, teacher=None, dist=DistEnv())
@@ -95,7 +101,9 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
 
 
 def _without(stream: Stream, sources: Collection[str]) -> Stream:
-    """Return the stream without the samples of these sources."""
+    """Return the stream without the samples of these sources. If no old sample is left, it replays
+    none: a run that had never seen these sources would have nothing to replay either.
+    """
     codes, names = stream.pool.shards.codes("source")
     left_out = np.isin(codes, [names.index(name) for name in sources if name in names])
     pool = replace(
@@ -104,7 +112,21 @@ def _without(stream: Stream, sources: Collection[str]) -> Stream:
         old=stream.pool.old[~left_out[stream.pool.old]],
     )
     repeats = {name: times for name, times in stream.repeats.items() if name not in sources}
-    return replace(stream, pool=pool, repeats=repeats)
+    return replace(
+        stream, pool=pool, repeats=repeats, replay=stream.replay if len(pool.old) else Replay()
+    )
+
+
+def groups_of(planned: RunPlan) -> dict[str, list[str]]:
+    """Return the sources that are left out together: group -> names, those that are only replayed
+    too. A source of no group of `calibration.together` is a group of its own.
+    """
+    pool = planned.stream.pool
+    codes, names = pool.shards.codes("source")
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names[code] for code in np.unique(codes[np.r_[pool.new, pool.old]])):
+        groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
+    return groups
 
 
 def leave_one_out(
@@ -116,9 +138,9 @@ def leave_one_out(
     """Score each source of the new sets with a head trained without it. Returns source -> (labels
     int64, logits float32 of fake minus real, before any temperature).
 
-    Sources of one group of the recipe's `calibration.together` are left out together.
-    `on_head(sources)` is called while the network has the head trained without these sources. At
-    the end the network has its original head again.
+    Sources of one group of the recipe's `calibration.together` are left out together, also those
+    that are only replayed. `on_head(sources)` is called while the network has the head trained
+    without these sources. At the end the network has its original head again.
     """
     kept, pool = head_weights(train_state.net), planned.stream.pool
     device, global_batch = planned.device, planned.stream.loader.global_batch
@@ -127,15 +149,14 @@ def leave_one_out(
     loader = FeatureLoader(pool.shards, source, loading, device)
     planned = replace(planned, stream=replace(planned.stream, loader=loader))
     codes, names = pool.shards.codes("source")
-    groups: dict[str, list[str]] = {}
-    for name in sorted({names[code] for code in np.unique(codes[pool.new])}):
-        groups.setdefault(planned.recipe.calibration.group_of(name), []).append(name)
+    new = {names[code] for code in np.unique(codes[pool.new])}
+    groups = [members for members in groups_of(planned).values() if new & {*members}]
     scored = {}
     in_steps = planned.recipe.optim.solver == "adamw"
     with one_thread(in_steps), console.progress("heads without one source", len(groups)) as advance:
-        for members in groups.values():
+        for members in groups:
             refit(planned, train_state, members)
-            for name in members:
+            for name in [member for member in members if member in new]:
                 rows = pool.new[codes[pool.new] == names.index(name)]
                 of_source = FeatureLoader(pool.shards.take(rows), source, loading, device)
                 scores = score_set(train_state.net, of_source, planned.dtype)

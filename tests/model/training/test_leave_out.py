@@ -23,6 +23,7 @@ from model.training.plan import plan
 from model.training.run import train
 from model.verdict import probability
 from pipeline.loading import Loading
+from pipeline.replay import Replay
 from tests.builders import train_tiny
 
 SETTINGS = [
@@ -94,6 +95,37 @@ def test_sources_that_belong_together_are_left_out_together(
     assert not np.allclose(scored["alpha"][1], alone["alpha"][1])
     rest = sorted(alone.keys() - {"alpha", "beta"})
     assert all(np.array_equal(scored[name][1], alone[name][1]) for name in rest)
+
+
+@pytest.mark.parametrize(
+    ("replayed", "exclude", "together", "solver"),
+    [
+        ("new", [], {"both": ["alpha", "gamma"]}, "lbfgs"),
+        ("old", ["beta"], {}, "lbfgs"),
+        ("old", ["beta"], {}, "adamw"),
+    ],
+)
+def test_a_left_out_source_is_not_replayed_either(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path,
+    replayed: str, exclude: list[str], together: dict[str, list[str]], solver: str,
+) -> None:  # fmt: skip
+    """Nor are the other sources of its group. Here no old sample is left, so the head learns as in
+    a run without replay.
+    """
+    recipe = replace(recipe, optim=replace(recipe.optim, solver=solver))
+    replay = Replay(sets=[replayed], ratio="1:2", exclude_sources=exclude)
+    with_replay = replace(recipe, replay=replay, calibration=Calibrating(together=together))
+    scores, left_out = [], []
+    for number, one in enumerate((recipe, with_replay)):
+        planned = plan(one, data, tmp_path / f"runs{number}", init_from=weights)
+        state = assemble(planned)
+        planned = with_features(planned, state)
+        source = source_of(planned.recipe, state.net, torch.float32)
+        scores.append(leave_one_out(planned, state, source, left_out.append))
+    assert scores[0].keys() == scores[1].keys() == {"alpha", "beta", "dummy"}
+    assert left_out[3:] == [*(together.values() or [["alpha"]]), ["beta"], ["dummy"]]
+    np.testing.assert_allclose(scores[0]["alpha"][1], scores[1]["alpha"][1], atol=1e-4)
+    assert np.abs(scores[0]["beta"][1] - scores[1]["beta"][1]).max() > 1e-3
 
 
 def test_a_run_calibrates_on_left_out_sources_and_records_the_rates(
