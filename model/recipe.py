@@ -254,10 +254,10 @@ class Gate:
 
     max_forgetting: float = 1.0
     """Largest loss of accuracy of an old source (balanced accuracy if the source has both classes).
-    1 refuses nothing. Range: 0 to 1"""
+    Needs an old source in a validation set. 1 refuses nothing. Range: 0 to 1"""
     max_fpr: float = 1.0
-    """Highest false-positive rate on any validation set, at the calibrated threshold (without a
-    calibration at 0.5). 1 refuses nothing. Range: 0 to 1"""
+    """Highest false-positive rate on any validation set that has real images (one is needed), at
+    the calibrated threshold (without a calibration at 0.5). 1 refuses nothing. Range: 0 to 1"""
     mistakes: str = ""
     """Folder of kept mistakes (`predict.py --report-mistake`). Their kept images are scored before
     and after training. Empty: none."""

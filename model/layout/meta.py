@@ -111,10 +111,11 @@ class Mistakes(TypedDict):
 class Compared(TypedDict):
     """Comparison of accuracies at a threshold of 0.5 before and after phase 2."""
 
-    forgetting: float
-    """Mean loss of accuracy over the old sources; a gain counts as 0."""
-    worst: float
-    """Largest loss of an old source."""
+    forgetting: float | None
+    """Mean loss of accuracy over the old sources; a gain counts as 0. Null if the validation sets
+    hold no old source. Older files then have 0."""
+    worst: float | None
+    """Largest loss of an old source. Null as above."""
     sources: list[Change]
     """Accuracy of each source before and after."""
     mistakes: NotRequired[Mistakes | None]

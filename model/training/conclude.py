@@ -11,8 +11,8 @@ Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all ca
   not start from a trained detector. Then nothing is compared, and the gate only limits false
   positives. If `best` has no validation, the checkpoint is only calibrated.
 - `start`: the verdicts of the initial detector on the kept mistakes, which `start_on_mistakes()`
-  returns before training: a dict, hash of an image -> `Verdict`; None if the recipe names no folder
-  of kept mistakes (`gate.mistakes`). On every rank but 0 it is always None.
+  returns before training, on every rank: a dict, hash of an image -> `Verdict`; None if the recipe
+  names no folder of kept mistakes (`gate.mistakes`). Rank 0 alone uses it.
 
 It writes the calibration (if there is none yet), the comparison (`compared`) and the reasons to
 refuse (`refused`, a list of texts) into the checkpoint's `meta.json`, and returns nothing. It
@@ -27,8 +27,6 @@ those of the comparison come on rank 0 only.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-import numpy as np
 
 import console
 from model import checkpoint
@@ -49,6 +47,7 @@ from model.mistakes.regressions import counts_of
 from model.training.forgetting import Change, changes, forgetting, refusals
 from model.training.leave_out import calibrate_left_out
 from model.training.plan import RunPlan
+from model.training.sets import new_sources
 from model.training.validation import Best, Validation, calibrate_checkpoint, read_validation
 
 
@@ -73,7 +72,7 @@ def conclude(
     def judge() -> list[str]:
         if baseline:
             return _judge(planned, best, baseline, start)
-        if reasons := _refusals(planned, best, []):
+        if reasons := _refusals(planned, best, None):
             checkpoint.annotate(best.path, {"refused": reasons})
         return reasons
 
@@ -153,7 +152,7 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     )
 
 
-def _refusals(planned: RunPlan, best: Best, rows: list[Change]) -> list[str]:
+def _refusals(planned: RunPlan, best: Best, rows: list[Change] | None) -> list[str]:
     """Return the gate's reasons to refuse the best checkpoint. False positives are those at the
     threshold that is stored in it, which calibration has set.
     """
@@ -171,11 +170,7 @@ def _judge(
     """
     assert best.validation is not None  # without one there is nothing to compare
     gate, after = planned.recipe.gate, best.validation
-    pool = planned.stream.pool
-    codes, names = pool.shards.codes("source")
-    repeats = planned.stream.repeats  # 0: a source of a new set that is not trained on
-    new = {names[code] for code in np.unique(codes[pool.new]) if repeats.get(names[code], 1) > 0}
-    rows = changes(before.sources, after.sources, new)
+    rows = changes(before.sources, after.sources, new_sources(planned.stream))
     step = best.path.name[5:].lstrip("0")
     console.table(
         f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
@@ -185,14 +180,16 @@ def _judge(
             for r in rows
         ],
     )
-    worst = max((row.lost for row in rows if row.old), default=0.0)
+    mean, worst = forgetting(rows), max((row.lost for row in rows if row.old), default=None)
     console.say(
-        f"forgetting: {forgetting(rows):.3f} on average over the old sources, "
+        "forgetting: not measured, because the validation sets hold no old source"
+        if mean is None or worst is None
+        else f"forgetting: {mean:.3f} on average over the old sources, "
         f"{max(worst, 0.0):.3f} at worst"
     )
     reasons = _refusals(planned, best, rows)
     compared = {
-        "forgetting": forgetting(rows),
+        "forgetting": mean,
         "worst": worst,
         "sources": [asdict(row) for row in rows],
         "mistakes": None,

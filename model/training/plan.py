@@ -61,6 +61,7 @@ from model.training.sets import (
     check_sets,
     open_stream,
     open_validation,
+    unjudged_limits,
     warnings_of,
 )
 from model.training.validation import Best, Gain, Validation
@@ -202,6 +203,9 @@ def plan(
     check_sets(recipe, stream)
     check_apart(recipe, stream, validation)
     starts_trained = _starts_trained(recipe, init_from, resumed)
+    blind = unjudged_limits(recipe, stream, validation, starts_trained)
+    if blind and not resumed:  # now, because the gate would refuse the checkpoint at the end
+        raise ValueError(f"{blind[0]}: add such a set to data.validate, or leave out the limit")
     if starts_trained and recipe.calibration.on == "left_out":
         raise ValueError(
             f"calibration.on=left_out needs an untrained head, and {init_from} is trained: set "
@@ -224,6 +228,7 @@ def plan(
         warnings=(
             *_warnings(recipe, weights, starts_trained, resumed),
             *warnings_of(recipe, stream),
+            *(f"{limit}: the gate will refuse the checkpoint" for limit in blind),
         ),
         done=done,
         steps=stream.steps_per_epoch * recipe.run.epochs,

@@ -29,6 +29,10 @@ take what these functions returned, and return nothing. `check_sets(recipe, stre
 - `ValueError` if the replayed sets lack a source of `replay.exclude_sources`, if there is nothing
   to replay, or if all samples are of one class (unless `data.allow_one_class`).
 
+`new_sources(stream)` returns the names of the sources that are trained on, replayed ones apart (a
+set). `unjudged_limits(recipe, stream, validation, starts_trained)` returns a sentence (in a list)
+for each limit of the gate that the validation sets cannot judge.
+
 `check_apart(recipe, stream, validation)` raises `ValueError` if a validation set shares images with
 the training sets (unless `data.allow_shared_images`). Sets that are only replayed do not count, nor
 do sources that `data.repeats` sets to 0.
@@ -45,6 +49,7 @@ import torch
 import console
 from model.distributed import DistEnv
 from model.recipe import Recipe, ResolvedRecipe
+from model.training.forgetting import unjudged
 from pipeline.loader import check_shards, open_loader
 from pipeline.params import train_params
 from pipeline.remote import PIECE
@@ -162,6 +167,23 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
             )
 
 
+def new_sources(stream: Stream) -> set[str]:
+    """Return the sources that are new training data. A source that `repeats` sets to 0 is not."""
+    names = _sources_of(stream.pool.shards, stream.pool.new)
+    return {name for name in names if stream.repeats.get(name, 1) > 0}
+
+
+def unjudged_limits(
+    recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSet], starts_trained: bool
+) -> list[str]:
+    """Return a sentence for each limit of the gate that the validation sets cannot judge. Without a
+    trained detector to start from, nothing is forgotten.
+    """
+    held = {n for shards in validation.values() for n in _sources_of(shards, slice(None))}
+    reals = any((shards.column("label") == 0).any() for shards in validation.values())
+    return unjudged(recipe.gate, not starts_trained or bool(held - new_sources(stream)), reals)
+
+
 def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
     """Refuse sets that do not fit the recipe.
 
@@ -172,7 +194,7 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
             `replay.exclude_sources`, or all samples are of one class.
     """
     shards, seed = stream.pool.shards, recipe.run.seed
-    replayed = _sources_of(stream, slice(len(stream.pool.new), None))
+    replayed = _sources_of(stream.pool.shards, slice(len(stream.pool.new), None))
     unknown = sorted({*recipe.replay.exclude_sources} - {*replayed})
     if recipe.replay.fraction and unknown:
         raise ValueError(
@@ -195,11 +217,12 @@ def warnings_of(recipe: Recipe, stream: Stream) -> list[str]:
 
 
 def _lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
-    """Return a line on sources of `calibration.together` that the training sets lack, if there are
-    any: a misspelled name has no effect. A recipe may name more sources than a user has.
+    """Return a line on sources of `calibration.together` that the training and replayed sets lack,
+    if there are any: a misspelled name has no effect. A recipe may name more sources than a user
+    has.
     """
-    named = {name for group in recipe.calibration.together.values() for name in group}
-    lacking = sorted(named - {*_sources_of(stream, stream.pool.new)})
+    named, pool = {n for group in recipe.calibration.together.values() for n in group}, stream.pool
+    lacking = sorted(named - {*_sources_of(stream.pool.shards, np.r_[pool.new, pool.old])})
     if recipe.calibration.on != "left_out" or not lacking:
         return []
     more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
@@ -233,7 +256,7 @@ def _traffic(recipe: Recipe, stream: Stream) -> list[str]:
     ]
 
 
-def _sources_of(stream: Stream, rows: np.ndarray | slice) -> list[str]:
-    """Return the names of the sources of these rows of the pool."""
-    codes, names = stream.pool.shards.codes("source")
+def _sources_of(shards: ShardSet, rows: np.ndarray | slice) -> list[str]:
+    """Return the names of the sources of these rows, sorted by their codes."""
+    codes, names = shards.codes("source")
     return [names[code] for code in np.unique(codes[rows])]

@@ -50,6 +50,17 @@ def test_statistics_add_up_the_batches_seen() -> None:
     assert stats.row()["images_per_s"] == 0  # the first `row` has reset the counts
 
 
+def test_the_speed_is_that_of_all_ranks() -> None:
+    """Each has batches of the same size; contents are those of this rank."""
+    stats = LoaderStats(["a", "b"], ranks=4)
+    list(stats.timed(batch([0, 0, 1]) for _ in range(100)))
+    before = time.perf_counter() - stats.since
+    rate = stats.rates()["images_per_s"]
+    after = time.perf_counter() - stats.since
+    assert 4 * 300 / after <= rate <= 4 * 300 / before
+    assert stats.row()["images/a"] == 200
+
+
 def test_each_batch_has_its_reading_and_decoding_time(make_stream: Callable) -> None:
     for backend in ("pil", "dali"):
         for batch in make_stream(backend=backend, num_workers=2).batches(0, 1):

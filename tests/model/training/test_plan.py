@@ -32,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 Load = Callable[..., Recipe]
 
+DISTILLED = ['replay.sets=["new"]', "replay.ratio=1:8", "replay.distill_weight=1"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
@@ -102,7 +104,7 @@ def test_a_resumed_run_and_a_finished_one(load: Load, data: Path, tmp_path: Path
 
 def test_a_plan_does_not_touch_the_disk(load: Load, data: Path, trained: Path) -> None:
     before = files_below(data, trained)
-    recipe = load('run.init_from="first"', "replay.distill_weight=1")
+    recipe = load('run.init_from="first"', *DISTILLED)
     planned = plan(recipe, data, trained)
     assert planned.baseline == trained / "tiny/baseline_metrics.json"
     assert files_below(data, trained) == before
@@ -160,7 +162,7 @@ def test_the_teacher_of_a_resumed_run_is_still_its_start(
     load: Load, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     runs = shutil.copytree(trained, tmp_path / "runs")
-    recipe = load('run.init_from="first"', "replay.distill_weight=1")
+    recipe = load('run.init_from="first"', *DISTILLED)
     assert plan(recipe, data, runs).teacher.path == runs / "first/step_0000003"
     train(recipe, data, runs, stop_at=1)
     planned = plan(recipe, data, runs)
@@ -239,7 +241,7 @@ def test_a_test_set_is_not_trained_on(
         ),
         (["loading.batch_size=81"], OrderError, "80 training samples do not fill one batch of 81"),
         (['run.init_from="none"'], checkpoint.CheckpointError, "starts from the best checkpoint"),
-        (["replay.distill_weight=1"], ValueError, "needs a run that starts from a trained"),
+        ([*DISTILLED], ValueError, "needs a run that starts from a trained"),
         (['network.name="convnextv9"'], NetworkError, "timm cannot build 'convnextv9'"),
         (["network.options.dept=[1]"], NetworkError, "timm cannot build"),
         (
@@ -318,7 +320,7 @@ def test_a_damaged_teacher_is_refused(
 ) -> None:
     """Also if the run resumes from its own weights."""
     runs = shutil.copytree(trained, tmp_path / "runs")
-    recipe = load('run.init_from="first"', "replay.distill_weight=1")
+    recipe = load('run.init_from="first"', *DISTILLED)
     train(recipe, data, runs, stop_at=1)
     (runs / "first/step_0000003/weights.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(DamagedError, match=r"first/step_0000003/weights\.safetensors is damaged"):

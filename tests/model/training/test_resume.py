@@ -64,7 +64,8 @@ def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path)
     start = tmp_path / "first/step_0000001"
     train(load("run.epochs=1", "run.save_every=1", "run.seed=9"), data, tmp_path, stop_at=1)
     (tmp_path / "tiny").rename(tmp_path / "other")
-    recipe = load('run.init_from="other"', "replay.distill_weight=1", "run.save_every=1")
+    distilled = ['replay.sets=["new"]', "replay.ratio=1:8", "replay.distill_weight=1"]
+    recipe = load('run.init_from="other"', *distilled, "run.save_every=1")
     train(recipe, data, tmp_path, init_from=start, stop_at=2)
     with pytest.raises(ValueError, match="the teacher is the checkpoint that the run began from"):
         plan(recipe, data, tmp_path)

@@ -20,7 +20,7 @@ from model.recipe import Gate, Recipe
 from model.tracking.history import rows_of
 from model.training import run
 from model.training.conclude import Refused
-from model.training.forgetting import Change, forgetting, refusals
+from model.training.forgetting import Change, forgetting, refusals, unjudged
 from model.training.run import train
 from model.training.sets import open_stream
 from model.verdict import probability
@@ -120,8 +120,10 @@ def test_ten_losses_of_phase_2_never_change(
 @pytest.mark.parametrize("ratio", ["0", "1:1", "1:4", "1:8", "1:16"])
 def test_the_replay_ratio_is_the_one_that_is_set(phase2: Path, data: Path, ratio: str) -> None:
     """From `--set` to the batches: the exact number of old samples per epoch, and none for 0."""
-    recipe = recipes.load(Recipe, phase2, [f"replay.ratio={ratio}", "replay.distill_weight=0.5"])
-    assert recipe.replay.distill_weight == 0.5
+    weight = 0 if ratio == "0" else 0.5
+    changes = [f"replay.ratio={ratio}", f"replay.distill_weight={weight}"]
+    recipe = recipes.load(Recipe, phase2, changes)
+    assert recipe.replay.distill_weight == weight
     stream = open_stream(recipe, data, torch.device("cpu"))
     wanted = int(stream.new_per_epoch * recipe.replay.fraction)
     assert stream.replayed_per_epoch == wanted
@@ -259,6 +261,29 @@ def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
     )
 
 
+def test_a_loss_at_the_limit_keeps_it() -> None:
+    """Though 0.9 - 0.85 is a little more than 0.05 in binary."""
+    at = Change(name="val/a", old=True, images=20, before=0.9, after=0.85)
+    assert at.lost > 0.05
+    assert refusals(Gate(max_forgetting=0.05), [at], {"val": metrics(0.9)}, 0.5) == []
+    assert refusals(Gate(max_fpr=0.07), [at], {"val": metrics(0.9, 0.07)}, 0.5) == []
+    for limits in (Gate(max_forgetting=0.0499), Gate(max_fpr=0.0699)):
+        assert len(refusals(limits, [at], {"val": metrics(0.9, 0.07)}, 0.5)) == 1
+
+
+def test_a_limit_that_cannot_be_judged_is_not_kept() -> None:
+    new = [Change(name="val/c", old=False, images=10, before=0.9, after=0.9)]
+    fakes = {"val": measure(np.ones(4, int), np.ones(4))}
+    assert forgetting(new) is None and forgetting([]) is None
+    said = ["gate.max_forgetting cannot be judged, because no validation set holds an old source"]
+    assert refusals(Gate(max_forgetting=0.05), new, fakes, 0.5) == said
+    assert refusals(Gate(max_forgetting=0.05), None, fakes, 0.5) == []  # nothing to forget
+    said = ["gate.max_fpr cannot be judged, because no validation set holds real images"]
+    assert refusals(Gate(max_fpr=0.1), new, fakes, 0.5) == said
+    assert refusals(Gate(max_fpr=0.1), new, {**fakes, "other": metrics(0.9)}, 0.5) == []
+    assert unjudged(Gate(), False, False) == []
+
+
 def calibration_at(threshold: float) -> Calibration:
     """A calibration as of a fit: there are too few images here to fit one."""
     return Calibration(
@@ -306,7 +331,9 @@ def test_distillation_keeps_the_logits_of_old_samples_near_the_teacher(
     assert away[1] < 0.5 * away[0]
     with pytest.raises(ValueError, match="needs a run that starts from a trained checkpoint"):
         train(
-            recipes.load(Recipe, tiny_recipe, ["name=x", "replay.distill_weight=1"]), data, tmp_path
+            recipes.load(Recipe, phase2, ["name=x", "replay.distill_weight=1", 'run.init_from=""']),
+            data,
+            tmp_path,
         )
 
 

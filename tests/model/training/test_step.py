@@ -34,7 +34,7 @@ from model.score import score_set
 from model.tracking.history import rows_of
 from model.training.optim import make_optimizer, schedule
 from model.training.run import train
-from model.training.step import TrainState, train_step
+from model.training.step import TrainState, first_bad, train_step
 from pipeline.batch import Batch
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
@@ -52,6 +52,13 @@ def test_the_table_names_existing_tests() -> None:
     for file, name in named:
         text = (ROOT / file if file else Path(__file__)).read_text()
         assert f"def {name}(" in text, f"{file}::{name}"
+
+
+def test_the_first_bad_step_is_that_of_the_rank_where_it_began() -> None:
+    """The other ranks have it one step later, from the gradients."""
+    assert first_bad([-1, -1]) is None
+    assert first_bad([3, 2, -1]) == (2, 1)
+    assert first_bad([-1, 0]) == (0, 1)
 
 
 def test_the_scaler_state_is_restored_on_resume(

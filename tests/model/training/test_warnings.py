@@ -8,10 +8,13 @@ import pytest
 from upath import UPath
 
 from model import checkpoint
+from model.backbones.resolve import resolved
 from model.recipe import Calibrating, Features, Recipe
 from model.training.plan import plan
+from model.training.resume import as_saved
 from model.training.run import train
 from model.training.sets import warnings_of
+from pipeline.replay import Replay
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -68,6 +71,36 @@ def test_sources_of_a_group_that_the_sets_lack_are_a_warning(
     assert [line for line in warnings if "together" in line] == [
         "calibration.together names sources that the training sets lack: b, c, d and 1 more"
     ]
+    groups = {"a": ["alpha", "gamma", "nosuch"]}
+    recipe = replace(
+        recipe,
+        calibration=Calibrating(on="left_out", together=groups),
+        replay=Replay(sets=["new"], ratio=0.5),
+    )
+    warnings = plan(recipe, data, tmp_path, init_from=weights).warnings
+    assert [line[-17:] for line in warnings if "together" in line] == ["sets lack: nosuch"]
+
+
+def test_limits_of_the_gate_that_nothing_can_judge_are_refused_at_the_start(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    """A run that began before is told, and can go on."""
+    train(load('name="first"', "run.epochs=1"), data, tmp_path, stop_at=1)
+    start, limit = tmp_path / "first", "gate.max_forgetting=0.05"
+    blind = load(limit, 'data.train=["new"]')  # the only source of `val` is in it
+    said = "max_forgetting cannot be judged, because no validation set holds an old source"
+    with pytest.raises(ValueError, match=f"gate.{said}: add such a set to data.validate"):
+        plan(blind, data, tmp_path, init_from=start)
+    assert plan(load('data.train=["new"]'), data, tmp_path, init_from=start)
+    seeing = load(limit, 'data.train=["new"]', 'data.validate=["val", "old"]')
+    assert not any(
+        "gate" in line for line in plan(seeing, data, tmp_path, init_from=start).warnings
+    )
+    train(load('data.train=["new"]'), data, tmp_path, init_from=start, stop_at=1)
+    state = tmp_path / "tiny/step_0000001"
+    checkpoint.annotate(state, {"recipe": as_saved(resolved(blind))})
+    (line,) = [one for one in plan(blind, data, tmp_path).warnings if "gate" in one]
+    assert line == f"gate.{said}: the gate will refuse the checkpoint"
 
 
 def test_sources_that_are_not_replayed_are_not_looked_up_without_replay(
