@@ -1,8 +1,10 @@
 """Measure the speed of the loader, and report the stage of each worker when no batch arrives.
 
-Main entries: `LoaderStats(sources)` takes the names of the sources, in the order of their codes
-(`shards.codes("source")[1]` of a `ShardSet`). Its `timed(batches)` takes an iterable of `Batch`es
-and yields the same batches, counted and timed. Three methods return figures since the last `row()`:
+Main entries: `LoaderStats(sources, ranks)` takes the names of the sources, in the order of their
+codes (`shards.codes("source")[1]` of a `ShardSet`), and the number of ranks of the run (default:
+1). It sees the batches of its own rank; the ranks take steps together. Its `timed(batches)` takes
+an iterable of `Batch`es and yields the same batches, counted and timed. Three methods return
+figures since the last `row()`:
 
 - `row()`: a dict, name -> number, as in `metrics.jsonl`. It sets all counts to 0. The names:
   - those of `rates()`;
@@ -10,9 +12,10 @@ and yields the same batches, counted and timed. Three methods return figures sin
   - `ready`: mean number of batches that were waiting when one was taken (near 0: loader too slow);
   - `read_ms`, `decode_ms`: mean times of reading and of decoding a batch;
   - `replay_share`: share of replayed images, 0 to 1; `unreadable`, `images/SOURCE`: image counts.
-- `rates()`: a dict with `images_per_s` and the shares (0 to 1) of the time in which the consumer
-  waited: for anything (`wait_share`), for bytes to be read (`wait_read`), for pixels to be decoded
-  (`wait_decode`).
+    These are of this rank alone.
+- `rates()`: a dict with `images_per_s`, the speed of all ranks together, and the shares (0 to 1) of
+  the time in which the consumer waited: for anything (`wait_share`), for bytes to be read
+  (`wait_read`), for pixels to be decoded (`wait_decode`).
 - `note()`: the same as a short text for a progress bar.
 
 `WorkerStatus(workers, *, shared=False)` is a table of the workers' stages.
@@ -165,11 +168,11 @@ def _stacks() -> str:
 class LoaderStats:
     """Loader statistics between two calls of `row`, from the batches that the consumer sees.
 
-    `sources` are the names of the source codes in `Batch.sources`.
+    `sources` are the names of the source codes in `Batch.sources`, `ranks` the ranks of the run.
     """
 
-    def __init__(self, sources: Sequence[str]):
-        self.sources = list(sources)
+    def __init__(self, sources: Sequence[str], ranks: int = 1):
+        self.sources, self.ranks = list(sources), ranks
         self.reset()
 
     def reset(self) -> None:
@@ -202,14 +205,15 @@ class LoaderStats:
         """Compute images per second, and the share of time, 0 to 1, that the consumer waited: in
         all, for bytes and for pixels.
 
-        The waiting time is divided between reading and decoding in the ratio of the batches' own
+        The images are those of all ranks: each step has a batch of the same size on every rank. The
+        waiting time is divided between reading and decoding in the ratio of the batches' own
         times.
         """
         passed = max(time.perf_counter() - self.since, 1e-9)
         waited = sum(self.stalls) / passed
         reading = self.read_s / max(self.read_s + self.decode_s, 1e-9)
         return {
-            "images_per_s": self.images / passed,
+            "images_per_s": self.images * self.ranks / passed,
             "wait_share": waited,
             "wait_read": waited * reading,
             "wait_decode": waited * (1 - reading),

@@ -69,7 +69,13 @@ from model.training.conclude import conclude, conclude_again, start_on_mistakes
 from model.training.optim import schedule, set_learning_rate
 from model.training.plan import RunPlan, plan
 from model.training.resume import save
-from model.training.step import TrainState, not_finite_in, share_buffers, train_step
+from model.training.step import (
+    TrainState,
+    first_bad,
+    not_finite_in,
+    share_buffers,
+    train_step,
+)
 from model.training.validation import (
     Best,
     Gain,
@@ -199,7 +205,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
         console.progress("training", steps, shown=dist.is_main) as advance,
     ):
         advance(done)
-        stats = LoaderStats(stream.pool.shards.codes("source")[1])
+        stats = LoaderStats(stream.pool.shards.codes("source")[1], dist.world_size)
         for batch in stats.timed(stream.batches(done, settings.epochs)):
             set_learning_rate(train_state.optimizer, schedule(recipe.optim, done, steps))
             loss = train_step(
@@ -349,15 +355,17 @@ def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
     """Stop the run if a loss was not finite since the last check.
 
     Raises:
-        ValueError: a loss is not finite; the message has the first such step and its first samples.
+        ValueError: a loss is not finite; the message has the first such step and the first samples
+            of its rank.
     """
-    bad = max(all_gather_object(train_state.dist, int(train_state.bad_step)))
-    if bad < 0:
+    dist, stream = train_state.dist, planned.stream
+    found = first_bad(all_gather_object(dist, int(train_state.bad_step)))
+    if found is None:
         return
-    stream = planned.stream
+    bad, rank = found
     index, step = divmod(bad, planned.steps_per_epoch)
     epoch = stream.epoch(index)
-    samples = epoch.samples[epoch.positions(step)]
+    samples = epoch.samples[epoch.positions(step, rank, dist.world_size)]
     keys = ", ".join(stream.pool.shards.text("key", sample) for sample in samples[:8])
     raise ValueError(
         f"the loss is not finite at step {bad + 1} (first samples: {keys}); {_OTHER_RUN}"
@@ -383,8 +391,8 @@ def _log_step(
     done: int,
     loss: torch.Tensor,
 ) -> None:
-    """Log one row on the steps since the last row: the mean loss of all ranks, and the rates and
-    times of rank 0.
+    """Log one row on the steps since the last row: the mean loss and the speed of all ranks, and
+    the times and contents of rank 0's batches.
     """
     mean = all_reduce_sum(train_state.dist, loss).item() / train_state.dist.world_size
     rate = train_state.optimizer.param_groups[-1]["lr"]

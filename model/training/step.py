@@ -21,17 +21,19 @@ not finite raises no error: the first such `step` (counted from 0, on this rank)
 `train_state.bad_step`, and `run.py` reads it and stops the run.
 
 `not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
-EMA, that is not finite, or None; frozen weights are not checked. `average_of(net)` returns a copy
-of a network for the EMA. `wrap_ddp(train_state)` returns the network, wrapped in
-`DistributedDataParallel` on several ranks. A `TrainState` has `net`, `optimizer`, `scaler`,
-`device`, `dtype`, `dist`, `ema` and `teacher` (networks, or None), and `bad_step` (-1: none). Its
-`shown` is the network that is validated and saved: the EMA, or without one the network.
+EMA, that is not finite, or None; frozen weights are not checked. `first_bad(steps)` takes the
+`bad_step` of each rank, a list of ints, and returns the first step and its rank, or None.
+`average_of(net)` returns a copy of a network for the EMA. `wrap_ddp(train_state)` returns the
+network, wrapped in `DistributedDataParallel` on several ranks. A `TrainState` has `net`,
+`optimizer`, `scaler`, `device`, `dtype`, `dist`, `ema` and `teacher` (networks, or None), and
+`bad_step` (-1: none). Its `shown` is the network that is validated and saved: the EMA, or without
+one the network.
 """
 
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +94,13 @@ def not_finite_in(train_state: TrainState) -> str | None:
             if not bool(torch.isfinite(value).all()):
                 return name
     return None
+
+
+def first_bad(steps: Sequence[int]) -> tuple[int, int] | None:
+    """Return the first step with a loss that is not finite, and its rank. `steps` has the
+    `bad_step` of each rank. One step later the gradients have carried it to all ranks.
+    """
+    return min(((step, rank) for rank, step in enumerate(steps) if step >= 0), default=None)
 
 
 def average_of(net: Detector) -> Detector:
