@@ -27,6 +27,7 @@ those of the comparison come on rank 0 only.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import console
 from model import checkpoint
@@ -188,7 +189,7 @@ def _judge(
         f"{max(worst, 0.0):.3f} at worst"
     )
     reasons = _refusals(planned, best, rows)
-    compared = {
+    compared: dict[str, Any] = {
         "forgetting": mean,
         "worst": worst,
         "sources": [asdict(row) for row in rows],
