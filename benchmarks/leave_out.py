@@ -180,7 +180,8 @@ def perturbed_features(
 ) -> dict[int, np.ndarray]:
     """Return the features of some samples after each perturbation, float32 (perturbations, D) each.
 
-    They are NaN where a perturbation fails. Samples that cannot be decoded are missing.
+    They are NaN where a perturbation fails. Samples that cannot be decoded or preprocessed are
+    missing.
     """
     features = {}
     prepare = partial(pil.preprocess, settings=planned.recipe.preprocess)
@@ -191,6 +192,8 @@ def perturbed_features(
             if isinstance(images, str):
                 continue
             there = [not isinstance(image, str) for image in images]
+            if not any(there):
+                continue
             pixels = np.stack([image for image in images if not isinstance(image, str)])
             tensor = torch.from_numpy(pixels).to(planned.device).permute(0, 3, 1, 2)
             with torch.inference_mode(), autocast(planned.device, planned.dtype):

@@ -60,12 +60,14 @@ def orientation_left(image: Image.Image) -> int:
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an orientation of (height, width, channels) pixels: transpose, then mirror the axes.
-    Returns a NumPy view, not a copy.
+    Returns a NumPy view, not a copy. An axis of one pixel is not reversed: it would keep a negative
+    stride in every array that NumPy calls contiguous, and torch refuses such an array.
     """
     if is_transposed(orientation):
         pixels = pixels.swapaxes(0, 1)
     rows, columns = mirrored(orientation)
-    return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+    height, width = pixels.shape[:2]
+    return pixels[:: -1 if rows and height > 1 else 1, :: -1 if columns and width > 1 else 1]
 
 
 def is_transposed(orientation: int) -> bool:

@@ -23,15 +23,16 @@ cannot be scored (`LoadError`, `OrderError`, `FeatureError`). All are `ValueErro
 finite or not; it sets the evaluation mode too. `logits_of(net, images, device, dtype)` does not; it
 returns the logits of one batch as a tensor.
 
-`join_ranks(parts)` merges the `Scores` of all ranks. `in_parts(images, size)` regroups tensors into
-parts of `size` rows (`AT_A_TIME` by default; the last is padded with zeros). `autocast(device,
-dtype)` returns a context for mixed precision. `evaluating(net)` is the context manager for the
-evaluation mode. `DEFAULT_THRESHOLD` is the decision threshold without calibration. `probability()`
-of `model/verdict.py` converts logits to probabilities.
+`join_ranks(parts)` merges the `Scores` of all ranks, `join_failures(parts)` their failures.
+`in_parts(images, size)` regroups tensors into parts of `size` rows (`AT_A_TIME` by default; the
+last is padded with zeros). `autocast(device, dtype)` returns a context for mixed precision.
+`evaluating(net)` is the context manager for the evaluation mode. `DEFAULT_THRESHOLD` is the
+decision threshold without calibration. `probability()` of `model/verdict.py` converts logits to
+probabilities.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,5 +188,12 @@ def join_ranks(parts: list[Scores]) -> Scores:
     columns = ("samples", "labels", "logits")
     samples, labels, logits = (np.concatenate([getattr(p, n) for p in parts]) for n in columns)
     order = np.argsort(samples, kind="stable")
-    failures = {sample: reason for part in parts for sample, reason in part.failures.items()}
-    return Scores(samples[order], labels[order], logits[order], dict(sorted(failures.items())))
+    failures = join_failures(part.failures for part in parts)
+    return Scores(samples[order], labels[order], logits[order], failures)
+
+
+def join_failures(parts: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """Merge the failures of all ranks, sample -> reason, in the order of the index. So the first
+    one does not depend on the number of ranks.
+    """
+    return dict(sorted((sample, why) for part in parts for sample, why in part.items()))

@@ -44,7 +44,7 @@ import torch
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when DALI loads its own OpenCV
 from nvidia import nvimgcodec
 
-from imaging.decode import DecodeError, decode_image, png_of
+from imaging.decode import decode_image, png_of
 from imaging.jpeg import CHROMAS, has_end
 from imaging.orientation import UPRIGHT
 from imaging.quiet import without_chatter
@@ -158,7 +158,7 @@ class DaliBackend:
         with ThreadPoolExecutor(self.threads) as pool:
             made = pool.map(lambda row: self._by_host(request, row), rows)
             for row, result in zip(rows, made, strict=True):
-                if isinstance(result, DecodeError):
+                if isinstance(result, ValueError):
                     failures[row], result = str(result), PLACEHOLDER[0]
                 data[row], orientations[row] = result, UPRIGHT
         lost = failures.keys() - request.failures.keys()
@@ -168,23 +168,24 @@ class DaliBackend:
         )
 
     @staticmethod
-    def _by_host(request: Request, row: int) -> bytes | DecodeError:
+    def _by_host(request: Request, row: int) -> bytes | ValueError:
         """Decode an image with the reference decoder and apply the first steps of its policy, those
         for the whole image: DALI's JPEG operator supports only one chroma subsampling, and only
-        images of one size. Returns the image as a PNG, or the error. If a JPEG is the last of these
-        steps, it is the result: the graph decodes a fake exactly as it decodes its partner.
+        images of one size. Returns the image as a PNG, or the error of the decoder or of a step. If
+        a JPEG is the last of these steps, it is the result: the graph decodes a fake exactly as it
+        decodes its partner.
         """
         params = request.params.row(row)
         try:
             pixels = decode_image(*_member(request, row))
-        except DecodeError as error:
+            if params.whole_jpeg and not params.whole_webp:
+                pixels = apply_whole(pixels, params._replace(whole_jpeg=0))
+                if max(pixels.shape) <= JPEG_SIDE:
+                    return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
+                return png_of(pixels)
+            return png_of(apply_whole(pixels, params))
+        except ValueError as error:
             return error
-        if params.whole_jpeg and not params.whole_webp:
-            pixels = apply_whole(pixels, params._replace(whole_jpeg=0))
-            if max(pixels.shape) <= JPEG_SIDE:
-                return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
-            return png_of(pixels)
-        return png_of(apply_whole(pixels, params))
 
     def _device_failed(self, error: RuntimeError) -> bool:
         """Return whether `error` means that the GPU is lost or out of memory, rather than that a

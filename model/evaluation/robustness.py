@@ -57,7 +57,7 @@ from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, group_rows, intervals, resample
 from model.metrics import measure
-from model.score import evaluating, logits_of
+from model.score import evaluating, join_failures, logits_of
 from model.verdict import NOT_FINITE, probability
 from pipeline import pil
 from pipeline.perturb import ORIGINAL, Perturbation
@@ -184,10 +184,10 @@ def score_perturbations(
     for sample, variants in perturbed_variants(
         shards, samples[dist.rank :: dist.world_size], perturbations, scorer.prepare
     ):
-        column = None if isinstance(variants, str) else scorer.column(variants)
-        if column is None:
-            unreadable[int(sample)] = str(variants)
-        elif not np.isfinite(column[original]):
+        as_packed = variants if isinstance(variants, str) else variants[original]
+        if isinstance(as_packed, str):
+            unreadable[int(sample)] = as_packed
+        elif not np.isfinite((column := scorer.column(variants))[original]):
             unreadable[int(sample)] = NOT_FINITE
         else:
             for row in np.flatnonzero(~np.isfinite(column)).tolist():
@@ -208,10 +208,9 @@ def score_perturbations(
         labels=shards.column("label")[rows[order]].astype(np.int64),
         logits=scores[:, order],
         failures=tuple(
-            {sample: reason for part in parts for sample, reason in part[2][index].items()}
-            for index in range(len(perturbations))
+            join_failures(part[2][index] for part in parts) for index in range(len(perturbations))
         ),
-        unreadable={sample: reason for part in parts for sample, reason in part[3].items()},
+        unreadable=join_failures(part[3] for part in parts),
     )
 
 
@@ -223,8 +222,9 @@ def perturbed_variants(
 ) -> Iterator[tuple[int, list[Any] | str]]:
     """Yield (sample, variants): the result of `prepare` after each perturbation.
 
-    A perturbation that fails gives its reason (a string) in place of the variant. A sample that
-    cannot be read or decoded gives a reason in place of the list.
+    A perturbation that fails, or whose result cannot be prepared, gives its reason (a string) in
+    place of the variant. A sample that cannot be read or decoded gives a reason in place of the
+    list.
     """
     reader = ShardReader(shards)
     hashes = shards.table.column("sha256")
@@ -258,10 +258,9 @@ def _variant_of(
     prepare: Callable[[np.ndarray], Any],
 ) -> Any:
     try:
-        arrived = perturbation.apply(pixels, sha256)
+        return prepare(perturbation.apply(pixels, sha256))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    return prepare(arrived)
 
 
 def measure_perturbations(

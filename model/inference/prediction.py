@@ -406,10 +406,12 @@ def preprocess_ahead(
 
 
 def done_or_reason(work: Callable[[Any], Any], file: Named) -> Any:
-    """Return `work(file)`, or the reason (a string of one line) if the file cannot be read."""
+    """Return `work(file)`, or the reason (a string of one line) if the image cannot be read or
+    preprocessed.
+    """
     try:
         return work(file)
-    except (DecodeError, OSError) as error:
+    except (ValueError, OSError) as error:  # ValueError: also an image that cannot be preprocessed
         return _one_line(error)
     except MemoryError:
         return "not enough memory to read it"

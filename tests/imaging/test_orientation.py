@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from imaging.decode import as_is, decode, prepare
+from imaging.decode import as_is, decode, decode_image, prepare
 from imaging.orientation import carries_exif, orientation_of, upright
 from tests.builders import ORIENTED_PLACES, encode, oriented, photo
 
@@ -32,6 +32,22 @@ def test_the_orientation_is_read_and_applied(
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(lossless)))
     np.testing.assert_array_equal(prepared.pixels, np.asarray(expected))
     np.testing.assert_array_equal(decode(data), prepared.pixels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (30, 1)])
+@pytest.mark.parametrize(("image_format", "place"), ORIENTED_PLACES)
+def test_an_image_one_pixel_wide_or_high_has_strides_that_torch_takes(
+    image_format: str, place: str, size: tuple[int, int]
+) -> None:
+    """An array whose axis of one pixel has a negative stride counts as contiguous for NumPy."""
+    for orientation in range(1, 9):
+        data = oriented(Image.fromarray(photo(2, *size)), image_format, place, orientation)
+        prepared = prepare(data)
+        packed = decode_image(prepared.data, image_format, orientation)
+        for pixels in (prepared.pixels, decode(data), packed):
+            assert min(pixels.strides) > 0
+            np.testing.assert_array_equal(pixels, packed)
+        assert packed.shape[:2] == (size[::-1] if orientation < 5 else size)
 
 
 def prepared_as_stored(data: bytes, image_format: str) -> Image.Image:

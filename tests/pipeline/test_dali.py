@@ -322,6 +322,17 @@ def test_images_that_dali_refuses_are_decoded_by_the_reference(device: torch.dev
         np.testing.assert_array_equal(dali.images, pil.images)
 
 
+def test_a_whole_image_step_that_fails_loses_only_its_image() -> None:
+    """A side of 0 pixels stands for any size that the resizing refuses."""
+    good = WHOLE._replace(whole_height=SIZE, whole_width=SIZE, whole_filter=1)
+    refused = good._replace(whole_width=0)
+    params = stack([good, refused, good])
+    request = Request([FILES["png"]] * 3, ["PNG"] * 3, [1] * 3, params)
+    pil = decode_request(request, (SIZE, SIZE))
+    (dali,) = DaliBackend((SIZE, SIZE), 3, CPU, threads=2).run([request])
+    assert set(pil.failures) == set(dali.failures) == {1}
+
+
 def test_images_that_dalis_parser_refuses_never_reach_the_graph() -> None:
     """Such an image in a batch ended the process in most runs."""
     turned = oriented(IMAGE, "WEBP", "exif", 6)

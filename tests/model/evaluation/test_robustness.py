@@ -134,6 +134,33 @@ def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> N
     assert set(columns.failures[1]) == set(columns.samples[missing]) and not columns.failures[0]
 
 
+class Refusing(Scorer):
+    """Cannot prepare bright images, as packed or after a perturbation."""
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        if pixels.mean() > 128:
+            raise ValueError("too bright\nto prepare")
+        return super().prepare(pixels)
+
+
+def test_an_image_that_cannot_be_prepared_ends_no_run(shards: ShardSet) -> None:
+    """The samples are in reverse, as those of several ranks are in no order: the first failure is
+    that of the first image of the set all the same.
+    """
+    ways = [ORIGINAL, Perturbation("invert", "invert", 1, (lambda pixels, _rng: 255 - pixels,))]
+    columns = score_perturbations(
+        Refusing(Brightness(), PREPROCESS, CPU), shards, np.arange(len(shards))[::-1], ways
+    )
+    assert 5 < len(columns.unreadable) < 75
+    assert len(columns.samples) + len(columns.unreadable) == len(shards)
+    assert {*columns.unreadable.values(), *columns.failures[1].values()} == {
+        "too bright to prepare"
+    }
+    assert np.isnan(columns.logits[1][:-1]).any() and np.isfinite(columns.logits[0]).all()
+    for failures in (columns.unreadable, columns.failures[1]):
+        assert list(failures) == sorted(failures) and len(failures) > 1
+
+
 class NoNumber(Scorer):
     """Gives some images no finite score: bright ones as packed, others after a perturbation."""
 

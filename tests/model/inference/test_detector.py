@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from imaging.decode import DecodeError, ImageFile, decode
 from model import load_detector
 from model.checkpoint import CheckpointError
-from model.inference.prediction import UNREADABLE, Prediction
+from model.inference.prediction import UNREADABLE, Pixels, Prediction, preprocess_ahead
 from model.score import AT_A_TIME, score_set
 from model.verdict import probability
 from pipeline.loader import open_loader
@@ -253,3 +253,18 @@ def test_repr_of_detector_and_prediction_is_short(detector) -> None:
     assert repr(prediction) == "Prediction('a', 'uncertain', probability=0.123)"
     refused = Prediction(name="a", probability=None, verdict=UNREADABLE, error="cut")
     assert repr(refused) == "Prediction('a', 'unreadable', error='cut')"
+
+
+def test_an_image_that_cannot_be_preprocessed_ends_no_run() -> None:
+    """Such as one that the processor of a published detector refuses."""
+
+    def refuse_narrow(image: Pixels) -> np.ndarray:
+        if image.pixels.shape[1] == 1:
+            raise ValueError("the number of\nchannels is not clear")
+        return image.pixels[:8, :8]
+
+    images = [Pixels("a", photo(1)), Pixels("b", photo(2)[:, :1]), Pixels("c", photo(3))]
+    ((names, pixels, failures),) = preprocess_ahead(images, refuse_narrow, (8, 8), 3, start=1)
+    assert names == ["a", "b", "c"]
+    assert failures == {1: "the number of channels is not clear"}
+    assert pixels[0].any() and not pixels[1].any() and pixels[2].any()
