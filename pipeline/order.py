@@ -236,9 +236,9 @@ def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
     order = (starts[:, None] + np.arange(BLOCK)).ravel()
     order = order[order < count]
     span = BLOCK * WINDOW
-    return np.concatenate(
-        [rng.permutation(order[first : first + span]) for first in range(0, count, span)]
-    )
+    for first in range(0, count, span):
+        rng.shuffle(order[first : first + span])
+    return order
 
 
 def state_of(epoch: Epoch, step: int, index_sha256: str) -> dict[str, Any]:

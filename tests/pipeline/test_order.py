@@ -41,6 +41,13 @@ def test_epochs_differ_and_repeat_by_seed(shuffle: str) -> None:
     assert not np.array_equal(first.samples, np.sort(first.samples))
 
 
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+def test_an_epoch_without_samples_is_refused_in_one_line(shuffle: str) -> None:
+    """Such as of sources that are all repeated 0 times."""
+    with pytest.raises(OrderError, match=r"^0 training samples do not fill one batch of 24; "):
+        epoch(0, shuffle=shuffle)
+
+
 @pytest.mark.parametrize(("ranks", "batch"), [(2, 12), (3, 8), (4, 6)])
 def test_ranks_see_the_batch_of_one_rank(ranks: int, batch: int) -> None:
     whole = epoch()
