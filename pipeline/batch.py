@@ -119,7 +119,8 @@ class Batch:
     - `samples`: int64 (B,), row numbers in the shard set.
     - `sources`: int32 (B,), the source code of each sample.
     - `replayed`: bool (B,), True for old samples.
-    - `failures`: row -> the reason why it could not be decoded.
+    - `failures`: row -> the reason why it could not be decoded. Padding is not in it: sample 0 may
+      have been read well before.
     """
 
     images: torch.Tensor

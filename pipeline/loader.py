@@ -167,8 +167,7 @@ class Loader:
                 batch = self._batch(epoch, step, pixels)
                 counts = epoch.valid[epoch.positions(step, self.rank, self.world_size)]
                 seen += int(counts.sum())
-                failures = zip(batch.failures, self.name_failures(batch), strict=True)
-                bad += [line for row, line in failures if counts[row]]
+                bad += self.name_failures(batch)
                 whole = start == 0 and step == epoch.steps - 1
                 if (seen >= MIN_SEEN or whole) and len(bad) > max(1, MAX_BAD_SHARE * seen):
                     raise LoadError(
@@ -304,8 +303,10 @@ class Loader:
     def _batch(self, epoch: Epoch, step: int, pixels: Pixels) -> Batch:
         rows = epoch.positions(step, self.rank, self.world_size)
         samples = epoch.samples[rows]
-        valid = epoch.valid[rows].copy()
-        valid[list(pixels.failures)] = False
+        counts = epoch.valid[rows]
+        failures = {row: reason for row, reason in pixels.failures.items() if counts[row]}
+        valid = counts.copy()
+        valid[list(failures)] = False
         labels = self.shards.column("label")[samples].astype(np.int64)
         sources = self.shards.codes("source")[0][samples]
         return Batch(
@@ -315,7 +316,7 @@ class Loader:
             samples=samples,
             sources=sources,
             replayed=epoch.replayed[rows],
-            failures=pixels.failures,
+            failures=failures,
             timing=pixels.timing,
         )
 

@@ -161,8 +161,11 @@ class FeatureLoader:
         for step in range(start, epoch.steps):
             rows = epoch.positions(step, self.rank, self.world_size)
             samples = epoch.samples[rows]
-            failures = table.failures(samples)
-            valid = epoch.valid[rows].copy()
+            counts = epoch.valid[rows]
+            failures = {
+                row: reason for row, reason in table.failures(samples).items() if counts[row]
+            }
+            valid = counts.copy()
             valid[list(failures)] = False
             yield Batch(
                 images=torch.from_numpy(table.rows(samples)).to(self.device),

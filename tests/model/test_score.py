@@ -1,5 +1,6 @@
 """Scores that are NaN or infinite are errors, never verdicts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from model import checkpoint, load_detector
 from model.inference.prediction import UNREADABLE, predictions
 from model.network import build
-from model.score import ScoreError, score_set
+from model.score import ScoreError, score, score_set
 from model.verdict import probability, verdict
+from pipeline.batch import Batch
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
+from pipeline.stream import evaluation_batches
 from sharding.format import ShardSet
-from tests.builders import CPU, PREPROCESS, TINY, encode, photo, small_recipe
+from tests.builders import CPU, PREPROCESS, TINY, broken_copy, encode, photo, small_recipe
 
 
 def test_a_logit_that_is_not_finite_has_no_probability() -> None:
@@ -55,3 +58,25 @@ def test_a_checkpoint_of_bad_weights_gives_an_error_for_each_image(
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     with pytest.raises(ScoreError, match=r"80 of 80 scores of .* are not finite, first: "):
         score_set(net.eval(), loader)
+
+
+def test_padding_that_cannot_be_read_is_no_failure(data: Path, tmp_path: Path) -> None:
+    """Padding reads sample 0 again. Here only the later read fails."""
+    shards = broken_copy(data, tmp_path, [], "all")
+    loading = Loading(batch_size=77, num_workers=0, backend="pil")  # DALI reads ahead
+    loader = open_loader(shards, preprocess=PREPROCESS, loading=loading, device=CPU)
+    last: list[Batch] = []
+
+    def damaged_later() -> Iterator[Batch]:
+        batches = evaluation_batches(loader)
+        yield next(batches)
+        path = shards.shard_path(0)
+        with path.open("r+b") as stream:
+            stream.write(b"\0" * path.stat().st_size)
+        last.extend(batches)
+        yield from last
+
+    scores = score(build(TINY, pretrained=False).eval(), damaged_later(), CPU)
+    assert len(shards) == 80 and not last[0].images[3:].any()
+    assert 0 in scores.samples and 0 not in scores.failures
+    assert sorted([*scores.samples, *scores.failures]) == list(range(80))
