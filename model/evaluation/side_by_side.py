@@ -12,8 +12,7 @@ Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s
 It returns the dict below (null is None), with the sets that all runs measured. One more run is in
 it: `mean_of(runs)`, named `MEAN`, whose probability is the mean of all runs (threshold 0.5). It
 raises `ScoresError` (a `ValueError`) if there is no such set, or if the runs borrowed the real
-images of a set (its reference reals) from different sets. The latter is noticed only if these sets
-have different numbers of real images.
+images of a set (its reference reals) from different sets, of equal size or not.
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
            "best": name of the run with the highest AUROC (the first run if there is no AUROC),
