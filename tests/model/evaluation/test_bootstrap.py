@@ -179,6 +179,42 @@ def test_many_small_sources_have_the_stated_coverage(sources: int, prompts: int)
     assert hits / 200 > 0.92
 
 
+@pytest.mark.parametrize(
+    ("many", "size", "few", "large"), [(12, 1, 1, 50), (40, 5, 1, 100), (100, 2, 5, 20)]
+)
+def test_a_source_of_few_groups_varies_like_the_others(
+    many: int, size: int, few: int, large: int
+) -> None:
+    """One source has many prompts, another few with more images. Alike images in each prompt. By
+    itself, a single group never varied, and 0 to 81 % of the intervals contained the truth.
+    """
+    rng = np.random.default_rng(11)
+    prompt = np.repeat(np.arange(many + few), np.repeat([size, large], [many, few]))
+    labels = np.ones(len(prompt), int)
+    groups, images = group_rows(prompt, (prompt >= many).astype(int), labels), images_of(labels)
+    assert groups.strata == (many + few,)
+    hits = 0
+    for repeat in range(200):
+        fake = (rng.uniform(size=many + few) < 0.7).astype(float)[prompt]
+        values = resample(fake, {"": images}, groups, 0.5, resamples=200, seed=repeat)[""]
+        low, high = intervals(images, groups, values)["recall"]
+        hits += low <= 0.7 <= high
+    assert hits / 200 > 0.86
+
+
+def test_a_single_group_joins_groups_with_one_of_its_classes_or_has_no_interval() -> None:
+    labels = np.append(np.zeros(40, int), np.ones(50, int))
+    fakes = np.full(50, 40)  # one prompt
+    apart = group_rows(np.append(np.arange(40), fakes), np.zeros(90, int), labels)
+    assert sorted(apart.strata) == [1, 40]
+    images = images_of(labels)
+    fake = np.where(np.arange(90) % 10, labels, 1 - labels).astype(float)
+    bounds = intervals(images, apart, resample(fake, {"": images}, apart, 0.5)[""])
+    assert bounds.keys() == {"false_positive_rate"}  # the fakes are the same in each resample
+    pair = np.append(np.arange(40), [39] * 50)  # the fakes are made from a real image
+    assert group_rows(pair, np.zeros(90, int), labels).strata == (40,)
+
+
 def test_a_metric_of_a_single_group_has_no_interval() -> None:
     assert interval(np.full(1000, 0.4), 1) is None
     assert interval(np.append(np.full(600, np.nan), np.full(400, 0.4)), 9) is None
