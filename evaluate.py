@@ -199,6 +199,7 @@ def main(
         return
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
+    from model.evaluation.report import without_scores
     from model.evaluation.run import choose_subject, evaluate
     from model.evaluation.scores import SCORES_FILE
     from model.evaluation.suites import open_suite
@@ -229,8 +230,9 @@ def main(
         console.say(said)
         console.say(f"scores: {out / SCORES_FILE}")
         say_files(written)
-        if chosen_suite and chosen_suite.missing:
-            raise click.ClickException(chosen_suite.missing_line)
+        faults = [without_scores(report), chosen_suite.missing_line if chosen_suite else ""]
+        if any(faults):
+            raise click.ClickException("; ".join(filter(None, faults)))
 
 
 def _folder_of(name: str, data: str) -> str:
@@ -291,6 +293,7 @@ def _measure_mistakes(
 
 def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
     """Write and print the report again from a scores file."""
+    from model.evaluation.report import without_scores
     from model.evaluation.run import report_on
     from report.files import write_report
     from report.terminal import print_report
@@ -299,6 +302,8 @@ def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
     written = write_report(report, scores, any_path(data), out or scores.parent)
     print_report(report)
     say_files(written)
+    if fault := without_scores(report):
+        raise click.ClickException(fault)
 
 
 def say_files(written: Sequence[Path]) -> None:

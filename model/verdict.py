@@ -43,7 +43,10 @@ import numpy as np
 VERDICTS = ("no sign of AI", "uncertain", "likely AI")
 """Verdicts for a probability of fake below the band, inside it, and at or above its upper end."""
 
-NOT_FINITE = "its score is not a finite number; the weights or the precision are at fault"
+NOT_FINITE = (
+    "its score is not a finite number: the detector gives no verdict on it, or its weights or "
+    "precision are at fault"
+)
 """Reason why an image that was decoded has no verdict."""
 
 ROUNDING = 1e-12

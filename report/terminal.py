@@ -97,7 +97,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.say(set_report["note"])
         if set_report["unreadable"]:
             console.say(
-                f"unreadable: {len(set_report['unreadable'])}, first: {set_report['unreadable'][0]}"
+                f"images without a score: {len(set_report['unreadable']):,}, first: "
+                f"{set_report['unreadable'][0]}"
             )
         if set_report["protocols"] and set_report["protocols"]["first_per_prompt"]:
             print_protocols(name, set_report["protocols"])

@@ -27,6 +27,7 @@ the number of its group and the number of its generator. It returns the position
 `mean_and_std(recalls)` takes a list of recalls and returns {"mean", "std"}; `std` is None for one
 recall. `on_training_data(sets)` takes names of sets that the checkpoint was trained on and returns
 the warning about them, as text; `on_subset(subset)` does so for the entry `subset` of the report.
+`without_scores(report)` returns one line on the sets without any score, "" if there is none.
 """
 
 import re
@@ -70,7 +71,10 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     reports = {
         name: _report_set(rows_of_set(scores, name), about, on_resamples) for name in about["sets"]
     }
-    sentences = {name: _headline(name, set_report, about) for name, set_report in reports.items()}
+    sentences = {
+        name: _headline(name, set_report, about) + _without_score(scores, name, set_report)
+        for name, set_report in reports.items()
+    }
     first = [name for name, set_report in reports.items() if not _has_reals(set_report)]
     trained_on = about.get("trained_on", [])
     warning = [on_training_data(trained_on)] if trained_on else []
@@ -336,7 +340,7 @@ def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]
     """
     reference = set_report["reference"]
     figures = reference or set_report["overall"]
-    if not figures["count"]:
+    if not set_report["overall"]["count"]:
         return f"{name}: no image could be scored"
     recall, alarms = _share(figures, "recall"), _share(figures, "false_positive_rate")
     fakes = console.counted(figures["fakes"], "fake")
@@ -354,6 +358,22 @@ def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]
     return f"{name}: {recall} of {fakes} found, {alarms} of {reals} called fake"
 
 
+def _without_score(scores: ScoreTable, name: str, set_report: Mapping[str, Any]) -> str:
+    """Return the end of a set's headline: how many of its images, and of its reference reals, have
+    no score; "" if all have one. A detector that abstains would otherwise look better than it is.
+    """
+    if not set_report["overall"]["count"]:
+        return ""  # the sentence says so
+    sets, names = scores.codes("set")
+    there = sets == names.index(name)
+    if set_report["reference"]:
+        reals = scores.numbers("label") == REAL
+        there = there | (reals & (sets == names.index(scores.evaluation["reference_reals"]["set"])))
+    missing = int(np.count_nonzero(there & ~scores.numbers("valid")))
+    count = console.counted(int(np.count_nonzero(there)), "image")
+    return f"; {missing:,} of {count} without a score" if missing else ""
+
+
 def _share(figures: Mapping[str, Any], name: str) -> str | None:
     """Format a metric with its interval: `94.2 % (93.1 to 95.0)`."""
     if figures[name] is None:
@@ -361,6 +381,16 @@ def _share(figures: Mapping[str, Any], name: str) -> str | None:
     between = figures["intervals"].get(name)
     shown = f" ({100 * between[0]:.1f} to {100 * between[1]:.1f})" if between else ""
     return f"{100 * figures[name]:.1f} %{shown}"
+
+
+def without_scores(report: Mapping[str, Any]) -> str:
+    """Return one line on the sets of a report of which no image has a score, or "" if there is no
+    such set.
+    """
+    empty = [name for name, of_set in report["sets"].items() if not of_set["overall"]["count"]]
+    reasons = [reason for name in empty for reason in report["sets"][name]["unreadable"]]
+    first = f"; the first: {reasons[0]}" if reasons else ""
+    return f"no image of {' and '.join(empty)} has a score{first}" if empty else ""
 
 
 def _unreadable(scores: ScoreTable, name: str) -> list[str]:

@@ -200,7 +200,8 @@ class SetReport(TypedDict):
     note: str | None
     """Sentence about a limit of the set's figures, such as a missing class."""
     unreadable: list[str]
-    """Images that could not be read: name and reason."""
+    """Images without a score: name and reason. They could not be read, or the detector gives no
+    verdict."""
 
 
 class Subset(TypedDict):

@@ -179,7 +179,11 @@ def test_pages_of_extreme_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Smaller sources, not shown here: 57" in page and "uncertain from 0.200" in page
     unread = [*rows("val", 9, 9), {"set": "val", "key": "bad", "label": 1, "valid": False,
                                    "logit": None, "error": "cut short"}]  # fmt: skip
-    assert "val:bad: cut short" in page_of(*made(unread, "val"))
+    page = page_of(*made(unread, "val"))
+    assert "1 of 19 images without a score. The first: val:bad: cut short" in page
+
+
+NO_MISTAKE = "No image of this set was misclassified."
 
 
 def test_a_set_without_a_readable_image_leaves_the_others_their_page(tmp_path: Path) -> None:
@@ -188,6 +192,10 @@ def test_a_set_without_a_readable_image_leaves_the_others_their_page(tmp_path: P
     _, table = made(rows("a", 30, 30) + gone, "a", "b")
     page = page_of(report_on(table), table)
     assert "b: no image could be scored" in page
+    assert "6 of 6 images without a score" in page
+    assert NO_MISTAKE not in page_of(*made(gone, "b"))
+    right = [row | {"logit": 9.0 if row["label"] else -9.0} for row in rows("a", 9, 9)]
+    assert NO_MISTAKE in page_of(*made(right, "a"))
     write_scores(tmp_path / "scores.parquet", [table.table], table.evaluation)
     assert write_report(report_on(table), tmp_path / "scores.parquet", tmp_path, tmp_path)
 

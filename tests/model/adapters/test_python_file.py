@@ -234,6 +234,37 @@ def test_the_name_of_an_output_folder_keeps_what_tells_files_apart(tmp_path: Pat
     assert output_name("hf", "owner/name", Path("owner/name")) == "hf-owner-name"
 
 
+ABSTAINS = """
+import numpy as np
+
+def predict(images):
+    means = [float(np.asarray(image).mean() / 255) for image in images]
+    return [mean if mean > {least} else float("nan") for mean in means]
+"""
+
+
+def test_an_evaluation_counts_the_images_without_a_verdict(
+    file: Path, data: Path, tmp_path: Path
+) -> None:
+    ask = ("--shards", "val", "--detector", file, "--trust", "--data", data)
+    file.write_text(ABSTAINS.format(least=0.5))
+    part = run(evaluate.main, *ask, "--out", tmp_path / "part")
+    assert part.exit_code == 0, part.output
+    report = json.loads((tmp_path / "part/report.json").read_text())["sets"]["val"]
+    lost = len(report["unreadable"])
+    assert lost > 1 and report["overall"]["count"] > 1
+    assert "the detector gives no verdict on it" in report["unreadable"][0]
+    counted = f"; {lost} of {lost + report['overall']['count']} images without a score"
+    assert part.stdout.splitlines()[0].endswith(counted)
+    file.write_text(ABSTAINS.format(least=1))
+    whole = run(evaluate.main, *ask, "--out", tmp_path / "whole")
+    assert whole.exit_code == 1
+    assert "Error: no image of val has a score; the first: val:" in whole.stderr
+    assert (tmp_path / "whole/report.html").exists()
+    again = run(evaluate.main, "--scores", tmp_path / "whole/scores.parquet")
+    assert again.exit_code == 1
+
+
 def test_evaluate_report_and_comparison_of_a_python_file(
     file: Path, data: Path, tmp_path: Path
 ) -> None:

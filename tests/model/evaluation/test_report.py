@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.evaluation.report import first_of_each, mean_and_std, report
+from model.evaluation.report import first_of_each, mean_and_std, report, without_scores
 from model.evaluation.scores import (
     SCORES_VERSION,
     ScoresError,
@@ -193,6 +193,27 @@ def test_a_set_without_a_readable_image_has_a_report() -> None:
     assert document["headline"] == ["a: no image could be scored"]
     assert document["sets"]["a"]["overall"]["count"] == 0
     assert len(document["sets"]["a"]["unreadable"]) == 2
+    assert without_scores(document) == "no image of a has a score; the first: a:k0: gone"
+    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    document = report(table_of(rows + reals("test"), ["a"], reference_reals=reference))
+    assert document["headline"] == ["a: no image could be scored"]
+
+
+def test_images_without_a_score_are_in_the_headline() -> None:
+    """Else a detector that abstains looks better than it is."""
+    gone = {"logit": None, "valid": False, "error": "no verdict"}
+    rows = [*prompts({"Flux": 1.0}), *(row | gone for row in prompts({"GoT": 1.0}))]
+    more = [*reals("test"), *(row | gone for row in reals("test", 7))]
+    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    document = report(table_of(rows + more, ["evalgen"], reference_reals=reference))
+    (sentence,) = document["headline"]
+    assert sentence.endswith("called fake; 31 of 85 images without a score")
+    assert without_scores(document) == ""
+    assert len(document["sets"]["evalgen"]["unreadable"]) == 24
+    (alone,) = report(table_of(rows, ["evalgen"]))["headline"]
+    assert alone.endswith("; 24 of 48 images without a score")
+    (whole,) = report(table_of([*prompts({"A": 1.0}), *reals("evalgen")], ["evalgen"]))["headline"]
+    assert "without" not in whole
 
 
 def scored(shards: ShardSet, failed: tuple[int, ...] = ()) -> Scores:
