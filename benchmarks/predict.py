@@ -56,6 +56,7 @@ from model.inference.detector import ImageDetector
 from model.inference.run import Run
 from model.network import build
 from model.recipe import Network
+from model.score import evaluating, logits_of
 
 NETWORKS = {
     "convnextv2_base": "convnextv2_base.fcmae_ft_in1k",
@@ -77,14 +78,16 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 
 def bare(detector: ImageDetector, images: int, batch_size: int) -> None:
-    """Run the network alone on one batch, repeated until `images` images are done."""
+    """Run the network alone on one batch, repeated until `images` images are done, in the precision
+    of `predict.py`: bf16 on most GPUs.
+    """
     pixels = np.random.default_rng(0).integers(
         0, 256, (batch_size, *detector.preprocess.shape, 3), np.uint8
     )
     batch = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2)
-    with torch.inference_mode():
+    with evaluating(detector.net):
         for start in range(0, images, batch_size):
-            detector.net(batch[: images - start]).cpu()
+            logits_of(detector.net, batch[: images - start], detector.device, detector.dtype).cpu()
 
 
 def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> None:

@@ -1,18 +1,28 @@
 """What the benchmarks of the GPU path measure is what they name, as far as a CPU can show it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import step as step_benchmark
+from benchmarks.embedding import network_alone, whole
 from benchmarks.gpu_selftest import damaged_png
+from benchmarks.predict import bare, write_checkpoint
 from benchmarks.step import Way, measure
 from imaging.decode import DecodeError, decode_image
+from model import load_detector
 from model.backbones.resolve import resolved
+from model.features.embed import Embedder
+from model.features.loader import FeatureSource
+from model.features.store import BackboneId, View
 from model.recipe import Recipe
 from pipeline.dali import _may_reach_graph
+from pipeline.loading import Loading
 from recipes import load
+from sharding.format import ShardSet
+from tests.builders import PREPROCESS
 
 
 def test_the_damaged_png_reaches_dalis_decoder() -> None:
@@ -44,3 +54,39 @@ def test_operations_are_counted_before_the_peak_of_memory_is_reset(
     assert happened == ["reset", "counted on 8", "reset"]
     half = measure(Way(batch=8, dtype="fp32"), recipe, torch.device("cpu"), 0.01, {"fp32": 1.0})
     assert whole["operations"] == 2 * half["operations"]
+
+
+def test_predict_and_the_bare_network_have_one_precision(tmp_path: Path) -> None:
+    """On a GPU, the bare network ran in float32 beside predict.py in bf16."""
+    detector = load_detector(write_checkpoint(tmp_path, "mobilenetv2_100"), device="cpu")
+    mixed = []
+    detector.net.register_forward_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+    for dtype in (torch.float32, torch.bfloat16):
+        bare(replace(detector, dtype=dtype), 3, 2)
+    assert mixed == [False, False, True, True]
+
+
+class Layouts(torch.nn.Module):
+    """Notes the layout of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[bool] = set()
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.add(images.is_contiguous(memory_format=torch.channels_last))
+        return images.float().mean((2, 3))
+
+
+def test_the_network_alone_has_the_layout_of_embed(old: ShardSet, tmp_path: Path) -> None:
+    device, loading = torch.device("cpu"), Loading(batch_size=16, num_workers=0, backend="pil")
+    alone, together = Layouts(), Layouts()
+    backbone = BackboneId(
+        network="layouts", options={}, head="timm", blocks=(), mean=(0, 0, 0), std=(1, 1, 1),
+        sha256="0" * 64, preprocess=PREPROCESS, precision="fp32",
+    )  # fmt: skip
+    source = FeatureSource(store=tmp_path, backbone=backbone, view=View())
+    of_net = Embedder(net=alone, device=device, dtype=torch.float32, loading=loading)
+    network_alone(of_net, PREPROCESS.shape, 0)
+    whole(replace(of_net, net=together), old, source)
+    assert alone.seen == together.seen == {True}
