@@ -43,11 +43,11 @@ them with the detector. `compare RUN RUN...` prints the differences between repo
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -199,7 +199,6 @@ def main(
         return
     from model.distributed import init_distributed
     from model.evaluation.plan import Options
-    from model.evaluation.report import without_scores
     from model.evaluation.run import choose_subject, evaluate
     from model.evaluation.scores import SCORES_FILE
     from model.evaluation.suites import open_suite
@@ -230,9 +229,7 @@ def main(
         console.say(said)
         console.say(f"scores: {out / SCORES_FILE}")
         say_files(written)
-        faults = [without_scores(report), chosen_suite.missing_line if chosen_suite else ""]
-        if any(faults):
-            raise click.ClickException("; ".join(filter(None, faults)))
+        _refuse_gaps(report, chosen_suite.missing_line if chosen_suite else "")
 
 
 def _folder_of(name: str, data: str) -> str:
@@ -293,7 +290,6 @@ def _measure_mistakes(
 
 def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
     """Write and print the report again from a scores file."""
-    from model.evaluation.report import without_scores
     from model.evaluation.run import report_on
     from report.files import write_report
     from report.terminal import print_report
@@ -302,8 +298,15 @@ def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
     written = write_report(report, scores, any_path(data), out or scores.parent)
     print_report(report)
     say_files(written)
-    if fault := without_scores(report):
-        raise click.ClickException(fault)
+    _refuse_gaps(report)
+
+
+def _refuse_gaps(report: Mapping[str, Any], missing_line: str = "") -> None:
+    """End with an error if a set of a written report has no score, or sets are missing."""
+    from model.evaluation.report import without_scores
+
+    if faults := [fault for fault in (without_scores(report), missing_line) if fault]:
+        raise click.ClickException("; ".join(faults))
 
 
 def say_files(written: Sequence[Path]) -> None:
