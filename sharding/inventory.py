@@ -47,7 +47,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imaging.decode import GRID, DecodeError, Facts, Prepared, fingerprints, green_grid, prepare
+from imaging.decode import DecodeError, Facts, Prepared, prepare
+from imaging.fingerprint import GRID, fingerprints, green_grid
 from sharding.catalog import Source, shares
 from sharding.format import CLASSES, ShardError, table_from
 from sharding.listing import Item, Listing

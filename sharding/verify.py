@@ -37,7 +37,8 @@ import numpy as np
 import pyarrow as pa
 
 from imaging import tar
-from imaging.decode import DecodeError, fingerprints, green_grid, prepare
+from imaging.decode import DecodeError, prepare
+from imaging.fingerprint import fingerprints, green_grid
 from sharding.dedupe import SPLIT_RANK
 from sharding.executor import run_all
 from sharding.format import (

@@ -50,7 +50,7 @@ def test_the_card_states_the_figures_of_meta_json(folder: Path) -> None:
     for name, rates in meta["calibration"]["sources"].items():
         share = rates["false_positive_rate" if rates["recall"] is None else "recall"]
         escaped = name.replace("_", r"\_")
-        assert re.search(rf"\| {re.escape(escaped)} \(\w+\) \| [\d,]+ \| {share:.3f} ", card)
+        assert re.search(rf"\| {re.escape(escaped)}: .+ \(\w+\) \| [\d,]+ \| {share:.3f} ", card)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import annotate
+from model.checkpoint import annotate, read_meta
 from model.shipped import backbone
 from model.shipped.backbone import CALIBRATION_KEYS, cached_path
 from tests.builders import ROOT
@@ -56,7 +56,8 @@ def test_every_code_block_prints_the_shown_output(
     """Uses random weights and the calibration of the shipped detector."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "runs" / "tiny" / "step_0000007")
     shipped = json.loads((SHIPPED / "meta.json").read_text(encoding="utf-8"))
-    annotate(folder, {key: shipped[key] for key in CALIBRATION_KEYS})
+    data = read_meta(folder)["data"] | {"titles": shipped["data"]["titles"]}
+    annotate(folder, {"data": data} | {key: shipped[key] for key in CALIBRATION_KEYS})
     for actual, expected in printed(page):
         assert without_scores(actual) == without_scores(expected)
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,20 @@ class FileJudge:
         )
 
 
+class UncachedLoader(SourceFileLoader):
+    """Loader that compiles the file each time; `sha256` is the hash of the bytes that ran. Python's
+    own may run the cached code of an earlier file of the same size and time.
+    """
+
+    sha256 = ""
+
+    def get_code(self, _fullname: str) -> CodeType:
+        """Return the code of the file as it is now."""
+        source = Path(self.path).read_bytes()
+        self.sha256 = hashlib.sha256(source).hexdigest()
+        return self.source_to_code(source, self.path)
+
+
 def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> OtherDetector:
     """Run a Python file and return its function `predict` as a detector.
 
@@ -104,7 +119,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
             f"{path} is a program, which would run with all your rights; read it, then add --trust"
         )
     # Without a loader given, Python knows only files that end in .py, but not in .PY.
-    loader = SourceFileLoader(f"detector_{path.stem}", str(path))
+    loader = UncachedLoader(f"detector_{path.stem}", str(path))
     spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
     assert spec is not None  # always made with a loader
     module = importlib.util.module_from_spec(spec)
@@ -114,10 +129,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
     # As with any import: dataclasses, pickle and worker processes look a module up by its name.
     sys.modules[loader.name] = module
     try:
-        # Not `exec_module`: it may run a cached compilation of an earlier file of the same size and
-        # time, which is not what the hash below says.
-        source = path.read_bytes()
-        exec(loader.source_to_code(source, str(path)), module.__dict__)
+        loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[loader.name]
         raise DetectorError(f"{path} cannot be run: {_said(error)}") from error
@@ -127,7 +139,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
             f"{path} has no function `{FUNCTION}`; expected {FUNCTION}(images: list[PIL.Image]) -> "
             "list[float]"
         )
-    meta = meta_of("file", path.name, sha256=hashlib.sha256(source).hexdigest())
+    meta = meta_of("file", path.name, sha256=loader.sha256)
     reason = f"{path.name}, a trusted third-party program"
     return OtherDetector(path, FileJudge(path, function), meta, band_from(threshold), reason)
 

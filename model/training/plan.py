@@ -204,13 +204,9 @@ def plan(
     check_apart(recipe, stream, validation)
     starts_trained = _starts_trained(recipe, init_from, resumed)
     blind = unjudged_limits(recipe, stream, validation, starts_trained)
-    if blind and not resumed:  # now, because the gate would refuse the checkpoint at the end
+    _refuse_left_out(recipe, starts_trained, init_from)
+    if blind and not resumed:  # the gate would refuse the checkpoint at the end
         raise ValueError(f"{blind[0]}: add such a set to data.validate, or leave out the limit")
-    if starts_trained and recipe.calibration.on == "left_out":
-        raise ValueError(
-            f"calibration.on=left_out needs an untrained head, and {init_from} is trained: set "
-            "calibration.on=validation"
-        )
     if recipe.gate.mistakes and starts_trained:
         check_mistakes(recipe.gate, folder / START_FILE if resumed else None)
     weights, teacher = _weights(recipe, runs, init_from, resumed)
@@ -251,6 +247,19 @@ def plan(
         compiled_reason=compiled_reason,
         dist=dist,
     )
+
+
+def _refuse_left_out(recipe: Recipe, starts_trained: bool, init_from: Path | None) -> None:
+    """Refuse a calibration on sources left out for a trained head: it has seen them.
+
+    Raises:
+        ValueError: the recipe asks for it.
+    """
+    if starts_trained and recipe.calibration.on == "left_out":
+        raise ValueError(
+            f"calibration.on=left_out needs an untrained head, and {init_from} is trained: set "
+            "calibration.on=validation"
+        )
 
 
 def _check_same_start(resumed: Path, init_from: Path | None) -> None:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imaging.decode import decode, fingerprints, green_grid
+from imaging.decode import decode
+from imaging.fingerprint import fingerprints, green_grid
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
 from sharding.dedupe import MAX_BITS, Decision, decide, near_duplicates
