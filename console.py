@@ -23,7 +23,6 @@ import errno
 import logging
 import math
 import os
-import re
 import signal
 import stat
 import sys
@@ -40,6 +39,7 @@ from rich.table import Table
 from rich.text import Text
 
 import storage
+from devices import parse_device
 from escape import printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
@@ -220,8 +220,10 @@ class Device(click.ParamType):
         self, value: str, param: click.Parameter | None, context: click.Context | None
     ) -> str:
         """Check the spelling of one device name."""
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
-            self.fail(f"no such device: {value}; use auto, cpu, cuda or cuda:N", param, context)
+        try:
+            parse_device(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
         return value
 
 

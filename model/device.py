@@ -23,10 +23,11 @@ its block torch computes with one CPU thread, if `active` (default True).
 import contextlib
 import ctypes
 import platform
-import re
 from collections.abc import Iterator
 
 import torch
+
+from devices import parse_device
 
 # Values of glibc's malloc.h; Python has no names for them.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -39,19 +40,17 @@ def choose_device(asked: str, local: int = 0) -> torch.device:
     Raises:
         ValueError: `asked` is none of these, or this machine has no such device.
     """
-    if asked == "auto":
+    kind, number = parse_device(asked)
+    if kind == "auto":
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    kind, _, number = asked.partition(":")
-    if asked == "cpu":
+    if kind == "cpu":
         return torch.device("cpu")
-    if kind != "cuda" or (":" in asked and not re.fullmatch(r"[0-9]{1,4}", number)):
-        raise ValueError(f"no such device: {asked}; use auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
     count = torch.cuda.device_count()
-    if number and int(number) >= count:
+    if number is not None and number >= count:
         raise ValueError(f"no device {asked} here; number of CUDA devices: {count}, from cuda:0")
-    return torch.device(f"cuda:{int(number)}" if number else "cuda")
+    return torch.device("cuda" if number is None else f"cuda:{number}")
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:

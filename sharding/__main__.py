@@ -32,7 +32,7 @@ Every command has --verbose (more log lines). A packed set may be at an address.
     pairs SET          write a fake partner of each real image of the set (a folder), and a catalog,
                        to --out (data/pairs); --decoder, required: the VAE, a folder, or OWNER/NAME
                        or OWNER/NAME/vae on the Hugging Face hub; --max-megapixels: larger images
-                       are left out (2); --device: auto (default), cpu or cuda
+                       are left out (2); --device: auto, cpu, cuda or cuda:N (auto)
     demo FOLDER        make synthetic raw images in FOLDER/raw, and FOLDER/catalog.toml; --seed (0)
 """
 

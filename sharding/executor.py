@@ -153,7 +153,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 _SHIPPED = (
     "sharding", "imaging", "recipes", "pipeline", "model", "report",
-    "storage.py", "console.py", "interrupts.py", "escape.py", "installed.py",
+    "storage.py", "devices.py", "console.py", "interrupts.py", "escape.py", "installed.py",
 )  # fmt: skip
 """Files and folders of this program that are sent to the workers of a cluster."""
 

@@ -12,7 +12,9 @@ from tests.builders import ROOT, imports_of
 
 SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
-COMMON = {"installed", "escape", "console", "interrupts", "recipes", "storage", "imaging"}
+COMMON = {
+    "installed", "escape", "devices", "console", "interrupts", "recipes", "storage", "imaging",
+}  # fmt: skip
 
 PAGE = {
     "app_server.py",
@@ -27,7 +29,8 @@ PAGE = {
 MAY_IMPORT = {
     "installed": set(),
     "escape": set(),
-    "console": {"escape", "storage"},
+    "devices": set(),
+    "console": {"escape", "devices", "storage"},
     "interrupts": {"console"},
     "recipes": set(),
     "storage": {"installed"},

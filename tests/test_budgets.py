@@ -23,7 +23,7 @@ a decision (a threshold, or two error rates) and three to record mistakes."""
 
 PRODUCT = (
     "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
-    "escape.py", "interrupts.py", "imaging/**/*.py", "model/**/*.py", "page/**/*.py",
+    "devices.py", "escape.py", "interrupts.py", "imaging/**/*.py", "model/**/*.py", "page/**/*.py",
     "pipeline/**/*.py", "recipes/**/*.py", "report/**/*.py",
     "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip

@@ -45,6 +45,7 @@ import numpy as np
 from PIL import Image
 
 import recipes
+from devices import parse_device
 from installed import install_extra
 from model.inference.prediction import (
     AnyDetector,
@@ -219,13 +220,7 @@ def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
     import onnxruntime
 
     cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (
-        number and not (kind == "cuda" and number.isdigit())
-    ):
-        raise ValueError(
-            f"the device for an ONNX file is auto, cpu, cuda or cuda:N, got {device!r}"
-        )
+    kind, number = parse_device(device)
     if kind == "cpu" or (kind == "auto" and cuda not in onnxruntime.get_available_providers()):
         return [cpu]
     if cuda not in onnxruntime.get_available_providers():
@@ -233,7 +228,7 @@ def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
             f"--device {device}, but this ONNX Runtime computes on the CPU only; its GPU build is "
             "the package onnxruntime-gpu"
         )
-    return [(cuda, {"device_id": int(number)}) if number else cuda, cpu]
+    return [cuda if number is None else (cuda, {"device_id": number}), cpu]
 
 
 def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, Any]:

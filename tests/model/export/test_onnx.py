@@ -308,10 +308,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_device_or_threshold_is_refused(exported: Path) -> None:
-    with pytest.raises(ValueError, match=r"cuda or cuda:N, got .tpu"):
-        load_onnx(exported / "detector.onnx", device="tpu")
-    for device in ("cpu:1", "cuda:x"):
-        with pytest.raises(ValueError, match="cuda or cuda:N, got"):
+    for device in ("tpu", "cpu:1", "cuda:x", "cuda:²", "auto:"):
+        with pytest.raises(ValueError, match=f"no such device: {device}; use auto, cpu, cuda or"):
             load_onnx(exported / "detector.onnx", device=device)
     with pytest.raises(ValueError, match="a threshold is a probability"):
         load_onnx(exported / "detector.onnx", threshold=1.5)

@@ -1,0 +1,39 @@
+"""Names of devices: every command and detector reads them alike."""
+
+import re
+
+import click
+import pytest
+
+import console
+from devices import parse_device
+from model.device import choose_device
+from sharding.pairs.decoder import load_decoder
+
+BAD = ("", "gpu", "auto:", "auto:0", "cpu:", "cpu:0", "cuda:", "cuda:x", "cuda:²", "cuda:٣",
+       "cuda:-1", "cuda: 1", "cuda:0\n", "cuda:99999999999", "CUDA")  # fmt: skip
+
+
+def test_a_name_is_a_kind_and_a_number() -> None:
+    names = ("auto", "cpu", "cuda", "cuda:0", "cuda:0012")
+    assert [parse_device(name) for name in names] == [
+        ("auto", None), ("cpu", None), ("cuda", None), ("cuda", 0), ("cuda", 12),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_reader_refuses_another_name_with_the_same_line(name: str) -> None:
+    said = re.escape(f"no such device: {name}; use auto, cpu, cuda or cuda:N")
+    with pytest.raises(ValueError, match=said):
+        parse_device(name)
+    with pytest.raises(ValueError, match=said):
+        choose_device(name)
+    with pytest.raises(ValueError, match=said):
+        load_decoder("nowhere", name)
+    with pytest.raises(click.UsageError, match=said):
+        console.Device().convert(name, None, None)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1"])
+def test_the_option_keeps_a_name_as_it_is(name: str) -> None:
+    assert console.Device().convert(name, None, None) == name
