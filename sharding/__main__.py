@@ -192,33 +192,14 @@ def build_command(
 @console.options()
 def show(folder: AnyPath) -> None:
     """Print the images of the shard set in FOLDER by source, class and generator."""
-    from sharding.format import CLASSES, open_shards, read_index
+    from sharding.contents import COLUMNS, rows_of_set
+    from sharding.format import open_shards, read_index
 
     index = read_index(folder)
     shards = open_shards([folder])
-    sources, source_names = shards.codes("source")
-    generators, generator_names = shards.codes("generator")
-    formats, format_names = shards.codes("format")
-    labels = shards.column("label")
-    rows = []
-    for s, source in enumerate(source_names):
-        for g, generator in enumerate(generator_names):
-            for label, class_name in enumerate(CLASSES):
-                here = (sources == s) & (generators == g) & (labels == label)
-                if not here.any():
-                    continue
-                used = [name for f, name in enumerate(format_names) if (formats[here] == f).any()]
-                widths, heights = shards.column("width")[here], shards.column("height")[here]
-                rows.append(
-                    [
-                        source, class_name, generator, int(here.sum()),
-                        f"{widths.min()}-{widths.max()} x {heights.min()}-{heights.max()}",
-                        " ".join(used), index["sources"][source]["license"],
-                    ]
-                )  # fmt: skip
-    columns = ["source", "class", "generator", "images", "pixels", "formats", "license"]
     title = f"{folder} ({index['split']}, {console.counted(len(index['shards']), 'shard')})"
-    console.table(title, columns, rows, drop=["license", "formats", "pixels"])
+    rows = rows_of_set(shards, index)
+    console.table(title, COLUMNS, rows, drop=["license", "formats", "pixels"])
     console.say(f"index sha256 {shards.sha256[:16]}, {len(index['quarantined'])} quarantined")
 
 
@@ -442,10 +423,10 @@ def audit_command(
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=console.Device(),
     default="auto",
     show_default=True,
-    help="Device that runs the VAE.",
+    help="Device that runs the VAE: auto, cpu, cuda or cuda:N.",
 )
 @console.options()
 def pairs_command(
