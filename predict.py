@@ -334,7 +334,7 @@ def _describe(detector: "AnyDetector") -> str:
 
 def _stopped(run: Run, out: Path | None) -> None:
     """Report an interruption by Ctrl-C or SIGTERM and exit with code 130."""
-    kept = f"; the rows so far are in {results.partial_of(out)}" if out else ""
+    kept = f"; the rows so far are in {results.unfinished_of(out)}" if out else ""
     hint = kept + run.out.go_on if run.out else kept
     click.echo(f"stopped after {console.counted(run.done, 'image')}{hint}", err=True)
     raise SystemExit(128 + signal.SIGINT)

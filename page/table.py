@@ -109,9 +109,13 @@ def as_csv(
     """Return the table in the format of `predict.py --format csv`."""
     lines = [results.header("csv")]
     for key, result in scored.items():
-        values = (
-            result.name, result.prediction.probability, verdicts[key], result.prediction.error,
-            result.evidence, detector.identity,
-        )  # fmt: skip
-        lines.append(results.line("csv", dict(zip(results.COLUMNS, values, strict=True))))
+        values = results.row(
+            path=result.name,
+            probability=result.prediction.probability,
+            verdict=verdicts[key],
+            error=result.prediction.error,
+            provenance=result.evidence,
+            checkpoint=detector.identity,
+        )
+        lines.append(results.line("csv", values))
     return "\n".join(lines) + "\n"

@@ -43,10 +43,10 @@ from imaging.budget import LARGE_PIXELS
 from imaging.decode import ImageFile
 from imaging.decode_lock import pixels_of
 from model.c2pa.signatures import usual_trust_list
+from model.inference import results
 from model.inference.detector import ImageDetector
 from model.inference.prediction import done_or_reason, predictions, threads
 from model.inference.provenance import Evidence, read_evidence
-from model.inference.results import COLUMNS
 from serve.limits import Limits, Refused
 from serve.metrics import Metrics
 
@@ -227,14 +227,17 @@ class Scorer:
         """Set the row of a job and remove the job from the queue."""
         failures = {0: reason} if reason else {}
         (said,) = predictions([job.file.name], [probability], failures, self.detector.band)
-        provenance = [asdict(evidence) for evidence in job.provenance]
-        values = (
-            said.name, said.probability, said.verdict, said.error, provenance,
-            self.detector.identity,
-        )  # fmt: skip
+        row = results.row(
+            path=said.name,
+            probability=said.probability,
+            verdict=said.verdict,
+            error=said.error,
+            provenance=[asdict(evidence) for evidence in job.provenance],
+            checkpoint=self.detector.identity,
+        )
         if self._leave(job) and job.done.set_running_or_notify_cancel():
             self.metrics.images.labels(said.verdict).inc()
-            job.done.set_result(dict(zip(COLUMNS, values, strict=True)))
+            job.done.set_result(row)
 
     def _drop(self, job: Job, reading: "Future[None]") -> None:
         """Refuse a job that `close()` has taken from a thread before it began. Without this the

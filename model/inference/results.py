@@ -7,7 +7,8 @@ Main entries: `line(output, row)` returns the text of one image, without a newli
 - `output`: a format of `FORMATS`: "table", "csv" or "jsonl".
 - `row`: a dict with the keys `COLUMNS`, in this order: `path`, `probability` (a number, or None),
   `verdict`, `error` ("" if there is none), `provenance` (a list of `Evidence`: what the metadata of
-  the file says) and `checkpoint` (`detector.identity`). The others are texts.
+  the file says) and `checkpoint` (`detector.identity`). The others are texts. `row(path=...)` makes
+  such a dict from the six values.
 - `word`: the title of the column of probabilities in a table (default "probability").
 
 `open_results(path, output, checkpoint, resume)` opens a file for such texts.
@@ -15,11 +16,11 @@ Main entries: `line(output, row)` returns the text of one image, without a newli
 - `path`: `Path` of the file, in an existing folder.
 - `output`: the format of the file, as above.
 - `checkpoint`: a text that identifies the detector and its threshold, `detector.identity`.
-- `resume`: whether an existing file is continued: a finished one at `path`, or `partial_of(path)`,
-  which an interrupted run leaves. A table cannot be continued.
+- `resume`: whether an existing file is continued: a finished one at `path`, or one at
+  `unfinished_of(path)`, which an interrupted run leaves. A table cannot be continued.
 
-It returns a locked `ResultsFile`. On disk it is named `partial_of(path)`; `finish()` renames it to
-`path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
+It returns a locked `ResultsFile`. On disk it is named `unfinished_of(path)`; `finish()` renames it
+to `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
 `line()`, and in a new table first `write(header("table"))`. A new CSV file has its header already,
 JSON lines need none. `name in file` says whether an image of this name had a row when the file was
 opened, and `take(name)` whether it had more of them than were taken before. `unreadable` is the
@@ -29,10 +30,10 @@ time that was stated last: it is the modification time of the file on disk, and 
 at which the file is new. `OSError` is raised if the file cannot be opened or written, and
 `ResultsError` in these cases:
 
-- `path` or `partial_of(path)` exists and `resume` is false, or one of them is not a regular file.
+- `path` or `unfinished_of(path)` exists and `resume` is false, or one of them is no regular file.
 - Another process writes the file, or its folder is missing.
 - With `resume`: the existing file is a table, or was made by another detector, threshold or format,
-  or has a damaged row (an incomplete last row of `partial_of(path)` is dropped); or both files
+  or has a damaged row (an incomplete last row of `unfinished_of(path)` is dropped); or both files
   exist, and neither begins with all bytes of the other.
 """
 
@@ -46,7 +47,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -73,6 +74,20 @@ def header(output: str, word: str = "probability") -> str:
     if output == "table":
         return f"{word:>11}  {'verdict':<13}  file"
     return ",".join(COLUMNS) if output == "csv" else ""
+
+
+def row(
+    *,
+    path: str,
+    probability: float | None,
+    verdict: str,
+    error: str,
+    provenance: Sequence[Any],
+    checkpoint: str,
+) -> dict[str, Any]:
+    """Return one result: a dict with the keys `COLUMNS`, in this order."""
+    values = (path, probability, verdict, error, provenance, checkpoint)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def line(output: str, row: Mapping[str, Any]) -> str:
@@ -176,7 +191,7 @@ class ResultsFile:
     def discard(self) -> None:
         """Delete the unfinished file if it has no rows."""
         if not len(self.names) and self.stream.tell() <= len(header(self.output)) + 1:
-            partial_of(self.path).unlink(missing_ok=True)
+            unfinished_of(self.path).unlink(missing_ok=True)
 
     def write(self, text: str) -> None:
         """Append a line, unbuffered.
@@ -194,19 +209,19 @@ class ResultsFile:
                 left = left[self.stream.write(left) :]
         except OSError as error:
             reason = f"{error.strerror}; its complete rows are kept{self.go_on}"
-            raise OSError(error.errno, reason, str(partial_of(self.path))) from error
+            raise OSError(error.errno, reason, str(unfinished_of(self.path))) from error
         self._stamp()
 
     def finish(self) -> None:
         """Rename the file to its final name."""
-        publish(partial_of(self.path), self.path)
+        publish(unfinished_of(self.path), self.path)
 
     def close(self) -> None:
         """Close the file and release its lock."""
         self.stream.close()
 
 
-def partial_of(path: Path) -> Path:
+def unfinished_of(path: Path) -> Path:
     """Return the path of an unfinished results file."""
     return path.with_name(f"{path.name}.partial")
 
@@ -222,7 +237,7 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
             written with another checkpoint, threshold, format or program.
         OSError: the file cannot be written.
     """
-    partial = partial_of(path)
+    partial = unfinished_of(path)
     for existing in (path, partial):
         if existing.exists() and not existing.is_file():
             raise ResultsError(f"{existing} is not a regular file; name another file with --out")
@@ -258,7 +273,7 @@ def _lock(stream: BinaryIO, partial: Path) -> None:
 
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:
     """Return the locked file `<path>.partial`, positioned after its last complete row."""
-    partial = partial_of(path)
+    partial = unfinished_of(path)
     with_rows = [place.stat() for place in (path, partial) if place.exists()]
     until = max((facts.st_mtime for facts in with_rows if facts.st_size), default=time.time())
     with partial.open("rb") as started:

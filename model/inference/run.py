@@ -192,11 +192,15 @@ class Run:
 
     def _write(self, result: Prediction, note: Note) -> None:
         self.verdicts[result.verdict] += 1
-        values = (
-            result.name, result.probability, result.verdict, result.error, note.provenance,
-            self.detector.identity,
-        )  # fmt: skip
-        text = results.line(self.output, dict(zip(results.COLUMNS, values, strict=True)))
+        row = results.row(
+            path=result.name,
+            probability=result.probability,
+            verdict=result.verdict,
+            error=result.error,
+            provenance=note.provenance,
+            checkpoint=self.detector.identity,
+        )
+        text = results.line(self.output, row)
         if self.heatmaps and not result.error:
             self._draw(result.name, note.data, self.heatmaps)
         if self.out:

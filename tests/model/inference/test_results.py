@@ -18,7 +18,7 @@ from PIL import PngImagePlugin
 import predict
 from model.inference import results
 from model.inference.provenance import MAX_EVIDENCE, Evidence
-from model.inference.results import COLUMNS, ResultsError, line, open_results, partial_of
+from model.inference.results import COLUMNS, ResultsError, line, open_results, unfinished_of
 from tests.builders import ROOT, encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -27,8 +27,16 @@ MADE_BY = "run/step_0000001 12345678"
 
 
 def row(path: str, **changes: object) -> dict:
-    values = (path, 0.5, "uncertain", "", [], MADE_BY)
-    return dict(zip(COLUMNS, values, strict=True)) | changes
+    values = results.row(
+        path=path,
+        probability=0.5,
+        verdict="uncertain",
+        error="",
+        provenance=[],
+        checkpoint=MADE_BY,
+    )
+    assert tuple(values) == COLUMNS
+    return values | changes
 
 
 def finished(path: Path, *names: str, made_by: str = MADE_BY) -> Path:
@@ -66,7 +74,7 @@ def test_a_foreign_file_is_refused_and_untouched(
     tmp_path: Path, name: str, as_partial: bool
 ) -> None:
     path = tmp_path / name
-    kept = partial_of(path) if as_partial else path
+    kept = unfinished_of(path) if as_partial else path
     kept.write_bytes(FOREIGN[name])
     before = kept.stat()
     with pytest.raises(ResultsError, match="name another file with --out"):
@@ -98,10 +106,10 @@ def test_a_finished_file_stays_until_the_longer_one_is_finished(
     whole = path.read_bytes()
     for size in (None, 0, 5, len(whole)):  # a kill during copying leaves a part of the file
         if size is not None:
-            partial_of(path).write_bytes(whole[:size])
+            unfinished_of(path).write_bytes(whole[:size])
         file = open_results(path, output, MADE_BY, resume=True)
         assert "a" in file and "b" in file and "c" not in file
-        assert path.read_bytes() == partial_of(path).read_bytes() == whole
+        assert path.read_bytes() == unfinished_of(path).read_bytes() == whole
         file.close()
     file = open_results(path, output, MADE_BY, resume=True)
     file.write(line(output, row("c")))
@@ -118,11 +126,11 @@ def test_a_finished_file_stays_until_the_longer_one_is_finished(
 def test_two_conflicting_files_are_both_kept(tmp_path: Path) -> None:
     other = finished(tmp_path / "y.csv", "c", "d", "e").read_bytes()
     path = finished(tmp_path / "x.csv", "a", "b")
-    partial_of(path).write_bytes(other)
+    unfinished_of(path).write_bytes(other)
     before = path.read_bytes()
     with pytest.raises(ResultsError, match="neither begins with the other"):
         open_results(path, "csv", MADE_BY, resume=True)
-    assert (path.read_bytes(), partial_of(path).read_bytes()) == (before, other)
+    assert (path.read_bytes(), unfinished_of(path).read_bytes()) == (before, other)
 
 
 def test_only_one_process_can_write_a_file(tmp_path: Path) -> None:
@@ -165,12 +173,12 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     file.close()
     assert raised.value.errno == errno.EFBIG
-    assert raised.value.filename == str(partial_of(path))
-    assert partial_of(path).stat().st_size == 300
+    assert raised.value.filename == str(unfinished_of(path))
+    assert unfinished_of(path).stat().st_size == 300
     again = open_results(path, "csv", MADE_BY, resume=True)
     assert "a" * 100 in again
     again.close()
-    assert partial_of(path).read_text() == f"{','.join(COLUMNS)}\n{text}\n"
+    assert unfinished_of(path).read_text() == f"{','.join(COLUMNS)}\n{text}\n"
 
 
 NAMES = ["=1+1.jpg", "'=1.jpg", "+a.jpg", "@b.jpg", "-c.jpg", 'qu"ote', "new\nline", "\r", "a\0b",
@@ -205,7 +213,7 @@ def test_a_change_before_the_last_row_is_not_lost(tmp_path: Path) -> None:
 
 def test_cutting_off_an_incomplete_row_does_not_hide_earlier_changes(tmp_path: Path) -> None:
     out, image = tmp_path / "out.csv", tmp_path / "a.jpg"
-    partial = finished(out, "a.jpg").rename(partial_of(out))
+    partial = finished(out, "a.jpg").rename(unfinished_of(out))
     partial.write_bytes(partial.read_bytes() + b"half a")
     os.utime(partial, (1e9, 1e9))
     image.write_bytes(b"changed")
@@ -289,6 +297,6 @@ def test_predict_ends_with_1_when_the_disk_is_full(
     monkeypatch.setattr(results, "open_results", on_a_full_disk)
     result = ask(tmp_path / "a.jpg", "--out", out)
     assert result.exit_code == 1
-    assert f"{partial_of(out)}: No space left on device" in result.stderr
+    assert f"{unfinished_of(out)}: No space left on device" in result.stderr
     assert "Traceback" not in result.output
     assert not out.exists()

@@ -65,7 +65,7 @@ def test_a_resumed_run_has_no_duplicate_and_no_missing_row(
     assert ask(folder, "--out", out).exit_code == 2, "an existing file must not be overwritten"
     rows = read(whole, output)
     assert rows.keys() == {str(folder / name) for name in (*NAMES, "broken.jpg")}
-    partial = results.partial_of(out)
+    partial = results.unfinished_of(out)
     for cut in (0, 3, len(whole) // 3, len(whole) // 2, len(whole) - 3, len(whole)):
         out.unlink(missing_ok=True)
         partial.write_bytes(whole[:cut])
@@ -104,7 +104,7 @@ def test_a_resumed_run_scores_whole_batches_of_the_list_again(
     lines = whole.splitlines(keepends=True)  # the first is the header
     for rows, expected in ((0, [1, 4, 8, 8, 3]), (1, [4, 8, 8, 3]), (9, [8, 8, 3]), (24, [])):
         out.unlink()
-        results.partial_of(out).write_bytes(b"".join(lines[: rows + 1]))
+        results.unfinished_of(out).write_bytes(b"".join(lines[: rows + 1]))
         sizes.clear()
         result = ask(*arguments, "--resume")
         assert result.exit_code == 0, result.output
@@ -138,7 +138,7 @@ def test_results_are_written_immediately(
 
     def interrupted(file: results.ResultsFile, text: str) -> None:
         write(file, text)
-        seen.append(len(results.partial_of(out).read_bytes().splitlines()))
+        seen.append(len(results.unfinished_of(out).read_bytes().splitlines()))
         if len(seen) == 2:
             raise KeyboardInterrupt
 
@@ -283,7 +283,7 @@ def test_images_of_one_name_each_have_a_row_also_after_an_interruption(
         assert len(set(lines)) == header + 3
         for kept in range(rows + 1):
             out.unlink()
-            results.partial_of(out).write_bytes(b"".join(lines[: header + kept]))
+            results.unfinished_of(out).write_bytes(b"".join(lines[: header + kept]))
             assert ask(*paths, "--out", out, "--resume").exit_code == 0
             assert out.read_bytes() == whole, f"{kept} rows were there"
         out.unlink()
