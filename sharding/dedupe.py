@@ -3,12 +3,14 @@
 Main entry: `decide(inventory, split_of, exclude)` changes nothing and returns a `Decision`.
 
 - `inventory`: a pyarrow table with one row per raw image of all sources: the concatenated tables of
-  `finish_source()` in sharding/inventory.py. The columns `error`, `sha256`, `phash`, `thumbnail`,
-  `group`, `label` and `destination` (JSON, a dict from set to share) are used.
+  `finish_source()` in sharding/inventory.py. The columns `error`, `sha256` (of the bytes
+  to pack), `original` (SHA-256 of the bytes that were read), `phash`, `thumbnail`, `group`, `label`
+  and `destination` (JSON, a dict from set to share) are used.
 - `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`. It
   must have every set that a `destination` names (`KeyError` if an image goes to a missing one).
 - `exclude`: a collection of texts, the first hexadecimal digits (lower case) of the SHA-256 of
-  images that may go to no shard set; `exclude` of a `Catalog`. Default: empty.
+  images that may go to no shard set, of the bytes to pack or of those that were read; `exclude` of
+  a `Catalog`. Default: empty.
 
 A `Decision` has five NumPy arrays with one value per row:
 
