@@ -46,6 +46,9 @@ from pipeline.preprocess import (
 
 Range = tuple[float, float]
 
+_PAIRS = (Range, tuple[int, int])
+"""Types of the fields of `AugmentPolicy` that are pairs (least, most)."""
+
 BLUR_TAPS = 3
 LEAST_SIGMA = 0.25
 """Sigma in pixels below which backends skip the 3 x 3 Gaussian blur, because no 8-bit value would
@@ -125,13 +128,12 @@ class AugmentPolicy:
     """libwebp quality of `whole_webp`. Range: 1 to 100"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale", "jpeg_grid_shift",
-            "webp", "vflip", "whole_jpeg", "whole_resize", "whole_webp", "brightness", "contrast",
-            "saturation", "hue",
-        ):  # fmt: skip
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{field.name} must be from 0 to 1, got {value}")
+            if field.type in _PAIRS and (len(value) != 2 or not 0 < value[0] <= value[1]):
+                raise ValueError(f"{field.name} must be 0 < low <= high, got {list(value)}")
         if self.match_pair_jpeg and (self.whole_jpeg or self.whole_resize or self.whole_webp):
             raise ValueError(
                 "match_pair_jpeg gives a fake the stored compression of its real partner; whole_* "
@@ -142,11 +144,6 @@ class AugmentPolicy:
                 f"resample_filters takes one or more of {', '.join(FILTERS)}, got "
                 f"{list(self.resample_filters)}"
             )
-        for field in _RANGES:
-            value = getattr(self, field.name)
-            pair = list(value) if isinstance(value, (tuple, list)) else [1, 1]
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-                raise ValueError(f"{field.name} must be 0 < low <= high, got {pair}")
         if self.scale[1] > 1:
             raise ValueError(f"scale is a share of the area, at most 1, got {list(self.scale)}")
         qualities = ("jpeg_quality", "webp_quality", "whole_jpeg_quality", "whole_webp_quality")
@@ -154,9 +151,6 @@ class AugmentPolicy:
         for name, most in limits.items():
             if getattr(self, name)[1] > most:
                 raise ValueError(f"{name} is at most {most}, got {list(getattr(self, name))}")
-
-
-_RANGES = [field for field in fields(AugmentPolicy) if field.name != "resample_filters"]
 
 
 class AugmentParams(NamedTuple):
@@ -320,7 +314,8 @@ class PolicyTable:
     def __init__(self, policies: Sequence[AugmentPolicy]):
         self._columns = {
             field.name: np.array([getattr(policy, field.name) for policy in policies], np.float64)
-            for field in _RANGES
+            for field in fields(AugmentPolicy)
+            if field.name != "resample_filters"
         }
         codes = [[FILTERS.index(name) for name in policy.resample_filters] for policy in policies]
         self._filter_counts = np.array([len(row) for row in codes])

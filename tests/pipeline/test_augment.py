@@ -1,6 +1,6 @@
 """Augmentation parameters: what they depend on, that they keep their ranges, golden values."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -338,3 +338,25 @@ def test_blur_in_bands_equals_a_blur_of_the_whole_image(shape: tuple[int, int]) 
         around[0][0] = min(1, size - 1)
         expected = sum(w * expected.take(i, axis) for w, i in zip(taps, around, strict=True))
     np.testing.assert_allclose(gaussian_blur(image, 0.45), expected, atol=0.501)
+
+
+def test_a_new_field_is_checked_by_its_type() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Longer(AugmentPolicy):
+        sepia: float = 0.0
+        sepia_scale: tuple[float, float] = (1.0, 1.0)
+
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="sepia must be from 0 to 1"):
+            Longer(sepia=wrong)
+    with pytest.raises(ValueError, match=r"sepia_scale must be 0 < low <= high, got .2, 1."):
+        Longer(sepia_scale=(2, 1))
+
+
+def test_every_field_has_a_check() -> None:
+    unchecked = {"resample_filters", "match_pair_jpeg"}
+    for field in fields(AugmentPolicy):
+        if field.name not in unchecked:
+            wrong = 1.5 if field.type is float else (0, 1)
+            with pytest.raises(ValueError, match=f"{field.name} must be"):
+                AugmentPolicy(**{field.name: wrong})
