@@ -29,12 +29,13 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
   at `path`, the `.old.` folder is not removed but renamed to `path`. So `path` must have one writer
   at a time, also for `atomic_folder()`.
 
-`partial_of(path)` takes a `Path` and returns its temporary path. `file_name(stem, suffix)` joins
-both texts to a file name, cut if it is too long. `naming(path)` is a context manager that adds the
-path to the error of a full disk. `check_reachable(path)` raises `OSError` if an address does not
-answer. `remote_errors(path, fault)` is a context manager that raises `OSError` for errors of an
-address's client. `check_inside(path, folder)` raises `ValueError` if the path is outside the
-folder.
+`partial_of(path)` takes a `Path` and returns its temporary path. `whole_name(name)` is the reverse,
+for the writes of any process: the final name, or None if `name` is not a temporary one.
+`file_name(stem, suffix)` joins both texts to a file name, cut if it is too long. `naming(path)` is
+a context manager that adds the path to the error of a full disk. `check_reachable(path)` raises
+`OSError` if an address does not answer. `remote_errors(path, fault)` is a context manager that
+raises `OSError` for errors of an address's client. `check_inside(path, folder)` raises `ValueError`
+if the path is outside the folder.
 `size_of(path)` returns bytes, or None if there is no file. `parse_json(text)` returns the value of
 a JSON text; it raises `ValueError`, also for one that is nested too deeply. `text_fault(error)`
 takes this error, or that of reading a text file, and describes it in words. `cores()` returns the
@@ -210,17 +211,28 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(".partial")
 
 
+_TEMPORARY = re.compile(r"(.+)\.\d+\.partial", re.DOTALL)
+
+
+def whole_name(name: str, *, is_folder: bool = False) -> str | None:
+    """Return the name that the file or folder with the temporary name `name` gets or had, or None
+    if `name` is not temporary: `a` for `a.123.partial`, and for a folder `a.old.123.partial`.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    if match is None:
+        return None
+    return match[1].removesuffix(".old") if is_folder else match[1]
+
+
 def remove_left(folder: Path, unchanged_s: float = 3600) -> None:
     """Remove temporary files in `folder` that killed processes left: those that have not changed
     for `unchanged_s` seconds. Another process may be writing a younger one.
     """
     for left in folder.glob("*.partial"):
         with contextlib.suppress(FileNotFoundError):
-            if _PRIVATE.search(left.name) and time.time() - left.stat().st_mtime > unchanged_s:
+            is_temporary = whole_name(left.name) is not None
+            if is_temporary and time.time() - left.stat().st_mtime > unchanged_s:
                 left.unlink()
-
-
-_PRIVATE = re.compile(r"\.\d+\.partial$")
 
 
 MAX_NAME_BYTES = 255 - len(".4194304.partial")

@@ -41,6 +41,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from model.tracking.tracker import TrackerName
@@ -48,7 +49,7 @@ from pipeline.augment import AugmentPolicy
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess, PreprocessSettings
 from pipeline.replay import Replay
-from storage import local_path
+from storage import is_partial, local_path
 
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
 """Pattern of the folder names of a run's checkpoints. Folders with other names are no
@@ -419,7 +420,7 @@ def check_run_name(name: str) -> None:
         ValueError: the name is empty, hidden, temporary (`.partial`), not printable, or `step_...`.
     """
     for part in name.split("/"):
-        if not part or part.startswith(".") or part.endswith(".partial") or not part.isprintable():
+        if not part or part.startswith(".") or is_partial(Path(part)) or not part.isprintable():
             raise ValueError(
                 f"a run cannot be called {name!r}: use letters and digits, slashes only between "
                 "them, and no dot at the start"

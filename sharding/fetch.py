@@ -45,7 +45,7 @@ from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
 from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
-from storage import check_inside, parse_json, publish, sha256_of, write_text
+from storage import check_inside, parse_json, publish, sha256_of, whole_name, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -250,8 +250,8 @@ def _alone(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            for name in (BEGUN, MARK):  # each process wrote its own
-                for left in target.glob(f"{name}.*.partial"):
+            for left in target.glob("*.partial"):
+                if whole_name(left.name) in (BEGUN, MARK):  # each process wrote its own
                     left.unlink(missing_ok=True)
             yield
     except filelock.Timeout:

@@ -38,7 +38,6 @@ A damaged file of the inventory raises `ShardError`.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +52,7 @@ from sharding.catalog import Source, shares
 from sharding.format import CLASSES, ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
-from storage import AnyPath, any_path, files_in, parse_json, write_atomically
+from storage import AnyPath, any_path, files_in, parse_json, whole_name, write_atomically
 
 FACTS_VERSION = "4"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
@@ -231,9 +230,8 @@ def finish_source(
     path = folder / f"{name}.parquet"
     if not path.exists() or not _read(path).equals(table, check_metadata=True):
         write_atomically(path, lambda partial: pq.write_table(table, partial))
-    unfinished = re.compile(rf"{re.escape(name)}(\+.*|\.parquet\.\d+\.partial)")
     for piece in files_in(folder):
-        if unfinished.fullmatch(piece.name):
+        if piece.name.startswith(f"{name}+") or whole_name(piece.name) == path.name:
             piece.unlink()
     return table.replace_schema_metadata(None)
 

@@ -25,18 +25,15 @@ record that is no JSON or has no list `files`:
 """
 
 import json
-import re
 from collections.abc import Iterable
 
 from sharding.format import EXCLUDED_FILE, INDEX_FILE, SAMPLES_FILE, TIMM_FILE, ShardError
-from storage import AnyPath, files_in, parse_json, write_text
+from storage import AnyPath, files_in, parse_json, whole_name, write_text
 
 RECORD_FILE = "written.json"
 
 SET_FILES = frozenset({INDEX_FILE, EXCLUDED_FILE, SAMPLES_FILE, TIMM_FILE})
 """Files of every set, in addition to its shards."""
-
-_PARTIAL = re.compile(r"(.+)\.\d+\.partial")
 
 
 def files_of(shards: Iterable[str]) -> set[str]:
@@ -86,8 +83,7 @@ def packed_sets(out: AnyPath, work: AnyPath) -> list[str]:
 
 def is_recorded(name: str, record: set[str]) -> bool:
     """Return whether a build wrote this file, complete or partial."""
-    partial = _PARTIAL.fullmatch(name)
-    return name in record or bool(partial and partial[1] in record)
+    return name in record or whole_name(name) in record
 
 
 def refuse_foreign_files(folder: AnyPath, marks: AnyPath) -> None:

@@ -14,7 +14,15 @@ import pytest
 from upath import UPath
 
 import storage
-from storage import atomic_folder, publish, write_atomically, write_bytes, write_text
+from storage import (
+    atomic_folder,
+    partial_of,
+    publish,
+    whole_name,
+    write_atomically,
+    write_bytes,
+    write_text,
+)
 from tests.builders import ROOT, can_mount
 from tests.servers import Server
 
@@ -134,6 +142,22 @@ def test_a_folder_is_replaced_only_with_replace(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "a", replace=True) as partial:
         (partial / "new").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "new"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "folder"),
+    [("a.7.partial", "a", "a"), ("a.old.7.partial", "a.old", "a"), ("\n.7.partial", "\n", "\n"),
+     ("a.1.partial.7.partial", "a.1.partial", "a.1.partial"), ("a.partial", None, None),
+     (".7.partial", None, None), ("a.x7.partial", None, None), ("a.7.partial.b", None, None)],
+)  # fmt: skip
+def test_the_final_name_is_read_from_a_temporary_one(
+    name: str, file: str | None, folder: str | None
+) -> None:
+    assert (whole_name(name), whole_name(name, is_folder=True)) == (file, folder)
+
+
+def test_a_temporary_path_has_its_final_name(tmp_path: Path) -> None:
+    assert whole_name(partial_of(tmp_path / "a.tar").name) == "a.tar"
 
 
 def test_temporary_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ Main entries: `line(output, row)` returns the text of one image, without a newli
   `unfinished_of(path)`, which an interrupted run leaves. A table cannot be continued.
 
 It returns a locked `ResultsFile`. On disk it is named `unfinished_of(path)`; `finish()` renames it
-to `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result of
-`line()`, and in a new table first `write(header("table"))`. A new CSV file has its header already,
-JSON lines need none. `name in file` says whether an image of this name had a row when the file was
+to `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result
+of `line()`, and in a new table first `write(header("table"))`. A new CSV file has its header, JSON
+lines need none. `name in file` says whether an image of this name had a row when the file was
 opened, and `take(name)` whether it had more of them than were taken before. `unreadable` is the
 number of rows without a verdict at that time. `reach(until)` states that the rows have all changes
 of the images before a Unix time, and `is_older_than(path)` says whether a file changed after the

@@ -40,7 +40,6 @@ another recipe. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict
@@ -54,15 +53,12 @@ from model.distributed import all_gather_object, on_main
 from model.recipe import STEP_FOLDER, Recipe, flat_settings
 from model.training.step import TrainState
 from model.training.validation import Best, Gain, Validation, better
-from storage import partial_of
+from storage import partial_of, whole_name
 
 if TYPE_CHECKING:
     from model.training.plan import RunPlan
 
 log = logging.getLogger("ai_images_detector")
-
-_UNFINISHED = re.compile(rf"{STEP_FOLDER.pattern}\.(old\.)?\d+\.partial")
-
 
 _DECIDE_NOTHING = {
     "loading.batch_size",  # per rank; the order of samples refuses another global batch
@@ -225,7 +221,9 @@ def prune(run: Path, keep: Collection[Path]) -> None:
         if folder not in keep:
             folder.rename(partial_of(folder))  # a name that is removed below, also after a kill
     for left in run.glob("step_*.partial"):
-        if _UNFINISHED.fullmatch(left.name) and left.is_symlink():
+        if not STEP_FOLDER.fullmatch(whole_name(left.name, is_folder=True) or ""):
+            continue
+        if left.is_symlink():
             left.unlink()  # what it points to is not this program's
-        elif _UNFINISHED.fullmatch(left.name):
+        else:
             shutil.rmtree(left)
