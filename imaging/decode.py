@@ -405,7 +405,7 @@ def open_image(data: bytes) -> Image.Image:
         return Image.open(_stream(data), formats=READABLE)
     except Image.DecompressionBombError:
         raise
-    except Exception as error:  # see `_boundary`
+    except Exception as error:  # see `boundary`
         if data.startswith(b"\xff\xd8") and data[2:3]:
             with contextlib.suppress(Exception):
                 image = Image.open(io.BytesIO(mended(data)), formats=["JPEG"])

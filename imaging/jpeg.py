@@ -59,13 +59,14 @@ class Header(NamedTuple):
     tables: Tables
 
 
-_SOF, _DHT, SOS, _DQT, _DRI, _COM = (0xC0, 0xC1, 0xC2), 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+PROGRESSIVE, DHT, SOS, _DQT, _DRI, COM = 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+_SOF = (0xC0, 0xC1, PROGRESSIVE)
 _APP0, APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _TEM, _SOI, _EOI, _DAC = 0x01, 0xD8, 0xD9, 0xCC
 PIXELS = 0
 """Pseudo-marker for the pixels of a scan. No real marker has this code."""
 
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {_DHT, 0xC8, _DAC}
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, _DAC}
 
 
 class Segment(NamedTuple):
@@ -129,7 +130,7 @@ def read_header(data: bytes) -> Header | None:
         elif marker == _APP0:
             if not segment.startswith(b"JFIF\0"):
                 return None
-        elif marker not in (_DHT, _DRI, _COM):
+        elif marker not in (DHT, _DRI, COM):
             return None
     return None
 
@@ -225,7 +226,7 @@ def mended(data: bytes) -> bytes:
             segment = _ADOBE + bytes([segment[15] if segment[15] <= 2 else usual]) if adobe else b""
         elif marker == SOS and sequential:
             segment = segment[:-3] + b"\0\x3f\0"
-        elif marker not in (SOS, PIXELS, _DHT, _DQT, _DRI, _DAC, _EOI):
+        elif marker not in (SOS, PIXELS, DHT, _DQT, _DRI, _DAC, _EOI):
             continue
         parts.append(segment)
     return b"".join(parts)

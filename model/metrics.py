@@ -28,7 +28,8 @@ bins of the ECE.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,22 +67,21 @@ class Metrics:
     """Harmonic mean of precision and recall."""
     auroc: float | None
     """Area under the ROC curve."""
-    # Since report version 2; a checkpoint's older figures lack them.
-    precision: float | None = None
+    precision: float | None
     """Share of fakes among the images called fake. None if no image is called fake."""
-    average_precision: float | None = None
+    average_precision: float | None
     """Area under the precision-recall curve."""
-    eer: float | None = None
+    eer: float | None
     """Error rate at the threshold where both error rates are equal."""
-    tpr_at_fpr_1: float | None = None
+    tpr_at_fpr_1: float | None
     """Highest recall of any threshold with at most 1 % false positives."""
-    tpr_at_fpr_5: float | None = None
+    tpr_at_fpr_5: float | None
     """Highest recall of any threshold with at most 5 % false positives."""
-    nll: float | None = None
+    nll: float | None
     """Negative log-likelihood, natural logarithm."""
-    brier: float | None = None
+    brier: float | None
     """Mean squared error of the probability."""
-    ece: float | None = None
+    ece: float | None
     """Expected calibration error, over 15 bins."""
 
 
@@ -123,8 +123,9 @@ def measure(
             "tpr_at_fpr_5": tpr_at_fpr(*curve, 0.05),
             "ece": expected_calibration_error(labels, probabilities),
         }
-    missing = dict.fromkeys(("balanced_accuracy", "f1", "auroc"))
-    return Metrics(count=count, reals=reals, fakes=fakes, **(missing | metrics))
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(Metrics))
+    values |= {"count": count, "reals": reals, "fakes": fakes} | metrics
+    return Metrics(**values)
 
 
 def _ranked(scores: np.ndarray) -> torch.Tensor:

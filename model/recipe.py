@@ -34,7 +34,8 @@ policy that the sets need, and that `train` and `validate` are not empty. `resol
 `flat_settings(values, prefix)` takes nested dicts and returns one dict with keys such as
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,
 and raises `ValueError` for a name that no run may have. `Triple` is a value per RGB channel;
-`STEP_FOLDER` is the regular expression for the names of checkpoint folders.
+`STEP_FOLDER` is the regular expression for the names of checkpoint folders, `BASELINE_FILE` the
+name of a file in the folder of a run.
 """
 
 import re
@@ -55,6 +56,9 @@ STEP_FOLDER = re.compile(r"step_(\d{7,})")
 """Pattern of the folder names of a run's checkpoints. Folders with other names are no
 checkpoints.
 """
+
+BASELINE_FILE = "baseline_metrics.json"
+"""File in the folder of a run with the metrics before the first step."""
 
 Triple = tuple[float, float, float]
 

@@ -56,7 +56,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 import console
 from model.inference.detector import ImageDetector
 from model.mistakes.keep import Label, MistakeError, Verdict, keep_mistake, verdict_of
-from model.verdict import VERDICTS
+from model.verdict import VERDICTS, capital
 from page.detector import folder_in
 from page.html import icon, show
 from page.scored import Scored
@@ -153,7 +153,7 @@ def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | No
         kept = keep_mistake(folder, data, label, given, copy_named=name)
     except (MistakeError, OSError) as error:
         return Report(refusal_html(error), "The verdict was not kept.")
-    text = f"{kept.text[0].upper()}{kept.text[1:]}"
+    text = capital(kept.text)
     path = folder / f"{hashlib.sha256(data).hexdigest()}.json"
     place = f": {path}" if kept.kept else ""
     return Report(Markup("<p>{}{}</p>").format(text, place), f"{text}.")

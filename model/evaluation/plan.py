@@ -60,7 +60,7 @@ from pipeline.loader import choose_backend
 from pipeline.loading import Loading
 from pipeline.subset import Subset, choose_samples
 from sharding.catalog import SHIPPED, read_catalog
-from sharding.format import CLASSES, ShardSet, open_shards, read_index
+from sharding.format import CLASSES, INDEX_FILE, ShardSet, open_shards, read_index
 from storage import AnyPath
 
 REAL = CLASSES.index("real")
@@ -245,7 +245,7 @@ def choose_reference(
         other = defaults.get(name)
         if (shards.column("label") == REAL).any() or other is None:
             continue
-        if (data / other / "index.json").exists() and _has_reals(data, opened, other):
+        if (data / other / INDEX_FILE).exists() and _has_reals(data, opened, other):
             return {"set": other, "why": "the catalog's default", "for_all": False}
     return None
 

@@ -49,6 +49,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from model.device import describe
 from model.network import Detector
 from model.recipe import Network
 from pipeline.augment import AugmentPolicy
@@ -111,7 +112,7 @@ def backbone_id(
         std=_triple(net.std),
         sha256=frozen_sha256(net),
         preprocess=preprocess,
-        precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+        precision=describe(dtype),
     )
 
 

@@ -34,7 +34,7 @@ from PIL import ExifTags, Image
 from console import counted
 from imaging import png
 from imaging.decode import READABLE, without_warnings
-from imaging.jpeg import before_scan, mended, segments
+from imaging.jpeg import APP1, COM, before_scan, mended, segments
 from installed import install_extra
 from model.c2pa import signatures
 from model.c2pa.signatures import State, TrustList
@@ -241,7 +241,7 @@ def _open(data: bytes, head: bytes) -> tuple[Image.Image, int]:
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", _EXTENDED_XMP, b"\xff\xfe")
 _PNG_PARTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
-_JPEG_PARTS = (0xE1, 0xFE)  # EXIF or XMP, and a comment
+_JPEG_PARTS = (APP1, COM)  # EXIF or XMP, and a comment
 _SCAN = b"\xff\xda\0\2"  # an empty scan, which ends the header of a JPEG
 _MAX_PARTS = 100  # that are opened one by one
 _MAX_CHUNKS = 100_000
@@ -362,7 +362,7 @@ def _hidden_xmp(info: Mapping[Any, Any], head: bytes) -> list[bytes]:
         end = head.find(b"\x01\xff\xfe\xfd", at)  # start of the "magic trailer" after the packet
         packets += [head[at + 11 : end]] if 0 <= at < end else []
     if head.startswith(b"\xff\xd8"):
-        parts = [head[part.start + 4 : part.end] for part in segments(head) if part.marker == 0xE1]
+        parts = [head[part.start + 4 : part.end] for part in segments(head) if part.marker == APP1]
         start = len(_EXTENDED_XMP)  # followed by a hash (32 bytes), a length (4) and an offset (4)
         parts = [part[start:] for part in parts if part.startswith(_EXTENDED_XMP)]
         parts.sort(key=lambda part: (part[:32], part[36:40]))

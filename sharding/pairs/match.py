@@ -42,8 +42,7 @@ from imaging.quiet import without_warnings
 CHROMA_NAMES = {"420": "4:2:0", "422": "4:2:2", "444": "4:4:4"}
 """Pillow's name of each chroma subsampling in the index, except for Gray."""
 
-_DHT, _COM, _PROGRESSIVE = 0xC4, 0xFE, 0xC2
-_METADATA = frozenset((*range(0xE0, 0xF0), _COM))
+_METADATA = frozenset((*range(0xE0, 0xF0), jpeg.COM))
 
 
 class NoPair(Exception):
@@ -137,10 +136,10 @@ def _jpeg_like(image: Image.Image, partner: bytes, original: Image.Image, chroma
     else:
         image = image.convert("L")
     markers = [segment.marker for segment in jpeg.segments(jpeg.before_scan(partner))]
-    if _PROGRESSIVE in markers:
+    if jpeg.PROGRESSIVE in markers:
         options["progressive"] = True
     data = _save(image, "JPEG", **options)
-    if _PROGRESSIVE not in markers and _huffman(data) != _huffman(partner):
+    if jpeg.PROGRESSIVE not in markers and _huffman(data) != _huffman(partner):
         data = _save(image, "JPEG", **options, optimize=True)
     own = b"".join(data[start:end] for marker, start, end in _header(data) if marker in _METADATA)
     return data[:2] + b"".join(_metadata(partner)) + data[2 + len(own) :]
@@ -159,7 +158,7 @@ def _huffman(data: bytes) -> set[bytes]:
     tables: set[bytes] = set()
     for marker, start, end in _header(data):
         at = start + 4
-        while marker == _DHT and at + 17 <= end:
+        while marker == jpeg.DHT and at + 17 <= end:
             length = 17 + sum(data[at + 1 : at + 17])
             tables.add(data[at : at + length])
             at += length

@@ -357,11 +357,15 @@ def test_features_that_are_not_finite_are_refused(old: ShardSet, tmp_path: Path)
     assert not arrow_files(tmp_path)
 
 
-def test_a_backbone_that_learns_has_no_store(tiny_recipe: Path) -> None:
+def test_a_backbone_that_learns_and_an_unknown_precision_have_no_store(
+    net: Detector, tiny_recipe: Path
+) -> None:
     with pytest.raises(recipes.RecipeError, match=r"needs a frozen backbone: set network\.freeze"):
         recipes.load(Recipe, tiny_recipe, ["features.views=1"])
     with pytest.raises(FeatureError, match="frozen backbone only"):
         backbone_id(build(TINY, pretrained=False), TINY, SMALL_PREPROCESS, torch.float32)
+    with pytest.raises(KeyError, match="float64"):  # it was stored as fp32
+        backbone_id(net, FROZEN, SMALL_PREPROCESS, torch.float64)
 
 
 def test_files_are_memory_mapped_without_an_open_descriptor(
