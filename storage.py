@@ -145,7 +145,7 @@ def check_reachable(path: AnyPath) -> None:
     except Exception as error:
         # An HTTP server that answers with an error may still have files: many refuse to list.
         if not (is_http and getattr(error, "status", None)):
-            raise _remote_error(path, "does not answer", error) from error
+            raise OSError(remote_fault(path, "does not answer", error)) from error
 
 
 @contextlib.contextmanager
@@ -160,14 +160,13 @@ def remote_errors(path: AnyPath, fault: str) -> Iterator[None]:
         if is_local(path) or isinstance(error, ValueError):
             raise
         # For a missing file, fsspec raises an error with the address from one with the reason.
-        raise _remote_error(path, fault, error.__cause__ or error) from error
+        raise OSError(remote_fault(path, fault, error.__cause__ or error)) from error
 
 
-def _remote_error(path: AnyPath, fault: str, error: BaseException) -> OSError:
+def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
+    """Return the line for an error of an address's client: what failed, why, and what to check."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return OSError(
-        f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
-    )
+    return f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
 
 
 def is_local(path: AnyPath) -> "TypeIs[Path]":

@@ -53,7 +53,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from installed import DEMO
-from storage import AnyPath, is_local, parse_json, text_fault
+from storage import AnyPath, is_local, parse_json, remote_fault, text_fault
 
 FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
@@ -277,11 +277,7 @@ def _explained(folder: AnyPath) -> Iterator[None]:
     except Exception as error:
         if is_local(folder):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ShardError(
-            f"{folder} cannot be read: {reason}; check the address, your credentials for it and "
-            "the network"
-        ) from error
+        raise ShardError(remote_fault(folder, "cannot be read", error)) from error
 
 
 def _where_sets_are(folder: AnyPath) -> str:
