@@ -130,15 +130,10 @@ def save(
                 "epoch": record.epoch,
                 "classes": list(CLASSES),
                 "preprocess": asdict(recipe.preprocess),
-                "temperature": 1.0,
-                "threshold": DEFAULT_THRESHOLD,
-                "calibration": None,
-                "calibrated_metrics": None,
+                **uncalibrated(),
                 "metrics": record.metrics,
                 "selection": record.selection,
                 "ended": record.ended or None,
-                "compared": None,
-                "refused": [],
                 "data": record.data,
                 "recipe": asdict(recipe),
                 "first_weights": record.first_weights,
@@ -151,6 +146,14 @@ def save(
             f"{folder} could not be written ({_one_line(error)}); the previous checkpoint is kept, "
             "and the same command goes on from there"
         ) from error
+
+
+def uncalibrated() -> dict[str, Any]:
+    """Return the entries of a `meta.json` that nobody has calibrated or compared yet."""
+    return {
+        "temperature": 1.0, "threshold": DEFAULT_THRESHOLD, "calibration": None,
+        "calibrated_metrics": None, "compared": None, "refused": [],
+    }  # fmt: skip
 
 
 def seal(folder: Path, meta: Mapping[str, Any]) -> None:

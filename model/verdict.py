@@ -40,6 +40,9 @@ from typing import Any
 
 import numpy as np
 
+CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
+"""Keys of a checkpoint's `meta.json`, or of another detector, that a calibration sets."""
+
 VERDICTS = ("no sign of AI", "uncertain", "likely AI")
 """Verdicts for a probability of fake below the band, inside it, and at or above its upper end."""
 
@@ -120,7 +123,7 @@ def calibration_fault(meta: Mapping[str, Any]) -> str:
     """Return what is wrong in the `temperature`, `threshold` or `calibration` of a detector, or ""
     if all can be used. A calibration of None is no fault.
     """
-    if missing := [key for key in ("temperature", "threshold", "calibration") if key not in meta]:
+    if missing := [key for key in CALIBRATION_KEYS if key not in meta]:
         return f"{missing[0]} is missing"
     temperature, threshold = meta["temperature"], meta["threshold"]
     if not (_is_number(temperature) and 0 < temperature <= sys.float_info.max):

@@ -12,7 +12,8 @@ import pytest
 
 from model.checkpoint import annotate, read_meta
 from model.shipped import backbone
-from model.shipped.backbone import CALIBRATION_KEYS, cached_path
+from model.shipped.backbone import cached_path
+from model.verdict import CALIBRATION_KEYS
 from tests.builders import ROOT
 from tests.goldens import check_printed
 

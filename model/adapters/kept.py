@@ -1,7 +1,8 @@
 """Store and load the calibration of a third-party detector.
 
-The calibration is a dict with three keys (`KEYS`): `temperature`; `threshold`, for the decision;
-and `calibration`, the band of probabilities that are "uncertain", with details.
+The calibration is a dict with three keys (`CALIBRATION_KEYS` of `model/verdict.py`): `temperature`;
+`threshold`, for the decision; and `calibration`, the band of probabilities that are "uncertain",
+with details.
 
 Main entries: `keep_calibration(detector, runs, entries)` writes the file
 `<runs>/<detector.folder_name>/calibration.json`, with the identity of the detector. It makes the
@@ -29,11 +30,10 @@ from typing import Any
 
 import console
 from model.adapters.detector import DetectorError, OtherDetector
-from model.verdict import calibration_fault
+from model.verdict import CALIBRATION_KEYS, calibration_fault
 from storage import parse_json, text_fault, write_text
 
 CALIBRATION_FILE = "calibration.json"
-KEYS = ("temperature", "threshold", "calibration")
 
 
 def calibration_path(detector: OtherDetector, runs: Path) -> Path:
@@ -47,7 +47,10 @@ def keep_calibration(detector: OtherDetector, runs: Path, entries: Mapping[str, 
     """
     path = calibration_path(detector, runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"detector": detector.meta["detector"], **{key: entries[key] for key in KEYS}}
+    content = {
+        "detector": detector.meta["detector"],
+        **{key: entries[key] for key in CALIBRATION_KEYS},
+    }
     write_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
@@ -77,7 +80,7 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
             path, detector.checkpoint,
         )  # fmt: skip
         return detector
-    fitted = {key: kept[key] for key in KEYS}
+    fitted = {key: kept[key] for key in CALIBRATION_KEYS}
     temperature = float(kept["temperature"])  # NumPy cannot divide by a very large integer
     return replace(detector, meta={**detector.meta, **fitted, "temperature": temperature})
 
@@ -86,7 +89,7 @@ def _fault_in(kept: Any) -> str:
     """Return what is wrong in the parsed JSON of a calibration file, or "" if it can be used."""
     if not isinstance(kept, dict):
         return f"it holds {type(kept).__name__}, expected an object"
-    if missing := [key for key in (*KEYS, "detector") if key not in kept]:
+    if missing := [key for key in (*CALIBRATION_KEYS, "detector") if key not in kept]:
         return f"{missing[0]} is missing"
     if not isinstance(kept["calibration"], dict):
         return f"calibration is {short(kept['calibration'])}, expected an object"

@@ -68,6 +68,7 @@ from model.inference.onnx_detector import OnnxDetector
 from model.network import Detector
 from model.score import score_set
 from model.shipped.backbone import output_folder
+from model.verdict import CALIBRATION_KEYS
 from pipeline.perturb import PERTURBATIONS
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, join_sets, open_shards
@@ -257,7 +258,7 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
         "commit": git_commit(),
         "precision": planned.backend_reason if planned.detector else describe(planned.dtype),
         "backend": planned.backend,
-        **{name: meta[name] for name in ("temperature", "threshold", "calibration")},
+        **{name: meta[name] for name in CALIBRATION_KEYS},
         "subset": None
         if subset is None
         else {

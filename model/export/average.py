@@ -21,11 +21,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from model.checkpoint import WEIGHTS_FILE, CheckpointError, read_meta, read_weights, seal
+from model.checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    read_meta,
+    read_weights,
+    seal,
+    uncalibrated,
+)
 from model.export.license import first_of
 from model.inference.fitness import sets_seen
 from model.recipe import STEP_FOLDER
-from model.score import DEFAULT_THRESHOLD
 from model.shipped.backbone import with_backbone_inside
 from storage import atomic_folder
 
@@ -70,15 +76,10 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
     meta |= {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "created_ns": time.time_ns(),
-        "temperature": 1.0,
-        "threshold": DEFAULT_THRESHOLD,
-        "calibration": None,
-        "calibrated_metrics": None,
+        **uncalibrated(),
         "first_weights": _first_weights(first, last),
         "metrics": {"sets": {}, "sources": {}},
         "selection": None,
-        "compared": None,
-        "refused": [],
         "data": meta["data"] | {"earlier_sets": sets_seen(first_meta) | sets_seen(meta)},
         "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},

@@ -48,7 +48,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import recipes
-from model.verdict import calibration_fault
+from model.verdict import CALIBRATION_KEYS, calibration_fault
 from storage import cache_folder, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
@@ -62,8 +62,6 @@ KEY = "backbone"
 
 KEY_INSIDE = "backbone_inside"
 """Key for the same entry if the weights include the backbone; it keeps the backbone's license."""
-
-CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
 
 
 class BackboneError(ValueError):
