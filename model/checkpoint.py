@@ -407,11 +407,6 @@ def checkpoints_of(run: Path) -> list[Path]:
     return [named[step] for step in sorted(named)]
 
 
-def last_of(run: Path) -> Path | None:
-    """Return the checkpoint with the most steps, or None."""
-    return next(reversed(checkpoints_of(run)), None)
-
-
 def best_of(run: Path) -> Path | None:
     """Return the checkpoint with the highest selection figure (of equals the latest), or None.
 

@@ -468,7 +468,7 @@ def losses_of(run: Path) -> list[float]:
 
 def ends_alike(whole: Path, parts: Path) -> None:
     """Assert that two runs end with the same weights, optimizer moments and losses."""
-    one, other = checkpoint.last_of(whole), checkpoint.last_of(parts)
+    one, other = checkpoint.checkpoints_of(whole)[-1], checkpoint.checkpoints_of(parts)[-1]
     assert one.name == other.name
     assert same(one, other)
     first, second = (checkpoint.load_state(folder)["optimizer"] for folder in (one, other))

@@ -62,7 +62,8 @@ def test_a_folder_with_its_temporary_name_is_no_checkpoint(tmp_path: Path) -> No
     whole = save(tmp_path / "run", selection=0.1)
     left = save(tmp_path / "run", step=2, selection=0.9)
     left.rename(left.with_name(f"{left.name}.123.partial"))
-    assert checkpoint.last_of(tmp_path / "run") == checkpoint.best_of(tmp_path / "run") == whole
+    assert checkpoint.checkpoints_of(tmp_path / "run") == [whole]
+    assert checkpoint.best_of(tmp_path / "run") == whole
     shutil.copytree(tmp_path / "run", tmp_path / "later.123.partial")
     assert checkpoint.find(tmp_path) == whole
 
@@ -252,7 +253,7 @@ def test_folders_with_other_names_are_no_checkpoints_and_are_kept(tmp_path: Path
     (tmp_path / "step_0000004").mkdir()
     (tmp_path / "step_0000004/notes.txt").write_text("mine")
     assert checkpoint.checkpoints_of(tmp_path) == [one, two]
-    assert checkpoint.last_of(tmp_path) == checkpoint.best_of(tmp_path) == two
+    assert checkpoint.best_of(tmp_path) == two
     prune(tmp_path, {two})
     assert not one.exists()
     assert all((copy / "weights.safetensors").exists() for copy in copies)
@@ -262,7 +263,6 @@ def test_folders_with_other_names_are_no_checkpoints_and_are_kept(tmp_path: Path
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     few, many = save(tmp_path, step=9_999_999), save(tmp_path, step=10_000_000)
     assert checkpoint.checkpoints_of(tmp_path) == [few, many]
-    assert checkpoint.last_of(tmp_path) == many
 
 
 def test_a_run_with_a_slash_in_its_name_is_found(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_head_from_stored_features_equals_one_from_pixels(
         )
         best = train(second, data, runs, init_from=start)
         losses = losses_of(runs / "tiny2")
-        head = load_file(checkpoint.last_of(runs / "tiny2") / "weights.safetensors")
+        head = load_file(checkpoint.checkpoints_of(runs / "tiny2")[-1] / "weights.safetensors")
         meta = checkpoint.read_meta(best)
         ends[stored] = losses, head["stage_head.fc.weight"].numpy(), meta
     (losses, head, meta), (losses_px, head_px, meta_px) = ends["true"], ends["false"]

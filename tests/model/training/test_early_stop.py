@@ -14,6 +14,7 @@ from model.tracking.history import rows_of
 from model.training.run import train
 from model.training.validation import Gain
 from tests.builders import ends_alike
+from tests.checkpoints import last_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -36,7 +37,7 @@ def test_early_stopping_ends_at_the_same_step_after_interruptions(
     recipe = recipes.load(Recipe, tiny_recipe, [*NO_GAIN, "run.log_every=1"])
     best = train(recipe, data, tmp_path / "whole")
     run = tmp_path / "whole/tiny"
-    last = checkpoint.last_of(run)
+    last = last_of(run)
     assert last.name == "step_0000015"
     selections = [row["selection"] for row in rows_of(run) if row["kind"] == "validate"]
     assert len(selections) == 3 and len(set(selections)) == 1
@@ -46,14 +47,14 @@ def test_early_stopping_ends_at_the_same_step_after_interruptions(
     logged.clear()
     assert train(recipe, data, tmp_path / "whole") == best
     assert logged[0].endswith(f"is finished after 15 of 30 steps: {reason}; nothing to do")
-    assert checkpoint.last_of(run) == last
+    assert last_of(run) == last
     for stop_at in (7, 10, 14):
         train(recipe, data, tmp_path / "parts", stop_at=stop_at)
-        stopped = checkpoint.last_of(tmp_path / "parts/tiny")
+        stopped = last_of(tmp_path / "parts/tiny")
         assert checkpoint.read_meta(stopped)["ended"] is None
         torch.manual_seed(99)  # other code may have used the generator
     train(recipe, data, tmp_path / "parts")
-    assert checkpoint.last_of(tmp_path / "parts/tiny").name == "step_0000015"
+    assert last_of(tmp_path / "parts/tiny").name == "step_0000015"
     ends_alike(run, tmp_path / "parts/tiny")
 
 

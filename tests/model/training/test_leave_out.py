@@ -25,6 +25,7 @@ from model.verdict import probability
 from pipeline.loading import Loading
 from pipeline.replay import Replay
 from tests.builders import train_tiny
+from tests.checkpoints import last_of
 
 SETTINGS = [
     "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",
@@ -63,7 +64,7 @@ def test_each_source_is_scored_by_a_head_that_never_saw_it(
     for name in ("alpha", "beta"):
         without = replace(recipe, name=name, data=replace(recipe.data, repeats={name: 0.0}))
         train(without, data, tmp_path / "runs", init_from=weights)
-        folder = checkpoint.last_of(tmp_path / "runs" / name)
+        folder = last_of(tmp_path / "runs" / name)
         head = load_file(folder / "weights.safetensors")
         rows = np.flatnonzero(codes == names.index(name))
         features = torch.from_numpy(planned.stream.loader.table(0).rows(rows)).float()
@@ -264,4 +265,4 @@ def test_evaluation_reads_the_store(
     assert len(list((tmp_path / "store").glob("*/new/view0/*.arrow"))) > 0
     learned = train_tiny(data, tmp_path / "learned", "run.epochs=1")
     with pytest.raises(FeatureError, match="frozen backbone only"):
-        evaluate(checkpoint.last_of(learned / "tiny"), data, ["val"], tmp_path, options=options)
+        evaluate(last_of(learned / "tiny"), data, ["val"], tmp_path, options=options)

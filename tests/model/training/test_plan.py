@@ -27,6 +27,7 @@ from pipeline.order import OrderError
 from sharding.format import ShardError, content_sha256
 from storage import sha256_of
 from tests.builders import PREPROCESS, TINY, small_recipe
+from tests.checkpoints import last_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -374,7 +375,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_resumes(
     train(recipe, data, tmp_path, stop_at=4)
     assert f"{path} is damaged" in logged[0] and "does not resume from it" in logged[0]
     assert f"resuming from {older}" in logged
-    assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000004"
+    assert last_of(tmp_path / "tiny").name == "step_0000004"
 
 
 def test_a_checkpoint_without_its_state_is_not_resumed_from(

@@ -8,6 +8,7 @@ from model import checkpoint
 from model.network import build
 from model.training.resume import prune
 from tests.builders import TINY
+from tests.checkpoints import last_of
 from tests.model.test_checkpoint import save
 
 
@@ -15,10 +16,10 @@ def test_best_and_last_are_kept_and_others_pruned(tmp_path: Path) -> None:
     net = build(TINY, pretrained=False)
     for step, selection in ((1, 0.6), (2, 0.9), (3, None), (4, 0.7)):
         save(tmp_path, net, step=step, selection=selection)
-    prune(tmp_path, {checkpoint.best_of(tmp_path), checkpoint.last_of(tmp_path)})
+    prune(tmp_path, {checkpoint.best_of(tmp_path), last_of(tmp_path)})
     assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == ["step_0000002", "step_0000004"]
     assert checkpoint.best_of(tmp_path).name == "step_0000002"
-    assert checkpoint.last_of(tmp_path).name == "step_0000004"
+    assert last_of(tmp_path).name == "step_0000004"
 
 
 def test_pruning_leaves_what_a_link_points_to(tmp_path: Path) -> None:

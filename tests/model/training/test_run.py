@@ -22,6 +22,7 @@ from pipeline.batch import Batch
 from pipeline.order import OrderError
 from sharding.format import INDEX_FILE
 from tests.builders import ends_alike, losses_of, weights_of
+from tests.checkpoints import last_of
 from tests.goldens import Golden
 
 # Warnings from inside TensorBoard (protobuf, numpy).
@@ -71,7 +72,7 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(
     train(recipe, data, tmp_path / "whole")
     for stop_at in range(1, 10):
         train(recipe, data, tmp_path / "parts", stop_at=stop_at)
-        assert checkpoint.last_of(tmp_path / "parts/tiny").name == f"step_{stop_at:07d}"
+        assert last_of(tmp_path / "parts/tiny").name == f"step_{stop_at:07d}"
         torch.manual_seed(99)  # other code may have used the generator
     train(recipe, data, tmp_path / "parts")
     ends_alike(tmp_path / "whole/tiny", tmp_path / "parts/tiny")

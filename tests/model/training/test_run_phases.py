@@ -27,6 +27,7 @@ from model.verdict import probability
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
 from tests.builders import ends_alike, losses_of
+from tests.checkpoints import last_of
 from tests.goldens import Golden
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -98,9 +99,7 @@ def test_a_run_killed_at_ten_random_steps_ends_as_the_uninterrupted_one(
     train(recipe, data, tmp_path / "parts", init_from=start)
     ends_alike(whole, parts)
     if phase == 2:
-        manifests = [
-            (checkpoint.last_of(run) / "replayed.csv").read_text() for run in (whole, parts)
-        ]
+        manifests = [(last_of(run) / "replayed.csv").read_text() for run in (whole, parts)]
         assert manifests[0] == manifests[1] and manifests[0].count("\n") > 10
 
 
@@ -153,7 +152,7 @@ def test_averaged_weights_are_saved_and_the_run_resumes_from_the_current_ones(
     recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema_decay=0.9", "run.epochs=2"])
     whole = train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at=3)
-    half = checkpoint.last_of(tmp_path / "parts/tiny")
+    half = last_of(tmp_path / "parts/tiny")
     raw = checkpoint.load_state(half)["net"]
     shown = checkpoint.read_weights(half)
     assert raw.keys() == shown.keys()
@@ -324,7 +323,7 @@ def test_distillation_keeps_the_logits_of_old_samples_near_the_teacher(
         recipe = recipes.load(Recipe, phase2, settings)
         train(recipe, data, tmp_path)
         teacher, _, _ = checkpoint.load_network(checkpoint.best_of(tmp_path / "tiny"))
-        student, _, _ = checkpoint.load_network(checkpoint.last_of(tmp_path / name))
+        student, _, _ = checkpoint.load_network(last_of(tmp_path / name))
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
         with torch.inference_mode():
             away.append(float((teacher(images) - student(images)).square().mean()))
@@ -357,7 +356,7 @@ def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
     with pytest.raises(ValueError, match=r"not finite at step 3 \(first samples: ") as caught:
         train(recipe, data, tmp_path)
     assert all(key in str(caught.value) for key in seen[2][:8])
-    assert checkpoint.last_of(tmp_path / "tiny") is None
+    assert last_of(tmp_path / "tiny") is None
 
 
 def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
@@ -377,7 +376,7 @@ def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
     monkeypatch.setattr(run, "train_step", poisoned)
     with pytest.raises(ValueError, match=r"not finite after step 3 \(the first is stem\.0\.bias"):
         train(recipe, data, tmp_path)
-    assert checkpoint.last_of(tmp_path / "tiny").name == "step_0000002"
+    assert last_of(tmp_path / "tiny").name == "step_0000002"
 
 
 def test_the_last_table_uses_the_calibrated_threshold(

@@ -24,6 +24,7 @@ from model.training import resume
 from model.training.run import train
 from tests import forked
 from tests.builders import ROOT, can_mount, losses_of, same
+from tests.checkpoints import last_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -58,11 +59,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     ended = running.wait()
     assert ended.status == 130
     assert f"stopped by {number.name} at step" in ended.stdout
-    last = checkpoint.last_of(tmp_path / "runs/tiny")
+    last = last_of(tmp_path / "runs/tiny")
     step = checkpoint.read_meta(last)["step"]
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=300"])
     train(recipe, data, tmp_path / "runs", stop_at=step + 2)
-    assert checkpoint.read_meta(checkpoint.last_of(tmp_path / "runs/tiny"))["step"] == step + 2
+    assert checkpoint.read_meta(last_of(tmp_path / "runs/tiny"))["step"] == step + 2
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     ended = running.wait()
     assert ended.status == 130, ended
     assert f"stopped by {number.name} at step" in ended.stdout
-    last = checkpoint.last_of(tmp_path / "runs/tiny")
+    last = last_of(tmp_path / "runs/tiny")
     assert checkpoint.read_meta(last)["step"] > 0
     deadline = time.monotonic() + 30
     with pytest.raises(ProcessLookupError):  # no worker is left running
@@ -226,7 +227,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
         process.kill()
         process.wait() if real else process.join()
         logged = max(row["step"] for row in rows_of(run) if row["kind"] == "train")
-        last = checkpoint.last_of(run)
+        last = last_of(run)
         saved = checkpoint.read_meta(last)["step"] if last else 0
         # A step is logged before it is saved: the save of the last logged step may be incomplete.
         assert logged - 1 - saved < every
@@ -236,7 +237,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     with one_thread():
         train(recipe, data, tmp_path)
         train(recipe, data, tmp_path / "whole")
-    assert same(checkpoint.last_of(run), checkpoint.last_of(tmp_path / "whole/tiny"))
+    assert same(last_of(run), last_of(tmp_path / "whole/tiny"))
     logged = [row["step"] for row in rows_of(run) if row["kind"] == "train"]
     assert logged == list(range(1, steps + 1))
 
@@ -305,7 +306,7 @@ def test_torchrun_starts_the_ranks(tiny_recipe: Path, data: Path, tmp_path: Path
 def agree(one: Path, two: Path) -> None:
     """Compare the losses and validation metrics of two runs."""
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=2e-3)
-    metas = [checkpoint.read_meta(checkpoint.last_of(run)) for run in (one, two)]
+    metas = [checkpoint.read_meta(last_of(run)) for run in (one, two)]
     counts = [meta["metrics"]["sets"]["val"]["count"] for meta in metas]
     assert counts[0] == counts[1]
     aurocs = [meta["metrics"]["sets"]["val"]["auroc"] for meta in metas]
@@ -322,7 +323,7 @@ def test_a_run_of_two_ranks_resumes_on_one(tiny_recipe: Path, data: Path, tmp_pa
     wait_for_rows(tmp_path / "tiny", 4, ranks[0])
     os.kill(ranks[1].process.pid, signal.SIGTERM)  # sent to one rank, stops both
     assert [running.wait().status for running in ranks] == [130, 130]
-    state = checkpoint.load_state(checkpoint.last_of(tmp_path / "tiny"))
+    state = checkpoint.load_state(last_of(tmp_path / "tiny"))
     assert len(state["rng"]) == 2
     assert state["order"]["global_batch"] == 16
     train(recipe, data, tmp_path)

@@ -42,6 +42,7 @@ from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import ShardSet
 from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, ROOT, TINY, broken_copy
+from tests.checkpoints import last_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -68,11 +69,11 @@ def test_the_scaler_state_is_restored_on_resume(
     recipe = recipes.load(Recipe, tiny_recipe, ["run.precision=fp16"])
     train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at=3)
-    half = checkpoint.load_state(checkpoint.last_of(tmp_path / "parts/tiny"))["scaler"]
+    half = checkpoint.load_state(last_of(tmp_path / "parts/tiny"))["scaler"]
     assert (half["scale"], half["_growth_tracker"]) == (65536.0, 3)
     train(recipe, data, tmp_path / "parts")
     whole, parts = (
-        checkpoint.load_state(checkpoint.last_of(tmp_path / name / "tiny"))["scaler"]
+        checkpoint.load_state(last_of(tmp_path / name / "tiny"))["scaler"]
         for name in ("whole", "parts")
     )
     assert whole == parts
@@ -88,7 +89,7 @@ def test_a_run_resumes_in_another_precision(
     half = (torch.float16, "as on an old GPU")
     monkeypatch.setattr("model.training.plan.choose_precision", lambda *_: half)
     train(recipe, data, tmp_path, stop_at=6)
-    saved = checkpoint.load_state(checkpoint.last_of(tmp_path / "tiny"))["scaler"]
+    saved = checkpoint.load_state(last_of(tmp_path / "tiny"))["scaler"]
     assert saved["_growth_tracker"] == 3
 
 
