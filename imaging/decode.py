@@ -35,7 +35,14 @@ from imaging.jpeg_pixels import (
     refuse_damaged_cmyk,
     refuse_many_scans,
 )
-from imaging.orientation import UPRIGHT, carries_exif, orientation_left, orientation_of, upright
+from imaging.orientation import (
+    UPRIGHT,
+    carries_exif,
+    is_transposed,
+    orientation_left,
+    orientation_of,
+    upright,
+)
 from imaging.quiet import silence_pillow, without_warnings
 from imaging.rgb import PixelError, to_rgb
 
@@ -281,7 +288,7 @@ def as_is(data: bytes) -> Encoded | None:
             if not _is_plain(image, name, data):
                 return None
             orientation = orientation_of(data, name)
-            size = image.size if orientation < 5 else image.size[::-1]
+            size = image.size[::-1] if is_transposed(orientation) else image.size
             return Encoded(data, name, orientation, *size)
 
 

@@ -38,6 +38,7 @@ import numpy as np
 
 from imaging.decode import DecodeError, decode_image
 from imaging.header import claimed_size
+from imaging.orientation import is_transposed
 from pipeline.remote import Cache, RemoteShards
 from sharding.format import ShardSet
 from storage import is_local, size_of
@@ -165,8 +166,8 @@ class ShardReader:
         self, rows: np.ndarray, images: list[bytes | ReadError]
     ) -> list[bytes | ReadError]:
         names = ("width", "height", "orientation")
-        width, height, turned = (self.shards.column(name)[rows] for name in names)
-        turned = turned >= 5
+        width, height, orientations = (self.shards.column(name)[rows] for name in names)
+        turned = np.array([is_transposed(each) for each in orientations.tolist()], bool)
         widths = np.where(turned, height, width).tolist()
         heights = np.where(turned, width, height).tolist()
         for row, expected in enumerate(zip(widths, heights, strict=True)):
