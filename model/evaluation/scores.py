@@ -116,16 +116,16 @@ def rows_of(name: str, shards: ShardSet, scores: Scores, temperature: float) -> 
     logits[scores.samples] = scores.logits
     valid = np.ones(len(shards), np.bool_)
     valid[[*scores.failures]] = False
-    reasons = ["", *dict.fromkeys(scores.failures[s] for s in sorted(scores.failures))]
+    code_of = {"": 0}
     errors = np.zeros(len(shards), np.int32)
-    for sample, reason in scores.failures.items():
-        errors[sample] = reasons.index(reason)
+    for sample, reason in sorted(scores.failures.items()):
+        errors[sample] = code_of.setdefault(reason, len(code_of))
     columns = {
         "set": _constant(name, len(shards)),
         "logit": _floats(logits, valid),
         "probability": _floats(probability(logits, temperature), valid),
         "valid": pc.cast(_array(valid.view(np.uint8)), pa.bool_()),
-        "error": pa.DictionaryArray.from_arrays(_array(errors), reasons),
+        "error": pa.DictionaryArray.from_arrays(_array(errors), [*code_of]),
     }
     return pa.table(
         [columns.get(field.name, _column(shards, field.name)) for field in SCORES_SCHEMA],

@@ -252,6 +252,26 @@ def test_scores_are_written_and_read_row_by_row(
     assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
 
 
+class Reason(str):
+    """A text that counts its comparisons with others."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Reason.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_each_failure_of_many_keeps_its_own_reason(old: ShardSet) -> None:
+    """Each with another reason: the reasons are not compared pair by pair."""
+    reasons = {sample: Reason(f"byte {sample} is damaged") for sample in range(len(old))}
+    none = np.empty(0, np.int64)
+    table = rows_of("old", old, Scores(none, none, none.astype(np.float32), reasons), 1.0)
+    assert Reason.compared < len(old)
+    assert table.column("error").to_pylist() == [str(reasons[s]) for s in range(len(old))]
+
+
 def test_scores_that_do_not_match_the_samples_are_refused(old: ShardSet) -> None:
     good = scored(old)
     short = Scores(good.samples[1:], good.labels[1:], good.logits[1:], {})
