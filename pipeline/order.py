@@ -18,10 +18,11 @@ False for padding, `replayed`, True for old samples, and `steps`, the number of 
 world_size)` returns the slice of one rank's batch. The number of ranks does not change the samples
 of a step: 2 ranks with 12 each see together the same 24 as one rank.
 
-A run resumes from a dict: `state_of(epoch, step, index_sha256)` returns it for the `Epoch`, the
-next step and the set's hash (`ShardSet.sha256`). `check_state(state, seed=..., global_batch=...,
-index_sha256=...)` returns the (epoch, step) in it. It raises `OrderError` if the state has another
-seed, batch size or hash than these arguments, or another `ORDER_VERSION`. `repeat()` lists the
+A run resumes from a dict: `state_of(seed=..., number=..., step=..., global_batch=...,
+index_sha256=...)` returns it for the next step of epoch `number` and the set's hash
+(`ShardSet.sha256`). `check_state(state, seed=..., global_batch=..., index_sha256=...)` returns the
+(epoch, step) in it. It raises `OrderError` if the state has another seed, batch size or hash than
+these arguments, or another `ORDER_VERSION`. `repeat()` lists the
 samples of a source several times, `mixing_of()` measures how well an order is shuffled (`Mixing`),
 and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators.
 """
@@ -241,16 +242,18 @@ def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
     return order
 
 
-def state_of(epoch: Epoch, step: int, index_sha256: str) -> dict[str, Any]:
+def state_of(
+    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str
+) -> dict[str, Any]:
     """Return the integers and the index hash that `check_state` needs to resume before `step` of
-    `epoch`.
+    epoch `number`. The order itself is not needed.
     """
     return {
         "order_version": ORDER_VERSION,
-        "seed": epoch.seed,
-        "epoch": epoch.number,
+        "seed": seed,
+        "epoch": number,
         "step": step,
-        "global_batch": epoch.global_batch,
+        "global_batch": global_batch,
         "index_sha256": index_sha256,
     }
 

@@ -287,7 +287,13 @@ class Stream:
         hash.
         """
         epoch_number, step = divmod(done, self.steps_per_epoch)
-        return state_of(self.epoch(epoch_number), step, self.pool.shards.sha256)
+        return state_of(
+            seed=self.seed,
+            number=epoch_number,
+            step=step,
+            global_batch=self.loader.global_batch,
+            index_sha256=self.pool.shards.sha256,
+        )
 
     def resume(self, state: Mapping[str, Any]) -> int:
         """Return the number of finished steps in a saved state.

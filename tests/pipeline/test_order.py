@@ -79,8 +79,8 @@ def test_too_few_samples_are_an_error() -> None:
 
 @pytest.mark.parametrize("changed", ["order_version", "seed", "global_batch", "index_sha256"])
 def test_a_state_of_another_run_is_refused(changed: str) -> None:
-    state = state_of(epoch(number=2), 17, "abc")
     now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
+    state = state_of(number=2, step=17, **now)
     assert check_state(state, **now) == (2, 17)
     with pytest.raises(OrderError, match=rf"cannot resume: .* \({changed} was"):
         check_state(state | {changed: "other"}, **now)
