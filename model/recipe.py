@@ -34,8 +34,8 @@ policy that the sets need, and that `train` and `validate` are not empty. `resol
 `flat_settings(values, prefix)` takes nested dicts and returns one dict with keys such as
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,
 and raises `ValueError` for a name that no run may have. `Triple` is a value per RGB channel;
-`STEP_FOLDER` is the regular expression for the names of checkpoint folders, `BASELINE_FILE` the
-name of a file in the folder of a run.
+`STEP_FOLDER` is the regular expression for the names of checkpoint folders, `step_folder(step)`
+returns the name for a number of steps, and `BASELINE_FILE` is the name of a file of a run.
 """
 
 import re
@@ -53,12 +53,18 @@ from pipeline.replay import Replay
 from storage import is_partial, local_path
 
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
-"""Pattern of the folder names of a run's checkpoints. Folders with other names are no
-checkpoints.
+"""Pattern of the folder names of a run's checkpoints, which `step_folder()` makes. Folders with
+other names are no checkpoints.
 """
 
 BASELINE_FILE = "baseline_metrics.json"
 """File in the folder of a run with the metrics before the first step."""
+
+
+def step_folder(step: int) -> str:
+    """Return the name of the folder of the checkpoint after `step` steps."""
+    return f"step_{step:07d}"
+
 
 Triple = tuple[float, float, float]
 

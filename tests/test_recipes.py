@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import recipes
-from model.recipe import Recipe
+from model.recipe import STEP_FOLDER, Recipe, step_folder
 from tests.builders import ROOT
 
 BUILT_IN = sorted(
@@ -43,6 +43,12 @@ def test_the_detector_that_ships_says_how_to_fetch_its_sources() -> None:
     listed = subprocess.check_output(["bash", "-c", f"{lines[1]}; {lines[2]}"], cwd=ROOT, text=True)
     catalog = ROOT / lines[1].removeprefix("catalog=")
     assert listed.split() == list(tomllib.loads(catalog.read_text(encoding="utf-8"))["sources"])
+
+
+@pytest.mark.parametrize("step", [0, 7, 1_000_000, 12_345_678])
+def test_the_folder_of_a_step_is_one_of_a_checkpoint(step: int) -> None:
+    match = STEP_FOLDER.fullmatch(step_folder(step))
+    assert match and int(match[1]) == step
 
 
 def test_phase_1_has_the_original_values() -> None:

@@ -31,7 +31,7 @@ from model.checkpoint import (
 )
 from model.export.license import first_of
 from model.inference.fitness import sets_seen
-from model.recipe import STEP_FOLDER
+from model.recipe import STEP_FOLDER, step_folder
 from model.shipped.backbone import with_backbone_inside
 from storage import atomic_folder
 
@@ -85,7 +85,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "recipe": meta["recipe"] | {"name": run.name},
     }
     meta = with_backbone_inside(meta)
-    name = last.name if STEP_FOLDER.fullmatch(last.name) else f"step_{meta['step']:07d}"
+    name = last.name if STEP_FOLDER.fullmatch(last.name) else step_folder(meta["step"])
     with atomic_folder(run) as partial:
         folder = partial / name
         folder.mkdir()

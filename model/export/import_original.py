@@ -33,7 +33,7 @@ import torch
 from model import checkpoint
 from model.backbones.resolve import resolved
 from model.network import build, load_weights
-from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run
+from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run, step_folder
 from model.shipped.backbone import HubPlace
 from model.shipped.fetch import FetchError, ask_hub
 from pipeline.preprocess import Preprocess
@@ -119,7 +119,7 @@ def import_file(file: Path, run: Path) -> Path:
     recipe = recipe_of(run.name)
     net = build(recipe.network, pretrained=False)
     load_weights(net, weights, str(file))
-    folder = run / "step_0000000"
+    folder = run / step_folder(0)
     checkpoint.save(
         folder,
         net,

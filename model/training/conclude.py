@@ -172,7 +172,7 @@ def _judge(
     assert best.validation is not None  # without one there is nothing to compare
     gate, after = planned.recipe.gate, best.validation
     rows = changes(before.sources, after.sources, new_sources(planned.stream))
-    step = best.path.name[5:].lstrip("0")
+    step = checkpoint.read_meta(best.path)["step"]
     console.table(
         f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
         ["set/source", "", "images", "before", "after", "change"],

@@ -50,7 +50,7 @@ import torch
 
 from model import checkpoint
 from model.distributed import all_gather_object, on_main
-from model.recipe import STEP_FOLDER, Recipe, flat_settings
+from model.recipe import STEP_FOLDER, Recipe, flat_settings, step_folder
 from model.training.step import TrainState
 from model.training.validation import Best, Gain, Validation, better
 from storage import partial_of, whole_name
@@ -161,7 +161,7 @@ def save(
     cuda_rng = all_gather_object(
         dist, torch.cuda.get_rng_state(train_state.device) if on_gpu else None
     )
-    saved = plan.folder / f"step_{done:07d}"
+    saved = plan.folder / step_folder(done)
     best = better(best, Best(path=saved, validation=validation))
 
     def write() -> None:

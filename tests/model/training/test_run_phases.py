@@ -173,6 +173,7 @@ def test_phase_2_reports_forgetting_and_records_replayed_samples(
     assert "forgetting:" in result.output
     best = checkpoint.best_of(tmp_path / "tiny2")
     meta = checkpoint.read_meta(best)
+    assert f"(step {meta['step']})" in " ".join(result.output.split())
     compared = {row["name"]: row for row in meta["compared"]["sources"]}
     assert compared["old/alpha"]["old"] and not compared["val/gamma"]["old"]
     before = json.loads((tmp_path / "tiny2/baseline_metrics.json").read_text())
