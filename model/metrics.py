@@ -14,8 +14,9 @@ and `ece` (expected calibration error). Rates are 0 to 1. A metric that cannot b
 AUROC with one class only, is None; accuracy is then the accuracy on one class.
 
 `measure_sources(labels, probabilities, sources, threshold)` also takes a list with the name of each
-image's source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes)` takes the
-numbers of real and fake images and returns a sentence for the reader if a class is missing, else
+image's source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes,
+unscored)` takes the numbers of real and fake images, and the pair of these numbers for images
+without a score (default: none). It returns a sentence for the reader if a class is missing, else
 None.
 
 The other functions compute one metric each from the same arrays. `roc(labels, scores)` takes any
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import console
 from model.lean_import import import_part
 from model.score import DEFAULT_THRESHOLD
 
@@ -205,15 +207,25 @@ def measure_sources(
     return result
 
 
-def what_is_missing(reals: int, fakes: int) -> str | None:
-    """Return a sentence for the reader if a class is missing, else None."""
+def what_is_missing(reals: int, fakes: int, unscored: tuple[int, int] = (0, 0)) -> str | None:
+    """Return a sentence for the reader if a class is missing, else None. `unscored` is the number
+    of reals and of fakes that are there, but have no score.
+    """
     if not reals and not fakes:
-        return "There are no images here."
+        return f"{_none_of('image', sum(unscored))}."
     if not reals:
         return (
-            "There are no real images here: recall gives the share of fakes found and nothing "
-            "about false alarms. Read it together with a false-positive rate on real images."
+            f"{_none_of('real image', unscored[0])}: recall gives the share of fakes found and "
+            "nothing about false alarms. Read it together with a false-positive rate on real "
+            "images."
         )
     if not fakes:
-        return "There are no fake images here: only the false-positive rate can be measured."
+        none = _none_of("fake image", unscored[1])
+        return f"{none}: only the false-positive rate can be measured."
     return None
+
+
+def _none_of(what: str, unscored: int) -> str:
+    if unscored:
+        return f"None of {console.counted(unscored, what)} could be scored"
+    return f"There are no {what}s here"

@@ -12,13 +12,14 @@ errors of its own.
 image: `own` (True for an image of this set), `labels`, `probability` (of fake), and `source` and
 `generator`, each a pair (codes, names). It also has `origin` (a list of file names) and `groups`
 (`Groups` of bootstrap.py). The dict about the evaluation may name a set of reference reals
-(`reference_reals`: its name, `set`, and the flag `for_all`). If the set `name` has no real images,
-or if `for_all` is true, the real images of the reference set come after its own images, with `own`
-False.
+(`reference_reals`: its name, `set`, and the flag `for_all`). If the set `name` has no real images
+(readable or not), or if `for_all` is true, the real images of the reference set come after its own
+images, with `own` False.
 
 `lines_of(rows)` returns a dict that says which images each line of the report is about: its key
 (`LineKey`: "overall", "reference", or a pair such as ("sources", name)) -> `Images` (positions in
-`rows` of reals and of fakes, int64).
+`rows` of reals and of fakes, int64). `uses_reference(name, labels, reference)` returns whether a
+set takes the real images of the reference set.
 
 `first_of_each(origins, groups, generators, rows)` keeps the first image of each prompt and
 generator, as in the published protocol of the set EvalGEN. `rows` are positions of images (not a
@@ -69,10 +70,12 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     """
     about = scores.evaluation
     reports = {
-        name: _report_set(rows_of_set(scores, name), about, on_resamples) for name in about["sets"]
+        name: _report_set(rows_of_set(scores, name), about, _unscored(scores, name), on_resamples)
+        for name in about["sets"]
     }
     sentences = {
-        name: _headline(name, set_report, about) + _without_score(scores, name, set_report)
+        name: _headline(name, set_report, about, _unscored(scores, name))
+        + _without_score(scores, name, set_report)
         for name, set_report in reports.items()
     }
     first = [name for name, set_report in reports.items() if not _has_reals(set_report)]
@@ -135,11 +138,9 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     labels, valid = scores.numbers("label"), scores.numbers("valid")
     rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
     count = len(rows)
-    chosen = scores.evaluation["reference_reals"]
-    needed = chosen and (chosen["for_all"] or not (labels[rows] == REAL).any())
-    other = needed and chosen["set"] in names and chosen["set"] != name
-    if other:
-        reference = (sets == names.index(chosen["set"])) & valid & (labels == REAL)
+    reals = _set_of_reals(scores, name)
+    if reals != name:
+        reference = (sets == names.index(reals)) & valid & (labels == REAL)
         rows = np.concatenate([rows, np.flatnonzero(reference)])
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
     # Two sets may use the same name for different sources or groups; codes keep these apart.
@@ -152,8 +153,39 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
         generator=(generator[0][rows], generator[1]),
         origin=scores.table.column("origin").take(rows).to_pylist(),
         groups=group_rows(apart[1], apart[0], labels[rows]),
-        reference=chosen["set"] if other else "",
+        reference=reals if reals != name else "",
     )
+
+
+def uses_reference(name: str, labels: np.ndarray, reference: Mapping[str, Any] | None) -> bool:
+    """Return whether the report on set `name` uses the real images of the set of `reference`
+    (`Reals` of plan.py, or None). `labels` are those of all images of the set, with and without a
+    score: a set whose own real images all have no score says so, and uses no others.
+    """
+    if not reference or reference["set"] == name:
+        return False
+    return bool(reference["for_all"] or not (labels == REAL).any())
+
+
+def _set_of_reals(scores: ScoreTable, name: str) -> str:
+    """Return the name of the set whose real images the report on set `name` uses."""
+    sets, names = scores.codes("set")
+    labels = scores.numbers("label")[sets == names.index(name)] if name in names else _NONE
+    reference = scores.evaluation["reference_reals"]
+    if uses_reference(name, labels, reference) and reference["set"] in names:
+        return str(reference["set"])
+    return name
+
+
+def _unscored(scores: ScoreTable, name: str) -> tuple[int, int]:
+    """Return how many images of each class that the report on set `name` uses have no score."""
+    sets, names = scores.codes("set")
+    labels, failed = scores.numbers("label"), ~scores.numbers("valid")
+    of_class = [
+        (sets == names.index(of_set)) & (labels == label) & failed if of_set in names else _NONE
+        for label, of_set in ((REAL, _set_of_reals(scores, name)), (FAKE, name))
+    ]
+    return int(np.count_nonzero(of_class[REAL])), int(np.count_nonzero(of_class[FAKE]))
 
 
 def lines_of(rows: Rows) -> dict[LineKey, Images]:
@@ -181,9 +213,14 @@ def lines_of(rows: Rows) -> dict[LineKey, Images]:
 
 
 def _report_set(
-    rows: Rows, about: Mapping[str, Any], on_resamples: Callable[[int], None] | None
+    rows: Rows,
+    about: Mapping[str, Any],
+    unscored: tuple[int, int],
+    on_resamples: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    """Return the report entry of one set, without the keys that `report` adds."""
+    """Return the report entry of one set, without the keys that `report` adds. `unscored` counts
+    its reals and its fakes without a score.
+    """
     threshold = about["threshold"]
     own_images = rows.where(rows.own)
     lines = lines_of(rows)
@@ -211,7 +248,7 @@ def _report_set(
         "protocols": {"all_images": protocol("generators"), "first_per_prompt": protocol("first")}
         if len(own_images.fakes)
         else None,
-        "note": _note(figures, about),
+        "note": _note(figures, about, unscored),
     }
 
 
@@ -305,7 +342,9 @@ def _has_reals(set_report: Mapping[str, Any]) -> bool:
     return bool((set_report["reference"] or set_report["overall"])["reals"])
 
 
-def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -> str | None:
+def _note(
+    figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any], unscored: tuple[int, int]
+) -> str | None:
     """Return the sentence on missing real or fake images, or on reference reals; None if neither
     applies.
     """
@@ -318,7 +357,7 @@ def _note(figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any]) -
             f"{console.counted(figures['reference']['reals'], 'real image')} of {reals['set']} "
             f"({reals['why']})."
         )
-    return what_is_missing(overall["reals"], overall["fakes"])
+    return what_is_missing(overall["reals"], overall["fakes"], unscored)
 
 
 def on_training_data(sets: Sequence[str]) -> str:
@@ -334,9 +373,12 @@ def on_subset(subset: Mapping[str, Any]) -> str:
     return f"Only the {subset['samples']:,} samples listed in {subset['file']} were scored."
 
 
-def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+def _headline(
+    name: str, set_report: Mapping[str, Any], about: Mapping[str, Any], unscored: tuple[int, int]
+) -> str:
     """Return the main result of a set in one sentence. The sentence always gives recall together
-    with the false-positive rate, or says that there is no false-positive rate.
+    with the false-positive rate, or says that there is no false-positive rate. `unscored` counts
+    the reals and the fakes without a score.
     """
     reference = set_report["reference"]
     figures = reference or set_report["overall"]
@@ -348,13 +390,19 @@ def _headline(name: str, set_report: Mapping[str, Any], about: Mapping[str, Any]
         f" of {about['reference_reals']['set']}" if reference else ""
     )
     if alarms is None:
+        none, other = "NO REAL IMAGES AT HAND", "a set that has real images"
+        if unscored[REAL]:
+            counted = console.counted(unscored[REAL], "real image")
+            none, other = f"NONE OF {counted.upper()} COULD BE SCORED", "another set"
         return (
-            f"{name}: NO REAL IMAGES AT HAND, so no false-positive rate. That {recall} of "
-            f"{fakes} were found says nothing about false alarms; name a set "
-            "that has real images with --reference-reals"
+            f"{name}: {none}, so no false-positive rate. That {recall} of {fakes} were found says "
+            f"nothing about false alarms; name {other} with --reference-reals"
         )
     if recall is None:
-        return f"{name}: {alarms} of {reals} called fake; no fake images here"
+        none = "no fake images here"
+        if unscored[FAKE]:
+            none = f"none of {console.counted(unscored[FAKE], 'fake')} could be scored"
+        return f"{name}: {alarms} of {reals} called fake; {none}"
     return f"{name}: {recall} of {fakes} found, {alarms} of {reals} called fake"
 
 
@@ -366,9 +414,8 @@ def _without_score(scores: ScoreTable, name: str, set_report: Mapping[str, Any])
         return ""  # the sentence says so
     sets, names = scores.codes("set")
     there = sets == names.index(name)
-    if set_report["reference"]:
-        reals = scores.numbers("label") == REAL
-        there = there | (reals & (sets == names.index(scores.evaluation["reference_reals"]["set"])))
+    reals = scores.numbers("label") == REAL
+    there = there | (reals & (sets == names.index(_set_of_reals(scores, name))))
     missing = int(np.count_nonzero(there & ~scores.numbers("valid")))
     count = console.counted(int(np.count_nonzero(there)), "image")
     return f"; {missing:,} of {count} without a score" if missing else ""

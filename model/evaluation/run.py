@@ -240,7 +240,7 @@ def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
     """
     shards, reference = planned.sets[name].shards, planned.reference
     is_real = shards.column("label") == REAL
-    if not reference or reference["set"] == name or not (reference["for_all"] or not is_real.any()):
+    if not reference or not report.uses_reference(name, shards.column("label"), reference):
         return shards
     other = planned.sets[reference["set"]].shards
     reals = other.take(np.flatnonzero(other.column("label") == REAL))

@@ -53,6 +53,9 @@ def test_metrics_that_need_both_classes_are_none_without_one() -> None:
     assert "no fake images here" in what_is_missing(4, 0)
     assert "no images here" in what_is_missing(0, 0)
     assert what_is_missing(4, 4) is None
+    assert what_is_missing(0, 4, (1, 0)).startswith("None of 1 real image could be scored: recall")
+    assert what_is_missing(4, 0, (0, 9)).startswith("None of 9 fake images could be scored: only")
+    assert what_is_missing(0, 0, (2, 3)) == "None of 5 images could be scored."
 
 
 def test_probability_is_the_softmax_at_a_temperature() -> None:

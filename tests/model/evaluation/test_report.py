@@ -8,7 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.evaluation.report import first_of_each, mean_and_std, report, without_scores
+from model.evaluation.report import (
+    first_of_each,
+    mean_and_std,
+    report,
+    uses_reference,
+    without_scores,
+)
 from model.evaluation.scores import (
     SCORES_VERSION,
     ScoresError,
@@ -250,6 +256,43 @@ def test_scores_are_written_and_read_row_by_row(
     write_scores(path, parts, about)
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_a_class_without_any_score_is_not_called_missing() -> None:
+    gone = {"logit": None, "valid": False, "error": "no verdict"}
+    fakes = prompts({"Flux": 1.0})
+    unread = [row | gone for row in reals("evalgen")]
+    document = report(table_of([*fakes, *unread], ["evalgen"]))
+    (sentence,) = document["headline"]
+    assert sentence.startswith("evalgen: NONE OF 30 REAL IMAGES COULD BE SCORED, so no false")
+    assert sentence.endswith("; 30 of 54 images without a score")
+    note = document["sets"]["evalgen"]["note"]
+    assert note.startswith("None of 30 real images could be scored: recall gives")
+    document = report(table_of([*(row | gone for row in fakes), *reals("evalgen")], ["evalgen"]))
+    assert "called fake; none of 24 fakes could be scored; 24 of 54" in document["headline"][0]
+    assert document["sets"]["evalgen"]["note"].startswith("None of 24 fake images could be scored")
+    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    away = [row | gone for row in reals("test", 7)]
+    (sentence,) = report(table_of([*fakes, *away], ["evalgen"], reference_reals=reference))[
+        "headline"
+    ]
+    assert sentence.startswith("evalgen: NONE OF 7 REAL IMAGES COULD BE SCORED")
+    assert sentence.endswith("; 7 of 31 images without a score")
+
+
+def test_a_set_whose_reals_have_no_score_takes_no_others() -> None:
+    """As the robustness test, which is planned before any image is read."""
+    gone = {"logit": None, "valid": False, "error": "no verdict"}
+    rows = [*prompts({"Flux": 1.0}), *(row | gone for row in reals("evalgen", 3)), *reals("test")]
+    reference = {"set": "test", "why": "the catalog's default", "for_all": False}
+    one = report(table_of(rows, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
+    assert one["reference"] is None and one["overall"]["reals"] == 0
+    labels = np.array([1, 1, 0])
+    assert not uses_reference("evalgen", labels, reference)
+    assert uses_reference("evalgen", labels, reference | {"for_all": True})
+    assert uses_reference("evalgen", labels[:2], reference)
+    assert not uses_reference("test", labels[:2], reference)
+    assert not uses_reference("evalgen", labels[:2], None)
 
 
 class Reason(str):
