@@ -27,9 +27,10 @@ the `Images` of one key, the `Groups`, and the entry of this key in the result o
 dict, metric -> values). It returns a dict, metric -> [low, high], the middle 95 %.
 
 `interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
-number of groups that it depends on, and its lowest and highest possible value (default 0 and 1; ()
-for a difference). It returns None for fewer than two groups, if more than half of the values are
-NaN, or if they are all equal and at none of the bounds; `intervals()` leaves out such a metric.
+number of groups that it depends on (`independent_groups(images, groups)` returns a function, metric
+-> number), and its lowest and highest possible value (default 0 and 1; () for a difference). It
+returns None for fewer than two groups, if more than half of the values are NaN, or if they are all
+equal and at none of the bounds; `intervals()` leaves out such a metric.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
@@ -54,6 +55,7 @@ Pearson, 1934): [0, d] or [1 - d, 1], where d is 1 - (0.05 / 2) ** (1 / groups).
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
@@ -63,6 +65,9 @@ from model.metrics import given_to_truth
 RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
+
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""Half the width of a normal interval of `LEVEL`, in standard deviations: 1.96."""
 
 FEWEST_GROUPS = 10
 """Smallest number of groups of a source that are resampled by themselves."""
@@ -385,10 +390,6 @@ def _errors(probabilities: np.ndarray, label: int) -> np.ndarray:
     return np.stack([-np.log(given), np.square(probabilities - label)])
 
 
-# Metrics by the classes from which they are computed.
-_OF_FAKES = ("recall",)
-_OF_REALS = ("false_positive_rate",)
-_OF_ALL = ("accuracy", "nll", "brier")
 _SHARES = ("accuracy", "recall", "false_positive_rate")
 _ENDS = {"nll": (math.inf,)}
 """Bounds of the metrics that are not from 0 to 1."""
@@ -401,25 +402,31 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
     all resamples, if the metric is undefined in more than half of the resamples, or if it has the
     same value in all of them, is not at a bound and is no share of images.
     """
-    every = np.concatenate([images.reals, images.fakes])
-    reals, fakes, both = map(groups.count, (images.reals, images.fakes, every))
-    vary = groups.vary(every)
+    independent = independent_groups(images, groups)
+    counts = {"recall": len(images.fakes), "false_positive_rate": len(images.reals)}
+    every = len(images.reals) + len(images.fakes)
     intervals_of = {}
     for name, values in resamples.items():
-        independent, count = min(reals, fakes), len(every)
-        if name in _OF_ALL:
-            independent = both if vary else 1
-        elif name in _OF_FAKES:
-            independent, count = fakes, len(images.fakes)
-        elif name in _OF_REALS:
-            independent, count = reals, len(images.reals)
         if name in _SHARES:
-            low_high = _interval_of_share(values, independent, count)
+            low_high = _interval_of_share(values, independent(name), counts.get(name, every))
         else:
-            low_high = interval(values, independent, _ENDS.get(name, (0.0, 1.0)))
+            low_high = interval(values, independent(name), _ENDS.get(name, (0.0, 1.0)))
         if low_high is not None:
             intervals_of[name] = low_high
     return intervals_of
+
+
+def independent_groups(images: Images, groups: Groups) -> Callable[[str], int]:
+    """Return a function that gives the number of groups that a metric of `images` depends on. For
+    accuracy, NLL and Brier these are all groups (1 if one is the same in all resamples), for recall
+    and false positives those of the class, and for other metrics those of the class with fewer.
+    """
+    every = np.concatenate([images.reals, images.fakes])
+    reals, fakes, both = map(groups.count, (images.reals, images.fakes, every))
+    both = both if groups.vary(every) else 1
+    of_metric = {"recall": fakes, "false_positive_rate": reals}
+    of_metric |= dict.fromkeys(("accuracy", "nll", "brier"), both)
+    return lambda metric: of_metric.get(metric, min(reals, fakes))
 
 
 def _interval_of_share(values: np.ndarray, independent: int, images: int) -> list[float] | None:
@@ -448,9 +455,9 @@ def wilson(share: Shares, count: Shares) -> tuple[Shares, Shares]:
     """Return the ends of the 95 % score interval of a share of `count` images (E. B. Wilson, 1927).
     Both are numbers or arrays of one shape.
     """
-    z2 = 1.96**2
+    z2 = Z**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    reach = (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5 * 1.96 / (1 + z2 / count)
+    reach = (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5 * Z / (1 + z2 / count)
     return middle - reach, middle + reach
 
 

@@ -45,7 +45,7 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.bootstrap import interval, resample
+from model.evaluation.bootstrap import independent_groups, interval, resample
 from model.evaluation.report import LineKey, Rows, lines_of, rows_of_set
 from model.evaluation.scores import ScoresError, ScoreTable
 from model.metrics import measure
@@ -194,10 +194,10 @@ def _compare_set(
             asdict(measure(run.labels[chosen], run.probability[chosen], threshold))
             for run, threshold in zip(rows, thresholds, strict=True)
         ]
-        groups = [rows[0].groups.count(rows_) for rows_ in (line_images.reals, line_images.fakes)]
+        independent = independent_groups(line_images, rows[0].groups)
+        values = [of_run[key] for of_run in resamples]
         changes = {
-            metric: _change(metric, figures, [of_run[key] for of_run in resamples], groups)
-            for metric in COMPARED
+            metric: _change(metric, figures, values, independent(metric)) for metric in COMPARED
         }
         kind, own_name = (key, "") if isinstance(key, str) else key
         lines.append(Line(name, kind, own_name, len(chosen), changes))
@@ -213,13 +213,11 @@ def _change(
     metric: str,
     figures_of_runs: Sequence[Mapping[str, Any]],
     resamples: Sequence[Mapping[str, np.ndarray]],
-    groups: Sequence[int],
+    independent: int,
 ) -> Change | None:
     before, after = (figures[metric] for figures in figures_of_runs)
     if before is None or after is None:
         return None
-    reals, fakes = groups
-    independent = {"recall": fakes, "false_positive_rate": reals}.get(metric, min(groups))
     ends = interval(resamples[1][metric] - resamples[0][metric], independent, ends=())
     low, high = ends if ends else (None, None)
     return Change(before, after, low, high)

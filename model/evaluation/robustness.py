@@ -55,7 +55,7 @@ from torch import nn
 
 from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
-from model.evaluation.bootstrap import Images, group_rows, intervals, resample
+from model.evaluation.bootstrap import Images, Z, group_rows, intervals, resample
 from model.metrics import measure
 from model.score import evaluating, join_failures, logits_of
 from model.verdict import NOT_FINITE, probability
@@ -361,5 +361,5 @@ def shift_of(changes: np.ndarray, groups: np.ndarray, gap: float | None = None) 
     if count < 2:
         return Shift(len(changes), mean, None, None, of_gap)
     variance = np.square(sums).sum() * count / (count - 1)
-    reach = 1.96 * float(np.sqrt(variance)) / len(changes)
+    reach = Z * float(np.sqrt(variance)) / len(changes)
     return Shift(len(changes), mean, mean - reach, mean + reach, of_gap)

@@ -58,7 +58,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from model.evaluation.bootstrap import Images, Resamples, interval, intervals, resample
+from model.evaluation.bootstrap import (
+    Images,
+    Resamples,
+    independent_groups,
+    interval,
+    intervals,
+    resample,
+)
 from model.evaluation.report import Rows, lines_of, rows_of_set
 from model.evaluation.scores import ScoresError, ScoreTable
 from model.metrics import measure
@@ -227,15 +234,14 @@ def _with_intervals(
 ) -> dict[str, Any]:
     """Return the `FIGURES` of one run: value, interval, interval of the difference to the best."""
     ends = intervals(whole, rows.groups, own[1])
-    groups = [rows.groups.count(images) for images in (whole.reals, whole.fakes)]
+    independent = independent_groups(whole, rows.groups)
     result = {}
     for name, metric in FIGURES.items():
         low, high = ends.get(metric) or (None, None)
         behind = None
         if own is not best and metric in own[1] and metric in best[1]:
-            of_metric = {"recall": groups[1], "false_positive_rate": groups[0]}
-            independent = of_metric.get(metric, min(groups))
-            behind = interval(own[1][metric] - best[1][metric], independent, ends=())
+            change = own[1][metric] - best[1][metric]
+            behind = interval(change, independent(metric), ends=())
         value = own[0][metric]
         result[name] = {"value": value, "low": low, "high": high, "behind": behind}
     return result

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import asdict
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -226,6 +227,23 @@ def test_a_metric_of_a_single_group_has_no_interval() -> None:
     )
     assert "false_positive_rate" in bounds
     assert "recall" not in bounds and "auroc" not in bounds
+
+
+def test_a_metric_depends_on_the_groups_of_its_classes() -> None:
+    labels = np.repeat([0, 1], [12, 30])
+    groups = group_rows(np.append(np.arange(12), 12 + np.arange(30) // 10), labels * 0, labels)
+    of = bootstrap.independent_groups(images_of(labels), groups)
+    assert [of(name) for name in ("accuracy", "nll", "brier")] == [15, 15, 15]
+    assert [of(name) for name in ("false_positive_rate", "recall", "auroc", "f1")] == [12, 3, 3, 3]
+    only_reals = bootstrap.independent_groups(Images(np.arange(12), NONE), groups)
+    assert (only_reals("accuracy"), only_reals("auroc")) == (12, 0)
+
+
+def test_normal_intervals_have_the_level_of_the_others() -> None:
+    assert pytest.approx(1.96, abs=1e-4) == bootstrap.Z
+    low, high = bootstrap.wilson(0.5, 1e6)  # as a normal interval of so many images
+    assert NormalDist(0.5, 5e-4).cdf(high) == pytest.approx((1 + bootstrap.LEVEL) / 2, abs=1e-6)
+    assert low + high == pytest.approx(1)
 
 
 def coverage(
