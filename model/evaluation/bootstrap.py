@@ -29,27 +29,24 @@ dict, metric -> values). It returns a dict, metric -> [low, high], the middle 95
 `interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
 number of groups that it depends on (`independent_groups(images, groups)` returns a function, metric
 -> number), and its lowest and highest possible value (default 0 and 1; () for a difference). It
-returns None for fewer than two groups, if more than half of the values are NaN, or if they are all
-equal and at none of the bounds; `intervals()` leaves out such a metric.
+returns None if there is no interval; `intervals()` leaves out such a metric.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
 section 3.8). This is done separately for each source, and within a source for the groups with only
 reals, with only fakes, and with both. Resamples of a part with n groups have (n - 1) / n of the
 variance that other images have; so all parts of fewer than `FEWEST_GROUPS` groups, of any source,
-form one part for each of the three. 96 to 97 % of the intervals of recall then contain the truth
-(simulated, 24 to 60 sources with 5 to 2 prompts of 10 alike images). With such parts by themselves
-it was 85 to 93 %. If that part has too few groups as well, it joins the largest part of its kind,
-as collapsed strata do (Cochran, "Sampling Techniques", 1977, section 5A.12): 89 to 94 % instead of
-0 to 82 % (one to five prompts of 20 to 100 images beside 12 to 100 of 1 to 5).
+form one part for each of the three. If that part has too few groups as well, it joins the largest
+part of its kind, as collapsed strata do (Cochran, "Sampling Techniques", 1977, section 5A.12).
+docs/evaluation.md says how often intervals then contain the truth.
 
 The interval of `accuracy`, `recall` and `false_positive_rate` contains the score interval of Wilson
 (1927), for the number of independent images that has the variance of the resamples, or for the
 number of groups where all resamples agree. `wilson(share, count)` returns its two ends; both
-arguments are floats, or arrays of one shape.
-
-An interval [0, 0] or [1, 1] at a bound of the metric is replaced by the exact one (Clopper and
-Pearson, 1934): [0, d] or [1 - d, 1], where d is 1 - (0.05 / 2) ** (1 / groups).
+arguments are floats, or arrays of one shape. An interval [0, 0] or [1, 1] at a bound of the metric
+is replaced by the exact one (Clopper and Pearson, 1934): [0, d] or [1 - d, 1], where d is
+1 - (0.05 / 2) ** (1 / groups). Where no group has both classes, the interval of `accuracy` and
+`balanced_accuracy` contains the one that follows from those of recall and of false positives.
 """
 
 import math
@@ -76,9 +73,7 @@ _SAME = 1e-6
 """Values that differ by less are equal: sums over many weights are rounded to float32."""
 
 _AT_A_TIME = 2_000_000
-"""Weights (resamples x images) in memory at a time. More would not fit in the processor's cache.
-(Threads do not help: two took as long as one, because they wait between NumPy's calls.)
-"""
+"""Weights (resamples x images) in memory at a time. More would not fit in the processor's cache."""
 
 Line = TypeVar("Line", bound=Hashable)
 Shares = TypeVar("Shares", float, np.ndarray)
@@ -118,9 +113,7 @@ class Groups:
         return int(np.count_nonzero(there))
 
     def vary(self, rows: np.ndarray) -> bool:
-        """Return whether each group of `rows` varies in resamples. One that is a stratum by itself
-        does not.
-        """
+        """Return whether all groups of `rows` vary in resamples. A stratum of one does not."""
         held = np.repeat(self.strata, self.strata)
         return bool((held[self.of_row[rows]] > 1).all())
 
@@ -174,9 +167,8 @@ def resample(
     """Compute the metrics of each line of `images` in `resamples` resamples of the groups. All
     lines use the same resamples.
 
-    `probabilities` of fake are float64 (N,). A line with one class gets only the metrics of
-    `model.metrics.measure` that one class has. Deterministic for equal arguments. `on_resamples(n)`
-    is called after every n resamples.
+    A line with one class gets only the metrics that one class has. Deterministic for equal
+    arguments. `on_resamples(n)` is called after every n resamples.
     """
     order = np.argsort(probabilities, kind="stable")
     scores, group_of_rank = probabilities[order], groups.of_row[order]
@@ -204,9 +196,8 @@ def resample(
 
 
 def _weights(groups: Groups, rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each group is in each resample, in blocks: float32 (B, groups).
-
-    float64 from 2 ** 24 rows on, where float32 sums would not be exact.
+    """Yield how often each group is in each resample, in blocks: float32 (B, groups), or float64
+    from 2 ** 24 rows on, where float32 sums would not be exact.
     """
     dtype = np.float32 if rows < 2**24 else np.float64
     rng = np.random.default_rng(seed)
@@ -413,7 +404,31 @@ def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str,
             low_high = interval(values, independent(name), _ENDS.get(name, (0.0, 1.0)))
         if low_high is not None:
             intervals_of[name] = low_high
+    together = groups.count(np.concatenate([images.reals, images.fakes]))
+    if independent("recall") + independent("false_positive_rate") == together:
+        _widen(intervals_of, resamples, images)
     return intervals_of
+
+
+def _widen(ends_of: dict[str, list[float]], resamples: Resamples, images: Images) -> None:
+    """Widen accuracy and balanced accuracy to what follows from the intervals of recall and of
+    false positives, if these are independent: distances to the ends are squared and added (Zou and
+    Donner, "Construction of confidence limits", Statistics in Medicine 27, 2008). Changes
+    `ends_of`. Resamples of three groups of fakes that are all found never miss one, so that
+    accuracy would only vary with the reals.
+    """
+    names = ("recall", "false_positive_rate")
+    if not all(name in ends_of for name in names):
+        return
+    (low, high), (recall, alarms) = ends_of[names[1]], (np.nanmean(resamples[n]) for n in names)
+    means, ends = np.array([recall, 1 - alarms]), np.array([ends_of["recall"], [1 - high, 1 - low]])
+    share = len(images.fakes) / (len(images.reals) + len(images.fakes))
+    for name, weight in (("accuracy", share), ("balanced_accuracy", 0.5)):
+        if name in ends_of:
+            weights = np.array([weight, 1 - weight])
+            down, up = np.sqrt(weights**2 @ np.square(ends - means[:, None])).tolist()
+            (low, high), middle = ends_of[name], float(weights @ means)
+            ends_of[name] = [min(low, middle - down), max(high, middle + up)]
 
 
 def independent_groups(images: Images, groups: Groups) -> Callable[[str], int]:
@@ -431,12 +446,8 @@ def independent_groups(images: Images, groups: Groups) -> Callable[[str], int]:
 
 def _interval_of_share(values: np.ndarray, independent: int, images: int) -> list[float] | None:
     """Return the interval of a share of `images` images: the one of its resamples, widened to the
-    score interval of Wilson; None as `interval`.
-
-    The percentiles alone are too narrow for a rare event: one error in 490 images would get a lower
-    upper end than none. The score interval takes the number of independent images that has the
-    variance of `values`, or the number of groups if all resamples agree: a detector that calls
-    every image fake has the accuracy of the mixture in each of them.
+    score interval of Wilson (see the module docstring); None as `interval`. The percentiles alone
+    are too narrow for a rare event: one error in 490 images would get a lower upper end than none.
     """
     low_high = interval(values, independent) or _percentiles(values, independent)
     if low_high is None:
@@ -481,9 +492,7 @@ def interval(
 
 
 def _percentiles(values: np.ndarray, independent: int) -> list[float] | None:
-    """Return the middle 95 % of the values, or None for fewer than two groups, or if more than half
-    of the values are NaN.
-    """
+    """Return the middle 95 %; None for fewer than two groups, or if more than half are NaN."""
     known = values[~np.isnan(values)]
     if independent < 2 or 2 * len(known) < len(values):
         return None
