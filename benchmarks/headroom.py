@@ -44,7 +44,7 @@ import torch
 import console
 import recipes
 from model.device import describe
-from model.recipe import Recipe
+from model.recipe import Gate, Recipe
 from model.training.assemble import assemble, compile_network
 from model.training.plan import plan
 from model.training.step import train_step
@@ -184,7 +184,7 @@ def main(
     # Nothing is validated or saved, so the training set can stand in for the validation set.
     trained = replace(recipe.data, validate=recipe.data.train, allow_shared_images=True)
     # A new name: a run of this name in the folder of runs would be resumed.
-    unsaved = replace(recipe, data=trained, name=f"headroom-{time.time_ns()}")
+    unsaved = replace(recipe, data=trained, gate=Gate(), name=f"headroom-{time.time_ns()}")
     planned = plan(unsaved, data, Path("runs"), device=device)
     place, stream = planned.device, planned.stream
     stats = LoaderStats(stream.pool.shards.codes("source")[1])

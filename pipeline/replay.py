@@ -49,18 +49,13 @@ class Replay:
     """Sources of the old sets that are not replayed."""
     distill_weight: float = 0.0
     """Weight of the loss that keeps the logits of old samples near those of the initial network. 0:
-    off. Needs a `ratio` above 0. Range: at least 0"""
+    off; without replay it has no effect. Range: at least 0"""
 
     def __post_init__(self) -> None:
         if self.fraction > 0 and not self.sets:
             raise ValueError(f"ratio is {self.ratio}, but `sets` is empty; name the old sets there")
         if self.distill_weight < 0:
             raise ValueError(f"distill_weight must not be negative, got {self.distill_weight}")
-        if self.distill_weight > 0 and not self.fraction:
-            raise ValueError(
-                f"distill_weight is {self.distill_weight:g}, but ratio is 0, so no old sample is "
-                "replayed whose logits it could keep; set ratio, or distill_weight=0"
-            )
 
     @property
     def fraction(self) -> Fraction:

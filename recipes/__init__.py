@@ -20,6 +20,7 @@ import datetime
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -215,8 +216,14 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
+_FRACTION = re.compile(r"[+-]?([0-9]+\.|[0-9]*\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""Numbers that Python writes so and TOML does not know: `.5` and `5.`."""
+
+
 def _parsed(override: str) -> tuple[str, Any]:
-    """Split an override `path.to.key=value`. A value that is not valid TOML is taken as text."""
+    """Split an override `path.to.key=value`. A value that is not valid TOML is taken as text, but
+    for numbers such as `.5` or `5.`, and `True` and `False`.
+    """
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise RecipeError(f"--set takes KEY=VALUE, such as optim.lr=1e-4; got {override!r}")
@@ -224,6 +231,10 @@ def _parsed(override: str) -> tuple[str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+        if _FRACTION.fullmatch(value):
+            value = float(value)
+        elif value in ("True", "False"):
+            value = value == "True"
     except RecursionError:
         raise RecipeError(f"--set {name}: its value is nested too deeply") from None
     return name.strip(), value

@@ -204,15 +204,16 @@ def _refuse_overlaps(
     for name in packed_sets(out, work):
         if name in builds:
             continue
-        origins, hashes = _packed_images(out / name)
+        keys, hashes = _packed_images(out / name)
         for one in builds.values():
-            lost = inventory.column("origin").take(pa.array(losing[winning == one.name]))
+            lost = inventory.take(pa.array(losing[winning == one.name]))
+            names = map(sample_key, *(lost.column(n).to_pylist() for n in ("source", "origin")))
             ties = (
-                (origins, one.samples.column("origin")),
-                (hashes, one.samples.column("sha256")),
-                (origins, lost),
+                (keys, one.samples.column("key").combine_chunks()),
+                (hashes, one.samples.column("sha256").combine_chunks()),
+                (keys, pa.array(names, pa.string())),
             )
-            both = [pc.is_in(packed, here.combine_chunks()) for packed, here in ties]
+            both = [pc.is_in(packed, here) for packed, here in ties]
             count = pc.sum(pc.or_(pc.or_(*both[:2]), both[2])).as_py()
             if not count:
                 continue
@@ -223,16 +224,16 @@ def _refuse_overlaps(
                     f"{name}, or leave out --set (no set was changed)"
                 )
             raise ShardError(
-                f"set {name} is out of date: no image goes to it any more, and {said}. Correct the "
-                f"catalog, pass the --catalog of that set too, or delete {out / name} and build "
-                "again (no set was changed)"
+                f"this build packs nothing into set {name}, and {said}. Correct the catalog, pass "
+                f"the --catalog of that set too, or delete {out / name} and build again (no set "
+                "was changed)"
             )
         if name not in present and not packed_sources(work / name).isdisjoint(scan.listings):
             log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
 
 
 def _packed_images(folder: AnyPath) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Return the origins and hashes of the images of a packed set, empty if it is unfinished.
+    """Return the keys and hashes of the images of a packed set, empty if it is unfinished.
 
     Raises:
         ShardError: its table is damaged.
@@ -240,7 +241,7 @@ def _packed_images(folder: AnyPath) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     path = folder / SAMPLES_FILE
     try:
         table = table_from(path.read_bytes()) if path.exists() else SAMPLES_SCHEMA.empty_table()
-        return table.column("origin"), table.column("sha256")
+        return table.column("key"), table.column("sha256")
     except (KeyError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise

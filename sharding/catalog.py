@@ -128,7 +128,7 @@ class Rule:
     folder: str = "**"
     name: str = "*"
     column: str = ""
-    where: dict[str, str | int] = field(default_factory=dict)
+    where: dict[str, str | bool | int] = field(default_factory=dict)
     generator: str = ""
     set: str | dict[str, float] = ""
     optional: bool = False

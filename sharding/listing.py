@@ -49,7 +49,7 @@ from imaging.decode import IMAGE_SUFFIXES
 from imaging.zip import LINK
 from sharding.catalog import CatalogError, Rule, Source, shares
 from sharding.format import CLASSES
-from sharding.raw import RawFile, nfc, walk
+from sharding.raw import VOLUME, RawError, RawFile, nfc, walk
 from storage import AnyPath, parse_json
 
 NAMED = 5
@@ -143,6 +143,11 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             used.update(claim.compiled.read_as for claim in (*ignoring, *claims))
         if ignoring:
             listing.exclude("the catalog ignores it", file.inside)
+        elif file.excluded == VOLUME:
+            raise RawError(
+                f"{raw / file.path} is a volume of a split archive, and the last volume, the .zip, "
+                "is not beside it; fetch it, or remove or `ignore` the volumes"
+            )
         elif file.excluded and not (claims and suffix in IMAGE_SUFFIXES):
             listing.exclude(file.excluded, file.inside)
         elif on_cells and suffix == ".parquet":
@@ -434,7 +439,7 @@ def _choose_rows(
     return chosen
 
 
-def _equal(values: pa.Table, column: str, value: str | int, path: AnyPath) -> np.ndarray:
+def _equal(values: pa.Table, column: str, value: str | bool | int, path: AnyPath) -> np.ndarray:
     """Return the rows where a column has a value; a text for an integer column is a class name."""
     cells = values.column(column)
     if isinstance(value, str) and pa.types.is_integer(cells.type):

@@ -3,8 +3,9 @@
 Main entries, two generators: `walk(raw, root)` takes the folder of all raw datasets (a `Path` or
 `UPath`) and the name of a folder in it, a text. It yields a `RawFile` for each file below
 `raw/root`, sorted by path, with each zip archive as a folder. Left out are hidden files, and the
-volumes X.z01, ... of a split archive, which is read as X.zip. A broken archive, and volumes without
-X.zip, raise `RawError` (a `ValueError`), an unreadable folder `OSError`. The fields of a `RawFile`:
+volumes X.z01, ... of a split archive, which is read as X.zip; without X.zip they come at the end,
+`excluded` as a `VOLUME`. A broken archive raises `RawError` (a `ValueError`), an unreadable folder
+`OSError`. The fields of a `RawFile`:
 
 - `inside`: path below `raw/root`.
 - `path`: path of the file with the bytes, below `raw`.
@@ -55,6 +56,8 @@ from upath import UPath
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
 from storage import AnyPath, is_local, remote_errors
+
+VOLUME = "a volume of a split archive, whose last volume, the .zip, is not beside it"
 
 
 class RawError(ValueError):
@@ -120,12 +123,11 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
                 yield from _members(raw, file)
         else:
             yield file
-    for stem in volumes.keys() - archives:  # X.ZIP is sorted before X.z01
-        first = volumes[stem][0]
-        raise RawError(
-            f"{raw / first.path} is a volume of a split archive, and the last volume, the .zip, is "
-            "not beside it; fetch it, or remove the volumes"
-        )
+    for stem in sorted(volumes.keys() - archives):  # X.ZIP is sorted before X.z01
+        # Each split archive has a first volume. Others are files such as `game.z64`.
+        is_split = any(re.search(r"\.z0*1$", file.inside, re.IGNORECASE) for file in volumes[stem])
+        for file in volumes[stem]:
+            yield file._replace(excluded=VOLUME) if is_split and not file.excluded else file
 
 
 def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:

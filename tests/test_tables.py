@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import console
 import train
 from model.calibrate import Calibration
 from model.evaluation.compare import flips
+from model.metrics import Metrics
 from report.terminal import print_calibration, print_comparison, print_report
 from sharding.__main__ import main as sharding
 from sharding.audit.audit import Audit, Estimate, FeatureAudit, SourceAudit
@@ -158,8 +160,9 @@ def test_tables_of_shard_sets(
 def test_the_last_table_of_training(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {
         "count": 12345, "reals": 1, "fakes": 2, "accuracy": 0.9444, "balanced_accuracy": 0.9,
-        "recall": 0.85, "false_positive_rate": None, "f1": None, "auroc": 0.999,
+        "recall": 0.85, "auroc": 0.999,
     }  # fmt: skip
+    figures = dict.fromkeys(field.name for field in fields(Metrics)) | figures
     metrics = {"sets": {"val": figures}, "sources": {"val/gamma": figures}, "selection": 0.9}
     meta = {"recipe": {"name": "phase1"}, "step": 7, "threshold": 0.6824, "metrics": metrics}
     train._print_validation(meta)

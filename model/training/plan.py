@@ -286,7 +286,7 @@ def _weights(
         ValueError: distillation without a trained detector to start from, or a frozen backbone with
             random weights.
     """
-    distills = recipe.replay.distill_weight > 0
+    distills = recipe.replay.distill_weight > 0 and recipe.replay.fraction > 0
     init_from = (init_from or _start_of(recipe, runs)) if distills or not resumed else None
     first = resumed or init_from
     if first:
@@ -434,8 +434,8 @@ def _warnings(
 ) -> tuple[str, ...]:
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
     preprocessing other than that of the checkpoint that the run starts from, a start from a refused
-    checkpoint, views that no epoch reads, or a gate that compares without a trained checkpoint to
-    compare with.
+    checkpoint, views that no epoch reads, a gate that compares without a trained checkpoint to
+    compare with, or distillation without replay.
     """
     gate, lines = recipe.gate, list[str]()
     if recipe.features and (epochs := recipe.run.epochs) <= recipe.features.views:
@@ -444,6 +444,8 @@ def _warnings(
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
         name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
         lines += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
+    if recipe.replay.distill_weight and not recipe.replay.fraction:
+        lines += ["replay.distill_weight is not used: replay.ratio is 0, no old sample is replayed"]
     if weights.kind in ("timm", "imagenet"):
         return (*lines, *normalization_warnings(recipe))
     if weights.path is None:

@@ -85,8 +85,17 @@ def test_a_source_that_is_renamed_with_its_set_is_not_in_two_sets(
     pack(tmp_path, catalog(("old", "photos", '"trx"', REAL), sets="trx"))
     (tmp_path / "raw/photos").rename(tmp_path / "raw" / root)
     renamed = catalog(("new", root, '"tex"', REAL), sets="tex")
-    said = rf"set trx .* no image goes to it any more, and 4 .* delete {tmp_path}/out/trx and "
+    said = rf"packs nothing into set trx, and 4 .* set tex too.* delete {tmp_path}/out/trx and "
     refused(tmp_path, said, renamed)
+
+
+def test_another_catalog_may_pack_other_files_of_the_same_names(tmp_path: Path) -> None:
+    put(tmp_path / "raw/photos/real", range(4))
+    pack(tmp_path, catalog(("old", "photos", '"tr"', REAL)))
+    shutil.rmtree(tmp_path / "raw/photos")
+    put(tmp_path / "raw/photos/real", range(10, 14))
+    pack(tmp_path, catalog(("new", "photos", '"tex"', REAL), sets="tex"))
+    assert consistent(tmp_path)
 
 
 @pytest.mark.parametrize("quality", ["the same bytes", "near-duplicates"])

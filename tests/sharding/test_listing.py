@@ -375,6 +375,18 @@ def test_a_generator_is_the_name_of_its_class_number(tmp_path: Path) -> None:
         list_source("s", source, tmp_path / "raw")
 
 
+def test_a_column_of_booleans_may_decide_the_class(tmp_path: Path) -> None:
+    (tmp_path / "catalog.toml").write_text(
+        '[sets]\nt = "train"\n[sources.s]\nlicense = "x"\nset = "t"\n'
+        'real = [{ column = "image", where = { ai = false } }]\n'
+        'fake = [{ column = "image", where = { ai = true } }]\n'
+    )
+    source = read_catalog([tmp_path / "catalog.toml"]).sources["s"]
+    pixels = [image() for _ in range(3)]
+    parquet(tmp_path / "raw/s/a.parquet", {"image": pixels, "ai": [True, False, True]})
+    assert [item.label for item in list_source("s", source, tmp_path / "raw").items] == [1, 0, 1]
+
+
 def test_evalgen_zip_and_its_reals(tmp_path: Path) -> None:
     generators = ["Flux", "GoT", "Infinity", "NOVA", "OmniGen"]
     archive = tmp_path / "raw/evalgen/EvalGEN.zip"

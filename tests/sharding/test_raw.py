@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from upath import UPath
 
 from imaging.decode import DecodeError
-from sharding.raw import RawError, read_all, walk
+from sharding.catalog import Source
+from sharding.listing import list_source
+from sharding.raw import VOLUME, RawError, read_all, walk
 from tests.builders import write_split_zip
 from tests.servers import Server
 
@@ -55,10 +58,17 @@ def test_volumes_without_their_archive_are_an_error(tmp_path: Path) -> None:
     assert len(list(walk(tmp_path, "s"))) == len(MEMBERS)
     (tmp_path / "s/sub/X.ZIP").unlink()
     (tmp_path / "s/a.jpg").touch()
-    with pytest.raises(RawError, match=r"s/sub/X\.z01 is a volume .*, the \.zip, is not beside it"):
-        list(walk(tmp_path, "s"))
+    (tmp_path / "s/mario.z64").touch()  # no volume, although its name looks like one
+    files = {file.inside: file.excluded for file in walk(tmp_path, "s")}
+    volumes = {"sub/X.z01", "sub/X.z02"}
+    assert files == {"a.jpg": "", "mario.z64": ""} | dict.fromkeys(volumes, VOLUME)
+    source = Source(license="x", set="train", real=["**"])
+    with pytest.raises(RawError, match=r"s/sub/X\.z0. is a volume .*, the \.zip, is not beside it"):
+        list_source("s", source, tmp_path)
+    listing = list_source("s", replace(source, ignore=["sub"]), tmp_path)
+    assert [item.origin for item in listing.items] == ["s/a.jpg"]
     (tmp_path / "s/sub/X.zip").symlink_to("elsewhere.zip")
-    assert [file.inside for file in walk(tmp_path, "s")] == ["a.jpg", "sub/X.zip"]
+    assert [file.inside for file in walk(tmp_path, "s")] == ["a.jpg", "sub/X.zip", "mario.z64"]
 
 
 @pytest.mark.skipif(not shutil.which("zip"), reason="no zip program")

@@ -103,6 +103,12 @@ def test_a_resumed_run_and_a_finished_one(load: Load, data: Path, tmp_path: Path
     assert planned.best.path == best
 
 
+def test_distillation_without_replay_has_no_teacher(load: Load, data: Path, trained: Path) -> None:
+    planned = plan(load('run.init_from="first"', "replay.distill_weight=1"), data, trained)
+    assert planned.teacher is None
+    assert any("replay.distill_weight is not used" in line for line in planned.warnings)
+
+
 def test_a_plan_does_not_touch_the_disk(load: Load, data: Path, trained: Path) -> None:
     before = files_below(data, trained)
     recipe = load('run.init_from="first"', *DISTILLED)
