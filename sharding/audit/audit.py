@@ -315,8 +315,8 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
         max_iter=30 if len(columns) == 1 else 60,
         learning_rate=0.15,
         max_leaf_nodes=8,
-        # scikit-learn's default of 20 allows no split if a class has fewer samples.
-        min_samples_leaf=20 if smaller >= 20 else max(1, smaller // 2),
+        # With scikit-learn's default of 20, few samples cannot be split where the classes differ.
+        min_samples_leaf=max(1, min(20, smaller // 5)),
         early_stopping=False,
         categorical_features=[index for index, c in enumerate(columns) if c in NAMED],
         class_weight="balanced",
