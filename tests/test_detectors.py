@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from model import checkpoint
-from model.export.card import card_of
+from model.export.card import LIMITS, card_of
 from model.shipped.backbone import DEFAULT_DETECTOR, spec_of
 from tests.builders import ROOT, encode, photo
 
@@ -34,13 +34,20 @@ def test_a_shipped_detector_is_complete_and_has_no_local_paths(folder: Path) -> 
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_card_lists_the_notices(folder: Path) -> None:
-    """Compare two sections of the card with the output of the command that writes it."""
+def test_the_card_is_what_the_code_writes(folder: Path) -> None:
+    """Compare three sections of the card with the output of the command that writes it."""
     meta, written = checkpoint.read_meta(folder), (folder / "README.md").read_text()
     card = card_of(meta, None, {}, onnx=False)
-    sections = re.compile(r"\n## (?:Known against it|Use)\n.*?(?=\n## )", re.S)
+    sections = re.compile(r"\n## (?:Known against it|Use|Limits)\n.*?(?=\n## )", re.S)
     assert sections.findall(written) == sections.findall(card)
-    assert len(sections.findall(card)) == 2
+    assert len(sections.findall(card)) == 3
+
+
+def test_the_limits_of_a_card_name_no_kind_of_image_that_a_detector_may_have_learned() -> None:
+    """Training sets may hold any of these kinds, as those of the shipped detector do."""
+    assert "not made for partly\n  edited images.\n" in LIMITS
+    for kind in ("drawing", "collage", "screenshot", "text", "illustration"):
+        assert kind not in LIMITS
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

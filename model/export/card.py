@@ -37,15 +37,15 @@ TAGS = ["ai-generated-image-detection"]
 
 LIMITS = """\
 - A score is not a proof. Do not decide about a person from a score alone.
-- The detector is made for images like its training images. With other cameras, other generators,
-  screenshots, strong compression or resizing it makes more errors, in both directions. The figures
+- The detector is made for images like its training images. With other kinds of images, cameras or
+  generators, strong compression or resizing it makes more errors, in both directions. The figures
   above are valid only for the sets that they name.
 - In public data sets, fakes and photographs also differ in format, size and compression, and a
   detector learns these differences. Before you rely on it, measure it on real and fake images that
   have the same format, size and compression.
 - The network's input is the center of an image, scaled down: {share:.0%} of the shorter side as {size} x {size} pixels{detail}.
   A small edit, or an edit near the border, can be missed. The detector was not made for partly
-  edited images, drawings, text or collages.
+  edited images.
 - The detector knows only the generators of its training sets; it may miss images of newer ones.
 """  # noqa: E501
 
