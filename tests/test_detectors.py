@@ -60,6 +60,25 @@ def test_the_card_states_the_figures_of_meta_json(folder: Path) -> None:
         assert re.search(rf"\| {re.escape(escaped)}: .+ \(\w+\) \| [\d,]+ \| {share:.3f} ", card)
 
 
+KINDS = {
+    "Faces from Flickr": "ffhq", "edited photographs": "edited_pixls",
+    "digital wallpapers": "wallpapers_nenikitov", "woodcuts": "books_woodcuts",
+    "one illustrator's drawings": "illustrations_abby", "vinyl covers": "covers_albums_vinyl",
+}  # fmt: skip
+"""Words of the README -> source."""
+
+
+def test_the_readme_names_the_real_images_that_are_called_ai_most_often() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    sentence = re.search(r"\. ([^.]+) are called AI most often", readme)
+    assert sentence is not None
+    named = {KINDS[words] for words in re.split(r", | and ", sentence[1])}
+    calibration = checkpoint.read_meta(ROOT / "detectors" / DEFAULT_DETECTOR)["calibration"]
+    sources = calibration["sources"].items()
+    rates = {name: of["false_positive_rate"] for name, of in sources if of["recall"] is None}
+    assert named == {*sorted(rates, key=rates.__getitem__)[-len(named) :]}
+
+
 @pytest.mark.slow
 def test_fetch_then_predict_prints_a_verdict(tmp_path: Path) -> None:
     """Skipped without a network, because the backbone must be downloaded."""
