@@ -20,7 +20,8 @@ iterable and yields the predictions one by one.
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
 detector with the band for these highest error rates. `max_fpr` sets the upper end, `max_miss` the
 lower one; None (the default) leaves this end as it is. `at_rates()` raises `ValueError` if a rate
-is not above 0 and below 0.5, or if the detector has no threshold for it. `band_from(threshold)`
+is not above 0 and below 0.5, if the detector has no threshold for it, or if an end would stay that
+is a requested threshold. `band_from(threshold)`
 returns the band (threshold, threshold), in which no verdict is *uncertain*. For None it returns
 None: the detector keeps its own band (each detector has one). It raises `ValueError` if the
 threshold is not 0 to 1.
@@ -221,8 +222,15 @@ class DecisionRule:
         keeps that end of the band in use. See `model.verdict.band_at`.
 
         Raises:
-            ValueError: a rate is outside 0 to 0.5, or the detector has no threshold for it.
+            ValueError: a rate is outside 0 to 0.5, the detector has no threshold for it, or the end to
+                keep is a requested threshold, which has no error rate.
         """
+        if self.asked and self.asked[0] == self.asked[1] and None in (max_fpr, max_miss):
+            raise ValueError(
+                f"the threshold {self.asked[1]:g} is in use for both ends of the band, and one rate "
+                "moves only one of them: load the detector without a threshold, or give max_fpr and "
+                "max_miss in one call"
+            )
         band = band_at(self.meta, self.band, max_fpr, max_miss)
         return replace(self, asked=band)  # type: ignore[type-var]
 

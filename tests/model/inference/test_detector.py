@@ -128,14 +128,19 @@ def test_a_requested_threshold_leaves_nothing_uncertain(small_runs: Path) -> Non
 
 
 def test_rates_change_only_their_end_of_the_band_in_use(small_runs: Path) -> None:
-    """The other end may be a requested threshold, or come from an earlier call."""
-    detector = load_detector(runs=small_runs, threshold=0.7)
+    """The other end comes from the calibration or from an earlier call."""
+    detector = load_detector(runs=small_runs)
     rates = {"band": [0.3, 0.6], "at_fpr": [[0.01, 0.9]], "at_miss": [[0.05, 0.1]]}
     detector = replace(detector, meta=detector.meta | {"calibration": rates})
-    assert detector.at_rates(max_miss=0.05).band == (0.1, 0.7)
-    assert detector.at_rates(max_fpr=0.01).band == (0.7, 0.9)
+    assert detector.at_rates(max_miss=0.05).band == (0.1, 0.6)
+    assert detector.at_rates(max_fpr=0.01).band == (0.3, 0.9)
     assert detector.at_rates(max_fpr=0.01).at_rates(max_miss=0.05).band == (0.1, 0.9)
-    assert replace(detector, asked=None).at_rates(max_miss=0.05).band == (0.1, 0.6)
+    # A requested threshold has no error rate, so it is no end of a band that keeps to one.
+    asked = replace(detector, asked=(0.7, 0.7))
+    for one in ({"max_fpr": 0.01}, {"max_miss": 0.05}):
+        with pytest.raises(ValueError, match=r"threshold 0\.7 is in use .* without a threshold"):
+            asked.at_rates(**one)
+    assert asked.at_rates(max_fpr=0.01, max_miss=0.05).band == (0.1, 0.9)
 
 
 def test_every_input_type_gives_the_same_prediction(detector, tmp_path: Path) -> None:
