@@ -222,14 +222,14 @@ class DecisionRule:
         keeps that end of the band in use. See `model.verdict.band_at`.
 
         Raises:
-            ValueError: a rate is outside 0 to 0.5, the detector has no threshold for it, or the end to
-                keep is a requested threshold, which has no error rate.
+            ValueError: a rate is outside 0 to 0.5, the detector has no threshold for it, or the
+                end to keep is a requested threshold, which has no error rate.
         """
         if self.asked and self.asked[0] == self.asked[1] and None in (max_fpr, max_miss):
             raise ValueError(
-                f"the threshold {self.asked[1]:g} is in use for both ends of the band, and one rate "
-                "moves only one of them: load the detector without a threshold, or give max_fpr and "
-                "max_miss in one call"
+                f"the threshold {self.asked[1]:g} is in use for both ends of the band, and one "
+                "rate moves only one of them: load the detector without a threshold, or give "
+                "max_fpr and max_miss in one call"
             )
         band = band_at(self.meta, self.band, max_fpr, max_miss)
         return replace(self, asked=band)  # type: ignore[type-var]
