@@ -71,7 +71,7 @@ from pipeline.order import (
 from pipeline.params import ParamsFor, eval_params, train_params, view_params
 from pipeline.preprocess import Preprocess
 from pipeline.replay import Replay, sample_old
-from sharding.format import INDEX_FILE, ShardSet, open_shards
+from sharding.format import INDEX_FILE, ShardError, ShardSet, open_shards
 from storage import AnyPath, sha256_of
 
 
@@ -140,10 +140,13 @@ def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
     """
     new = open_shards([data / name for name in train])
     names = [*train, *(replay.sets if replay.fraction else [])]
+    try:
+        shards = open_shards([data / name for name in names]) if replay.fraction else new
+    except ShardError as error:  # the sets of `train` were opened before
+        raise ShardError(f"replay.sets: {error}") from error
     hashes = {name: sha256_of(data / name / INDEX_FILE) for name in names}
     if not replay.fraction:
         return Pool(new, np.arange(len(new)), np.empty(0, np.int64), hashes)
-    shards = open_shards([data / name for name in names])
     codes, sources = shards.codes("source")
     allowed = np.array(
         [bool(shards.sources[n]["replay"]) and n not in replay.exclude_sources for n in sources],

@@ -21,7 +21,7 @@ from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches, open_pool
-from sharding.format import ShardSet
+from sharding.format import ShardError, ShardSet
 from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, broken_copy
 
 
@@ -174,6 +174,14 @@ def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
     for batch in stream.batches(0, 1):
         assert abs(batch.replayed.sum() - share * 9) < 1
         assert (batch.samples[batch.replayed] >= len(stream.pool.new)).all()
+
+
+def test_a_missing_set_to_replay_is_named_as_a_missing_training_set(data: Path) -> None:
+    said = f"no shard set at {data / 'gone'}; {data} has the sets new, old, val"
+    with pytest.raises(ShardError, match=f"^{said}$"):
+        open_pool(data, ["gone"], Replay())
+    with pytest.raises(ShardError, match=f"^replay.sets: {said}$"):
+        open_pool(data, ["new"], Replay(sets=("gone",), ratio="1:2"))
 
 
 def test_each_epoch_and_each_seed_has_other_augmentations(make_stream: Callable) -> None:
