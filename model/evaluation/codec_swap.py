@@ -173,7 +173,7 @@ def plan_swaps(
         ("all-as-webp", "all as WebP 80", (partial(webp, quality=80),)),
         (
             "leveled",
-            f"all shrunk to a shorter side of {side} at most, then JPEG {quality} 420",
+            f"leveled: all shrunk to a shorter side of {side} at most, then JPEG {quality} 420",
             (partial(fit_shorter, shorter=side), partial(jpeg, quality=quality)),
         ),
     )

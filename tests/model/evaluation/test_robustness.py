@@ -283,6 +283,7 @@ def test_swaps_depend_on_the_containers(sets: Path, shards: ShardSet) -> None:
     containers, swaps = plan_swaps(other, np.arange(len(other)))
     assert [swap.name for swap in swaps] == ["fakes-as-reals", "reals-as-fakes", *both]
     assert swaps[1].what == "reals re-encoded as WebP 80"
+    assert swaps[-1].what.startswith("leveled: all shrunk to a shorter side of ")
     assert swaps[2].perturbation.amount == min(LOW_QUALITY, containers["real"].quality)
 
 
