@@ -108,15 +108,15 @@ class Mistakes(TypedDict):
 
 
 class Compared(TypedDict):
-    """Comparison of accuracies at a threshold of 0.5 before and after phase 2."""
+    """Comparison of balanced accuracies at a threshold of 0.5 before and after phase 2."""
 
     forgetting: float | None
-    """Mean loss of accuracy over the old sources; a gain counts as 0. Null if the validation sets
-    hold no old source. Older files then have 0."""
+    """Mean loss of balanced accuracy over the old sources; a gain counts as 0. Null if the
+    validation sets hold no old source. Older files then have 0."""
     worst: float | None
     """Largest loss of an old source. Null as above."""
     sources: list[Change]
-    """Accuracy of each source before and after."""
+    """Balanced accuracy of each source before and after."""
     mistakes: NotRequired[Mistakes | None]
     """Kept mistakes before and after. Null without `gate.mistakes`."""
 
@@ -211,7 +211,7 @@ class Meta(TypedDict):
     ended: str | None
     """Reason why the run ended with this checkpoint. Null: the run continued."""
     compared: Compared | None
-    """Accuracy before and after phase 2."""
+    """Balanced accuracy before and after phase 2."""
     refused: list[str]
     """Reasons of the gate, one sentence each. Empty: not refused."""
     data: TrainingData

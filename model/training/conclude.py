@@ -174,7 +174,8 @@ def _judge(
     rows = changes(before.sources, after.sources, new_sources(planned.stream))
     step = checkpoint.read_meta(best.path)["step"]
     console.table(
-        f"{planned.recipe.name}: accuracy per source at 0.5, before and after (step {step})",
+        f"{planned.recipe.name}: balanced accuracy per source at 0.5 (with one class: accuracy), "
+        f"before and after (step {step})",
         ["set/source", "", "images", "before", "after", "change"],
         [
             [r.name, "old" if r.old else "new", r.images, r.before, r.after, f"{-r.lost:+.3f}"]

@@ -16,7 +16,8 @@ Main entries, pure functions, in the order of use:
   if nothing was compared. A limit that cannot be judged is a reason, too: whoever sets one relies
   on it, and a checkpoint that nobody measured has not kept it.
 
-`accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy.
+`accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy. "Accuracy" above
+means this.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Accuracy of one source of one validation set, before and after phase 2 (`accuracy_of`)."""
+    """Balanced accuracy of one source of one validation set, before and after phase 2. With one
+    class it is the accuracy.
+    """
 
     name: str
     """`<set>/<source>`."""
@@ -40,13 +43,13 @@ class Change:
     images: int
     """Images of the source."""
     before: float
-    """Accuracy before."""
+    """Balanced accuracy before."""
     after: float
-    """Accuracy after."""
+    """Balanced accuracy after."""
 
     @property
     def lost(self) -> float:
-        """Loss of accuracy; negative for a gain."""
+        """Loss of balanced accuracy; negative for a gain."""
         return self.before - self.after
 
 

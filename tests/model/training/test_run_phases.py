@@ -171,6 +171,9 @@ def test_phase_2_reports_forgetting_and_records_replayed_samples(
     )
     assert result.exit_code == 0, result.output
     assert "forgetting:" in result.output
+    assert "balanced accuracy per source at 0.5 (with one class: accuracy)" in " ".join(
+        result.output.split()
+    )
     best = checkpoint.best_of(tmp_path / "tiny2")
     meta = checkpoint.read_meta(best)
     assert f"(step {meta['step']})" in " ".join(result.output.split())
