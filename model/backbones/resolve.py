@@ -21,8 +21,9 @@ raises another `ValueError`:
 - for `preprocess.detail_crop` with `network.head` `timm`, which reads one crop;
 - for `network.crops` 2 without `preprocess.detail_crop`.
 
-`describe_preprocess(recipe)` takes a `ResolvedRecipe` and returns a list of lines for the user: the
-preprocessing, then its differences from that of the weights. `normalization_warnings(recipe)` takes
+`describe_preprocess(recipe, of_timm=...)` takes a `ResolvedRecipe` and returns a list of lines for
+the user: the preprocessing, then, if the first weights are timm's (`of_timm`, the default), its
+differences from that of the weights. `normalization_warnings(recipe)` takes
 the same and returns a line for mean and for std if they differ from those of the weights (often
 none). `nearest_filter(name)` returns the resize filter `name` (Pillow's name) if it is `bilinear`,
 `bicubic` or `lanczos`, else `bilinear`.
@@ -89,9 +90,10 @@ def nearest_filter(name: str) -> Filter:
     return next((known for known in FILTERS if known == name), "bilinear")
 
 
-def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
+def describe_preprocess(recipe: ResolvedRecipe, *, of_timm: bool = True) -> list[str]:
     """Describe the preprocessing in one line, followed by a line for each difference from the
-    preprocessing of the network's weights.
+    preprocessing of timm's weights of the network. Without `of_timm`, its first weights are others:
+    random ones or a checkpoint's, so nothing is said of timm's.
     """
     seen, made = recipe.preprocess, made_with(recipe.network.name)
     lines = [
@@ -101,6 +103,8 @@ def describe_preprocess(recipe: ResolvedRecipe) -> list[str]:
     ]
     if seen.detail_crop:
         lines.append(f"second input: {seen.crop_size} x {seen.crop_size} pixels, not resized")
+    if not of_timm:
+        return lines
     resize = math.floor(made.height / min(1, made.crop_pct))
     if (seen.crop_size, seen.resize_size, seen.interpolation) != (
         made.height, resize, made.interpolation,

@@ -155,7 +155,7 @@ class RunPlan:
             f"{describe(self.dtype)} on {self.device} ({self.dtype_reason})",
             f"{recipe.name}: {recipe.network.name}, {self.parameters / 1e6:.1f} M parameters, "
             f"{how}",
-            *describe_preprocess(recipe),
+            *describe_preprocess(recipe, of_timm=_of_timm(self.first_weights)),
             f"per epoch {len(labels):,} new samples ({counts}) and {stream.replayed_per_epoch:,} "
             f"old ones{left}; {counted(recipe.run.epochs, 'epoch')}, {work}",
             f"images through {loader.backend} ({loader.reason})",
@@ -341,6 +341,11 @@ def _first_weights(
     elif weights.kind == "timm":
         name, origin["license"] = recipe.network.name, timm_license(recipe.network.name)
     return origin | {"kind": weights.kind, "name": name, "sha256": weights.sha256}
+
+
+def _of_timm(first_weights: Mapping[str, Any] | None) -> bool:
+    """Return whether a run began from timm's weights, or from a file of such."""
+    return first_weights is not None and first_weights["kind"] in ("timm", "imagenet")
 
 
 def _words_for(first_weights: Mapping[str, Any] | None) -> str:

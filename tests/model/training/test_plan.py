@@ -141,6 +141,9 @@ def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path
     assert f"weights from {first}" in planned.describe()
     file = tmp_path / "imagenet.safetensors"
     shutil.copy(first / "weights.safetensors", file)
+    for start, of_timm in ((None, False), (first, False), (file, True)):
+        said = "\n".join(plan(load(), data, tmp_path, init_from=start).describe())
+        assert ("its weights were trained on" in said) == of_timm
     planned = plan(named, data, trained, init_from=file)
     assert planned.weights == Weights(kind="imagenet", path=file, sha256=digest)
     assert planned.baseline is None
