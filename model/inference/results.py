@@ -210,7 +210,8 @@ class ResultsFile:
         except OSError as error:
             reason = f"{error.strerror}; its complete rows are kept{self.go_on}"
             raise OSError(error.errno, reason, str(unfinished_of(self.path))) from error
-        self._stamp()
+        finally:
+            self._stamp()  # a write that fails changes the time of the file, too
 
     def finish(self) -> None:
         """Rename the file to its final name."""
@@ -274,8 +275,7 @@ def _lock(stream: BinaryIO, partial: Path) -> None:
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:
     """Return the locked file `<path>.partial`, positioned after its last complete row."""
     partial = unfinished_of(path)
-    with_rows = [place.stat() for place in (path, partial) if place.exists()]
-    until = max((facts.st_mtime for facts in with_rows if facts.st_size), default=time.time())
+    until = _until(path, partial)
     with partial.open("rb") as started:
         if path.exists():
             with path.open("rb") as finished:
@@ -299,6 +299,15 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
     if not rows.end and output == "csv":
         file.write(header(output))
     return file
+
+
+def _until(path: Path, partial: Path) -> float:
+    """Return the time up to which all changes are in the rows: that of the longer file. If both are
+    as long, that of the finished one: a kill while it is copied leaves the time of the copy.
+    """
+    facts = [place.stat() for place in (path, partial) if place.exists()]
+    longer = max(facts, key=lambda fact: fact.st_size)  # the first of equal ones
+    return longer.st_mtime if longer.st_size else time.time()
 
 
 def _begins_with(longer: BinaryIO, shorter: BinaryIO) -> bool:

@@ -163,6 +163,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     file = open_results(path, "csv", MADE_BY, resume=False)
+    file.until = 1e9
     text = line("csv", row("a" * 100))
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
@@ -176,6 +177,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert raised.value.filename == str(unfinished_of(path))
     assert unfinished_of(path).stat().st_size == 300
     again = open_results(path, "csv", MADE_BY, resume=True)
+    assert again.until == 1e9  # changes after it have no row
     assert "a" * 100 in again
     again.close()
     assert unfinished_of(path).read_text() == f"{','.join(COLUMNS)}\n{text}\n"
@@ -221,6 +223,20 @@ def test_cutting_off_an_incomplete_row_does_not_hide_earlier_changes(tmp_path: P
         file = open_results(out, "csv", MADE_BY, resume=True)
         assert file.is_older_than(str(image))
         file.close()
+
+
+@pytest.mark.parametrize("copied", [0.5, 1])
+def test_a_killed_copy_of_the_finished_file_does_not_hide_changes(
+    tmp_path: Path, copied: float
+) -> None:
+    out = finished(tmp_path / "out.csv", "a.jpg", "b.jpg")
+    os.utime(out, (1e9, 1e9))
+    rows = out.read_bytes()
+    unfinished_of(out).write_bytes(rows[: int(copied * len(rows))])
+    file = open_results(out, "csv", MADE_BY, resume=True)
+    assert file.until == 1e9
+    file.close()
+    assert unfinished_of(out).stat().st_mtime == 1e9
 
 
 def test_a_name_beyond_the_limit_of_the_csv_module_can_be_read_again(tmp_path: Path) -> None:
