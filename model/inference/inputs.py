@@ -30,9 +30,9 @@ So is a path of `find_images()` that does not exist, or a pattern that matches n
 folder of `watch()` does not exist, its lists are empty.
 
 `covers(path, folder)` returns whether the images of a path or pattern may include files that are
-written below `folder` (a `Path`) later. `is_there(path)` returns whether a path exists or a pattern
-matches anything, and `is_image(name)` whether a name has the suffix of an image. At most `RUN`
-names of a folder are sorted at a time.
+written below `folder` (a `Path`) later, as PNG files and folders. `is_there(path)` returns whether
+a path exists or a pattern matches anything, and `is_image(name)` whether a name has the suffix of
+an image. At most `RUN` names of a folder are sorted at a time.
 """
 
 import fnmatch
@@ -146,7 +146,7 @@ def _fail(reason: str) -> NoReturn:
 
 def covers(path: str, folder: Path) -> bool:
     """Return whether `folder` is `path` or lies below it. Of a pattern: whether it may match
-    `folder` or a folder above it, or names files directly in `folder`. A `**` may match any folder.
+    `folder` or a folder above it, or a folder or PNG file below it. A `**` may match any folder.
     """
     is_pattern = glob.has_magic(path) and not os.path.exists(path)  # noqa: PTH110  long names
     parts = Path(path).parts
@@ -158,9 +158,18 @@ def covers(path: str, folder: Path) -> bool:
     rest = parts[len(fixed.parts) :]
     if "**" in rest:
         rest = rest[: rest.index("**")]
-    elif len(below) < len(rest):
-        return not below
+    elif len(below) < len(rest) and not _may_match_pictures(rest[-1]):
+        return False
     return all(map(fnmatch.fnmatchcase, below, rest))  # up to the end of the shorter one
+
+
+def _may_match_pictures(part: str) -> bool:
+    """Return whether the last part of a pattern may match a folder or a PNG file, not only images
+    of another suffix, such as `*.jpg` or `*.[jJ][pP][gG]`.
+    """
+    suffix = PurePath(part).suffix.lower()
+    suffixes = set(fnmatch.filter(IMAGE_SUFFIXES, suffix))
+    return "*" in suffix or not suffixes or ".png" in suffixes
 
 
 def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:

@@ -125,12 +125,17 @@ def test_what_a_path_or_pattern_covers(tmp_path: Path, monkeypatch: pytest.Monke
         "photos": False, "none.jpg": False, "*": True, "m*": True, "**": True, "**/*.jpg": True,
         "m*/**/*.png": True, "p*/**": False, "photos/**": False, "maps/*.png": True, "maps": True,
         ".": True, str(tmp_path): True, f"{tmp_path}/[lm]aps": True, f"{tmp_path.parent}/*": True,
-        f"{tmp_path}/*.jpg": False,
+        f"{tmp_path}/*.jpg": False, "*/*": True, "*/*.png": True, "*/*/*.p?g": True,
+        "photos/*/*": False, "*/*.[jJ][pP][gG]": False, "*/*.???": True, "*/*.jp*": True,
+        "*/*.d": True, "maps/*": True, "maps/*.jpg": False,
     }  # fmt: skip
     assert {path: inputs.covers(path, Path("maps")) for path in covered} == covered
     assert inputs.covers("odd[1]", Path("odd[1]/maps"))
     assert inputs.covers("*/maps", Path("photos/maps/x"))
     assert not inputs.covers("*.jpg", Path("maps/x.jpg.d/y"))
+    assert inputs.covers("photos/*/*", Path("photos/maps"))
+    assert inputs.covers("photos/*/*.png", Path("photos/a"))
+    assert not inputs.covers("photos/*/*.jpg", Path("photos/maps"))
 
 
 def test_an_endless_list_is_read_only_as_needed(small_runs: Path, tmp_path: Path) -> None:
