@@ -64,7 +64,7 @@ def markdown(text: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", _SEPARATE.sub(lambda match: match[0] + _JOINER, line))
 
 
-_LOGIN = re.compile(r"""(?<=://)[^/\s"<>]*@""")
+_LOGIN = re.compile(r"""(?:(?<=://)|(?<=^//))[^/\s"<>]*@""")
 _WEB_QUERY = re.compile(r"""(https?://[^\s'"<>?#]*[?#])[^\s'"<>]*[^\s'"<>,.:;)]""", re.IGNORECASE)
 # The library requests writes addresses without their host, such as `/file?token=...`. A `?` in a
 # file pattern has no `=` after it.
@@ -83,13 +83,16 @@ def without_secrets(text: str) -> str:
     return _ASSIGNMENTS.sub(r"\1***", text)
 
 
-_PATH = re.compile(r"/|\\\\|\.{1,2}[\\/]|[a-z]:[\\/]|file:/|~[\w.-]*(?:[\\/]|$)", re.IGNORECASE)
-"""Start of a path of this machine. `~5 % of x / y` is none."""
+_PATH = re.compile(
+    r"/|\\\\|\.{1,2}[\\/]|[a-z]:[\\/]|file:/|~(?:[^\W\d][\w.-]*)?(?:[\\/]|$)", re.IGNORECASE
+)
+"""Start of a path of this machine. `~5 % of x / y` and `~5/10 images` are none."""
 
 
 def without_paths(value: Any) -> Any:
     """Return a record, or a part of it, without private data: texts that are paths of this machine
-    are cut to the file name, and secrets are removed from addresses, also in the keys of dicts.
+    are cut to the file name, if they have one, and secrets are removed from addresses, also in the
+    keys of dicts.
     """
     if isinstance(value, Mapping):
         record: dict[Any, Any] = {}
@@ -103,6 +106,6 @@ def without_paths(value: Any) -> Any:
         return [without_paths(own) for own in value]
     if not isinstance(value, str):
         return value
-    if _PATH.match(value):
-        return PureWindowsPath(value).name
-    return without_secrets(value) if "://" in value else value
+    if _PATH.match(value) and (name := PureWindowsPath(value).name):  # `//host/x` has no name
+        return name
+    return without_secrets(value) if "//" in value else value

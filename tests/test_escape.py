@@ -107,10 +107,13 @@ def test_addresses_lose_their_secrets(address: str, shown: str) -> None:
 
 def test_only_paths_of_this_machine_are_cut() -> None:
     """Free text and names stay whole. Two paths of one file name stay two keys."""
-    kept = ["~5 % of x / y", "C: drive / disk", "a/b", "3: x", "s3://bucket/x", ".hidden/x", 5]
+    kept = ["~5 % of x / y", "C: drive / disk", "a/b", "3: x", "s3://bucket/x", ".hidden/x", 5,
+            "~5/10 images", "~1/2", "//cdn.x/y", "/", "~"]  # fmt: skip
     assert without_paths(kept) == kept
-    cut = ["/home/me/x", "~/y/x", "~me/x", "./x", "..\\x", "C:\\me\\x", "c:/me/x", "//server/a/x",
-           "\\\\server\\me\\x", "file:///home/me/x", "FILE:/x"]  # fmt: skip
+    cut = ["/home/me/x", "~/y/x", "~me/x", "~_me/x", "~é/x", "~\\x", "./x", "..\\x", "C:\\me\\x",
+           "c:/me/x", "//server/a/x", "\\\\server\\me\\x", "file:///home/me/x",
+           "FILE:/x"]  # fmt: skip
+    assert without_paths("//me:pass@cdn.x/y?token=abc") == "//***@cdn.x/y?***"
     assert without_paths({"of": cut}) == {"of": ["x"] * len(cut)}
     assert without_paths({"/a/x": 1, "b/x": 2, "/b/x": {"~/c": 3}}) == {
         "x": 1, "b/x": 2, "x (3)": {"c": 3}
