@@ -65,8 +65,10 @@ the evidence in the file. `checkpoint` is the identity of the detector and its b
 
 FORMATS = ("table", "csv", "jsonl")
 
-TICK_S = 0.02
-"""Seconds by which a file's time of change may lie before the change: systems round it down."""
+TICK_S = 2.0
+"""Seconds by which a file's time of change may lie before the change: systems round it down, some
+to 2 s, and the clock of a file server may be behind.
+"""
 
 
 def header(output: str, word: str = "probability") -> str:
