@@ -24,6 +24,7 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -33,6 +34,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
+from escape import printable
 from imaging.budget import share_large
 from installed import install_extra
 from storage import cores
@@ -186,10 +188,21 @@ def _run_ray(
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError) and error.cause:
             raise error.cause from None
-        raise ChildProcessError(
-            f"the Ray cluster lost a task ({type(error).__name__}), probably for lack of memory; "
-            "run the same command again, with fewer --jobs"
-        ) from error
+        raise ChildProcessError(_why_ray_failed(error)) from error
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _why_ray_failed(error: Exception) -> str:
+    """Return one line: what an error of Ray itself, not of a task, means, and what to do."""
+    from ray import exceptions
+
+    kind = type(error).__name__
+    if isinstance(error, exceptions.OutOfMemoryError | exceptions.WorkerCrashedError):
+        return (
+            f"the Ray cluster lost a task ({kind}), probably for lack of memory; run the same "
+            "command again, with fewer --jobs"
+        )
+    said = textwrap.shorten(printable(str(error)), 300, placeholder=" ...")
+    return f"the Ray cluster failed ({kind}: {said}); mend this, and run the same command again"

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
+from sharding.executor import _why_ray_failed
 from tests.builders import ROOT, build_all, hashes
 
 
@@ -121,6 +122,21 @@ def test_ray_packs_the_same_bytes(raw: Path, data: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert status == 0, output
     assert hashes(tmp_path / "out") == hashes(data)
+
+
+def test_only_a_lost_worker_of_ray_is_said_to_lack_memory() -> None:
+    errors = pytest.importorskip("ray").exceptions
+    for error in (errors.OutOfMemoryError("killed"), errors.WorkerCrashedError()):
+        said = _why_ray_failed(error)
+        assert "lack of memory" in said and said.endswith("with fewer --jobs")
+    setup = errors.RuntimeEnvSetupError("no space left\non\x1b the worker " + "x " * 500)
+    for error, reason in (
+        (setup, "Failed to set up runtime environment. no space left on\\x1b the worker"),
+        (errors.OutOfDiskError("full"), "OutOfDiskError: full"),
+    ):
+        said = _why_ray_failed(error)
+        assert reason in said and "--jobs" not in said
+        assert "\n" not in said and len(said) < 500
 
 
 @pytest.mark.slow
