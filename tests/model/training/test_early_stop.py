@@ -1,5 +1,5 @@
-"""Early stopping: a run ends after validations without a gain, at the same step after any
-interruptions.
+"""Choice of the best checkpoint, and early stopping: a run ends after validations without a gain, at
+the same step after any interruptions.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from model import checkpoint
 from model.recipe import Recipe
 from model.tracking.history import rows_of
 from model.training.run import train
-from model.training.validation import Gain
+from model.training.validation import Best, Gain, Validation, better
 from tests.builders import ends_alike
 from tests.checkpoints import last_of
 
@@ -69,3 +69,18 @@ def test_a_complete_run_records_that_every_step_is_done(
 def test_a_negative_number_is_refused(tiny_recipe: Path) -> None:
     with pytest.raises(recipes.RecipeError, match="must not be negative"):
         recipes.load(Recipe, tiny_recipe, ["run.stop_after_no_gain=-1"])
+
+
+def test_better_prefers_the_higher_figure_then_the_later_checkpoint() -> None:
+    def at(step: int, selection: float | None) -> Best:
+        validation = None if selection is None else Validation({}, {}, selection)
+        return Best(path=Path(f"step_{step:07d}"), validation=validation)
+
+    low, high, later, none = at(1, 0.5), at(2, 0.6), at(3, 0.6), at(4, None)
+    assert better(None, none) is none
+    assert better(none, low) is low
+    assert better(low, none) is low
+    assert better(low, high) is high
+    assert better(high, low) is high
+    assert better(high, later) is later
+    assert better(none, at(5, None)).path.name == "step_0000005"

@@ -21,7 +21,6 @@ from model.training import assemble as assembling
 from model.training.optim import OptimError
 from model.training.plan import Weights, plan
 from model.training.run import train
-from model.training.validation import Best, Validation, better
 from pipeline.loader import LoadError
 from pipeline.order import OrderError
 from sharding.format import ShardError, content_sha256
@@ -485,18 +484,3 @@ def test_one_class_is_refused_unless_allowed(load: Load, data: Path, tmp_path: P
 def test_bad_run_names_are_refused(load: Load, name: str) -> None:
     with pytest.raises(recipes.RecipeError, match="a run cannot be called"):
         load(f"name={json.dumps(name)}")
-
-
-def test_better_prefers_the_higher_figure_then_the_later_checkpoint() -> None:
-    def at(step: int, selection: float | None) -> Best:
-        validation = None if selection is None else Validation({}, {}, selection)
-        return Best(path=Path(f"step_{step:07d}"), validation=validation)
-
-    low, high, later, none = at(1, 0.5), at(2, 0.6), at(3, 0.6), at(4, None)
-    assert better(None, none) is none
-    assert better(none, low) is low
-    assert better(low, none) is low
-    assert better(low, high) is high
-    assert better(high, low) is high
-    assert better(high, later) is later
-    assert better(none, at(5, None)).path.name == "step_0000005"
