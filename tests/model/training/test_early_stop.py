@@ -1,5 +1,5 @@
-"""Choice of the best checkpoint, and early stopping: a run ends after validations without a gain, at
-the same step after any interruptions.
+"""Choice of the best checkpoint, and early stopping: a run ends after validations without a gain,
+at the same step after any interruptions.
 """
 
 from pathlib import Path
