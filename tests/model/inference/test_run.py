@@ -181,7 +181,7 @@ def test_a_changed_file_is_scored_again_by_a_resumed_watch(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(inputs, "SETTLED_S", 0.0)
-    monkeypatch.setattr(results, "TICK_S", 0.02)  # not 2 s, so that the images need no age
+    monkeypatch.setattr(results, "TICK_S", 0.0)  # so that images need not be older than the run
     monkeypatch.setattr(inputs.time, "sleep", sleep)
     assert ask("--watch", file.parent, "--out", out, "--resume").exit_code == 0
     rows = out.read_text().splitlines()[1:]
@@ -204,7 +204,7 @@ def test_a_resumed_watch_scores_what_changed_in_between_and_nothing_twice(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(inputs, "SETTLED_S", 0.0)
-    monkeypatch.setattr(results, "TICK_S", 0.02)  # not 2 s, so that the images need no age
+    monkeypatch.setattr(results, "TICK_S", 0.0)  # so that images need not be older than the run
     monkeypatch.setattr(inputs.time, "sleep", sleep)
     for _ in range(2):
         looks.clear()
