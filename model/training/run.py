@@ -359,10 +359,10 @@ def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:
             of its rank.
     """
     dist, stream = train_state.dist, planned.stream
-    found = first_bad(all_gather_object(dist, int(train_state.bad_step)))
-    if found is None:
+    where = first_bad(all_gather_object(dist, int(train_state.bad_step)))
+    if where is None:
         return
-    bad, rank = found
+    bad, rank = where
     index, step = divmod(bad, planned.steps_per_epoch)
     epoch = stream.epoch(index)
     samples = epoch.samples[epoch.positions(step, rank, dist.world_size)]
