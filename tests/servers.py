@@ -21,6 +21,11 @@ from sharding.fetch import Fetched, fetch_source
 
 Result = TypeVar("Result")
 
+HANG_S = 60
+"""Seconds after which a test says that something hangs. What hangs waits longer, or for ever; a
+slow machine does not take so long.
+"""
+
 
 def run_async(work: Coroutine[Any, Any, Result]) -> Result:
     """Return the result of a coroutine. It runs in a thread of its own, because Playwright's event
@@ -161,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         if path in self.server.stall:
             self.wfile.write(body[: len(body) // 2])
             self.server.stalled.set()
-            self.server.go_on.wait(20)
+            self.server.go_on.wait(2 * HANG_S)
         self.wfile.write(body[:end])
         self.close_connection = end is not None
 

@@ -19,6 +19,7 @@ from model.distributed import (
     init_distributed,
     on_main,
 )
+from tests.servers import HANG_S
 
 FORK = multiprocessing.get_context("forkserver")
 
@@ -46,7 +47,7 @@ def two_ranks(body: Callable[[DistEnv], object]) -> list[object]:
         process.start()
     results = [pipe.recv() if pipe.poll(60) else "nothing in 60 s" for pipe, _ in pipes]
     for process in ranks:
-        process.join(10)
+        process.join(HANG_S)
         assert not process.is_alive()
     return results
 

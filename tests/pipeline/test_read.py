@@ -15,6 +15,7 @@ from pipeline import read
 from pipeline.read import ReadError, ShardReader
 from sharding.format import ShardSet
 from tests.builders import limited
+from tests.servers import HANG_S
 
 
 def first_of_each_shard(shards: ShardSet) -> list[int]:
@@ -36,17 +37,17 @@ def test_a_tar_in_use_is_not_closed_to_open_another(
     def slow(file: int, size: int, offset: int) -> bytes:
         if threading.current_thread() is not threading.main_thread():
             reading.set()
-            assert go_on.wait(20)
+            assert go_on.wait(HANG_S)
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", slow)
     items: list = []
     thread = threading.Thread(target=lambda: items.extend(reader.read(samples[:1])))
     thread.start()
-    assert reading.wait(20)
+    assert reading.wait(HANG_S)
     assert reader.read(samples[1:]) == expected[1:]
     go_on.set()
-    thread.join(20)
+    thread.join(HANG_S)
     assert items == expected[:1]
     assert reader.read(samples) == expected
     assert len(reader._files._open) <= 2

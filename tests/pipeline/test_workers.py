@@ -16,6 +16,7 @@ from pipeline.loader import LoadError
 from pipeline.read import ShardReader
 from pipeline.workers import fitting_workers, free_shared_memory
 from tests.builders import ROOT, can_mount
+from tests.servers import HANG_S
 
 MIB = 2**20
 
@@ -136,5 +137,5 @@ def test_a_worker_ends_on_signals_of_its_parent_only() -> None:
         os.kill(child, 0)
     os.kill(parent.pid, signal.SIGUSR1)
     assert json.loads(parent.stdout.readline()) == 0
-    assert parent.wait(10) == 0
+    assert parent.wait(HANG_S) == 0
     parent.stdout.close()

@@ -15,6 +15,7 @@ from serve.api import Service, make_app
 from serve.guard import Guard
 from serve.limits import Limits
 from tests.builders import CALIBRATION, TINY, small_recipe
+from tests.servers import HANG_S
 
 Serve = Callable[..., tuple[TestClient, Service]]
 
@@ -79,7 +80,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     def gated(self: ImageDetector, pixels):
         held.sizes.append(len(pixels))
         held.entered.set()
-        held.open.wait(20)
+        held.open.wait(2 * HANG_S)
         return score(self, pixels)
 
     monkeypatch.setattr(ImageDetector, "score", gated)

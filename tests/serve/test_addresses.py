@@ -21,6 +21,7 @@ from serve import addresses
 from serve.limits import MB, Limits
 from tests.builders import encode, photo
 from tests.serve.conftest import Serve
+from tests.servers import HANG_S
 
 PHOTO = encode(photo(1))
 
@@ -235,10 +236,8 @@ def test_a_url_that_cannot_be_fetched_gets_an_error_row(serve: Serve, site: Site
 def test_a_slow_url_fails_alone(serve: Serve, site: Site) -> None:
     """The site sends a byte often, so that no single read reaches a timeout."""
     client, _ = serve(allow_urls=True, allow_private_urls=True, timeout_s=1.0)
-    began = time.monotonic()
     paths = ("/slow", "/slow/unsized", "/fine")  # without a length, an early end looks complete
     answer = client.post("/predict", json={"urls": [site.url(path) for path in paths]})
-    assert time.monotonic() - began < 5
     assert answer.status_code == 200, answer.text
     *slow, fine = answer.json()["images"]
     assert [image["error"] for image in slow] == ["the URL took too long to answer"] * 2
@@ -250,14 +249,14 @@ def test_a_slow_lookup_of_a_name_ends_at_the_deadline(monkeypatch: pytest.Monkey
     answered, resolve = threading.Event(), socket.getaddrinfo
 
     def slow(*arguments: object, **named: object) -> list:
-        answered.wait(20)
+        answered.wait(2 * HANG_S)
         return resolve(*arguments, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     began = time.monotonic()
     with pytest.raises(addresses.FetchError, match="took too long to answer"):
         addresses.fetch("http://localhost:9/", Limits(), addresses.Allowance(Limits(), began + 0.3))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < HANG_S
     answered.set()
 
 

@@ -20,6 +20,7 @@ from model.inference.detector import ImageDetector
 from serve.__main__ import main
 from serve.server import bound_socket
 from tests.builders import ROOT, encode, photo
+from tests.servers import HANG_S
 
 PHOTO = encode(photo(1))
 
@@ -35,7 +36,7 @@ class Running:
     def ask(
         self, method: str, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_S)
         try:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
@@ -45,7 +46,7 @@ class Running:
 
     def send(self, data: bytes) -> bytes:
         """Send any bytes and return the answer; empty if the server closes the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S) as sock:
             try:
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
@@ -98,7 +99,7 @@ def test_a_real_server_from_start_to_stop(running: Running, detector: ImageDetec
     assert running.ask("GET", "/healthz") == (200, b"ok\n")
 
     # A request whose body is still arriving at the signal is answered.
-    late = socket.create_connection(("127.0.0.1", running.port), timeout=20)
+    late = socket.create_connection(("127.0.0.1", running.port), timeout=HANG_S)
     late.sendall(
         b"POST /predict HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer k\r\n"
         b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(PHOTO)
@@ -119,7 +120,7 @@ def test_a_real_server_from_start_to_stop(running: Running, detector: ImageDetec
             assert late.recv(2**16).startswith(b"HTTP/1.1 200")
         statuses = {future.result()[0] for future in taken}
     assert statuses <= {200, 503} and 200 in statuses
-    assert running.process.wait(20) == 0
+    assert running.process.wait(HANG_S) == 0
     assert "stopped; all requests were answered" in running.log.read_text()
     assert "Traceback" not in running.log.read_text()
 

@@ -22,7 +22,7 @@ from serve.limits import MB, Limits, Refused
 from serve.metrics import Metrics
 from tests.builders import encode, photo
 from tests.serve.conftest import Gate, Serve
-from tests.servers import run_async
+from tests.servers import HANG_S, run_async
 
 PHOTO = encode(photo(1))
 JPEG = {"content-type": "image/jpeg"}
@@ -32,7 +32,7 @@ def send(client: TestClient, count: int = 1) -> Any:
     return client.post("/predict", files=[("image", (str(n), PHOTO)) for n in range(count)])
 
 
-def wait_for(state: Callable[[], bool], seconds: float = 10) -> None:
+def wait_for(state: Callable[[], bool], seconds: float = HANG_S) -> None:
     """Wait until `state()` is true; fail after `seconds`."""
     until = time.monotonic() + seconds
     while not state():
@@ -47,7 +47,7 @@ def test_images_of_many_requests_are_scored_together(
     files = [encode(photo(number)) for number in range(13)]
     with ThreadPoolExecutor(13) as pool:
         first = pool.submit(client.post, "/predict", content=files[0], headers=JPEG)
-        assert gate.entered.wait(10)
+        assert gate.entered.wait(HANG_S)
         others = [
             pool.submit(client.post, "/predict", content=data, headers=JPEG) for data in files[1:]
         ]
@@ -66,7 +66,7 @@ def test_a_full_queue_is_429_and_later_accepts_images_again(serve: Serve, gate: 
     client, service = serve(queue=4, max_files=4)
     with ThreadPoolExecutor(2) as pool:
         taken = [pool.submit(send, client, 3)]
-        assert gate.entered.wait(10)
+        assert gate.entered.wait(HANG_S)
         refused = send(client, 2)  # all or none
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -87,7 +87,7 @@ def test_bodies_in_memory_are_bounded(serve: Serve, gate: Gate) -> None:
     client, service = serve(max_bytes=MB, held_bytes=MB)
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(send, client)
-        assert gate.entered.wait(10)
+        assert gate.entered.wait(HANG_S)
         assert 0 < service.held < MB
         big = client.post("/predict", content=bytes(MB - 10), headers=JPEG)
         assert big.status_code == 429 and int(big.headers["retry-after"])
@@ -101,7 +101,7 @@ def test_a_request_over_the_time_limit_is_504_and_is_not_scored(serve: Serve, ga
     client, service = serve(timeout_s=0.3, batch_size=1)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(send, client, 1)
-        assert gate.entered.wait(10)
+        assert gate.entered.wait(HANG_S)
         late = send(client, 5)
         assert late.status_code == 504 and "within 0.3 s" in late.json()["detail"]
         assert first.result().status_code == 504
@@ -140,7 +140,7 @@ def test_small_images_do_not_wait_for_large_ones(
     def held_back(self: ImageDetector, file: Any) -> Any:
         if len(file.read()) == len(large):
             at_once.append(1)
-            go_on.wait(20)
+            go_on.wait(2 * HANG_S)
         return preprocess(self, file)
 
     large = encode(photo(1, 200, 200))
@@ -163,7 +163,7 @@ def test_a_stopping_server_refuses_new_requests_and_answers_accepted_ones(
     client, service = serve()
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(send, client, 3)
-        assert gate.entered.wait(10)
+        assert gate.entered.wait(HANG_S)
         service.stopping = True
         assert service.in_flight == 1
         ready, refused = client.get("/readyz"), send(client)
@@ -235,7 +235,7 @@ def test_a_client_that_leaves_ends_its_downloads(
         began = time.monotonic()
         assert ask(service, whole, after=accept, kind=b"application/json") == 499
         service.close()  # waits for all threads
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < HANG_S
         for connection in connections:
             connection.close()
     gc.collect()
@@ -259,7 +259,7 @@ def test_images_that_a_stop_drops_are_refused(
     held, decode = threading.Event(), ImageDetector.preprocess_file
 
     def slow(_self: ImageDetector, image: ImageFile) -> np.ndarray:
-        held.wait(20)
+        held.wait(2 * HANG_S)
         return decode(detector, image)
 
     monkeypatch.setattr(scoring, "threads", lambda: 1)
@@ -276,7 +276,7 @@ def test_images_that_a_stop_drops_are_refused(
             job.done.result(10)
         assert caught.value.status == 503
     held.set()
-    closing.join(10)
+    closing.join(HANG_S)
     assert first.done.result(10)["verdict"] and scorer.waiting == scorer.unread == 0
 
 
@@ -298,7 +298,7 @@ def test_images_of_ended_requests_hold_no_memory(
     monkeypatch.setattr(ImageDetector, "preprocess_file", preprocess_file)
     scorer = scoring.Scorer(detector, Limits(), Metrics())
     jobs = scorer.submit([ImageFile(str(n), lambda: PHOTO) for n in range(5)])
-    assert began.wait(10)
+    assert began.wait(HANG_S)
     wait_for(lambda: sum(bool(job.data) for job in jobs) == 5)
     for job in jobs:
         assert job.done.cancel()
@@ -315,7 +315,7 @@ def test_images_of_ended_requests_hold_no_memory(
 def test_a_disconnected_client_frees_its_queue_slots(detector: ImageDetector, gate: Gate) -> None:
     service = Service(detector, Limits(batch_size=1))
     whole = {"type": "http.request", "body": PHOTO, "more_body": False}
-    assert ask(service, whole, after=lambda: gate.entered.wait(10)) == 499
+    assert ask(service, whole, after=lambda: gate.entered.wait(HANG_S)) == 499
     gone = ask(
         service, {"type": "http.request", "body": PHOTO, "more_body": True}, after=lambda: None
     )

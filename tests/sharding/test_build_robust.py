@@ -23,6 +23,7 @@ from tests.builders import (
     run_build,
     write_raw,
 )  # fmt: skip
+from tests.servers import HANG_S
 
 
 def finish(raw: Path, out: Path) -> None:
@@ -94,7 +95,7 @@ def test_an_interrupted_build_ends_quickly_and_resumes(
     time.sleep(1)
     send = os.killpg if number == signal.SIGINT else os.kill  # only a terminal sends to all
     send(process.pid, number)
-    output = process.communicate(timeout=20)[0].decode()
+    output = process.communicate(timeout=HANG_S)[0].decode()
     assert process.returncode in (0, 130), output
     assert process.returncode != 0 or (tmp_path / "val/index.json").exists()
     assert "Traceback" not in output

@@ -10,9 +10,7 @@ import pytest
 
 from sharding.executor import run_all
 from tests.builders import ROOT
-
-WAIT_S = 30
-SOON_S = 5
+from tests.servers import HANG_S
 
 
 def test_a_killed_worker_is_one_error_that_says_what_to_do() -> None:
@@ -32,13 +30,13 @@ list(run_all(exec, [(task.format(sys.argv[1]),)] * 2, jobs=2))
 def test_workers_of_a_killed_parent_do_not_finish_their_tasks(tmp_path: Path) -> None:
     """They would write into the next build, because the lock ended with their parent."""
     with subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT) as parent:
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + HANG_S
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         parent.kill()
     workers = [int(path.name) for path in tmp_path.iterdir()]
     assert len(workers) == 2
-    deadline = time.monotonic() + SOON_S
+    deadline = time.monotonic() + HANG_S / 2
     while any(map(_runs, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(_runs, workers)), "workers go on without their parent"

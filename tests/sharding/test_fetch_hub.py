@@ -17,6 +17,7 @@ from tests.servers import (
     CUT,
     DATA,
     FILES,
+    HANG_S,
     HUB,
     NEW,
     OLD,
@@ -82,8 +83,8 @@ def test_a_killed_hub_download_resumes_with_its_revision(server: Server, tmp_pat
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     silent = {"cwd": ROOT, "env": environment, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **silent) as process:
-        assert server.stalled.wait(15)
-        until = time.monotonic() + 5
+        assert server.stalled.wait(HANG_S)
+        until = time.monotonic() + HANG_S
         while not (tmp_path / "s/data/a.parquet").exists() and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from tests.builders import ROOT
 
 IMAGES = {f"art/{n}.png": bytes([n]) * 3000 for n in range(6)}
 FILES = {**IMAGES, "art/notes.txt": b"no image", "code/run.py": b"print(1)", "code/7.png": b"x"}
-WAIT_S = 30
 
 
 def git(folder: Path, *words: str, data: bytes = b"") -> str:
@@ -354,10 +352,8 @@ def test_the_callers_git_variables_are_not_used(
     commit = make(tmp_path / "r")
     monkeypatch.setenv("GIT_OBJECT_DIRECTORY", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("GIT_NAMESPACE", "x")
-    began = time.monotonic()
     result = fetch_source("s", source(tmp_path / "r", commit), tmp_path / "raw")
     assert result.status == "downloaded", result.note
-    assert time.monotonic() - began < WAIT_S
 
 
 @pytest.mark.parametrize(

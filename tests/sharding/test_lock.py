@@ -16,6 +16,7 @@ import pytest
 from upath import UPath
 
 from sharding import lock
+from tests.servers import HANG_S
 
 
 @pytest.fixture
@@ -36,9 +37,9 @@ def names(work: UPath) -> list[str]:
 
 
 def wait_for(done: Callable[[], Any]) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + HANG_S
     while not done():
-        assert time.monotonic() < until, "it did not happen in 10 seconds"
+        assert time.monotonic() < until, f"it did not happen in {HANG_S} seconds"
         time.sleep(0.01)
 
 

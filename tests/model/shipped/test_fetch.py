@@ -26,7 +26,7 @@ from model.shipped.backbone import (
     WheelPlace,
     cached_path,
 )
-from tests.servers import Server
+from tests.servers import HANG_S, Server
 from tests.wheels import clip_onnx_file, wheel_file
 
 MEMBER = "tinyclip/models/encoder.onnx"
@@ -193,7 +193,7 @@ def test_a_hub_that_never_answers_costs_seconds(
         no_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         assert fetch.fetch_backbone(spec).read_bytes() == body
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < HANG_S
     assert logged[0].startswith("model hub: ")
 
 
@@ -217,7 +217,7 @@ def test_without_internet_fetch_fails_in_seconds_with_an_address(
         began = time.monotonic()
         with pytest.raises(fetch.FetchError) as caught:
             fetch.fetch_backbone(only_wheel)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < HANG_S
     said = str(caught.value)
     error = "NewConnectionError" if kind == "closed" else "ConnectTimeoutError"
     assert f"the package index does not answer ({error})" in said

@@ -25,6 +25,7 @@ from model.training.run import train
 from tests import forked
 from tests.builders import ROOT, can_mount, losses_of, same
 from tests.checkpoints import last_of
+from tests.servers import HANG_S
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -38,7 +39,7 @@ def wait_for_rows(run: Path, count: int, running: forked.Running | subprocess.Po
     """Wait until the history of a run has this many rows."""
     process = getattr(running, "process", running)
     alive = process.is_alive if hasattr(process, "is_alive") else lambda: process.poll() is None
-    history, deadline = run / "metrics.jsonl", time.monotonic() + 90
+    history, deadline = run / "metrics.jsonl", time.monotonic() + HANG_S
     while not history.exists() or history.read_text().count("\n") < count:
         assert alive(), "it ended before"
         assert time.monotonic() < deadline
@@ -85,7 +86,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     assert f"stopped by {number.name} at step" in ended.stdout
     last = last_of(tmp_path / "runs/tiny")
     assert checkpoint.read_meta(last)["step"] > 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     with pytest.raises(ProcessLookupError):  # no worker is left running
         while time.monotonic() < deadline:
             os.killpg(running.process.pid, 0)
