@@ -1,8 +1,7 @@
 """Escape untrusted text for a terminal, a spreadsheet or Markdown, and remove secrets and private
 paths.
 
-Main entries: every function but `without_paths()` takes one `text` (str) and returns a new str;
-none raises an error.
+Main entries: none raises an error. Most functions take one `text` (str) and return a new str.
 `printable()` replaces control characters, which a terminal would execute, and characters that it
 cannot show by visible escapes; newlines stay. `spreadsheet_cell()` puts a `'` before a text, or a
 part after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes its result
@@ -10,6 +9,8 @@ and returns the original text. `markdown()` returns one line in which markup is 
 addresses do not become links; all words stay readable. (A text that is only a number with a full
 stop, such as `7.`, is not escaped: it can show as a list item.) `without_secrets()` replaces the
 logins, queries and fragments of web addresses (passwords, tokens, signatures) by `***`.
+`reason_of(error)` returns the message of an exception as one line, without secrets, and
+`typed_reason_of(error)` puts the name of its type before it.
 `without_paths(value)` takes a record (a dict, a list, or any value in one) and returns it without
 private paths and secrets.
 """
@@ -81,6 +82,20 @@ def without_secrets(text: str) -> str:
         return text
     text = _WEB_QUERY.sub(r"\1***", _LOGIN.sub("***@", text))
     return _ASSIGNMENTS.sub(r"\1***", text)
+
+
+def reason_of(error: BaseException, longest: int = 300) -> str:
+    """Return the message of `error` as one line of at most `longest` characters, without secrets.
+    An error without a message is named by its type.
+    """
+    return without_secrets(" ".join(str(error).split()))[:longest] or type(error).__name__
+
+
+def typed_reason_of(error: BaseException) -> str:
+    """Return the type and the message of `error`, for errors of other programs: messages such as
+    that of a KeyError say nothing alone.
+    """
+    return f"{type(error).__name__}: {reason_of(error)}"
 
 
 _PATH = re.compile(

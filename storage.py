@@ -59,6 +59,7 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
+from escape import reason_of
 from installed import install_extra
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def remote_errors(path: AnyPath, fault: str) -> Iterator[None]:
 
 def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
     """Return the line for an error of an address's client: what failed, why, and what to check."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason_of(error)
     return f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
 
 
@@ -419,7 +420,7 @@ def text_fault(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
         place = f"{error.msg} in line {error.lineno}, column {error.colno}"
         return place if error.doc.strip() else "the file is empty"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return reason_of(error)
 
 
 CACHE_VARIABLE = "DETECTOR_CACHE"

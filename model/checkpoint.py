@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
+from escape import reason_of
 from installed import DEMO, command, git_commit
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
@@ -143,7 +144,7 @@ def save(
             seal(partial, meta)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} could not be written ({_one_line(error)}); the previous checkpoint is kept, "
+            f"{folder} could not be written ({reason_of(error)}); the previous checkpoint is kept, "
             "and the same command goes on from there"
         ) from error
 
@@ -242,10 +243,6 @@ def _verify(folder: Path, meta: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """Check all files of a checkpoint and return its meta.
 
@@ -269,7 +266,7 @@ def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
         try:
             verify(folder)
         except (CheckpointError, OSError) as error:
-            reasons.append(_one_line(error))
+            reasons.append(reason_of(error))
         else:
             whole.append(folder)
     return whole, reasons
@@ -380,7 +377,7 @@ def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
         return _interned(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({_one_line(error)}); use a checkpoint of this program"
+            f"{path} cannot be read ({reason_of(error)}); use a checkpoint of this program"
         ) from error
 
 

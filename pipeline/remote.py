@@ -31,6 +31,7 @@ from typing import Any
 import fsspec
 from filelock import FileLock
 
+from escape import reason_of
 from sharding.format import ShardSet
 from storage import write_bytes
 
@@ -136,7 +137,7 @@ class RemoteShards:
             except (FileNotFoundError, PermissionError):
                 raise  # another try would fail too
             except Exception as error:  # each file system and its client raise other errors
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = reason_of(error)
                 if getattr(error, "status", None) in (401, 403):
                     raise PermissionError(f"{self._names[code]}: {reason}") from error
                 if delay is None:

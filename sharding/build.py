@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from console import counted, log
+from escape import reason_of
 from sharding.catalog import Catalog
 from sharding.dedupe import Decision, decide
 from sharding.executor import Engine, run_all
@@ -245,7 +246,7 @@ def _packed_images(folder: AnyPath) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     except (KeyError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise ShardError(
             f"{path} is damaged ({reason}); delete {folder} and build it again"
         ) from error

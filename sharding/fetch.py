@@ -39,7 +39,7 @@ import filelock
 import requests
 
 import console
-from escape import without_secrets
+from escape import reason_of, without_secrets
 from installed import install_extra
 from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
 from sharding.downloads import FetchError, check_content, check_hash
@@ -120,7 +120,7 @@ def fetch_source(
             else:
                 _from_urls(fetch, target, progress)
     except (OSError, ValueError) as error:
-        return Fetched(name, "failed", _plain(error))
+        return Fetched(name, "failed", reason_of(error, longest=1000))
     return Fetched(name, "downloaded", note)
 
 
@@ -211,11 +211,6 @@ def _remove_earlier(folder: Path, files: Mapping[str, int]) -> None:
             "%s: %s of an earlier download deleted, which the catalog no longer names",
             folder.name, console.counted(len(gone), "file"),
         )  # fmt: skip
-
-
-def _plain(error: object) -> str:
-    """Format an error as one line, without secrets in addresses."""
-    return without_secrets(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from escape import reason_of
 from installed import DEMO
 from storage import AnyPath, is_local, parse_json, remote_fault, text_fault
 
@@ -352,7 +353,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
             table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
             tables.append(_number_shards(table, names, len(shards)))
         except (KeyError, OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
             raise ShardError(
                 f"{folder / SAMPLES_FILE} is not a samples table ({reason}); {_ANEW}"
             ) from error

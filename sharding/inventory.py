@@ -46,6 +46,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from escape import reason_of
 from imaging.decode import DecodeError, Facts, Prepared, prepare
 from imaging.fingerprint import GRID, fingerprints, green_grid
 from sharding.catalog import Source, shares
@@ -319,7 +320,7 @@ def _read(path: AnyPath) -> pa.Table:
         if missing := [name for name in columns if name not in table.schema.names]:
             raise KeyError(f"no column {', '.join(missing)}")
     except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise ShardError(
             f"{path} is damaged ({reason}); delete it, and the build decodes its images again"
         ) from error

@@ -45,6 +45,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from escape import reason_of
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.zip import LINK
 from sharding.catalog import CatalogError, Rule, Source, shares
@@ -318,7 +319,7 @@ def _naming_damage(path: AnyPath) -> Iterator[None]:
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise CatalogError(
             f"{path} is damaged or not a table ({reason}); fetch it again"
         ) from error
@@ -475,7 +476,7 @@ def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
         features = parse_json(text).get("info", {}).get("features", {})
         return list(features.get(column, {}).get("names", []))
     except (ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another shape
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise CatalogError(
             f"{path}: its `huggingface` metadata is damaged ({reason}); fetch it again"
         ) from error

@@ -53,6 +53,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from escape import reason_of
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
 from storage import AnyPath, is_local, remote_errors
@@ -212,7 +213,7 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
     except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise  # of the disk or the network; pyarrow's own are plain and have no number
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise RawError(
             f"{path} is damaged, or not the table that was listed ({reason}); fetch it again"
         ) from error

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "console": {"escape", "devices", "storage"},
     "interrupts": {"console"},
     "recipes": set(),
-    "storage": {"installed"},
+    "storage": {"installed", "escape"},
     "imaging": {"storage"},
     "sharding": COMMON,
     "pipeline": {*COMMON, "sharding.format"},

@@ -9,7 +9,9 @@ from escape import (
     from_spreadsheet_cell,
     markdown,
     printable,
+    reason_of,
     spreadsheet_cell,
+    typed_reason_of,
     without_paths,
     without_secrets,
 )
@@ -118,3 +120,12 @@ def test_only_paths_of_this_machine_are_cut() -> None:
     assert without_paths({"/a/x": 1, "b/x": 2, "/b/x": {"~/c": 3}}) == {
         "x": 1, "b/x": 2, "x (3)": {"c": 3}
     }  # fmt: skip
+
+
+def test_a_reason_is_one_line_without_secrets() -> None:
+    assert reason_of(ValueError("a\n  b\tc")) == "a b c"
+    assert reason_of(TimeoutError()) == "TimeoutError"
+    assert typed_reason_of(KeyError("label")) == "KeyError: 'label'"
+    address = f"{'x' * 282} https://me:s3cret@host/file"  # cut within the password
+    assert len(reason_of(OSError(address))) == 300
+    assert "s3c" not in reason_of(OSError(address))

@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from escape import typed_reason_of
 from installed import install_extra
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
@@ -123,7 +124,7 @@ def open_transformers(
         labels = {int(index): str(label) for index, label in net.config.id2label.items()}
     except Exception as error:  # a published configuration may hold anything
         raise DetectorError(
-            f"{name} is not an image classifier that transformers opens: {_one_line(error)}"
+            f"{name} is not an image classifier that transformers opens: {typed_reason_of(error)}"
         ) from error
     if missing := sorted(loading["missing_keys"]):
         rest = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -179,7 +180,9 @@ def open_timm(
         RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError,
         SafetensorError,
     ) as error:  # fmt: skip
-        raise DetectorError(f"{name} is not a model that timm opens: {_one_line(error)}") from error
+        raise DetectorError(
+            f"{name} is not a model that timm opens: {typed_reason_of(error)}"
+        ) from error
     net.to(where)
     keep_freed_memory(where)
     judge = NetworkJudge(net, transform, net, fake, where)
@@ -249,8 +252,8 @@ def _files_of(repository: str, name: str) -> tuple[Path, str]:
         ) from error
     except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
         raise DetectorError(
-            f"{name} could not be downloaded from the hub ({_one_line(error)}); check its name and "
-            "the network, or name a local folder"
+            f"{name} could not be downloaded from the hub ({typed_reason_of(error)}); check its "
+            "name and the network, or name a local folder"
         ) from error
     _weights_of(Path(folder), name)
     return Path(folder), Path(folder).name
@@ -276,11 +279,9 @@ def _json_of(path: Path, name: str) -> dict[str, Any]:
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DetectorError(f"{name} has no readable {path.name} ({_one_line(error)})") from error
+        raise DetectorError(
+            f"{name} has no readable {path.name} ({typed_reason_of(error)})"
+        ) from error
     if not isinstance(values, dict):
         raise DetectorError(f"{name} has a {path.name} that is no object of JSON: {values!r:.60}")
     return values
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -40,6 +40,7 @@ import numpy as np
 from PIL import Image
 
 import console
+from escape import typed_reason_of
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.inference.prediction import band_from
 
@@ -70,12 +71,12 @@ class FileJudge:
         except (Exception, SystemExit) as error:  # an exit would end this program without a word
             raise DetectorError(
                 f"{self.file}: {FUNCTION} failed on {console.counted(len(prepared), 'image')}: "
-                f"{_said(error)}"
+                f"{typed_reason_of(error)}"
             ) from error
         try:
             values = np.asarray(given, np.float64)
         except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor with gradient
-            given_as = f"{type(given).__name__} ({_said(error)})"
+            given_as = f"{type(given).__name__} ({typed_reason_of(error)})"
             raise DetectorError(self._expected(len(prepared), given_as)) from error
         if values.shape != (len(prepared),):
             raise DetectorError(self._expected(len(prepared), f"an array of shape {values.shape}"))
@@ -132,7 +133,7 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[loader.name]
-        raise DetectorError(f"{path} cannot be run: {_said(error)}") from error
+        raise DetectorError(f"{path} cannot be run: {typed_reason_of(error)}") from error
     function = getattr(module, FUNCTION, None)
     if not callable(function):
         raise DetectorError(
@@ -142,7 +143,3 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
     meta = meta_of("file", path.name, sha256=loader.sha256)
     reason = f"{path.name}, a trusted third-party program"
     return OtherDetector(path, FileJudge(path, function), meta, band_from(threshold), reason)
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

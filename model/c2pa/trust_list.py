@@ -25,7 +25,7 @@ from pathlib import Path
 
 import requests
 
-from escape import without_secrets
+from escape import reason_of
 from model.c2pa.signatures import (
     CACHED,
     MAX_BYTES,
@@ -98,7 +98,7 @@ def _download(url: str) -> bytes:
     answer = answers[0] if answers else TimeoutError(f"no answer within {TIMEOUT_S} s")
     if isinstance(answer, bytes):
         return answer
-    reason = without_secrets(" ".join(str(answer).split()))[:200] or type(answer).__name__
+    reason = reason_of(answer)
     raise TrustListError(
         f"the C2PA trust list was not fetched ({reason}); download it by hand from {url} and type: "
         "python -m model fetch --trust-list --file C2PA-TRUST-LIST.pem"

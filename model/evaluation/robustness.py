@@ -53,6 +53,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from escape import reason_of
 from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, Z, group_rows, intervals, resample
@@ -260,7 +261,7 @@ def _variant_of(
     try:
         return prepare(perturbation.apply(pixels, sha256))
     except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
+        return reason_of(error, longest=1000)
 
 
 def measure_perturbations(

@@ -55,6 +55,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from escape import reason_of
 from model.score import Scores
 from model.verdict import calibration_fault, probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
@@ -188,7 +189,7 @@ def read_scores(path: Path) -> ScoreTable:
     try:
         table = table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
     except (pa.ArrowException, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise ScoresError(
             f"{path} lacks a column of scores, or has one of another type ({reason}); measure the "
             "checkpoint again with evaluate.py"

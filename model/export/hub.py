@@ -52,7 +52,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 import console
-from escape import without_paths
+from escape import reason_of, without_paths
 from model.checkpoint import (
     HUB_WEIGHTS_FILE,
     META_FILE,
@@ -287,7 +287,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         done = api.upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
         # The hub's client may raise a RuntimeError that only names the file; its cause is useful.
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = reason_of(error.__cause__ or error)
         raise HubError(
             f"{folder} could not be uploaded to {repository} ({reason}); log in with "
             "`hf auth login`, or set HF_TOKEN"

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from escape import reason_of
 from model import checkpoint
 from model.backbones.resolve import resolved
 from model.network import build, load_weights
@@ -92,7 +93,7 @@ def fetch() -> Path:
         path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
     except (OSError, HTTPError, FetchError, RuntimeError) as error:  # RuntimeError: Xet transfers
         cause = error.__cause__ if isinstance(error, FetchError) else None
-        reason = " ".join(str(cause or error).split())[:200]
+        reason = reason_of(cause or error)
         raise OriginalError(
             f"{FILE} of {REPOSITORY} could not be downloaded ({reason}); download it by hand from "
             f"{url}, then run `python -m model import FILE`"
@@ -154,7 +155,7 @@ def _weights_in(file: Path) -> dict[str, torch.Tensor]:
             "code, so it is refused"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise OriginalError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        raise OriginalError(f"{file} cannot be read: {reason_of(error)}") from error
     model = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping) or not model:
         raise OriginalError(

@@ -49,6 +49,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from escape import reason_of
 from model.device import describe
 from model.network import Detector
 from model.recipe import Network
@@ -314,7 +315,7 @@ def read_file(file: ShardFile) -> Part:
         notes = parse_json(table.schema.metadata[_FAILURES_KEY])
         width = table.schema.field("features").type.list_size
     except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise FeatureError(
             f"{file.path} is damaged ({reason}); delete it to have it computed again"
         ) from error

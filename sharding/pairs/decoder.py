@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from devices import parse_device
+from escape import reason_of, typed_reason_of
 from installed import install_extra
 from storage import parse_json, sha256_of, text_fault
 
@@ -102,10 +103,10 @@ def _from_hub(name: str) -> Path:
     try:
         snapshot = snapshot_download(f"{owner}/{repository}", allow_patterns=files)
     except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
-        reason = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))[:200]
+        reason = re.sub(r"\[Errno -?\d+\] ", "", reason_of(error))
         raise DecoderError(
             f"{name} is no folder here and did not come from the hub "
-            f"({reason or type(error).__name__}); check the name and the network, or give a folder"
+            f"({reason}); check the name and the network, or give a folder"
         ) from error
     folder = Path(snapshot) / below
     if not folder.is_dir():
@@ -139,9 +140,8 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
             torch_dtype=torch.float32,
         )  # fmt: skip
     except Exception as error:  # a bad file raises many errors in torch, safetensors and diffusers
-        reason = " ".join(str(error).split())[:200]
         raise DecoderError(
-            f"{name} is no {kind} that diffusers loads ({type(error).__name__}: {reason})"
+            f"{name} is no {kind} that diffusers loads ({typed_reason_of(error)})"
         ) from error
     if (channels := (vae.config.in_channels, vae.config.out_channels)) != (3, 3):
         raise DecoderError(f"{name} has {channels} channels in and out, expected (3, 3) for RGB")
