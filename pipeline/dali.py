@@ -87,9 +87,10 @@ class DaliBackend:
             with without_chatter():
                 yield from self._run(requests, start)
         finally:
-            # A DALI pipeline is part of a reference cycle: without this call it keeps its memory,
-            # on the GPU too, until Python's next garbage collection.
-            gc.collect()
+            # A DALI pipeline is part of a reference cycle: one that is not used again would keep its
+            # memory, on the GPU too, until Python's next garbage collection.
+            if self._idle is None:
+                gc.collect()
 
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()

@@ -4,6 +4,7 @@ Each stage is tested alone, on images that reveal differences. The input of a st
 because one gray level of difference before a JPEG quantizer may become forty after it.
 """
 
+import functools
 import io
 from collections.abc import Iterator
 
@@ -83,6 +84,14 @@ def _not_wanted(_request: Request) -> None:
     raise AssertionError("the graph does not take a batch of good images")
 
 
+@functools.cache
+def _backend(shape: tuple[int, int], batch_size: int, device: torch.device) -> DaliBackend:
+    """Build a backend for all tests of this size: its later runs use the same pipeline."""
+    backend = DaliBackend(shape, batch_size, device, threads=2)
+    backend._one_by_one = _not_wanted  # its repair may use the reference itself
+    return backend
+
+
 def both(
     data: list[bytes],
     params: list[AugmentParams],
@@ -95,9 +104,7 @@ def both(
         data, [f.format for f in facts], [f.orientation for f in facts], stack(params)
     )
     pil = decode_request(request, shape)
-    backend = DaliBackend(shape, len(data), device, threads=2)
-    backend._one_by_one = _not_wanted  # its repair may use the reference itself
-    (dali,) = backend.run([request])
+    (dali,) = _backend(shape, len(data), device).run([request])
     assert not pil.failures
     assert not dali.failures
     return pil.images.numpy().astype(int), dali.images.cpu().numpy().astype(int)
