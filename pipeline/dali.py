@@ -87,8 +87,8 @@ class DaliBackend:
             with without_chatter():
                 yield from self._run(requests, start)
         finally:
-            # A DALI pipeline is part of a reference cycle: one that is not used again would keep its
-            # memory, on the GPU too, until Python's next garbage collection.
+            # A DALI pipeline is part of a reference cycle: if it is not used again, it would keep
+            # its memory, on the GPU too, until Python's next garbage collection.
             if self._idle is None:
                 gc.collect()
 

@@ -330,8 +330,11 @@ class _SetBuild:
         pass unless `max_bad` is 0.
         """
         bad = self.quarantined.num_rows
-        allowed = max(1, max_bad * self.total) if max_bad else 0
-        if bad > allowed or (bad and bad == self.total):
+        if not bad:
+            return
+        many = bad > 1 or not max_bad
+        # A product would be rounded: 0.29 * 100 is less than 29.
+        if bad == self.total or (many and bad / self.total > max_bad):
             first = self.quarantined.slice(0, 1).to_pylist()[0]
             raise ShardError(
                 f"{bad:,} of {counted(self.total, 'image')} of set {self.name} cannot be read, "

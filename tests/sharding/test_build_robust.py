@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sharding.build import Tolerance, build
+from sharding.catalog import read_catalog
 from sharding.format import ShardError, open_shards
 from tests.builders import (
     ROOT,
@@ -203,3 +205,16 @@ def test_a_file_that_changes_while_packing_is_noticed(
     monkeypatch.undo()
     module.build(catalog, tmp_path / "raw", tmp_path / "out", jobs=1)
     assert (tmp_path / "out/old/index.json").exists()
+
+
+def test_the_share_of_bad_files_is_not_rounded(tmp_path: Path) -> None:
+    (tmp_path / "s/fake").mkdir(parents=True)
+    (tmp_path / "catalog.toml").write_text(
+        '[sets]\nold = "test"\n[sources.s]\nlicense = "test"\nset = "old"\nfake = ["fake"]\n'
+    )
+    for number in range(50):
+        data = b"<html>%d" % number if number < 29 else encode(photo(number), "PNG")
+        (tmp_path / f"s/fake/{number}.png").write_bytes(data)
+    catalog = read_catalog([tmp_path / "catalog.toml"])
+    _, built = build(catalog, tmp_path, tmp_path / "out", tolerance=Tolerance(max_bad=0.58))
+    assert built[0].index["samples"] == 21
