@@ -161,11 +161,10 @@ def predict_all(folder: Path, backend: str, work: Path) -> None:
     keep = np.lib.format.open_memmap(
         work / f"predict-{backend}.npy", "w+", np.uint8, (len(paths), SIDE, SIDE, 3)
     )
-    decoded = detector._by_dali if backend == "dali" else detector._by_pil
-    for group in decoded(files, 32, 0):
-        keep[[int(name) for name in group.names]] = group.pixels.cpu().numpy()
-        reasons = {group.names[row]: reason for row, reason in group.failures.items()}
-        say({"at": int(group.names[-1]), "reasons": reasons})
+    for names, pixels, failures in detector._preprocessed(files, 32, 0):
+        keep[[int(name) for name in names]] = torch.as_tensor(pixels).cpu().numpy()
+        reasons = {names[row]: reason for row, reason in failures.items()}
+        say({"at": int(names[-1]), "reasons": reasons})
 
 
 CATALOG = """

@@ -43,8 +43,7 @@ AI-generated. This module does not import torch.
 
 import functools
 import re
-import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,16 +51,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from model.inference.prediction import (
-    AnyDetector,
-    Picture,
-    Pixels,
-    Prediction,
-    ahead,
-    as_source,
-    pixels_of,
-    predictions,
-)
+from model.inference.prediction import AnyDetector, Scored, Source, ahead
 from model.verdict import probability
 from storage import file_name
 
@@ -106,30 +96,18 @@ class OtherDetector(AnyDetector):
     reason: str
     backend: str = "pil"
 
-    def stream(
-        self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
-    ) -> Generator[Prediction, None, None]:
-        """Yield one prediction per image, in order. An unreadable image gets an `error`. `start` is
-        as in `ImageDetector.stream`.
-        """
-        files = map(as_source, images, range(sys.maxsize))
+    def _prepare(self, pixels: np.ndarray) -> Any:
+        # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
+        return self.judge.prepare(Image.fromarray(np.array(pixels)))
+
+    def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
         for names, prepared in ahead(files, self.preprocess_file, batch_size, start):
             failures = {row: item for row, item in enumerate(prepared) if isinstance(item, str)}
             rows = [row for row in range(len(prepared)) if row not in failures]
             probabilities = np.full(len(prepared), np.nan)
             if rows:
                 probabilities[rows] = self.score([prepared[row] for row in rows])
-            yield from predictions(names, probabilities.tolist(), failures, self.band)
-
-    def preprocess_file(self, image: Picture | Pixels) -> Any:
-        """Read an image, upright and RGB, and preprocess it as the detector does.
-
-        Raises:
-            DecodeError, OSError: the image cannot be read.
-        """
-        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
-            # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
-            return self.judge.prepare(Image.fromarray(np.array(pixels)))
+            yield names, probabilities, failures
 
     def score(self, prepared: Sequence[Any]) -> np.ndarray:
         """Return the probability of fake of preprocessed images, after the temperature: float64

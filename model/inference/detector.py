@@ -40,12 +40,11 @@ and as `start` (default 0) how many were done. A batch must begin at `start`, el
 the network's output is not finite.
 """
 
-import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,15 +57,11 @@ from model.checkpoint import CheckpointError, find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
     AnyDetector,
-    Picture,
     Pixels,
-    Prediction,
+    Scored,
     Source,
     ahead,
-    as_source,
     band_from,
-    pixels_of,
-    predictions,
     preprocess_ahead,
     threads,
 )
@@ -101,31 +96,6 @@ class ImageDetector(AnyDetector):
     reason: str = ""
     asked: tuple[float, float] | None = None
 
-    def stream(
-        self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
-    ) -> Generator[Prediction, None, None]:
-        """Yield one prediction per image, in order. An unreadable image gets an `error`.
-
-        Threads read and decode at most two batches ahead of the network, so `images` may be
-        endless. The first batches are small (1, 4, 16, ...), so that the first prediction comes
-        early. `start` is the number of images that the caller skipped; a batch must begin there.
-        Then batches and scores are, to the last bit, those of a run over the whole list. With a
-        `batch_size` of 1 Pillow decodes: a pipeline of DALI takes seconds to build on a GPU.
-        """
-        files = map(as_source, images, range(sys.maxsize))
-        decoded = self._by_dali if self.backend == "dali" and batch_size > 1 else self._by_pil
-        for names, pixels, failures in decoded(files, batch_size, start):
-            yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
-
-    def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
-        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB.
-
-        Raises:
-            DecodeError, OSError: the image cannot be read.
-        """
-        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
-            return pil.preprocess(pixels, self.preprocess)
-
     def score(self, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
         """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
         float64 (B,), NaN where the network's output is not finite. Equal to `predict` to the last
@@ -136,15 +106,24 @@ class ImageDetector(AnyDetector):
             logits = logits_of(self.net, images, self.device, self.dtype)
         return probability(logits.cpu().numpy(), self.meta["temperature"])
 
-    def _by_pil(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
-        """Yield groups of preprocessed images, decoded by Pillow."""
-        for names, pixels, failures in preprocess_ahead(
-            files, self.preprocess_file, self.preprocess.shape, batch_size, start
-        ):
-            yield _Group(names, pixels, failures)
+    def _prepare(self, pixels: np.ndarray) -> np.ndarray:
+        return pil.preprocess(pixels, self.preprocess)
 
-    def _by_dali(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator["_Group"]:
-        """Yield groups of preprocessed images, decoded in batches by DALI."""
+    def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
+        for names, pixels, failures in self._preprocessed(files, batch_size, start):
+            yield names, self.score(pixels), failures
+
+    def _preprocessed(
+        self, files: Iterable[Source], batch_size: int, start: int
+    ) -> Iterator[tuple[Sequence[str], np.ndarray | torch.Tensor, Mapping[int, str]]]:
+        """Yield batches of preprocessed images: names, pixels uint8 (B, height, width, 3), and
+        failures (row -> reason), whose rows are black. With a `batch_size` of 1 Pillow decodes: a
+        pipeline of DALI takes seconds to build on a GPU.
+        """
+        if self.backend != "dali" or batch_size < 2:
+            shape = self.preprocess.shape
+            yield from preprocess_ahead(files, self.preprocess_file, shape, batch_size, start)
+            return
         from pipeline.dali import DaliBackend
 
         names: deque[Sequence[str]] = deque()
@@ -156,7 +135,7 @@ class ImageDetector(AnyDetector):
 
         dali = DaliBackend(self.preprocess.shape, batch_size, self.device, threads())
         for pixels in dali.run(requests()):
-            yield _Group(names.popleft(), pixels.images, pixels.failures)
+            yield names.popleft(), pixels.images, pixels.failures
 
     def _for_dali(self, file: Source) -> Encoded | bytes:
         """Return a JPEG for DALI to decode, or a PNG of the preprocessed image for any other file.
@@ -199,14 +178,6 @@ class ImageDetector(AnyDetector):
         for name, value in made.items():
             getattr(params, name)[seen] = value
         return Request(data, formats, orientations, params, failures)
-
-
-class _Group(NamedTuple):
-    """Images scored together: uint8 (B, height, width, 3). The rows in `failures` are black."""
-
-    names: Sequence[str]
-    pixels: np.ndarray | torch.Tensor
-    failures: dict[int, str]
 
 
 RUNS = Path("runs")

@@ -35,8 +35,7 @@ temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (hei
 the `Preprocess` settings say, to the network's input, uint8 (*settings.shape, 3), with Pillow.
 """
 
-import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,13 +48,9 @@ from devices import parse_device
 from installed import install_extra
 from model.inference.prediction import (
     AnyDetector,
-    Picture,
-    Pixels,
-    Prediction,
-    as_source,
+    Scored,
+    Source,
     band_from,
-    pixels_of,
-    predictions,
     preprocess_ahead,
     threads,
 )
@@ -111,26 +106,14 @@ class OnnxDetector(AnyDetector):
     reason: str
     backend: str = "pil"
 
-    def stream(
-        self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
-    ) -> Generator[Prediction, None, None]:
-        """Yield one prediction per image, in order. An unreadable image gets an `error`. `start` is
-        as in `ImageDetector.stream`.
-        """
-        files = map(as_source, images, range(sys.maxsize))
+    def _prepare(self, pixels: np.ndarray) -> np.ndarray:
+        return preprocess(pixels, self.preprocess)
+
+    def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
         for names, pixels, failures in preprocess_ahead(
             files, self.preprocess_file, self.preprocess.shape, batch_size, start
         ):
-            yield from predictions(names, self.score(pixels).tolist(), failures, self.band)
-
-    def preprocess_file(self, image: Picture | Pixels) -> np.ndarray:
-        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB.
-
-        Raises:
-            DecodeError, OSError: the image cannot be read.
-        """
-        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
-            return preprocess(pixels, self.preprocess)
+            yield names, self.score(pixels), failures
 
     def score(self, pixels: np.ndarray) -> np.ndarray:
         """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):

@@ -13,8 +13,8 @@ It returns a `Prediction`, or a list of them for an iterable: `name`, `probabili
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (why an
 image is unreadable or its score is not finite, else ""). `TypeError` is raised for a wrong type;
 `ValueError` for a wrong array, a Pillow image of the mode "La", or, with an iterable, a
-`batch_size` below 1. Subclasses define `stream(images, batch_size, start)`, which takes an
-iterable and yields the predictions one by one.
+`batch_size` below 1. `stream(images, batch_size, start)` takes an iterable and yields the
+predictions one by one.
 
 `DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
@@ -43,6 +43,7 @@ preprocess_file, shape, ...)` calls `preprocess_file(file)` and yields (names, p
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -100,6 +101,10 @@ width, 3) in RGB or (height, width) in gray, or an `ImageFile`, which is read la
 
 Source: TypeAlias = ImageFile | Pixels
 """One image before preprocessing: a file to read, or decoded pixels."""
+
+
+Scored: TypeAlias = tuple[Sequence[str], np.ndarray, Mapping[int, str]]
+"""A batch: names, probabilities of fake, and failures (row -> reason)."""
 
 
 class Named(Protocol):
@@ -269,12 +274,38 @@ class AnyDetector(DecisionRule, ABC):
     reason: str
     """What computes the score, or why this backend; for the log."""
 
-    @abstractmethod
     def stream(
         self, images: Iterable[Picture], batch_size: int = 32, start: int = 0
     ) -> Generator[Prediction, None, None]:
-        """Yield one prediction per image, in order. An unreadable image gets an `error`. `start` is
-        the number of images that were done before, as for `ahead`.
+        """Yield one prediction per image, in order. An unreadable image gets an `error`.
+
+        Threads read and decode at most two batches ahead of the network, so `images` may be
+        endless. The first batches are small (1, 4, 16, ...), so that the first prediction comes
+        early. `start` is the number of images that the caller skipped; a batch must begin there.
+        Then batches and scores are, to the last bit, those of a run over the whole list.
+        """
+        files = map(as_source, images, itertools.count())
+        for names, probabilities, failures in self._scored(files, batch_size, start):
+            yield from predictions(names, probabilities.tolist(), failures, self.band)
+
+    def preprocess_file(self, image: Picture | Pixels) -> Any:
+        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB, or what a
+        third-party detector makes of the image.
+
+        Raises:
+            DecodeError, OSError: the image cannot be read.
+        """
+        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
+            return self._prepare(pixels)
+
+    @abstractmethod
+    def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
+        """Yield the scores of each batch of `group_sizes(batch_size, start)`."""
+
+    @abstractmethod
+    def _prepare(self, pixels: np.ndarray) -> Any:
+        """Preprocess an image, uint8 (height, width, 3) RGB. The pixels are valid only until this
+        returns.
         """
 
     # The overloads overlap: a str is an iterable of str, an array of arrays. The first match wins.
