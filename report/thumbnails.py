@@ -62,9 +62,8 @@ def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) 
     """Return at most `count` reals of set `name` called fake, highest probability first, then at
     most `count` fakes not called fake, lowest probability first.
     """
-    codes, names = scores.codes("set")
     probabilities, labels = scores.numbers("probability"), scores.numbers("label")
-    in_set = (codes == names.index(name)) & scores.numbers("valid").astype(bool)
+    in_set = scores.of_set(name) & scores.numbers("valid").astype(bool)
     mistakes = []
     for label in (0, 1):
         wrong = np.flatnonzero(

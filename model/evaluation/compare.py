@@ -256,14 +256,11 @@ def count_flips(
     before: ScoreTable, changed: Sequence[Flip]
 ) -> list[tuple[str, str, int, int, int]]:
     """Return (set, class, images, broken, fixed) for each class of each measured set."""
-    sets, names = before.codes("set")
     labels = before.numbers("label")
     counts = []
     for name in before.evaluation["sets"]:
         for label, said in enumerate(CLASSES):
-            chosen = (
-                (sets == names.index(name)) & (labels == label) if name in names else np.array([])
-            )
+            chosen = before.of_set(name) & (labels == label)
             if chosen.any():
                 of_class = [
                     flip.fixed for flip in changed if flip.set == name and flip.label == label

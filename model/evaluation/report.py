@@ -136,11 +136,11 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     """Return the rows for the report of set `name`, with reference reals where it needs them."""
     sets, names = scores.codes("set")
     labels, valid = scores.numbers("label"), scores.numbers("valid")
-    rows = np.flatnonzero((sets == names.index(name)) & valid) if name in names else _NONE
+    rows = np.flatnonzero(scores.of_set(name) & valid)
     count = len(rows)
     reals = _set_of_reals(scores, name)
     if reals != name:
-        reference = (sets == names.index(reals)) & valid & (labels == REAL)
+        reference = scores.of_set(reals) & valid & (labels == REAL)
         rows = np.concatenate([rows, np.flatnonzero(reference)])
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
     # Two sets may use the same name for different sources or groups; codes keep these apart.
@@ -169,23 +169,19 @@ def uses_reference(name: str, labels: np.ndarray, reference: Mapping[str, Any] |
 
 def _set_of_reals(scores: ScoreTable, name: str) -> str:
     """Return the name of the set whose real images the report on set `name` uses."""
-    sets, names = scores.codes("set")
-    labels = scores.numbers("label")[sets == names.index(name)] if name in names else _NONE
+    labels = scores.numbers("label")[scores.of_set(name)]
     reference = scores.evaluation["reference_reals"]
-    if uses_reference(name, labels, reference) and reference["set"] in names:
+    if uses_reference(name, labels, reference) and reference["set"] in scores.codes("set")[1]:
         return str(reference["set"])
     return name
 
 
 def _unscored(scores: ScoreTable, name: str) -> tuple[int, int]:
     """Return how many images of each class that the report on set `name` uses have no score."""
-    sets, names = scores.codes("set")
     labels, failed = scores.numbers("label"), ~scores.numbers("valid")
-    of_class = [
-        (sets == names.index(of_set)) & (labels == label) & failed if of_set in names else _NONE
-        for label, of_set in ((REAL, _set_of_reals(scores, name)), (FAKE, name))
-    ]
-    return int(np.count_nonzero(of_class[REAL])), int(np.count_nonzero(of_class[FAKE]))
+    reals = scores.of_set(_set_of_reals(scores, name)) & (labels == REAL) & failed
+    fakes = scores.of_set(name) & (labels == FAKE) & failed
+    return int(np.count_nonzero(reals)), int(np.count_nonzero(fakes))
 
 
 def lines_of(rows: Rows) -> dict[LineKey, Images]:
@@ -412,10 +408,8 @@ def _without_score(scores: ScoreTable, name: str, set_report: Mapping[str, Any])
     """
     if not set_report["overall"]["count"]:
         return ""  # the sentence says so
-    sets, names = scores.codes("set")
-    there = sets == names.index(name)
     reals = scores.numbers("label") == REAL
-    there = there | (reals & (sets == names.index(_set_of_reals(scores, name))))
+    there = scores.of_set(name) | (reals & scores.of_set(_set_of_reals(scores, name)))
     missing = int(np.count_nonzero(there & ~scores.numbers("valid")))
     count = console.counted(int(np.count_nonzero(there)), "image")
     return f"; {missing:,} of {count} without a score" if missing else ""
@@ -442,10 +436,7 @@ def without_scores(report: Mapping[str, Any]) -> str:
 
 def _unreadable(scores: ScoreTable, name: str) -> list[str]:
     """Return `set:key: reason` for each image of a set that was not scored."""
-    sets, names = scores.codes("set")
-    if name not in names:
-        return []
-    failed = np.flatnonzero((sets == names.index(name)) & ~scores.numbers("valid"))
+    failed = np.flatnonzero(scores.of_set(name) & ~scores.numbers("valid"))
     errors, reasons = scores.codes("error")
     keys = scores.table.column("key").take(failed).to_pylist()
     return [

@@ -102,6 +102,11 @@ class ScoreTable:
         """Return a text column as (code per row, int32 (N,); name of each code)."""
         return codes_of(self.table.column(name))
 
+    def of_set(self, name: str) -> np.ndarray:
+        """Return whether each row is of set `name`, bool (N,)."""
+        sets, names = self.codes("set")
+        return sets == (names.index(name) if name in names else -1)
+
 
 def rows_of(name: str, shards: ShardSet, scores: Scores, temperature: float) -> pa.Table:
     """Build the table rows of set `name`, one per sample of `shards`, in the order of `shards`.
