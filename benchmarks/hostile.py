@@ -224,7 +224,7 @@ def load_all(_folder: Path, backend: str, work: Path) -> None:
     keep = np.lib.format.open_memmap(
         work / f"load-{backend}.npy", "w+", np.uint8, (len(shards), SIDE, SIDE, 3)
     )
-    epoch = evaluation_epoch(len(shards), 32)
+    epoch = evaluation_epoch(np.arange(len(shards)), 32)
     for step, batch in enumerate(loader.batches(epoch, eval_params(shards, preprocess))):
         rows = np.flatnonzero(epoch.valid[epoch.positions(step, 0, 1)])
         images = batch.images.permute(0, 2, 3, 1).cpu().numpy()

@@ -11,7 +11,7 @@ shuffles the samples and drops a last partial batch. All arguments after the fir
 - `old`: row numbers of the old samples (replay), int64, in the same opened shard set. All of them
   are spread evenly among the new ones. None (default): there are none.
 
-`evaluation_epoch(count, global_batch)` lists the samples 0 to count - 1 once, padded to whole
+`evaluation_epoch(samples, global_batch)` lists row numbers once and in order, padded to whole
 batches. Both return an `Epoch`: `samples`, the row number (int64) at each global position, `valid`,
 False for padding, `replayed`, True for old samples, and `steps`, the number of batches. They raise
 `OrderError` if there is no sample or, in training, less than a batch. `epoch.positions(step, rank,
@@ -24,7 +24,7 @@ index_sha256=...)` returns it for the next step of epoch `number` and the set's 
 (epoch, step) in it. It raises `OrderError` if the state has another seed, batch size or hash than
 these arguments, or another `ORDER_VERSION`. `repeat()` lists the
 samples of a source several times, `mixing_of()` measures how well an order is shuffled (`Mixing`),
-and `rng_of()`, `repeat_rng()` and `replay_rng()` return NumPy generators.
+and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT` as purpose.
 """
 
 import functools
@@ -51,7 +51,7 @@ runs.
 
 # A Philox counter has 4 x 64 bits. The last word separates independent uses of one key; 0 is for
 # augmentation parameters (`philox.uniform`).
-_SHUFFLE, _REPLAY, _REPEAT = 1, 2, 3
+_SHUFFLE, REPLAY, REPEAT = 1, 2, 3
 
 
 class OrderError(ValueError):
@@ -164,11 +164,6 @@ def repeat(
     return np.concatenate(parts) if parts else samples
 
 
-def repeat_rng(seed: int, epoch: int) -> np.random.Generator:
-    """Return the generator that chooses the samples for the fractional part of `repeat`."""
-    return rng_of(seed, epoch, _REPEAT)
-
-
 class Mixing(NamedTuple):
     """How well an order is shuffled. Both figures are 1 for a random order.
 
@@ -200,33 +195,27 @@ def mixing_of(samples: np.ndarray, sources: np.ndarray, batch: int) -> Mixing:
     return Mixing(distance, float((((seen - expected) ** 2) / expected).sum() / freedom))
 
 
-def evaluation_epoch(count: int, global_batch: int) -> Epoch:
-    """Return samples 0 to count - 1 in order, each exactly once, padded to whole global batches.
+def evaluation_epoch(samples: np.ndarray, global_batch: int) -> Epoch:
+    """Return `samples` in order, each exactly once, padded to whole global batches.
 
-    Every rank makes the same number of steps. Padding repeats sample 0 with `valid` False.
+    Every rank makes the same number of steps. Padding is sample 0 with `valid` False.
 
     Raises:
-        OrderError: `count` is 0.
+        OrderError: there are no samples.
     """
-    if count == 0:
+    if not len(samples):
         raise OrderError("there is no sample to evaluate")
-    padded = -(-count // global_batch) * global_batch
-    samples = np.zeros(padded, np.int64)
-    samples[:count] = np.arange(count)
-    valid = np.arange(padded) < count
-    return Epoch(0, 0, global_batch, samples, np.zeros(padded, np.bool_), valid)
+    padded = np.pad(samples.astype(np.int64), (0, -len(samples) % global_batch))
+    valid = np.arange(len(padded)) < len(samples)
+    return Epoch(0, 0, global_batch, padded, np.zeros(len(padded), np.bool_), valid)
 
 
 def rng_of(seed: int, epoch: int, purpose: int) -> np.random.Generator:
-    """Return the generator of one purpose in one epoch. The random numbers of single samples come
-    from `philox.uniform` instead.
+    """Return the generator of one purpose in one epoch: `REPLAY` chooses the old samples, `REPEAT`
+    those for the fractional part of `repeat`. The random numbers of single samples come from
+    `philox.uniform` instead.
     """
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
-
-
-def replay_rng(seed: int, epoch: int) -> np.random.Generator:
-    """Return the generator that chooses the old samples of an epoch."""
-    return rng_of(seed, epoch, _REPLAY)
 
 
 def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -59,12 +59,13 @@ from pipeline.batch import Batch
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
 from pipeline.order import (
+    REPEAT,
+    REPLAY,
     Epoch,
     check_state,
     evaluation_epoch,
     repeat,
-    repeat_rng,
-    replay_rng,
+    rng_of,
     state_of,
     training_epoch,
 )
@@ -209,7 +210,7 @@ class Stream:
                 f"{', '.join(known)}"
             )
         times = {names.index(name): count for name, count in self.repeats.items()}
-        rng = repeat_rng(self.seed, epoch_number)
+        rng = rng_of(self.seed, epoch_number, REPEAT)
         return np.sort(repeat(self.pool.new, codes[self.pool.new], times, rng))
 
     def epoch(self, epoch_number: int, *, whole: bool = False) -> Epoch:
@@ -222,7 +223,7 @@ class Stream:
             shards.codes("source")[0][old],
             shards.column("label")[old],
             self.replayed_per_epoch,
-            replay_rng(self.seed, epoch_number),
+            rng_of(self.seed, epoch_number, REPLAY),
         )
         return training_epoch(
             self.new(epoch_number),
@@ -316,5 +317,5 @@ class Stream:
 
 def evaluation_batches(loader: BatchLoader) -> Iterator[Batch]:
     """Iterate once over the loader's shard set with evaluation preprocessing."""
-    epoch = evaluation_epoch(len(loader.shards), loader.global_batch)
+    epoch = evaluation_epoch(np.arange(len(loader.shards)), loader.global_batch)
     return loader.batches(epoch, eval_params(loader.shards, loader.preprocess))

@@ -61,7 +61,7 @@ from model.score import AT_A_TIME, autocast, evaluating, in_parts
 from pipeline.batch import Batch
 from pipeline.loader import LoadError, open_loader
 from pipeline.loading import Loading
-from pipeline.order import Epoch
+from pipeline.order import evaluation_epoch
 from pipeline.params import view_params
 from pipeline.read import UNREAD
 from sharding.format import ShardSet
@@ -124,7 +124,7 @@ def embed(
     )
     settings = view.augment or {}, view.policy, source.backbone.preprocess, view.seed, number
     batches = loader.batches(
-        _in_order(np.concatenate(rows), loader.global_batch), view_params(shards, *settings)
+        evaluation_epoch(np.concatenate(rows), loader.global_batch), view_params(shards, *settings)
     )
     left = sum(map(len, rows))
     offsets = shards.column("offset")
@@ -180,14 +180,6 @@ def _whole(rows: np.ndarray, shards: ShardSet, file: ShardFile) -> np.ndarray:
             "of them; compute the features of whole sets"
         )
     return rows
-
-
-def _in_order(samples: np.ndarray, global_batch: int) -> Epoch:
-    """Return an epoch of the given samples, once each and in order, padded to full batches."""
-    padded = np.zeros(-(-len(samples) // global_batch) * global_batch, np.int64)
-    padded[: len(samples)] = samples
-    valid = np.arange(len(padded)) < len(samples)
-    return Epoch(0, 0, global_batch, padded, np.zeros(len(padded), np.bool_), valid)
 
 
 def _features(

@@ -182,12 +182,11 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
     """Return the files of a view of a shard set, in the order of its shards, whether they exist or
     not.
     """
-    codes = np.unique(shards.column("shard_code"))
+    codes, first_rows = np.unique(shards.column("shard_code"), return_index=True)
     source_codes, names = shards.codes("source")
-    first_rows = {int(code): int(row) for row, code in _first_rows(shards)}
     policies = policies_of(shards, view.augment, view.policy) if view.augment else {}
     files = []
-    for code in codes.tolist():
+    for code, row in zip(codes.tolist(), first_rows.tolist(), strict=True):
         folder, shard = shards.folders[code], shards.shards[code]
         entry: dict[str, Any] = {
             "version": STORE_VERSION,
@@ -196,19 +195,13 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
             "shard_sha256": shards.shard_sha256[code],
             "view": view.number,
         }
-        policy = policies.get(names[source_codes[first_rows[code]]])
+        policy = policies.get(names[source_codes[row]])
         if view.number and policy is not None:
             entry |= {"seed": view.seed, "policy": asdict(policy)}
         name = f"{shard[:-4]}-{shards.shard_sha256[code][:12]}.arrow"
         path = store / backbone.folder / folder.name / view.folder_of(policy) / name
         files.append(ShardFile(path=path, shard_code=code, id=parse_json(_canonical(entry))))
     return files
-
-
-def _first_rows(shards: ShardSet) -> list[tuple[int, int]]:
-    """Return (row, shard code) of the first sample of each shard."""
-    codes, rows = np.unique(shards.column("shard_code"), return_index=True)
-    return list(zip(rows.tolist(), codes.tolist(), strict=True))
 
 
 def describe_backbone(store: Path, backbone: BackboneId) -> None:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from pipeline.order import (
+    REPEAT,
+    REPLAY,
     OrderError,
     check_state,
     evaluation_epoch,
     mixing_of,
     repeat,
-    repeat_rng,
-    replay_rng,
+    rng_of,
     state_of,
     training_epoch,
 )
@@ -60,7 +61,7 @@ def test_ranks_see_the_batch_of_one_rank(ranks: int, batch: int) -> None:
 @pytest.mark.parametrize("count", [1, 23, 24, 25, 100])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_covers_every_sample_once_on_any_ranks(count: int, ranks: int) -> None:
-    whole = evaluation_epoch(count, 4 * ranks)
+    whole = evaluation_epoch(np.arange(count), 4 * ranks)
     seen = []
     for step in range(whole.steps):
         for rank in range(ranks):
@@ -72,7 +73,7 @@ def test_evaluation_covers_every_sample_once_on_any_ranks(count: int, ranks: int
 
 def test_too_few_samples_are_an_error() -> None:
     with pytest.raises(OrderError, match="no sample to evaluate"):
-        evaluation_epoch(0, 4)
+        evaluation_epoch(np.arange(0), 4)
     with pytest.raises(OrderError, match="7 training samples do not fill one batch of 24"):
         epoch(7)
 
@@ -119,26 +120,26 @@ def counts(chosen, samples, sources, labels) -> dict[tuple[int, int], int]:
 
 def test_quotas_are_equal_and_balanced_by_class() -> None:
     pool = pools(a=(900, 100), b=(0, 300), c=(500, 500))
-    drawn_from = counts(sample_old(*pool, 300, replay_rng(1, 0)), *pool)
+    drawn_from = counts(sample_old(*pool, 300, rng_of(1, 0, REPLAY)), *pool)
     assert drawn_from == {(0, 0): 50, (0, 1): 50, (1, 1): 100, (2, 0): 50, (2, 1): 50}
 
 
 def test_small_sources_give_all_and_the_others_share_the_rest() -> None:
     pool = pools(a=(4, 2), b=(400, 400), c=(400, 3))
-    drawn_from = counts(sample_old(*pool, 206, replay_rng(1, 0)), *pool)
+    drawn_from = counts(sample_old(*pool, 206, rng_of(1, 0, REPLAY)), *pool)
     assert drawn_from == {(0, 0): 4, (0, 1): 2, (1, 0): 50, (1, 1): 50, (2, 0): 97, (2, 1): 3}
 
 
 def test_old_samples_are_chosen_anew_each_epoch_and_never_twice_in_one() -> None:
     pool = pools(a=(500, 500), b=(500, 500))
-    first, second = (sample_old(*pool, 200, replay_rng(1, number)) for number in (0, 1))
+    first, second = (sample_old(*pool, 200, rng_of(1, number, REPLAY)) for number in (0, 1))
     assert len(np.unique(first)) == len(np.unique(second)) == 200
     assert len(np.intersect1d(first, second)) < 60
 
 
 def test_a_pool_that_is_too_small_is_used_again() -> None:
     pool = pools(a=(3, 4))
-    chosen = sample_old(*pool, 17, replay_rng(1, 0))
+    chosen = sample_old(*pool, 17, rng_of(1, 0, REPLAY))
     assert len(chosen) == 17
     assert np.bincount(chosen - 500).min() >= 2
 
@@ -155,15 +156,15 @@ def test_share_out_gives_quotas_with_the_sum_and_within_the_sizes() -> None:
 
 def test_sources_are_repeated_the_given_number_of_times() -> None:
     samples, sources = np.arange(1000), np.repeat([0, 1, 2], [100, 300, 600])
-    repeated = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 0))
+    repeated = repeat(samples, sources, {0: 2.5, 2: 0.25}, rng_of(1, 0, REPEAT))
     times = np.bincount(repeated, minlength=1000)
     assert sorted(times[:100].tolist()) == [2] * 50 + [3] * 50
     assert (times[100:400] == 1).all()
     assert times[400:].sum() == 150 and times[400:].max() == 1
-    again = repeat(samples, sources, {0: 2.5, 2: 0.25}, repeat_rng(1, 1))
+    again = repeat(samples, sources, {0: 2.5, 2: 0.25}, rng_of(1, 1, REPEAT))
     assert len(again) == len(repeated)
     assert not np.array_equal(np.bincount(again, minlength=1000), times)  # other samples each epoch
-    assert len(repeat(samples, sources, {1: 0}, repeat_rng(1, 0))) == 700
+    assert len(repeat(samples, sources, {1: 0}, rng_of(1, 0, REPEAT))) == 700
 
 
 def test_repeat_index_counts_earlier_appearances() -> None:
