@@ -94,8 +94,7 @@ def main() -> None:
 @click.command("app", cls=console.Command)
 @console.listen(port=8501)
 @console.options("checkpoint", "runs")
-@click.pass_context
-def app(context: click.Context, host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
+def app(host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
     """Start a web page that tells whether images are AI-generated.
 
     The page is served from this machine until Ctrl-C. Without --runs and --checkpoint, the
@@ -105,7 +104,7 @@ def app(context: click.Context, host: str, port: int, checkpoint: Path | None, r
         raise click.ClickException(f"streamlit is not installed; {install_extra('app')}")
     if checkpoint:
         os.environ["DETECTOR_CHECKPOINT"] = str(checkpoint)
-    if context.get_parameter_source("runs") is not click.core.ParameterSource.DEFAULT:
+    if console.given("runs"):
         os.environ["DETECTOR_RUNS"] = str(runs)
         if not checkpoint:
             os.environ.pop("DETECTOR_CHECKPOINT", None)

@@ -14,8 +14,8 @@ total=None)`. This counts `done` more, shows `note` and sets a given `total`. `l
 Types of options: `LocalPath` (a path on this machine; keywords of click.Path), `AnyAddress` (a
 folder or an address like s3://; `writes=True` refuses one that can only be read), `FiniteRange(min,
 max)` and `Device` (auto, cpu, cuda or cuda:N). `Command` and `Group` use `plain_errors()`, a
-context manager; `one_line(error)` is the line that it prints. `counted(2, "image")` is "2 images",
-`address("::1", 80)` is "http://[::1]:80".
+context manager; `one_line(error)` is the line that it prints. `given(name)` is whether an option
+was typed, `counted(2, "image")` is "2 images", `address("::1", 80)` is "http://[::1]:80".
 """
 
 import contextlib
@@ -319,6 +319,12 @@ def options(*names: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def given(name: str) -> bool:
+    """Return whether the option of parameter `name` of the running command was typed."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 def refuse_conflicts(conflicts: Mapping[str, Sequence[str]]) -> None:
     """Refuse options of the running command that were given together but contradict each other.
 
@@ -328,13 +334,7 @@ def refuse_conflicts(conflicts: Mapping[str, Sequence[str]]) -> None:
     Raises:
         click.UsageError: two such options were given. It names both.
     """
-    context = click.get_current_context()
-    flags = {option.name: option.opts[0] for option in context.command.params}
-
-    def given(name: str) -> bool:
-        source = context.get_parameter_source(name)
-        return source is click.core.ParameterSource.COMMANDLINE
-
+    flags = {option.name: option.opts[0] for option in click.get_current_context().command.params}
     for name, others in conflicts.items():
         for other in others:
             if given(name) and given(other):

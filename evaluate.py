@@ -42,7 +42,6 @@ them with the detector. `compare RUN RUN...` prints the differences between repo
 """
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -56,7 +55,6 @@ from storage import any_path, file_name, write_text
 
 if TYPE_CHECKING:
     from model.calibrate import Over, ThresholdAt
-    from model.distributed import DistEnv
     from model.evaluation.scores import ScoreTable
     from model.inference.prediction import AnyDetector
     from pipeline.loading import Backend
@@ -214,7 +212,6 @@ def main(
     joined = suite or "+".join(_folder_of(name, data) for name in names)
     folder = file_name(joined.strip(".") or "sets", f"-{subset.stem}" if subset else "")
     with init_distributed() as dist:
-        _speak_for(dist)
         chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
         out = out or made / "evaluation" / folder
         options = Options(
@@ -317,12 +314,6 @@ def say_files(written: Sequence[Path]) -> None:
     console.say(f"page: {page}")
 
 
-def _speak_for(dist: "DistEnv") -> None:
-    """Silence log lines below warnings on all ranks but the first."""
-    if not dist.is_main:
-        console.log.setLevel(logging.WARNING)
-
-
 @main.command()
 @click.option(
     "--shards",
@@ -381,8 +372,7 @@ def calibrate(
 
     rule: ThresholdAt | Calibrating = threshold_at
     if max_fpr is not None or max_miss is not None:
-        asked = click.get_current_context().get_parameter_source("threshold_at")
-        if asked is not click.core.ParameterSource.DEFAULT:
+        if console.given("threshold_at"):
             raise click.UsageError("--threshold cannot be combined with --max-fpr or --max-miss")
         rule = Calibrating(
             threshold=over or Calibrating.threshold,
@@ -394,7 +384,6 @@ def calibrate(
     opening = Opening(trust=trust, fake_labels=fake_labels, runs=runs)
     folders = [any_path(data) / name for name in dict.fromkeys(names)]
     with init_distributed() as dist:
-        _speak_for(dist)
         chosen, _ = choose_subject(detector, checkpoint, opening, device, dist)
         if isinstance(chosen, Path):
             calibration = calibrate_checkpoint(

@@ -266,15 +266,13 @@ def _no_image(paths: tuple[str, ...]) -> NotStarted:
 def _check(output: str) -> None:
     """Refuse a wrong command line before a detector is loaded, which takes seconds."""
     console.refuse_conflicts(CONFLICTS)
-    context = click.get_current_context()
-    given = context.params
+    given = click.get_current_context().params
     paths, watch, resume = given["paths"], given["watch"], given["resume"]
     if given["onnx"] and given["backend"] == "dali":
         raise click.UsageError("--onnx cannot be combined with --backend dali")
     if given["keep_image"] and not given["label"]:
         raise click.UsageError("--keep-image copies images of wrong verdicts: add --report-mistake")
-    named = context.get_parameter_source("mistakes") is click.core.ParameterSource.COMMANDLINE
-    if named and not given["label"]:
+    if console.given("mistakes") and not given["label"]:
         raise click.UsageError("--mistakes is a folder of wrong verdicts: add --report-mistake")
     if bool(paths) == bool(watch):
         raise click.UsageError(

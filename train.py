@@ -32,7 +32,6 @@ run.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,8 +147,6 @@ def main(
     elif init_from:
         init_from = weights_at(init_from)
     with init_distributed() as dist:
-        if not dist.is_main:
-            console.log.setLevel(logging.WARNING)
         if folder:
             changed = recipes.changed_keys(settings)
             recipe = with_folder(recipe, folder, any_path(data), changed=changed, dist=dist)

@@ -141,8 +141,7 @@ def fetch_command(
     """
     if trust_list and what:
         raise click.UsageError(f"--trust-list fetches no detector: leave out {what}")
-    named = click.get_current_context().get_parameter_source("name")
-    if named is click.core.ParameterSource.COMMANDLINE and (trust_list or what != "original"):
+    if console.given("name") and (trust_list or what != "original"):
         raise click.UsageError("--run names the run of the original's checkpoint: add original")
     if file and what == "original":
         raise click.UsageError(

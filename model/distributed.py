@@ -27,6 +27,7 @@ All five raise `RankError` (a `ValueError`) if another rank has ended or does no
 
 import contextlib
 import datetime
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from console import one_line
+import console
 
 T = TypeVar("T")
 
@@ -68,7 +69,8 @@ class DistEnv:
 
 @contextlib.contextmanager
 def init_distributed() -> Iterator[DistEnv]:
-    """Join the process group that torchrun started. Without torchrun, yield one rank of one.
+    """Join the process group that torchrun started. Without torchrun, yield one rank of one. Ranks
+    but the first log nothing below a warning.
 
     CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
     """
@@ -86,7 +88,10 @@ def init_distributed() -> Iterator[DistEnv]:
         torch.cuda.set_device(local_rank)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     meeting = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    yield DistEnv(rank, world_size, local_rank, meeting)
+    dist = DistEnv(rank, world_size, local_rank, meeting)
+    if not dist.is_main:
+        console.log.setLevel(logging.WARNING)
+    yield dist
     # Not after an error: NCCL would wait for the other ranks, which do not come here. The end of
     # the process closes the connections, and so ends the other ranks.
     distributed.destroy_process_group()
@@ -118,7 +123,7 @@ def on_main(dist: DistEnv, work: Callable[[], T]) -> T:
             result = work()
         except Exception as error:  # of any kind: the other ranks must not wait for a result
             failure = error
-    reason = failure and one_line(failure)
+    reason = failure and console.one_line(failure)
     result, reason = all_gather_object(dist, (result, reason))[0]
     if failure is not None:
         raise failure
