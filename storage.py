@@ -413,14 +413,14 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def text_fault(error: ValueError) -> str:
-    """Describe why a text or JSON file could not be read: the bad byte, or the line and column."""
+def text_fault(error: Exception) -> str:
+    """Describe why a text or JSON file cannot be used: the bad byte, the line, or the error."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
         place = f"{error.msg} in line {error.lineno}, column {error.colno}"
         return place if error.doc.strip() else "the file is empty"
-    return reason_of(error)
+    return reason_of(error) if isinstance(error, ValueError) else repr(error)[:200]
 
 
 CACHE_VARIABLE = "DETECTOR_CACHE"

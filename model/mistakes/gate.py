@@ -105,10 +105,9 @@ def read_start(file: Path) -> dict[str, Verdict]:
         saved = parse_json(file.read_text(encoding="utf-8"))
         return {sha256: verdict_from(entry) for sha256, entry in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
         raise MistakeError(
-            f"{file} has no readable verdicts of the initial detector on the mistakes ({fault}); "
-            "restore the file from a copy, or use --run NAME for a new run"
+            f"{file} has no readable verdicts of the initial detector on the mistakes "
+            f"({text_fault(error)}); restore the file from a copy, or use --run NAME for a new run"
         ) from error
 
 

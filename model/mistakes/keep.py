@@ -293,7 +293,7 @@ def read_mistake(path: Path) -> Mistake:
             raise ValueError(f"{size:,} bytes, at most {MAX_ENTRY_BYTES:,} are read")
         return _mistake_from(parse_json(path.read_text(encoding="utf-8")), path.stem)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
+        fault = text_fault(error)
         raise MistakeError(f"{path} is no entry of a mistake ({fault}); remove it") from error
 
 

@@ -176,10 +176,9 @@ def read_validation(path: Path) -> Validation:
     try:
         return Validation.from_json(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fault = text_fault(error) if isinstance(error, ValueError) else repr(error)[:200]
         raise ValueError(
-            f"{path} has no readable metrics of the initial detector ({fault}); restore the file "
-            "from a copy, or use --run NAME for a new run"
+            f"{path} has no readable metrics of the initial detector ({text_fault(error)}); "
+            "restore the file from a copy, or use --run NAME for a new run"
         ) from error
 
 
