@@ -41,6 +41,7 @@ from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.features.embed import AT_A_TIME_ON_GPU, Embedder, embed
 from model.features.loader import FeatureSource, source_of
+from model.features.store import missing_of
 from model.network import build
 from model.recipe import Recipe
 from model.score import AT_A_TIME, autocast, evaluating
@@ -73,8 +74,9 @@ def whole(embedder: Embedder, shards: ShardSet, source: FeatureSource) -> float:
     """Measure images/s of `embed()` on a set, from its first batch to its last."""
     moments: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
+        files = missing_of(Path(folder), source.backbone, shards, source.numbered(0))
         embed(
-            embedder, shards, replace(source, store=Path(folder)), 0,
+            embedder, shards, replace(source, store=Path(folder)), 0, files,
             lambda count: moments.append((time.perf_counter(), count)),
         )  # fmt: skip
     (first, _), (last, _) = moments[0], moments[-1]

@@ -1,30 +1,28 @@
 """Compute the features of a frozen backbone for the images of a shard set (packed images), and
 write them to a feature store (`model/features/store.py`).
 
-Main entry: `embed(embedder, shards, source, number, on_images)` computes the features of one view.
+Main entry: `embed_sets(embedder, sets, source, number)` computes the features of one view.
 
 - `embedder`: an `Embedder`, below.
-- `shards`: a `ShardSet`, opened by `open_shards()` in `sharding/format.py`.
+- `sets`: a list of `ShardSet`s, opened by `open_shards()` in `sharding/format.py`.
 - `source`: a `FeatureSource` (folder of the store, identity of the backbone, augmentation).
   `source_of()` in `loader.py` makes one from a `ResolvedRecipe` and the `net` and `dtype` of the
   `Embedder`.
 - `number`: the number of the view. 0 is the center crop, v >= 1 the augmentation of epoch v - 1.
-- `on_images`: a function that is called after each forward pass with the number of images done
-  since its last call. It may be left out.
 
-It writes the missing Arrow files, one per shard, and `backbone.json`. It returns the number of
-images computed on this rank (0 if no file is missing). A shard is written when it is complete, so
-an interrupted run resumes there. Errors:
+It writes the missing Arrow files, one per shard, and `backbone.json`, and shows its progress. It
+returns the number of images computed on this rank (0 if no file is missing). A shard is written
+when it is complete, so an interrupted run resumes there. Errors:
 
-- `FeatureError` (a `ValueError`): a feature is not finite, or `shards` is a selection that leaves
-  out samples of a shard.
+- `FeatureError` (a `ValueError`): a feature is not finite, or a set is a selection that leaves out
+  samples of a shard.
 - `LoadError` (a `ValueError`): the set cannot be loaded, too many images cannot be decoded, or the
   disk or network failed for an image. The shard of that image is not written. An image that cannot
   be decoded is logged.
 - `OSError`: a file cannot be written.
 
-`embed_sets(embedder, sets, source, number)` does this for several sets, with progress, and returns
-the number of images of all of them.
+`embed(embedder, shards, source, number, files, on_images)` does this for the missing `files` of one
+set, which `missing_of()` of the store returns, and reports progress to `on_images`.
 
 The fields of an `Embedder` are passed by keyword:
 
@@ -94,23 +92,18 @@ def embed(
     shards: ShardSet,
     source: FeatureSource,
     number: int,
-    on_images: Callable[[int], Any] = lambda _count: None,
+    files: Sequence[ShardFile],
+    on_images: Callable[[int], Any],
 ) -> int:
-    """Compute the missing features of view `number` of a shard set, and return the number of images
-    computed on this rank. `on_images(n)` is called after each forward pass. Each shard is written
-    when it is complete, so that an interrupted run resumes at the next shard.
+    """Compute `files`, at least one, of view `number` of a shard set, and return the number of
+    images computed. `on_images(n)` is called after each forward pass. Each shard is written when it
+    is complete, so that an interrupted run resumes at the next shard.
 
     Raises:
         LoadError: too many images cannot be decoded, or there are no images.
         FeatureError: a feature is not finite, or `shards` contains only a part of a shard.
     """
     view = source.numbered(number)
-    files = missing_of(
-        source.store, source.backbone, shards, view,
-        rank=embedder.rank, world_size=embedder.world_size,
-    )  # fmt: skip
-    if not files:
-        return 0
     describe_backbone(source.store, source.backbone)
     for folder in {file.path.parent for file in files}:
         remove_left(folder)
@@ -253,5 +246,5 @@ def embed_sets(
             "%s: features of %d images in %d shards are missing", label, images, len(own)
         )
         with console.progress(label, images, shown=embedder.rank == 0) as advance:
-            count += embed(here, shards, source, number, advance)
+            count += embed(here, shards, source, number, own, advance)
     return count

@@ -132,7 +132,7 @@ def test_views_equal_the_augmentation_of_training_from_pixels(
     shards = open_shards([data / "new", data / "old"])
     source = source_in(tmp_path, net)
     for number in (0, 1, 2):
-        assert embed(embedder(net), shards, source, number) == len(shards)
+        assert embed_sets(embedder(net), [shards], source, number) == len(shards)
     tables = [
         open_table(source.store, source.backbone, shards, source.numbered(n)) for n in (0, 1, 2)
     ]
@@ -156,11 +156,12 @@ def test_files_do_not_depend_on_the_batch_or_the_ranks(
     batch: int, net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
     one, counted = source_in(tmp_path / "one", net), list[int]()
-    embed(embedder(net), old, one, 1)
+    embed_sets(embedder(net), [old], one, 1)
     many = source_in(tmp_path / "many", net)
-    counts = [
-        embed(embedder(net, rank, 3, batch), old, many, 1, counted.append) for rank in range(3)
-    ]
+    counts, view = [], many.numbered(1)
+    for rank in range(3):
+        files = missing_of(many.store, many.backbone, old, view, rank=rank, world_size=3)
+        counts.append(embed(embedder(net, rank, 3, batch), old, many, 1, files, counted.append))
     assert sum(counts) == sum(counted) == len(old)
     assert min(counts) < len(old)
     table, other = (
@@ -177,7 +178,7 @@ def test_an_interrupted_run_resumes_at_the_next_shard(
 ) -> None:
     source = source_in(tmp_path, net)
     whole = source_in(tmp_path / "whole", net)
-    embed(embedder(net), old, whole, 0)
+    embed_sets(embedder(net), [old], whole, 0)
     real, written = embedding.write_file, []
 
     def dies_at_the_second(*arguments: object) -> None:
@@ -187,11 +188,11 @@ def test_an_interrupted_run_resumes_at_the_next_shard(
 
     monkeypatch.setattr(embedding, "write_file", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        embed(embedder(net), old, source, 0)
+        embed_sets(embedder(net), [old], source, 0)
     monkeypatch.setattr(embedding, "write_file", real)
     assert len(arrow_files(tmp_path)) == 1
     first = {path: path.stat().st_mtime_ns for path in arrow_files(tmp_path)}
-    rest = embed(embedder(net), old, source, 0)
+    rest = embed_sets(embedder(net), [old], source, 0)
     assert 0 < rest < len(old)
     assert all(path.stat().st_mtime_ns == changed for path, changed in first.items())
     for file, other in zip(
@@ -200,14 +201,14 @@ def test_an_interrupted_run_resumes_at_the_next_shard(
         strict=True,
     ):
         assert file.path.read_bytes() == other.path.read_bytes()
-    assert embed(embedder(net), old, source, 0) == 0  # nothing is missing
+    assert embed_sets(embedder(net), [old], source, 0) == 0  # nothing is missing
 
 
 def test_other_weights_settings_or_shards_are_computed_anew(
     net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
     source = source_in(tmp_path, net)
-    embed(embedder(net), old, source, 1)
+    embed_sets(embedder(net), [old], source, 1)
     all_files = len(files_of(source.store, source.backbone, old, source.numbered(1)))
 
     def missing(source: FeatureSource, shards: ShardSet = old, number: int = 1) -> int:
@@ -239,7 +240,7 @@ def test_a_damaged_file_is_computed_anew(
     damage: str, net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
     source = source_in(tmp_path, net)
-    embed(embedder(net), old, source, 0)
+    embed_sets(embedder(net), [old], source, 0)
     victim = arrow_files(tmp_path)[0]
     whole = victim.read_bytes()
     victim.write_bytes(
@@ -252,7 +253,7 @@ def test_a_damaged_file_is_computed_anew(
     )
     with pytest.raises(FeatureError, match=r"arrow is missing or has other features.*embed"):
         open_table(source.store, source.backbone, old, View())
-    assert embed(embedder(net), old, source, 0) > 0
+    assert embed_sets(embedder(net), [old], source, 0) > 0
     assert victim.read_bytes() == whole
 
 
@@ -261,7 +262,7 @@ def test_images_that_cannot_be_decoded_are_left_out(
 ) -> None:
     shards = broken_copy(data, tmp_path, [0, 3], "all")
     source = source_in(tmp_path / "store", net)
-    embed(embedder(net), shards, source, 0)
+    embed_sets(embedder(net), [shards], source, 0)
     loader = FeatureLoader(shards, source, Loading(batch_size=9), CPU)
     table = loader.table(0)
     assert not table.rows(np.array([0, 3])).any()
@@ -290,11 +291,11 @@ def test_a_disk_that_fails_loses_no_image(
 
     with monkeypatch.context() as patched, pytest.raises(LoadError) as caught:
         patched.setattr(_Files, "read", failing)
-        embed(embedder(net), old, source, 0)
+        embed_sets(embedder(net), [old], source, 0)
     assert f"{old.name(5)} cannot be read: [Errno 13] token expired; nothing of" in str(
         caught.value
     )
-    embed(embedder(net), old, source, 0)
+    embed_sets(embedder(net), [old], source, 0)
     table = open_table(source.store, source.backbone, old, source.numbered(0))
     assert not table.failures(np.arange(len(old)))
 
@@ -309,8 +310,8 @@ def test_two_sets_of_one_name_keep_their_features(
     assert sets[0].shards == sets[1].shards
     source = source_in(tmp_path / "store", net)
     for shards in sets:
-        assert embed(embedder(net), shards, source, 0) > 0
-    assert [embed(embedder(net), shards, source, 0) for shards in sets] == [0, 0]
+        assert embed_sets(embedder(net), [shards], source, 0) > 0
+    assert [embed_sets(embedder(net), [shards], source, 0) for shards in sets] == [0, 0]
 
 
 def test_ranks_share_the_shards_of_all_sets(
@@ -328,7 +329,7 @@ def test_a_limit_of_the_system_is_not_a_missing_file(
     net: Detector, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_in(tmp_path, net)
-    embed(embedder(net), old, source, 0)
+    embed_sets(embedder(net), [old], source, 0)
 
     def full(_path: str) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -341,19 +342,19 @@ def test_a_limit_of_the_system_is_not_a_missing_file(
 def test_many_broken_images_stop_the_embedding(net: Detector, data: Path, tmp_path: Path) -> None:
     shards = broken_copy(data, tmp_path, list(range(10)), "all")
     with pytest.raises(LoadError, match=r"10 of .* samples cannot be decoded"):
-        embed(embedder(net), shards, source_in(tmp_path / "store", net), 0)
+        embed_sets(embedder(net), [shards], source_in(tmp_path / "store", net), 0)
 
 
 def test_a_part_of_a_shard_is_not_embedded(net: Detector, old: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="of them; compute the features of whole sets"):
-        embed(embedder(net), old.take(np.arange(3)), source_in(tmp_path, net), 0)
+        embed_sets(embedder(net), [old.take(np.arange(3))], source_in(tmp_path, net), 0)
 
 
 def test_features_that_are_not_finite_are_refused(old: ShardSet, tmp_path: Path) -> None:
     broken = build(FROZEN, pretrained=False).eval()
     next(p for p in broken.parameters() if not p.requires_grad).data.fill_(torch.nan)
     with pytest.raises(FeatureError, match="are not finite in float16"):
-        embed(embedder(broken), old, source_in(tmp_path, broken), 0)
+        embed_sets(embedder(broken), [old], source_in(tmp_path, broken), 0)
     assert not arrow_files(tmp_path)
 
 
@@ -372,7 +373,7 @@ def test_files_are_memory_mapped_without_an_open_descriptor(
     net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
     source = source_in(tmp_path, net)
-    embed(embedder(net), old, source, 0)
+    embed_sets(embedder(net), [old], source, 0)
     before = len(list(Path("/proc/self/fd").iterdir()))
     table = open_table(source.store, source.backbone, old, View())
     assert len(list(Path("/proc/self/fd").iterdir())) == before
@@ -382,7 +383,7 @@ def test_files_are_memory_mapped_without_an_open_descriptor(
 
 def test_plain_pyarrow_reads_the_files(net: Detector, old: ShardSet, tmp_path: Path) -> None:
     source = source_in(tmp_path, net)
-    embed(embedder(net), old, source, 0)
+    embed_sets(embedder(net), [old], source, 0)
     file = files_of(source.store, source.backbone, old, View())[0]
     assert is_there(file)
     with pa.memory_map(str(file.path)) as stream:
