@@ -16,9 +16,8 @@ setup: .venv/installed ## install everything into .venv (a few GB, a minute or t
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv
-	echo trackio > .venv/left-out.txt  # trackio requires an older Pillow than constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt \
-		--excludes .venv/left-out.txt -r pyproject.toml --all-extras
+		-r pyproject.toml --all-extras
 	touch $@
 
 demo: setup ## pack, train twice, evaluate and predict on synthetic images (4 minutes)

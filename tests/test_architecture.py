@@ -135,7 +135,7 @@ def test_the_rule_can_refuse() -> None:
      ("webdataset", {"sharding/write.py"}), ("captum", {"model/inference/gradcam.py"}),
      ("c2pa", {"model/c2pa/signatures.py"}), ("fastapi", {"serve/api.py", "serve/uploads.py"}),
      ("uvicorn", {"serve/server.py"}),
-     *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow", "trackio"))],
+     *((tracker, {"model/tracking/tracker.py"}) for tracker in ("wandb", "mlflow"))],
 )  # fmt: skip
 def test_heavy_libraries_are_imported_only_in_listed_modules(library: str, home: set[str]) -> None:
     users = {

@@ -1,10 +1,10 @@
-"""Send the figures of a training run to Weights & Biases, MLflow or Trackio.
+"""Send the figures of a training run to Weights & Biases or MLflow.
 
 Main entry: `Tracker(name, folder, run_name, settings)`, a context manager.
 
-- `name`: the tracker, "wandb", "mlflow" or "trackio".
+- `name`: the tracker, "wandb" or "mlflow".
 - `folder`: the `Path` of the run's folder, which must exist.
-- `run_name`: a text, the name that the run has at the tracker (Trackio: `<run_name>-<identity>`).
+- `run_name`: a text, the name that the run has at the tracker.
 - `settings`: the recipe as a flat dict, key -> value: `flat_settings(asdict(recipe))` of
   `model/recipe.py`.
 
@@ -15,9 +15,8 @@ sent; nothing is raised. The start of the block imports the tracker's package, a
 most `OPEN_TIMEOUT_S` seconds for the connection. After that time the block begins, and the thread
 goes on connecting; it sends the figures once it is connected. The end of the block waits at most
 `CLOSE_TIMEOUT_S` seconds for the last figures. If an exception ended the block, the tracker shows
-the run as failed (Trackio cannot). The run's identity at the tracker is written to `TRACKER_FILE`
-in the folder, so that a resumed run continues there. On several ranks, only rank 0 makes a
-`Tracker`.
+the run as failed. The run's identity at the tracker is written to `TRACKER_FILE` in the folder, so
+that a resumed run continues there. On several ranks, only rank 0 makes a `Tracker`.
 
 `check_tracker(name)` raises `ValueError` if the tracker's package is not installed.
 `is_installed(package)` returns whether a package is installed, without importing it. `TrackerName`
@@ -43,10 +42,10 @@ from typing import Any, Literal, Protocol
 import console
 from storage import parse_json, write_text
 
-TrackerName = Literal["", "wandb", "mlflow", "trackio"]
+TrackerName = Literal["", "wandb", "mlflow"]
 
 PROJECT = "ai-images-detector"
-"""Default project of runs; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT override it."""
+"""Default project of runs; WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME overrides it."""
 
 TRACKER_FILE = "tracker.json"
 """File in the folder of a run with the identity of the run in its tracker."""
@@ -145,31 +144,7 @@ class _Mlflow:
         self._client.set_terminated(self.identity, "FAILED" if failed else "FINISHED")
 
 
-class _Trackio:
-    """Connection to Trackio, which identifies a run by its name."""
-
-    def __init__(self, run: TrackedRun):
-        import trackio
-
-        self.identity = run.identity
-        project, name = os.environ.get("TRACKIO_PROJECT", PROJECT), f"{run.name}-{run.identity}"
-        self._run = trackio.init(
-            project, name, resume="allow", config=dict(run.settings), embed=False
-        )
-        self.address = f"project {project}, run {name}"
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self, failed: bool) -> None:  # noqa: ARG002 - Trackio has no failed runs
-        self._run.finish()
-
-
-CONNECT: Mapping[str, Callable[[TrackedRun], Connection]] = {
-    "wandb": _Wandb,
-    "mlflow": _Mlflow,
-    "trackio": _Trackio,
-}
+CONNECT: Mapping[str, Callable[[TrackedRun], Connection]] = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
 def is_installed(package: str) -> bool:
@@ -186,7 +161,7 @@ def check_tracker(name: TrackerName) -> None:
     if name and not is_installed(name):
         raise ValueError(
             f"run.tracker is {name}, and its package is not installed: type `pip install "
-            f"{_INSTALLED_AS.get(name, name)}`, or leave run.tracker out (TensorBoard and "
+            f"{_INSTALLED_AS[name]}`, or leave run.tracker out (TensorBoard and "
             "metrics.jsonl are always written)"
         )
 

@@ -3,8 +3,6 @@
 import json
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +17,6 @@ from model.tracking.history import History, rows_of, scalars_of
 from model.tracking.tracker import TrackedRun, Tracker
 from model.training import run as running
 from model.training.run import train
-from tests.builders import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the trackers' packages
 
@@ -139,7 +136,7 @@ def test_a_tracker_gets_what_tensorboard_gets_and_no_row_twice(tmp_path: Path) -
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_reported_before_training(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -292,54 +289,3 @@ def test_a_server_that_never_answers_stops_no_run(
         recipe = recipes.load(Recipe, tiny_recipe, ["run.tracker=mlflow"])
         train(recipe, data, tmp_path)
     assert any("run.tracker mlflow: no answer within 1 s" in line for line in logged)
-
-
-TRACKIO = """
-import sys
-from pathlib import Path
-import recipes
-from model.recipe import Recipe
-from model.training.run import train
-recipe = recipes.load(Recipe, Path(sys.argv[1]), ["run.log_every=1", "run.tracker=trackio"])
-train(recipe, Path(sys.argv[2]), Path(sys.argv[3]), stop_at=3)
-train(recipe, Path(sys.argv[2]), Path(sys.argv[3]))
-import json
-from trackio.sqlite_storage import SQLiteStorage
-project = "ai-images-detector"
-(name,) = SQLiteStorage.get_runs(project)
-answer = [name, SQLiteStorage.get_run_config(project, name), SQLiteStorage.get_logs(project, name)]
-Path(sys.argv[4]).write_text(json.dumps(answer))
-"""
-
-
-@pytest.mark.slow
-def test_trackio_in_an_environment_of_its_own(
-    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Trackio needs an older Pillow than this environment has. It is installed first on the path;
-    all other packages are this environment's.
-    """
-    environment, python = tmp_path / "environment", tmp_path / "environment/bin/python"
-    uv = [str(Path(sys.executable).with_name("uv"))]
-    subprocess.run([*uv, "venv", "-q", "--python", sys.executable, environment], check=True)
-    subprocess.run([*uv, "pip", "install", "-q", "--python", python, "trackio"], check=True)
-    (own,) = environment.glob("lib/python*/site-packages")
-    shared = next(path for path in sys.path if path.endswith("site-packages"))
-    (own / "shared.pth").write_text(shared + "\n")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    answer = tmp_path / "answer.json"
-    subprocess.run(
-        [python, "-c", TRACKIO, tiny_recipe, data, tmp_path / "runs", answer], check=True
-    )
-    name, config, rows = json.loads(answer.read_text())
-    run = tmp_path / "runs/tiny"
-    assert name == f"tiny-{json.loads((run / 'tracker.json').read_text())['run']}"
-    assert config["optim.lr"] == 2e-4
-    kept = {
-        (key, row["step"]): value
-        for row in rows
-        for key, value in row.items()
-        if key not in ("step", "timestamp")
-    }
-    assert kept == pytest.approx(expected(run))
