@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from imaging.decode import MAX_BYTES, DecodeError
-from imaging.zip import HIDDEN, is_hidden, leaves_archive, printable
+from imaging.names import HIDDEN, is_hidden, leaves_archive, utf8_name
 
 MAX_RATIO, MAX_SLACK = 200, 256 * 2**20
 """A compressed archive may unpack to `MAX_RATIO` times its size plus `MAX_SLACK` bytes."""
@@ -239,7 +239,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
             reached = archive.offset
             if member.isdir() or not wanted(member.name):
                 continue
-            name = printable(member.name)
+            name = utf8_name(member.name)
             excluded = _refuse(member)
             if excluded:
                 yield TarMember(name, excluded, None)

@@ -18,11 +18,6 @@ A `ZipMember` has the file's `name`, its location `where` (a text), its `size` i
 files claim to unpack to more than 1 MiB plus `MAX_RATIO` times its size. `read_member()` raises
 `DecodeError` (a `ValueError`, of imaging/decode.py) if the file in the archive is damaged. Both
 raise `OSError` if the archive cannot be read.
-
-Four functions are about names and modes of files, in folders and archives of any kind.
-`is_hidden(name)` and `leaves_archive(name)` (the path would lead out of the target folder) return a
-bool. `kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns the reason for not
-reading it. `printable(name)` returns the name with escapes for bytes that are not UTF-8.
 """
 
 import contextlib
@@ -35,17 +30,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from imaging.decode import MAX_BYTES, DecodeError
+from imaging.names import HIDDEN, is_hidden, kind_of, leaves_archive, utf8_name
 from storage import AnyPath, any_path, is_local
 
 MAX_RATIO = 1032
 """Highest compression ratio of Deflate. An archive that claims more is damaged or a zip bomb."""
-
-HIDDEN = "hidden"
-"""Reason why hidden files are not read, in folders, zips and tars alike (see `is_hidden`)."""
 
 
 class ZipError(ValueError):
@@ -239,7 +231,7 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
         seen.add(entry.filename)
         where = (offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
         yield ZipMember(
-            printable(entry.filename), ":".join(map(str, where)), entry.file_size, excluded
+            utf8_name(entry.filename), ":".join(map(str, where)), entry.file_size, excluded
         )
 
 
@@ -261,35 +253,6 @@ def _overlapping(entries: Sequence[zipfile.ZipInfo]) -> set[int]:
         else:
             end = offset + _LOCAL.size + size
     return overlapping
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether file managers hide a file or folder of this path: `.x`, `._x`, `__MACOSX`."""
-    return any(
-        part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
-        for part in name.split("/")
-    )
-
-
-def printable(name: str) -> str:
-    """Replace bytes of a name that are not UTF-8 by escapes, so that the name can be printed and
-    stored.
-    """
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-LINK = "a symbolic link, which is not followed"
-
-
-def kind_of(mode: int) -> str:
-    """Return the reason why a file that is not regular is not read, by its mode."""
-    return LINK if stat.S_ISLNK(mode) else "neither a file nor a folder"
-
-
-def leaves_archive(name: str) -> bool:
-    """Return whether unpacking a member of this name would write outside the target folder."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:", name))
 
 
 def _refuse_member(entry: zipfile.ZipInfo) -> str:

@@ -36,9 +36,7 @@ Every command has --verbose (more log lines). A packed set may be at an address.
     demo FOLDER        make synthetic raw images in FOLDER/raw, and FOLDER/catalog.toml; --seed (0)
 """
 
-import contextlib
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,23 +161,17 @@ def build_command(
     allow_incomplete: bool,
 ) -> None:
     """Pack the datasets in the raw folder into shard sets. Run again to resume."""
-    from sharding.build import Tolerance, build
+    from sharding.build import Tolerance, build, image_progress
     from sharding.catalog import SHIPPED, read_catalog
     from sharding.summary import say_what_is_missing, say_what_was_built
 
     catalog = read_catalog([*SHIPPED, *catalogs])
 
-    @contextlib.contextmanager
-    def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        console.log.info("%s %s", what, console.counted(total, "image"))
-        with console.progress(what, total) as advance:
-            yield advance
-
     with interrupts.resumable(), interrupts.sigterm_interrupts():
         scan, built = build(
             catalog, raw, out,
             only=only, jobs=jobs or 0, engine=engine,
-            tolerance=Tolerance(max_bad, allow_incomplete), progress=progress,
+            tolerance=Tolerance(max_bad, allow_incomplete), progress=image_progress,
         )  # fmt: skip
     if not built:
         say_what_is_missing(catalog, scan, raw)

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+import console
 from console import counted, log
 from escape import reason_of
 from sharding.catalog import Catalog
@@ -91,6 +92,14 @@ number of newly finished images.
 def no_progress(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
     """Show no progress."""
     yield lambda _done: None
+
+
+@contextlib.contextmanager
+def image_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Log `what` with the number of images, and show a progress bar of them."""
+    log.info("%s %s", what, counted(total, "image"))
+    with console.progress(what, total) as advance:
+        yield advance
 
 
 @dataclass(frozen=True)

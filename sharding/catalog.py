@@ -81,7 +81,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import recipes
-from imaging.zip import leaves_archive
+from imaging.names import leaves_archive
 
 BUILT_IN = Path(__file__).with_name("catalog.toml")
 TESTS = Path(__file__).with_name("catalog-tests.toml")

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.zip import printable
+from imaging.names import utf8_name
 from sharding.catalog import (
     LONGEST_NAME,
     SHIPPED,
@@ -75,8 +75,8 @@ def describe(folder: Path) -> Description:
         CatalogError: no image below `folder`, or its name is not UTF-8.
     """
     folder = folder.absolute()
-    if printable(folder.name) != folder.name:
-        raise CatalogError(f"{printable(str(folder))} has a name that is not UTF-8; rename it")
+    if utf8_name(folder.name) != folder.name:
+        raise CatalogError(f"{utf8_name(str(folder))} has a name that is not UTF-8; rename it")
     if leaves_raw(folder.name):
         raise CatalogError(f"{folder.name!r} cannot be the root of a source; rename the folder")
     unread: Counter[str] = Counter()

@@ -50,7 +50,7 @@ from pathlib import Path
 
 import recipes
 from console import counted, log
-from imaging.zip import printable
+from imaging.names import utf8_name
 from sharding.build import Progress, Tolerance, build, no_progress
 from sharding.catalog import (
     BUILT_IN,
@@ -154,16 +154,16 @@ def _class_folders(folder: Path) -> list[list[str]]:
     Raises:
         CatalogError: a class has no folder, or the path of `folder` is `/` or not UTF-8.
     """
-    if printable(str(folder)) != str(folder) or not folder.name:
+    if utf8_name(str(folder)) != str(folder) or not folder.name:
         raise CatalogError(
-            f"{printable(str(folder))} cannot be packed: its name is empty or not UTF-8; rename it"
+            f"{utf8_name(str(folder))} cannot be packed: its name is empty or not UTF-8; rename it"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     sides = [[name for name in names if name.lower() in known] for known in CLASS_FOLDERS]
     for kind, known, side in zip(CLASSES, CLASS_FOLDERS, sides, strict=True):
         if not side:
             command = shlex.join(["python", "-m", "sharding", "describe", str(folder)])
-            there = ", ".join(printable(name) for name in names[:8]) or "no folder"
+            there = ", ".join(utf8_name(name) for name in names[:8]) or "no folder"
             raise CatalogError(
                 f"{folder} has no folder of {kind} images (expected {' or '.join(known)}, "
                 f"found {there}); rename a folder, or let `{command}` "

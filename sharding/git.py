@@ -37,7 +37,6 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +45,7 @@ from urllib.parse import urlsplit
 from escape import without_secrets
 from sharding.catalog import Git
 from sharding.downloads import FetchError
+from sharding.http import Progress
 from storage import check_inside, naming, partial_of
 
 BATCH = 2000
@@ -68,8 +68,6 @@ _SAFE = {
     "core.fsmonitor": "false", "gc.auto": "0", "maintenance.auto": "false",
     "fetch.negotiationAlgorithm": "noop", "protocol.version": "2",
 }  # fmt: skip
-
-Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 
 
 class Entry(NamedTuple):

@@ -47,7 +47,7 @@ import pyarrow.parquet as pq
 
 from escape import reason_of
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.zip import LINK
+from imaging.names import LINK
 from sharding.catalog import CatalogError, Rule, Source, shares
 from sharding.format import CLASSES
 from sharding.raw import VOLUME, RawError, RawFile, nfc, walk

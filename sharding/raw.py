@@ -56,6 +56,7 @@ from upath import UPath
 from escape import reason_of
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
+from imaging.names import HIDDEN, is_hidden, kind_of, utf8_name
 from storage import AnyPath, is_local, remote_errors
 
 VOLUME = "a volume of a split archive, whose last volume, the .zip, is not beside it"
@@ -137,7 +138,7 @@ def _members(raw: AnyPath, archive: RawFile) -> Iterator[RawFile]:
     try:
         with remote_errors(path, "could not be read"):
             for member in zip.members(path, archive.path):
-                if member.excluded == zip.HIDDEN:
+                if member.excluded == HIDDEN:
                     continue
                 yield RawFile(
                     f"{archive.inside}/{member.name}", archive.path, member.where, member.size,
@@ -156,15 +157,15 @@ def _walk_local(raw: AnyPath, root: str) -> Iterator[RawFile]:
         entry = next(stack[-1], None)
         if entry is None:
             stack.pop()
-        elif zip.is_hidden(entry.name):
+        elif is_hidden(entry.name):
             continue
         elif entry.is_dir(follow_symlinks=False):
             stack.append(_sorted_entries(entry.path))
         else:
             facts = entry.stat(follow_symlinks=False)
             name = entry.path[len(top.rstrip("/")) + 1 :]
-            inside = zip.printable(name)
-            excluded = "" if stat.S_ISREG(facts.st_mode) else zip.kind_of(facts.st_mode)
+            inside = utf8_name(name)
+            excluded = "" if stat.S_ISREG(facts.st_mode) else kind_of(facts.st_mode)
             if inside != name and not excluded:
                 excluded = "a name that is not UTF-8; rename it"
             yield RawFile(
@@ -183,7 +184,7 @@ def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
         files = raw.fs.find(top, detail=True)
     for path, info in sorted(files.items()):
         inside = path.removeprefix(top).lstrip("/")
-        if zip.is_hidden(inside):
+        if is_hidden(inside):
             continue
         stamp = info.get("ETag") or info.get("LastModified") or info.get("mtime") or ""
         yield RawFile(inside, f"{root}/{inside}", "", info["size"], str(stamp))

@@ -51,6 +51,7 @@ from typing import NamedTuple, NoReturn
 
 from imaging import tar, zip
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
+from imaging.names import HIDDEN, is_hidden
 
 RUN = 10_000
 """Entries of a folder that are sorted at a time. A larger folder is listed in sorted runs."""
@@ -186,8 +187,8 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             folders.pop()
         elif isinstance(entry, ImageFile):
             yield entry
-        elif zip.is_hidden(entry.name):
-            excluded[zip.HIDDEN] += 1
+        elif is_hidden(entry.name):
+            excluded[HIDDEN] += 1
         elif entry.is_dir(follow_symlinks=False):
             folders.append(_entries(entry.path))
         elif is_image(entry.name):
@@ -239,8 +240,8 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         version = str(Path(path).stat().st_mtime_ns)
         for member in zip.members(Path(path), Path(path).name):
             name = str(Path(f"{path}/{member.name}"))
-            if member.excluded == zip.HIDDEN:
-                excluded[zip.HIDDEN] += 1
+            if member.excluded == HIDDEN:
+                excluded[HIDDEN] += 1
             elif not is_image(member.name):
                 excluded[NO_IMAGE] += 1
             elif member.excluded:
@@ -253,8 +254,8 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
 
 def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     def wanted(name: str) -> bool:
-        if zip.is_hidden(name):
-            excluded[zip.HIDDEN] += 1
+        if is_hidden(name):
+            excluded[HIDDEN] += 1
             return False
         if not is_image(name):
             excluded[NO_IMAGE] += 1

@@ -29,8 +29,7 @@ if `changed` has `data.train` or, without replay, `data.validate`, which the pac
 --folder` uses by default, or raises `ValueError` if it is not cached.
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ import console
 from model.distributed import DistEnv, on_main
 from model.recipe import Recipe
 from model.shipped.backbone import CLIP_8_BIT, cached_path
+from sharding.build import image_progress
 from sharding.folder import PackedFolder, pack_folder
 from storage import AnyPath
 
@@ -85,7 +85,7 @@ def with_folder(
             f"--folder trains and validates on the sets that it packs, so {' and '.join(lost)} "
             "would have no effect; leave out --folder or that --set"
         )
-    packed = on_main(dist, lambda: pack_folder(folder, data, progress=_progress))
+    packed = on_main(dist, lambda: pack_folder(folder, data, progress=image_progress))
     console.log.info("%s", _words_for(packed, folder))
     samples, batch = sum(packed.train_counts), recipe.loading.batch_size
     most = max(1, samples // (FEWEST_STEPS * dist.world_size))
@@ -98,13 +98,6 @@ def with_folder(
         data=replace(recipe.data, train=[packed.train], validate=[packed.validate, *own]),
         loading=replace(recipe.loading, batch_size=min(batch, most)),
     )
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    console.log.info("%s %s images", what, f"{total:,}")
-    with console.progress(what, total) as advance:
-        yield advance
 
 
 def _words_for(packed: PackedFolder, folder: Path) -> str:
