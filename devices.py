@@ -3,7 +3,8 @@
 Main entry: `parse_device(name)` returns a pair: the kind, "auto", "cpu" or "cuda", and the number
 of the GPU, an int, or None if the name has none. `name` is a text: `auto`, `cpu`, `cuda` or
 `cuda:N`, where N has at most four digits. Another text raises `ValueError`. Whether the device
-exists is not checked: only the library that computes knows.
+exists is not checked: only the library that computes knows. `device_here(name, local)` asks torch,
+and returns torch's name of the device.
 """
 
 import re
@@ -21,3 +22,25 @@ def parse_device(name: str) -> tuple[str, int | None]:
         raise ValueError(f"no such device: {name}; use auto, cpu, cuda or cuda:N")
     kind, _, number = name.partition(":")
     return kind, int(number) if number else None
+
+
+def device_here(asked: str, local: int = 0) -> str:
+    """Return torch's name of the device for `asked`: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is
+    the CUDA device with the index `local` if there is one, else the CPU.
+
+    Raises:
+        ValueError: `asked` is none of these, or this machine has no such device.
+    """
+    import torch
+
+    kind, number = parse_device(asked)
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if kind == "auto":
+        return f"cuda:{local}"
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
+    count = torch.cuda.device_count()
+    if number is not None and number >= count:
+        raise ValueError(f"no device {asked} here; number of CUDA devices: {count}, from cuda:0")
+    return "cuda" if number is None else f"cuda:{number}"

@@ -27,30 +27,15 @@ from collections.abc import Iterator
 
 import torch
 
-from devices import parse_device
+from devices import device_here
 
 # Values of glibc's malloc.h; Python has no names for them.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def choose_device(asked: str, local: int = 0) -> torch.device:
-    """Return the device for `asked`: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the CUDA device
-    with the index `local` if there is one, else the CPU.
-
-    Raises:
-        ValueError: `asked` is none of these, or this machine has no such device.
-    """
-    kind, number = parse_device(asked)
-    if kind == "auto":
-        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device {asked}, but there is no CUDA device here; use cpu or auto")
-    count = torch.cuda.device_count()
-    if number is not None and number >= count:
-        raise ValueError(f"no device {asked} here; number of CUDA devices: {count}, from cuda:0")
-    return torch.device("cuda" if number is None else f"cuda:{number}")
+    """Return the device of `devices.device_here`, which raises `ValueError` if there is none."""
+    return torch.device(device_here(asked, local))
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -4,9 +4,10 @@ import re
 
 import click
 import pytest
+import torch
 
 import console
-from devices import parse_device
+from devices import device_here, parse_device
 from model.device import choose_device
 from sharding.pairs.decoder import load_decoder
 
@@ -37,3 +38,22 @@ def test_every_reader_refuses_another_name_with_the_same_line(name: str) -> None
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1"])
 def test_the_option_keeps_a_name_as_it_is(name: str) -> None:
     assert console.Device().convert(name, None, None) == name
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "device"),
+    [(0, "auto", "cpu"), (2, "auto", "cuda:1"), (2, "cpu", "cpu"), (2, "cuda", "cuda"),
+     (2, "cuda:1", "cuda:1"),
+     (0, "cuda", "--device cuda, but there is no CUDA device here; use cpu or auto"),
+     (2, "cuda:2", "no device cuda:2 here; number of CUDA devices: 2, from cuda:0")],
+)  # fmt: skip
+def test_a_device_is_one_that_torch_sees(
+    monkeypatch: pytest.MonkeyPatch, count: int, asked: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if " " not in device:
+        assert device_here(asked, local=1) == device
+        return
+    with pytest.raises(ValueError, match=device):
+        device_here(asked)

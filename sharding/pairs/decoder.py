@@ -15,10 +15,10 @@ OWNER/NAME or OWNER/NAME/FOLDER (mostly OWNER/NAME/vae) on the Hugging Face hub.
 
 `DecoderError` (a `ValueError`) is raised if `name` is no folder and the download fails; if
 `config.json` or the weights are missing, or diffusers does not load them; if `config.json` names no
-class of `CLASSES`, or the images have not three channels; if diffusers is not installed; or if
-there is no such GPU, or its memory is too small. `reconstruct` raises it if the GPU memory is
-too small or a value of the result is not finite. `OSError` is raised if `config.json` may not be
-read, and another `ValueError` for a name that the hub does not allow, or for another device.
+class of `CLASSES`, or the images have not three channels; if diffusers is not installed; or if the
+memory of the GPU is too small. `reconstruct` raises it if the GPU memory is too small or a value of
+the result is not finite. `OSError` is raised if `config.json` may not be read, and another
+`ValueError` for a name that the hub does not allow, for another device, or if there is no such GPU.
 `find_decoder(name)` returns the folder of the files, after a download to the cache of the hub
 library if needed. Only `config.json` and a `.safetensors` file are read: no pickles, and no code of
 a repository.
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from devices import parse_device
+from devices import device_here, parse_device
 from escape import reason_of, typed_reason_of
 from installed import install_extra
 from storage import parse_json, sha256_of, text_fault
@@ -121,10 +121,10 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
     """Load a decoder on `device`: `cpu`, `cuda`, `cuda:N`, or `auto` (a GPU if there is one).
 
     Raises:
-        DecoderError: diffusers or a CUDA device is missing, or the file is no VAE for RGB images.
-        ValueError: `device` is none of these, or the hub does not allow this `name`.
+        DecoderError: diffusers is missing, or the file is no VAE for RGB images.
+        ValueError: there is no such device, or the hub does not allow this `name`.
     """
-    asked = parse_device(device)
+    parse_device(device)  # before a download
     folder = find_decoder(name)
     kind = _kind_of(folder)
     try:
@@ -133,7 +133,7 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
         raise DecoderError(f"pairs need diffusers ({error}); {install_extra('pairs')}") from error
     import torch
 
-    device = _here(*asked)
+    device = device_here(device)
     try:
         vae = getattr(diffusers, kind).from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
@@ -158,20 +158,6 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
         factor=factor,
         reconstruct=lambda pixels: _reconstruct(vae, pixels, factor, device),
     )
-
-
-def _here(kind: str, number: int | None) -> str:
-    """Return torch's name of a device of this machine."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cpu" or (kind == "auto" and not count):
-        return "cpu"
-    if not count:
-        raise DecoderError("torch sees no CUDA device; use --device cpu")
-    if number is not None and number >= count:
-        raise DecoderError(f"no device cuda:{number}; torch sees {count}, from cuda:0 on")
-    return "cuda" if number is None else f"cuda:{number}"
 
 
 def _last_part(name: str) -> str:

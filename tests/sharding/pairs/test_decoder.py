@@ -99,27 +99,6 @@ def test_only_two_files_are_downloaded_from_the_hub(
             find_decoder("owner/name")
 
 
-@pytest.mark.parametrize(
-    ("count", "kind", "number", "device"),
-    [(0, "auto", None, "cpu"), (2, "auto", None, "cuda"), (2, "cpu", None, "cpu"),
-     (2, "cuda", None, "cuda"), (2, "cuda", 1, "cuda:1"),
-     (0, "cuda", None, "torch sees no CUDA device; use --device cpu"),
-     (2, "cuda", 2, "no device cuda:2; torch sees 2, from cuda:0 on")],
-)  # fmt: skip
-def test_a_device_is_one_that_torch_sees(
-    monkeypatch: pytest.MonkeyPatch, count: int, kind: str, number: int | None, device: str
-) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    if " " not in device:
-        assert module._here(kind, number) == device
-        return
-    with pytest.raises(DecoderError, match=device):
-        module._here(kind, number)
-
-
 def test_outputs_that_are_not_finite_are_refused() -> None:
     import torch
 
