@@ -36,13 +36,12 @@ above. A `Request` has
 that no batches can be made.
 """
 
-import io
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
 
+from imaging.decode import png_of
 from pipeline.augment import AugmentBatch
 
 
@@ -50,13 +49,7 @@ class LoadError(ValueError):
     """Batches cannot be made; the message says why and what to do."""
 
 
-def _black_pixel() -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-PLACEHOLDER = _black_pixel(), "PNG", 1
+PLACEHOLDER = png_of(np.zeros((1, 1, 3), np.uint8)), "PNG", 1
 """Data, format and orientation that replace a sample whose bytes cannot be read."""
 
 
