@@ -50,7 +50,7 @@ from escape import reason_of
 from imaging.decode import DecodeError, Facts, Prepared, prepare
 from imaging.fingerprint import GRID, fingerprints, green_grid
 from sharding.catalog import Source, shares
-from sharding.format import CLASSES, ShardError, table_from
+from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
 from storage import AnyPath, any_path, files_in, parse_json, whole_name, write_atomically
@@ -80,12 +80,11 @@ ITEM_SCHEMA = pa.schema(
 FACT_SCHEMA = pa.schema(
     [
         ("error", pa.string()),  # why the image cannot be used; the rest is then empty
-        ("sha256", pa.binary(32)), ("stored", pa.int32()),  # of the bytes to pack
+        SAMPLES_SCHEMA.field("sha256"), ("stored", pa.int32()),  # of the bytes to pack
         ("original", pa.binary(32)),  # SHA-256 of the bytes that were read
         ("thumbnail", pa.binary(256)),
-        ("width", pa.int32()), ("height", pa.int32()), ("format", _name), ("chroma", _name),
-        ("jpeg_quality", pa.int8()), ("jpeg_tables", _name), ("exif", pa.bool_()),
-        ("orientation", pa.int8()), ("phash", pa.uint64()), ("transcoded_from", _name),
+        *map(SAMPLES_SCHEMA.field, ("width", "height", "format", "chroma", "jpeg_quality",
+             "jpeg_tables", "exif", "orientation", "phash", "transcoded_from")),
     ]
 )  # fmt: skip
 
