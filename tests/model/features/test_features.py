@@ -155,13 +155,12 @@ def test_views_equal_the_augmentation_of_training_from_pixels(
 def test_files_do_not_depend_on_the_batch_or_the_ranks(
     batch: int, net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:
-    one, counted = source_in(tmp_path / "one", net), list[int]()
+    one, counted, counts = source_in(tmp_path / "one", net), list[int](), list[int]()
     embed_sets(embedder(net), [old], one, 1)
     many = source_in(tmp_path / "many", net)
-    counts, view = [], many.numbered(1)
-    for rank in range(3):
-        files = missing_of(many.store, many.backbone, old, view, rank=rank, world_size=3)
-        counts.append(embed(embedder(net, rank, 3, batch), old, many, 1, files, counted.append))
+    for r in range(3):
+        files = missing_of(many.store, many.backbone, old, many.numbered(1), rank=r, world_size=3)
+        counts.append(embed(embedder(net, r, 3, batch), old, many, 1, files, counted.append))
     assert sum(counts) == sum(counted) == len(old)
     assert min(counts) < len(old)
     table, other = (
