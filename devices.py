@@ -2,9 +2,9 @@
 
 Main entry: `parse_device(name)` returns a pair: the kind, "auto", "cpu" or "cuda", and the number
 of the GPU, an int, or None if the name has none. `name` is a text: `auto`, `cpu`, `cuda` or
-`cuda:N`, where N has at most four digits. Another text raises `ValueError`. Whether the device
-exists is not checked: only the library that computes knows. `device_here(name, local)` asks torch,
-and returns torch's name of the device.
+`cuda:N`, where N has at most four digits, or a `torch.device` of such a name. Another one raises
+`ValueError`. Whether the device exists is not checked: only the library that computes knows.
+`device_here(name, local)` asks torch, and returns torch's name of the device.
 """
 
 import re
@@ -12,19 +12,20 @@ import re
 _NAME = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
-def parse_device(name: str) -> tuple[str, int | None]:
+def parse_device(name: object) -> tuple[str, int | None]:
     """Return the kind and the number of a device: `cuda:1` is ("cuda", 1), `cuda` ("cuda", None).
 
     Raises:
         ValueError: the name is none of `auto`, `cpu`, `cuda` and `cuda:N`.
     """
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"no such device: {name}; use auto, cpu, cuda or cuda:N")
-    kind, _, number = name.partition(":")
+    text = str(name)
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"no such device: {text}; use auto, cpu, cuda or cuda:N")
+    kind, _, number = text.partition(":")
     return kind, int(number) if number else None
 
 
-def device_here(asked: str, local: int = 0) -> str:
+def device_here(asked: object, local: int = 0) -> str:
     """Return torch's name of the device for `asked`: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is
     the CUDA device with the index `local` if there is one, else the CPU.
 

@@ -1,6 +1,7 @@
 """Choose the device and the floating-point precision of a computation.
 
-Main entries: `choose_device(asked, local)` takes the text `asked` and returns a `torch.device`.
+Main entries: `choose_device(asked, local)` takes `asked`, a text or a `torch.device`, and returns a
+`torch.device`.
 
 - `auto`: the GPU with the index `local` (default 0, not checked), or the CPU if there is no GPU.
 - `cpu`, `cuda` or `cuda:N`: this device. `local` is not used.
@@ -33,7 +34,7 @@ from devices import device_here
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def choose_device(asked: str, local: int = 0) -> torch.device:
+def choose_device(asked: str | torch.device, local: int = 0) -> torch.device:
     """Return the device of `devices.device_here`, which raises `ValueError` if there is none."""
     return torch.device(device_here(asked, local))
 

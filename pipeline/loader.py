@@ -34,8 +34,8 @@ and `num_workers` other than 0). The errors of `batches()` come with the first b
   `MIN_SEEN` samples were seen, and at the end of a whole epoch. One bad sample alone is no error.
 - `RuntimeError`: the GPU fails. `OSError`: too many files are open.
 
-`choose_backend(asked, device)` returns (backend, reason) for "auto", "dali" or "pil";
-`check_shards(shards)` is the check of the tars.
+`choose_backend(asked, device)` returns (backend, reason) for "auto", "dali" or "pil", and raises
+`LoadError` for another text; `check_shards(shards)` is the check of the tars.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -100,8 +100,10 @@ def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
     `asked` "auto" chooses "dali" with a CUDA device if DALI is installed, else "pil".
 
     Raises:
-        LoadError: `asked` is "dali", but DALI is not installed.
+        LoadError: `asked` is no `Backend`, or it is "dali", but DALI is not installed.
     """
+    if asked not in get_args(Backend):
+        raise LoadError(f"no such backend: {asked}; use auto, dali or pil")
     have_dali = _is_installed("nvidia.dali")
     if asked == "dali" and not have_dali:
         raise LoadError(

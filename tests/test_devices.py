@@ -20,6 +20,8 @@ def test_a_name_is_a_kind_and_a_number() -> None:
     assert [parse_device(name) for name in names] == [
         ("auto", None), ("cpu", None), ("cuda", None), ("cuda", 0), ("cuda", 12),
     ]  # fmt: skip
+    assert parse_device(torch.device("cuda", 1)) == ("cuda", 1)
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -11,7 +11,8 @@ left out.
   is loaded), or the name of a shipped detector. None (the default): the newest run below `runs` is
   loaded, or, if there is no run, the default one of the shipped detectors.
 - `runs`: path of the folder of all runs (default "runs").
-- `device`: "auto" (the default: a GPU if there is one), "cpu", "cuda" or "cuda:N".
+- `device`: "auto" (the default: a GPU if there is one), "cpu", "cuda" or "cuda:N", or a
+  `torch.device` of such a name.
 - `backend`: what decodes the images: "dali", "pil" for Pillow, or "auto" (the default): DALI on a
   GPU if it is installed, else Pillow.
 - `threshold`: a number from 0 to 1 that replaces the threshold of the checkpoint; then no verdict
@@ -188,7 +189,7 @@ def load_detector(
     checkpoint: Path | str | None = None,
     *,
     runs: Path | str = RUNS,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     backend: Backend = "auto",
     threshold: float | None = None,
 ) -> ImageDetector:

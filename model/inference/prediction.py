@@ -52,6 +52,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias, overload
 
@@ -200,12 +201,12 @@ def band_from(threshold: float | None) -> tuple[float, float] | None:
     """Return (threshold, threshold), a band without *uncertain*. Return None for None.
 
     Raises:
-        ValueError: the threshold is outside 0 to 1.
+        ValueError: the threshold is no number from 0 to 1.
     """
     if threshold is None:
         return None
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"a threshold is a probability, 0 to 1, got {threshold}")
+    if not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"a threshold is a probability, a number from 0 to 1, got {threshold!r}")
     return threshold, threshold
 
 

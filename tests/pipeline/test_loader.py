@@ -378,6 +378,9 @@ def test_the_backend_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert (backend, reason) == ("pil", "nvidia-dali-cuda120 is not installed")
     with pytest.raises(LoadError, match="backend dali: nvidia-dali-cuda120 is not installed"):
         choose_backend("dali", CPU)
+    for other in ("DALI", "pillow"):  # any other text would decode with Pillow
+        with pytest.raises(LoadError, match=f"no such backend: {other}; use auto, dali or pil"):
+            choose_backend(other, CPU)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

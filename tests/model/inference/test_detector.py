@@ -121,8 +121,9 @@ def test_a_requested_threshold_leaves_nothing_uncertain(small_runs: Path) -> Non
     strict = load_detector(runs=small_runs, threshold=0.7)
     assert (strict.threshold, strict.band) == (0.7, (0.7, 0.7))
     assert [strict.verdict(p) for p in (0.69, 0.7)] == ["no sign of AI", "likely AI"]
-    with pytest.raises(ValueError, match="a threshold is a probability"):
-        load_detector(runs=small_runs, threshold=1.5)
+    for wrong in (1.5, "0.5"):
+        with pytest.raises(ValueError, match=f"a threshold is a probability, .*, got {wrong!r}"):
+            load_detector(runs=small_runs, threshold=wrong)
     with pytest.raises(CheckpointError, match="there is no folder"):
         load_detector(runs=small_runs / "none")
 
@@ -141,6 +142,8 @@ def test_rates_change_only_their_end_of_the_band_in_use(small_runs: Path) -> Non
         with pytest.raises(ValueError, match=r"threshold 0\.7 is in use .* without a threshold"):
             asked.at_rates(**one)
     assert asked.at_rates(max_fpr=0.01, max_miss=0.05).band == (0.1, 0.9)
+    with pytest.raises(ValueError, match=r"an error rate is a number .*, got '0\.01'"):
+        detector.at_rates(max_fpr="0.01")
 
 
 def test_every_input_type_gives_the_same_prediction(detector, tmp_path: Path) -> None:
