@@ -42,7 +42,8 @@ It raises `Refused` with the HTTP status if the request is invalid, too large or
 server is busy, too slow or stopping. The application turns this into a JSON response (`Problem`).
 It raises `ClientDisconnect` if the client is gone. Unexpected errors pass through (status 500).
 
-The other classes, `STATUSES` and `BODY` describe requests and answers for the API's documentation.
+The other classes, `STATUSES`, `BODY`, `NAME`, `KEY` and `NO_KEY` describe requests and answers for
+the API's documentation.
 `Text` is a JSON response in UTF-8.
 """
 
@@ -54,7 +55,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -156,6 +158,7 @@ BODY = {
             "schema": {"type": "object", "additionalProperties": {"type": "array", "items": BINARY}}
         },
         "image/*": {"schema": BINARY},
+        "application/octet-stream": {"schema": BINARY},
         "application/json": {
             "schema": {
                 "type": "object", "required": ["urls"],
@@ -164,6 +167,18 @@ BODY = {
         },
     },
 }  # fmt: skip
+NAME = {
+    "name": uploads.PARAMETER, "in": "query", "schema": {"type": "string"},
+    "description": "Name of the image in the answer, if the body is one image.",
+}  # fmt: skip
+
+# Only described here; `serve.guard.Guard` checks the key.
+KEY = [
+    Security(HTTPBearer(scheme_name="bearer", auto_error=False)),
+    Security(APIKeyHeader(scheme_name="header", name="X-API-Key", auto_error=False)),
+]
+NO_KEY: dict[str, Any] = {}
+"""A server may have no key: then a request without one is allowed."""
 
 
 class Text(JSONResponse):
@@ -387,8 +402,9 @@ def make_app(service: Service) -> FastAPI:
         return Response(status_code=CLIENT_IS_GONE)
 
     @app.post(
-        "/predict", responses=STATUSES, openapi_extra={"requestBody": BODY}, response_model=Answer
-    )
+        "/predict", responses=STATUSES, response_model=Answer, dependencies=KEY,
+        openapi_extra={"requestBody": BODY, "parameters": [NAME], "security": [NO_KEY]},
+    )  # fmt: skip
     async def predict(request: Request) -> Response:
         """Score one or many images.
 
@@ -411,7 +427,10 @@ def make_app(service: Service) -> FastAPI:
         reason = service.not_ready()
         return PlainTextResponse(f"{reason or 'ready'}\n", 503 if reason else 200)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get(
+        "/metrics", response_class=PlainTextResponse, dependencies=KEY,
+        responses={401: STATUSES[401]}, openapi_extra={"security": [NO_KEY]},
+    )  # fmt: skip
     async def metrics() -> Response:
         """Return metrics for Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

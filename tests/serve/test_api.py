@@ -11,7 +11,9 @@ from starlette.testclient import TestClient
 from model.inference import results
 from model.inference.detector import ImageDetector
 from model.inference.provenance import read_evidence
+from serve import uploads
 from serve.api import Service, make_app
+from serve.guard import WITH_KEY
 from serve.limits import MB
 from tests.builders import KINDS, encode, photo
 from tests.provenance_files import png
@@ -266,3 +268,23 @@ def test_the_docs_page_needs_no_other_host_and_describes_every_route(serve: Serv
     assert set(document["paths"]) == {"/predict", "/healthz", "/readyz", "/metrics"}
     statuses = document["paths"]["/predict"]["post"]["responses"]
     assert {"200", "401", "403", "408", "413", "415", "422", "429", "503", "504"} <= set(statuses)
+
+
+def test_the_document_describes_all_that_a_client_may_send(serve: Serve) -> None:
+    """A generated client can send only what the document has."""
+    document = serve()[0].get("/openapi.json").json()
+    predict = document["paths"]["/predict"]["post"]
+    bodies = [body.removesuffix("*") for body in predict["requestBody"]["content"]]
+    assert sorted(bodies) == sorted([uploads.FORM, uploads.LIST, *uploads.RAW])
+    assert [(one["in"], one["name"]) for one in predict["parameters"]] == [
+        ("query", uploads.PARAMETER)
+    ]
+    keys = document["components"]["securitySchemes"]
+    assert [(one["type"], one.get("scheme") or one["name"]) for one in keys.values()] == [
+        ("http", "bearer"), ("apiKey", "X-API-Key"),
+    ]  # fmt: skip
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            alternatives = [{name: []} for name in keys] + [{}] if path in WITH_KEY else []
+            assert operation.get("security", []) == alternatives, path
+            assert ("401" in operation["responses"]) == (path in WITH_KEY), path
