@@ -13,8 +13,8 @@ It returns a `Prediction`, or a list of them for an iterable: `name`, `probabili
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (why an
 image is unreadable or its score is not finite, else ""). `TypeError` is raised for a wrong type;
 `ValueError` for a wrong array, a Pillow image of the mode "La", or, with an iterable, a
-`batch_size` below 1. `stream(images, batch_size, start)` takes an iterable and yields the
-predictions one by one.
+`batch_size` below 1. `stream(images, batch_size, start)` takes only an iterable (one image raises
+`TypeError`) and yields the predictions one by one.
 
 `DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
@@ -96,7 +96,9 @@ class Pixels(NamedTuple):
     pixels: np.ndarray
 
 
-Picture: TypeAlias = Path | str | bytes | Image.Image | np.ndarray | ImageFile
+Picture: TypeAlias = (
+    Path | str | bytes | bytearray | memoryview | Image.Image | np.ndarray | ImageFile
+)
 """Accepted types of an image: a path, the bytes of a file, a PIL image, a uint8 array (height,
 width, 3) in RGB or (height, width) in gray, or an `ImageFile`, which is read later."""
 
@@ -137,7 +139,7 @@ def as_source(image: Picture, index: int = 0) -> Source:
             )
         except (PixelError, DecodeError) as error:
             return ImageFile(name, functools.partial(_refuse, _one_line(error)))
-    if isinstance(image, Path | str | bytes | ImageFile):
+    if isinstance(image, Picture):
         return as_file(image, index)
     raise _unknown(image)
 
@@ -149,12 +151,15 @@ def _unknown(image: object) -> TypeError:
     )
 
 
-def as_file(image: Path | str | bytes | ImageFile, index: int = 0) -> ImageFile:
+def as_file(
+    image: Path | str | bytes | bytearray | memoryview | ImageFile, index: int = 0
+) -> ImageFile:
     """Convert a path or the bytes of a file to an `ImageFile`. Bytes are called `image <index>`."""
     if isinstance(image, ImageFile):
         return image
-    if isinstance(image, bytes):
-        return ImageFile(f"image {index}", lambda: image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        data = bytes(image)  # a caller may fill the same buffer with the next image
+        return ImageFile(f"image {index}", lambda: data)
     return ImageFile(str(image), lambda: read_file(image))
 
 
@@ -284,7 +289,24 @@ class AnyDetector(DecisionRule, ABC):
         endless. The first batches are small (1, 4, 16, ...), so that the first prediction comes
         early. `start` is the number of images that the caller skipped; a batch must begin there.
         Then batches and scores are, to the last bit, those of a run over the whole list.
+
+        Raises:
+            TypeError: `images` is one image, or cannot be iterated; or one of them, when its turn
+                comes, is not of the types of `Picture`.
+            ValueError: when its turn comes, an array of another shape or dtype.
         """
+        if isinstance(images, Picture):  # the rows of an array would be images, too
+            raise TypeError(
+                "stream() takes a list of images or another iterable, got one "
+                f"{type(images).__name__}; pass it to predict(), or in a list"
+            )
+        if not hasattr(images, "__iter__") or hasattr(images, "read"):  # an open file has lines
+            raise _unknown(images)
+        return self._stream(images, batch_size, start)
+
+    def _stream(
+        self, images: Iterable[Picture], batch_size: int, start: int
+    ) -> Generator[Prediction, None, None]:
         files = map(as_source, images, itertools.count())
         for names, probabilities, failures in self._scored(files, batch_size, start):
             yield from predictions(names, probabilities.tolist(), failures, self.band)
@@ -328,11 +350,9 @@ class AnyDetector(DecisionRule, ABC):
             TypeError: not one of the types of `Picture`.
             ValueError: an array of another shape or dtype.
         """
-        if isinstance(images, Path | str | bytes | Image.Image | np.ndarray | ImageFile):
+        if isinstance(images, Picture):
             (prediction,) = self.stream([images], 1)
             return prediction
-        if not hasattr(images, "__iter__") or hasattr(images, "read"):  # an open file has lines
-            raise _unknown(images)
         return list(self.stream(images, batch_size))
 
     def __repr__(self) -> str:

@@ -15,7 +15,14 @@ from PIL import Image, ImageOps
 from imaging.decode import DecodeError, ImageFile, decode
 from model import load_detector
 from model.checkpoint import CheckpointError
-from model.inference.prediction import UNREADABLE, Pixels, Prediction, preprocess_ahead
+from model.inference.prediction import (
+    UNREADABLE,
+    Picture,
+    Pixels,
+    Prediction,
+    as_source,
+    preprocess_ahead,
+)
 from model.score import AT_A_TIME, score_set
 from model.verdict import probability
 from pipeline.loader import open_loader
@@ -168,6 +175,13 @@ def test_every_input_type_gives_the_same_prediction(detector, tmp_path: Path) ->
     shades = [detector.predict(image).probability for image in (array[:, :, 0], gray, deep)]
     assert shades[0] == shades[1] == shades[2] != results[0].probability
     assert detector.predict(iter([array]))[0].name == "image 0"
+    buffer = bytearray(data)
+    for given_bytes in (buffer, memoryview(data)):
+        result = detector.predict(given_bytes)
+        assert (result.name, result.probability) == ("image 0", results[0].probability)
+    source = as_source(buffer)
+    buffer[:] = bytes(len(buffer))  # filled with the next image while this one waits
+    assert isinstance(source, ImageFile) and source.read() == data
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -234,6 +248,25 @@ def test_an_open_file_is_no_list_of_images(detector, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(FILES[0])
     with (tmp_path / "a.jpg").open("rb") as file, pytest.raises(TypeError, match="BufferedReader"):
         detector.predict(file)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [photo(1), "a.png", Path("a.png"), FILES[0], bytearray(FILES[0]), Image.new("RGB", (8, 8)),
+     ImageFile("a", lambda: FILES[0])],
+    ids=lambda image: type(image).__name__,
+)  # fmt: skip
+def test_a_stream_of_one_image_is_refused_at_once(detector, image: Picture) -> None:
+    """The rows of an array and the letters of a path would be images, each with a verdict."""
+    said = f"got one {type(image).__name__}; pass it to predict"
+    with pytest.raises(TypeError, match=said):
+        detector.stream(image)  # not only when the first prediction is asked for
+
+
+def test_a_stream_of_something_else_is_refused_at_once(detector) -> None:
+    for nothing in (3, None, io.BytesIO(FILES[0])):
+        with pytest.raises(TypeError, match="an image is a path, the bytes of a file"):
+            detector.stream(nothing)
 
 
 def test_dali_is_not_started_for_one_image(
