@@ -45,7 +45,7 @@ def decode_lock(data: bytes) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold(lock: threading.Lock) -> Iterator[None]:
+def hold(lock: "threading.Lock | threading.RLock") -> Iterator[None]:
     """Hold a lock in the block.
 
     Raises:

@@ -34,7 +34,7 @@ from imaging.decode_lock import Busy, decode_lock, hold
 from model.inference import gradcam
 from model.inference.detector import ImageDetector
 from page.html import show
-from page.scored import FORWARD, Scored, as_jpeg, data_url
+from page.scored import Scored, as_jpeg, data_url
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
 
@@ -100,7 +100,7 @@ def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> N
         show(photo_html(result, detector.preprocess, busy=True), picture)
         try:
             data = file.getvalue()
-            with decode_lock(data), hold(FORWARD):
+            with decode_lock(data), hold(detector.lock):
                 drawn = gradcam.heatmap(detector, data)
             crops = np.split(drawn, detector.preprocess.crops)
             maps[file.file_id] = [as_jpeg(Image.fromarray(crop)) for crop in crops]

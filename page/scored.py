@@ -33,7 +33,6 @@ image (RGB) as a JPEG file, as bytes; `data_url(jpeg)` makes a data: URL (text) 
 import base64
 import io
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,11 +52,6 @@ from page.examples import is_example
 MIN_SIDE_PX = 32
 """Shortest side that is scored, in pixels. No known set has smaller images, so a verdict on them
 would be a guess.
-"""
-
-FORWARD = threading.Lock()
-"""Held while the detector's network computes: a heatmap puts hooks into the network, which all
-visitors share, and would read what another visitor's image leaves there.
 """
 
 # Longer side of the shown pictures, in pixels. The detector gets the original file.
@@ -105,15 +99,15 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
 
 
 def _predict(detector: ImageDetector, data: bytes) -> Prediction:
-    """Return the result of `detector.predict(data)`. `FORWARD` is not held while the image is
-    decoded, which can take ten seconds.
+    """Return the result of `detector.predict(data)`. Waiting for another visitor's image has a
+    limit. The lock is not held while the image is decoded, which can take ten seconds.
     """
     pixels = done_or_reason(detector.preprocess_file, ImageFile("image 0", lambda: data))
     probability, failures = math.nan, {}
     if isinstance(pixels, str):
         failures[0] = pixels
     else:
-        with hold(FORWARD):
+        with hold(detector.lock):
             (probability,) = detector.score(pixels[None]).tolist()
     return next(predictions(["image 0"], [probability], failures, detector.band))
 

@@ -43,8 +43,9 @@ AI-generated. This module does not import torch.
 
 import functools
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ class Judge(Protocol):
 
     def score(self, prepared: Sequence[Any]) -> np.ndarray:
         """Return the probability of fake of each image: float64 (B,), 0 to 1 or NaN. Called by one
-        thread.
+        thread at a time.
         """
 
 
@@ -87,6 +88,7 @@ class OtherDetector(AnyDetector):
     and reports need, and the key `detector`: `kind` (hf, timm, file), `name`, and where they exist
     `revision`, `sha256` (of weights or file) and `fake_labels`. `asked` is a band (low,
     high) that replaces the one of the detector. `reason` describes the computation, for the log.
+    `lock` is held while `judge` scores.
     """
 
     checkpoint: Path
@@ -95,6 +97,7 @@ class OtherDetector(AnyDetector):
     asked: tuple[float, float] | None
     reason: str
     backend: str = "pil"
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def _prepare(self, pixels: np.ndarray) -> Any:
         # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
@@ -118,12 +121,16 @@ class OtherDetector(AnyDetector):
         """
         temperature = self.meta["temperature"]
         if temperature == 1:
-            return self.judge.score(prepared)
+            return self._judged(prepared)
         return probability(self.logits(prepared), temperature)
 
     def logits(self, prepared: Sequence[Any]) -> np.ndarray:
         """Return the logit of fake minus the logit of real, before temperature: float32 (B,)."""
-        return logits_from(self.judge.score(prepared)).astype(np.float32)
+        return logits_from(self._judged(prepared)).astype(np.float32)
+
+    def _judged(self, prepared: Sequence[Any]) -> np.ndarray:
+        with self.lock:
+            return self.judge.score(prepared)
 
     @property
     def fixed_batches(self) -> bool:

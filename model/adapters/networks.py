@@ -47,7 +47,6 @@ from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
 from model.inference.prediction import band_from
-from model.score import evaluating
 from storage import parse_json, sha256_of
 
 TAKEN = ("*.json", "*.safetensors")
@@ -76,7 +75,7 @@ class NetworkJudge:
 
     def score(self, prepared: Sequence[torch.Tensor]) -> np.ndarray:
         """Return the probability of fake of each image, float64 (B,)."""
-        with torch.inference_mode(), evaluating(self.net):
+        with torch.inference_mode():
             logits = self.forward(torch.stack(list(prepared)).to(self.device)).double()
         if logits.shape[1] > 1:
             return logits.softmax(1)[:, list(self.fake)].sum(1).clamp(0, 1).cpu().numpy()
@@ -183,7 +182,7 @@ def open_timm(
         raise DetectorError(
             f"{name} is not a model that timm opens: {typed_reason_of(error)}"
         ) from error
-    net.to(where)
+    net.to(where).eval()
     keep_freed_memory(where)
     judge = NetworkJudge(net, transform, net, fake, where)
     return _detector("timm", name, (folder, revision), labels, judge, threshold)

@@ -41,9 +41,10 @@ and as `start` (default 0) how many were done. A batch must begin at `start`, el
 the network's output is not finite.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class ImageDetector(AnyDetector):
 
     `preprocess` and `meta` are read from the checkpoint. `backend` decodes the images; `reason`
     says why it was chosen. `asked` is a band (low, high) that replaces the one of the
-    checkpoint.
+    checkpoint. `lock` is held while the network computes: a heatmap puts hooks into it, which would
+    read what another thread's image leaves there. Copies by `at_rates` share network and lock.
     """
 
     checkpoint: Path
@@ -96,6 +98,7 @@ class ImageDetector(AnyDetector):
     backend: str = "pil"
     reason: str = ""
     asked: tuple[float, float] | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def score(self, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
         """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
@@ -103,7 +106,7 @@ class ImageDetector(AnyDetector):
         bit, for a batch of the same size.
         """
         images = torch.as_tensor(pixels, device=self.device).permute(0, 3, 1, 2)
-        with evaluating(self.net):
+        with self.lock, evaluating(self.net):
             logits = logits_of(self.net, images, self.device, self.dtype)
         return probability(logits.cpu().numpy(), self.meta["temperature"])
 

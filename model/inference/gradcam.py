@@ -65,15 +65,24 @@ def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np
         DecodeError, OSError: the image cannot be read.
         ExplainError: the network has neither a map nor patches, or `captum` is not installed.
     """
+    preprocessed = detector.preprocess_file(image)
+    pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)
+    with detector.lock:
+        return preprocessed, _cells(detector.net.eval(), pixels).detach().float().cpu().numpy()
+
+
+def _cells(net: Detector, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the attribution of each cell, (rows, columns), for uint8 `pixels` (1, 3, H, W).
+
+    Raises:
+        ExplainError: as `attribution`.
+    """
     try:
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise ExplainError(
             f"a heatmap needs the library captum; {install_extra('heatmap')}"
         ) from error
-    preprocessed = detector.preprocess_file(image)
-    pixels = torch.from_numpy(preprocessed)[None].permute(0, 3, 1, 2).to(detector.device)
-    net = detector.net.eval()
     layer, features = last_features(net, pixels)
 
     def margin(images: torch.Tensor) -> torch.Tensor:
@@ -82,13 +91,12 @@ def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np
 
     if _is_map(net, features):
         of_crops = LayerGradCam(margin, layer).attribute(pixels, relu_attributions=False)
-        cells = of_crops[:, 0].flatten(0, 1)
-        return preprocessed, cells.detach().float().cpu().numpy()
+        return of_crops[:, 0].flatten(0, 1)
     cells = _by_tokens(net, margin, layer, pixels)
     if not cells.any():  # the head classifies only the class token
         attention = _last_attention(net, features)
         cells = _by_tokens(net, margin, attention, pixels, of_input=True)
-    return preprocessed, cells.detach().float().cpu().numpy()
+    return cells
 
 
 def _by_tokens(

@@ -1,6 +1,8 @@
 """Parts of the page, tested without a browser."""
 
+import contextlib
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from page.draw import sentence
 from page.examples import examples
 from page.figures import Ends, Measured, ends, of_hundred, rates, row_at
 from page.photo import crops_of, photo_html
-from page.scored import FORWARD, Scored, score
+from page.scored import Scored, score
 from page.session import seconds_of
 from page.start import figures_html
 from page.table import row, summary
@@ -183,9 +185,11 @@ def test_an_image_is_decoded_while_the_network_is_in_use(
     expected = detector.predict(image)
     assert score(detector, "a.jpg", image).prediction == expected
     monkeypatch.setattr(locks, "WAIT_S", 0.1)
-    with FORWARD:
+    with ThreadPoolExecutor(1) as other, contextlib.ExitStack() as visitor:
+        other.submit(visitor.enter_context, detector.lock).result()
         refused = score(detector, "b.jpg", b"<html>").prediction
         waited = score(detector, "c.jpg", image)
+        other.submit(visitor.close).result()
     assert refused.error.startswith("not an image")
     assert "busy with other images" in waited.prediction.error and waited.was_busy
 

@@ -169,6 +169,7 @@ def test_timm_from_a_folder(tmp_path: Path) -> None:
 
     folder = timm_model(tmp_path / "made", label_names=["real", "ai"])
     detector = open_timm(str(folder))
+    assert not detector.judge.net.training
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = create_transform(**resolve_data_config(model=net))
     images = pictures(5)

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from PIL import Image
 
 import evaluate
 import predict
-from model.adapters.detector import DetectorError, logits_from, output_name
+from model.adapters.detector import DetectorError, OtherDetector, logits_from, meta_of, output_name
 from model.adapters.kept import keep_calibration
 from model.adapters.open import Opening, kind_of, load_any, open_other
 from model.adapters.python_file import open_file
@@ -410,3 +413,30 @@ def test_logits_of_0_and_1_are_finite_and_extreme() -> None:
     given = np.linspace(0, 1, 1001)
     back = 1 / (1 + np.exp(-logits_from(given).astype(np.float32).astype(float)))
     assert np.abs(back - given).max() < LOGIT_ERROR
+
+
+def test_its_function_is_called_by_one_thread_at_a_time() -> None:
+    """It may be anybody's code, so it need not be thread-safe."""
+    running: list[int] = []
+    others: list[Future] = []
+
+    class Alone:
+        fixed_batches = False
+
+        def prepare(self, image: Image.Image) -> int:
+            return image.width
+
+        def score(self, prepared: Sequence[int]) -> np.ndarray:
+            running.append(1)
+            if not others:
+                others.append(thread.submit(second.predict, photo(2)))
+                wait(others, timeout=0.1)
+            assert len(running) == 1
+            running.clear()
+            return np.full(len(prepared), 0.5)
+
+    detector = OtherDetector(Path("file:x"), Alone(), meta_of("file", "x"), None, "")
+    second = replace(detector, asked=(0.4, 0.4))
+    with ThreadPoolExecutor(1) as thread:
+        verdicts = [detector.predict(photo(1)).verdict, others[0].result().verdict]
+    assert verdicts == ["likely AI", "likely AI"]

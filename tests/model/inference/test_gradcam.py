@@ -1,5 +1,7 @@
 """Heatmaps: the cells add up to the logit, supported networks, and the colors."""
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from model import checkpoint, load_detector
 from model.inference.gradcam import ExplainError, attribution, heatmap, overlay
+from model.inference.prediction import Prediction
 from model.network import build
 from model.recipe import Network
 from tests.builders import encode, photo, small_recipe
@@ -84,6 +87,37 @@ def test_a_heatmap_changes_no_score(mobile) -> None:
     (after,) = mobile.predict([data])
     assert before.probability == after.probability
     assert all(parameter.grad is None for parameter in mobile.net.parameters())
+
+
+def predicted(detector, image: bytes) -> Prediction:
+    return detector.predict(image)
+
+
+@pytest.mark.parametrize("work", [heatmap, predicted])
+def test_another_thread_changes_no_heatmap(mobile, work) -> None:
+    """The hooks of a heatmap would read what the other image leaves in the shared network."""
+    image, other = encode(photo(1), "PNG"), encode(photo(2), "PNG")
+    expected, of_other = heatmap(mobile, image), work(mobile, other)
+    second = replace(mobile, asked=(0.5, 0.5))  # as `at_rates` does; it shares the network
+    started: list[Future] = []
+
+    def begin(*_: object) -> None:
+        if not started:
+            started.append(thread.submit(work, second, other))
+            wait(started, timeout=0.2)  # it must not end before the heatmap
+
+    with ThreadPoolExecutor(1) as thread:
+        hook = mobile.net.backbone.get_classifier().register_forward_hook(begin)
+        try:
+            drawn = heatmap(mobile, image)
+        finally:
+            hook.remove()
+        np.testing.assert_array_equal(drawn, expected)
+        result = started[0].result()
+    if work is heatmap:
+        np.testing.assert_array_equal(result, of_other)
+    else:
+        assert result.probability == of_other.probability
 
 
 def test_only_cells_that_raise_the_score_are_red() -> None:
