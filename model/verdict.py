@@ -35,7 +35,6 @@ detector, or "" if all can be used. These values come from files of strangers.
 import math
 import sys
 from collections.abc import Mapping
-from numbers import Real
 from reprlib import repr as short
 from typing import Any
 
@@ -102,7 +101,7 @@ def band_at(
 
 
 def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
-    if not isinstance(asked, Real) or not 0 < asked < 0.5:
+    if not isinstance(asked, int | float | np.number) or not 0 < asked < 0.5:
         raise ValueError(f"an error rate is a number above 0 and below 0.5, got {asked!r}")
     rows = (meta["calibration"] or {}).get(key)
     if not rows:

@@ -52,7 +52,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias, overload
 
@@ -210,7 +209,7 @@ def band_from(threshold: float | None) -> tuple[float, float] | None:
     """
     if threshold is None:
         return None
-    if not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
+    if not isinstance(threshold, int | float | np.number) or not 0.0 <= threshold <= 1.0:
         raise ValueError(f"a threshold is a probability, a number from 0 to 1, got {threshold!r}")
     return threshold, threshold
 
