@@ -193,6 +193,7 @@ def main(
             )  # fmt: skip
         if max_fpr is not None or max_miss is not None:
             loaded = loaded.at_rates(max_fpr, max_miss)
+        _check_heatmap(loaded, heatmap)
         file = results.open_results(out, output, loaded.identity, resume) if out else None
     except (ValueError, OSError) as error:
         console.log.debug("traceback", exc_info=True)
@@ -201,8 +202,8 @@ def main(
         _report_mistakes(loaded, paths, label, mistakes, keep_image)
         return
     run = Run(loaded, output, file, heatmap, anchors)
-    _introduce(run)
     try:
+        _introduce(run)
         with interrupts.sigterm_interrupts():
             if watch:
                 predict_as_they_come(run, watch, batch_size)
@@ -211,7 +212,7 @@ def main(
         _finish(run, paths, watch)
     except KeyboardInterrupt:
         if not watch:
-            _stopped(run, out)
+            _stopped(run)
         _finish(run, paths, watch)
     finally:
         if file:
@@ -235,6 +236,19 @@ def _trust_list(file: Path | None) -> TrustList | None:
         return read_trust_list(file) if file else usual_trust_list()
     except ValueError as error:
         raise NotStarted(str(error)) from error
+
+
+def _check_heatmap(detector: "AnyDetector", folder: Path | None) -> None:
+    """Raise `ExplainError` if heatmaps are requested and the detector cannot draw them, before a
+    file is made.
+    """
+    if not folder:
+        return
+    from model.inference.detector import ImageDetector
+    from model.inference.gradcam import check_possible
+
+    assert isinstance(detector, ImageDetector)  # `load_any` refuses heatmaps of other detectors
+    check_possible(detector)
 
 
 def _report_mistakes(
@@ -330,10 +344,15 @@ def _describe(detector: "AnyDetector") -> str:
     return f"{band}; images decoded by {detector.backend} ({detector.reason})"
 
 
-def _stopped(run: Run, out: Path | None) -> None:
+def _stopped(run: Run) -> None:
     """Report an interruption by Ctrl-C or SIGTERM and exit with code 130."""
-    kept = f"; the rows so far are in {results.unfinished_of(out)}" if out else ""
-    hint = kept + run.out.go_on if run.out else kept
+    hint = ""
+    if run.out:
+        run.out.close()
+        partial = results.unfinished_of(run.out.path)
+        place = partial if partial.exists() else run.out.path
+        if place.exists():
+            hint = f"; the rows so far are in {place}{run.out.go_on}"
     click.echo(f"stopped after {console.counted(run.done, 'image')}{hint}", err=True)
     raise SystemExit(128 + signal.SIGINT)
 
@@ -346,8 +365,6 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     for reason, count in run.excluded.items():
         console.log.info("%s skipped: %s", console.counted(count, "file"), reason)
     if not run.done and not run.skipped and not watch:
-        if run.out:
-            run.out.discard()
         raise _no_image(paths)
     if run.out:
         run.out.finish()

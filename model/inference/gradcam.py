@@ -11,7 +11,8 @@ image, and `ExplainError` if the network has no feature map or patches, or captu
 `attribution(detector, image)` returns the network's input and the raw values per cell, float32
 (rows, columns), positive where the cell raised the score; `overlay(preprocessed, cells)` takes
 these two and draws them. `last_features(net, pixels)` returns the layer that the values are
-computed from, and its output for uint8 images (B, 3, H, W).
+computed from, and its output for uint8 images (B, 3, H, W). `check_possible(detector)` raises
+`ExplainError` where one forward pass of a black image shows that no heatmap is possible.
 
 The method is Grad-CAM for convolutional networks, and gradient times patch for transformers. The
 result is coarse: per crop, 8 x 8 cells for ConvNeXtV2 and MobileNetV2 at 256 pixels, 14 x 14 for a
@@ -20,6 +21,7 @@ transformer's patches contain information from the whole image, so a strong patc
 that its own area caused the score.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -71,18 +73,38 @@ def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np
         return preprocessed, _cells(detector.net.eval(), pixels).detach().float().cpu().numpy()
 
 
+def check_possible(detector: ImageDetector) -> None:
+    """Check with a black image whether heatmaps can be computed.
+
+    Raises:
+        ExplainError: as `attribution`. One reason shows only in a whole computation: no attention.
+    """
+    _require_captum()
+    black = torch.zeros((1, 3, *detector.preprocess.shape), dtype=torch.uint8)
+    with detector.lock:
+        _, features = last_features(detector.net.eval(), black.to(detector.device))
+    if not _is_map(detector.net, features):
+        _on_grid(detector.net, features)
+
+
+def _require_captum() -> None:
+    try:
+        importlib.import_module("captum.attr")
+    except ImportError as error:
+        raise ExplainError(
+            f"a heatmap needs the library captum; {install_extra('heatmap')}"
+        ) from error
+
+
 def _cells(net: Detector, pixels: torch.Tensor) -> torch.Tensor:
     """Return the attribution of each cell, (rows, columns), for uint8 `pixels` (1, 3, H, W).
 
     Raises:
         ExplainError: as `attribution`.
     """
-    try:
-        from captum.attr import LayerGradCam
-    except ImportError as error:
-        raise ExplainError(
-            f"a heatmap needs the library captum; {install_extra('heatmap')}"
-        ) from error
+    _require_captum()
+    from captum.attr import LayerGradCam
+
     layer, features = last_features(net, pixels)
 
     def margin(images: torch.Tensor) -> torch.Tensor:

@@ -20,15 +20,15 @@ Main entries: `line(output, row)` returns the text of one image, without a newli
   `unfinished_of(path)`, which an interrupted run leaves. A table cannot be continued.
 
 It returns a locked `ResultsFile`. On disk it is named `unfinished_of(path)`; `finish()` renames it
-to `path`, and `close()` releases the lock. `write(text)` appends a text and a newline: the result
-of `line()`, and in a new table first `write(header("table"))`. A new CSV file has its header, JSON
-lines need none. `name in file` says whether an image of this name had a row when the file was
-opened, and `take(name)` whether it had more of them than were taken before. `unreadable` is the
-number of rows without a verdict at that time. `reach(until)` states that the rows have all changes
-of the images before a Unix time, and `is_older_than(path)` says whether a file changed after the
-time that was stated last: it is the modification time of the file on disk, and begins with the time
-at which the file is new. `OSError` is raised if the file cannot be opened or written, and
-`ResultsError` in these cases:
+to `path`, and `close()` releases the lock, and deletes an unfinished file without new rows.
+`write(text)` appends a text and a newline: the result of `line()`, and in a new table first
+`write(header("table"))`. A new CSV file has its header, JSON lines need none. `name in file` says
+whether an image of this name had a row when the file was opened, and `take(name)` whether it had
+more of them than were taken before. `unreadable` is the number of rows without a verdict at that
+time. `reach(until)` states that the rows have all changes of the images before a Unix time, and
+`is_older_than(path)` says whether a file changed after the time that was stated last: it is the
+modification time of the file on disk, and begins with the time at which the file is new. `OSError`
+is raised if the file cannot be opened or written, and `ResultsError` in these cases:
 
 - `path` or `unfinished_of(path)` exists and `resume` is false, or one of them is no regular file.
 - Another process writes the file, or its folder is missing.
@@ -135,7 +135,7 @@ class ResultsError(ValueError):
 @dataclass(eq=False)
 class ResultsFile:
     """Open results file. It has the name `<name>.partial` until `finish`, and is locked until
-    `close`.
+    `close`, which deletes it if it has no new row.
 
     Of the rows that were in the file when it was opened, `names` contains a sorted hash of each
     image name, uint64, and `unreadable` is the number of rows without a verdict. `until` is a Unix
@@ -190,11 +190,6 @@ class ResultsFile:
         """How the rows are continued, as the end of a message; tables cannot be."""
         return "" if self.output == "table" else ", and --resume continues them"
 
-    def discard(self) -> None:
-        """Delete the unfinished file if it has no rows."""
-        if not len(self.names) and self.stream.tell() <= len(header(self.output)) + 1:
-            unfinished_of(self.path).unlink(missing_ok=True)
-
     def write(self, text: str) -> None:
         """Append a line, unbuffered.
 
@@ -220,7 +215,16 @@ class ResultsFile:
         publish(unfinished_of(self.path), self.path)
 
     def close(self) -> None:
-        """Close the file and release its lock."""
+        """Close the file and release its lock. An unfinished file without a row, or whose rows are
+        all in the finished one, is deleted: it would make the next command need `--resume`.
+        """
+        if self.stream.closed:
+            return
+        partial = unfinished_of(self.path)
+        if _is_at(self.stream, partial):
+            old = self.path.stat().st_size if self.path.exists() else len(header(self.output)) + 1
+            if self.stream.tell() <= old:
+                partial.unlink()
         self.stream.close()
 
 
@@ -270,8 +274,13 @@ def _lock(stream: BinaryIO, partial: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise busy from None
-    if not partial.exists() or not os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
+    if not _is_at(stream, partial):
         raise busy  # another process finished the file after it was opened here
+
+
+def _is_at(stream: BinaryIO, path: Path) -> bool:
+    """Return whether an open file still has this path."""
+    return path.exists() and os.path.samestat(os.fstat(stream.fileno()), path.stat())
 
 
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import checkpoint, load_detector
-from model.inference.gradcam import ExplainError, attribution, heatmap, overlay
+from model.inference.gradcam import ExplainError, attribution, check_possible, heatmap, overlay
 from model.inference.prediction import Prediction
 from model.network import build
 from model.recipe import Network
@@ -71,13 +71,16 @@ def test_heatmaps_of_supported_networks_and_refusal_of_others(
     )  # fmt: skip
     net = detector_of(transformer, tmp_path, 32)
     assert heatmap(net, encode(photo(1), "PNG")).shape == (32, 32, 3)
+    check_possible(net)
     net.net.backbone.num_prefix_tokens = 2
-    with pytest.raises(ExplainError, match="keeps 3 tokens, which form no square of patches"):
-        heatmap(net, encode(photo(1), "PNG"))
+    for refused in (lambda: heatmap(net, encode(photo(1), "PNG")), lambda: check_possible(net)):
+        with pytest.raises(ExplainError, match="keeps 3 tokens, which form no square of patches"):
+            refused()
     for name in ("num_features", "head_hidden_size"):
         setattr(net.net.backbone, name, 7)  # no axis of the features has this size
-    with pytest.raises(ExplainError, match="keeps neither a feature map nor patches"):
-        heatmap(net, encode(photo(1), "PNG"))
+    for refused in (lambda: heatmap(net, encode(photo(1), "PNG")), lambda: check_possible(net)):
+        with pytest.raises(ExplainError, match="keeps neither a feature map nor patches"):
+            refused()
 
 
 def test_a_heatmap_changes_no_score(mobile) -> None:

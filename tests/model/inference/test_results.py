@@ -123,6 +123,37 @@ def test_a_finished_file_stays_until_the_longer_one_is_finished(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_only_new_rows_are_left_in_an_unfinished_file(tmp_path: Path, output: str) -> None:
+    """Without a new row, an unfinished file would make the next command need `--resume`."""
+    path = tmp_path / f"x.{output}"
+    open_results(path, output, MADE_BY, resume=False).close()
+    assert not list(tmp_path.iterdir())
+    finished(path, "a")
+    open_results(path, output, MADE_BY, resume=True).close()
+    assert list(tmp_path.iterdir()) == [path]
+    for again in (False, True):  # the second time, the new row is there already
+        file = open_results(path, output, MADE_BY, resume=True)
+        assert ("b" in file) == again
+        if not again:
+            file.write(line(output, row("b")))
+        file.close()
+        file.close()
+        assert unfinished_of(path).stat().st_size > path.stat().st_size
+    path.unlink()
+    open_results(path, output, MADE_BY, resume=True).close()
+    assert unfinished_of(path).exists()
+
+
+def test_closing_a_finished_file_leaves_that_of_another_process(tmp_path: Path) -> None:
+    path = finished(tmp_path / "x.csv", "a")
+    file = open_results(path, "csv", MADE_BY, resume=True)
+    file.finish()
+    unfinished_of(path).touch()
+    file.close()
+    assert unfinished_of(path).exists()
+
+
 def test_two_conflicting_files_are_both_kept(tmp_path: Path) -> None:
     other = finished(tmp_path / "y.csv", "c", "d", "e").read_bytes()
     path = finished(tmp_path / "x.csv", "a", "b")
@@ -237,8 +268,8 @@ def test_a_killed_copy_of_the_finished_file_does_not_hide_changes(
     unfinished_of(out).write_bytes(rows[: int(copied * len(rows))])
     file = open_results(out, "csv", MADE_BY, resume=True)
     assert file.until == 1e9
-    file.close()
     assert unfinished_of(out).stat().st_mtime == 1e9
+    file.close()
 
 
 def test_a_name_beyond_the_limit_of_the_csv_module_can_be_read_again(tmp_path: Path) -> None:
@@ -318,3 +349,37 @@ def test_predict_ends_with_1_when_the_disk_is_full(
     assert f"{unfinished_of(out)}: No space left on device" in result.stderr
     assert "Traceback" not in result.output
     assert not out.exists()
+
+
+def test_a_heatmap_that_is_not_possible_stops_before_a_file_is_made(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(photo(1)))
+    monkeypatch.setitem(sys.modules, "captum", None)  # it is not installed
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    maps, out = tmp_path / "maps", tmp_path / "out.csv"
+    result = ask(tmp_path / "a.jpg", "--heatmap", maps, "--out", out)
+    assert result.exit_code == 2 and "a heatmap needs the library captum" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
+
+
+def test_a_run_that_fails_before_its_first_row_leaves_no_file(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(photo(1)))
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out.csv"
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.inference.detector.ImageDetector.score", fail)
+        for error in (RuntimeError("no memory"), KeyboardInterrupt()):
+            result = ask(tmp_path / "a.jpg", "--out", out)
+            assert result.exit_code == (1 if isinstance(error, RuntimeError) else 130)
+            assert "rows so far" not in result.stderr
+            assert not unfinished_of(out).exists()
+    assert ask(tmp_path / "a.jpg", "--out", out).exit_code == 0
+    assert ask(tmp_path / "empty", "--out", out, "--resume").exit_code == 2
+    assert out.exists() and not unfinished_of(out).exists()
