@@ -312,15 +312,24 @@ class ImageFile(NamedTuple):
         return self.skip is not _nothing
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a `Path` has made one of two slashes
+
+
 def read_file(path: Path | str) -> bytes:
-    """Read the bytes of a file. Pipes, devices and too large files are refused.
+    """Read the bytes of a file. Folders, pipes, devices and too large files are refused.
 
     Raises:
-        DecodeError: no regular file, more than `MAX_BYTES`, or a zero byte in the path.
+        DecodeError: no regular file, more than `MAX_BYTES`, an address of the web, or a zero byte
+            in the path.
         OSError: the file cannot be opened.
     """
-    if "\0" in os.fspath(path):
+    name = os.fspath(path)
+    if "\0" in name:
         raise DecodeError("its path has a zero byte; give one path a line, without find's -print0")
+    if _ADDRESS.match(name) and not Path(path).exists():
+        raise DecodeError("an address; images are read from disk, so download it")
+    if Path(path).is_dir():  # before it is opened: a folder would stay open
+        raise DecodeError("a folder; name the image files in it")
     # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(file, "rb", buffering=0) as stream:

@@ -219,6 +219,11 @@ def test_input_that_is_not_an_image_is_refused(detector, tmp_path: Path) -> None
         bad, good = detector.predict([picture, tmp_path / "cut.png"])
     assert bad.verdict == good.verdict == UNREADABLE and "broken PNG" in bad.error
     assert detector.predict(tmp_path / "none.png").error == "No such file or directory"
+    for address in ("https://example.com/a.jpg", Path("https://example.com/a.jpg")):
+        assert detector.predict(address).error.startswith("an address; images are read from disk")
+    opened = len(list(Path("/dev/fd").iterdir()))
+    assert detector.predict(tmp_path).error == "a folder; name the image files in it"
+    assert len(list(Path("/dev/fd").iterdir())) == opened
 
 
 def test_dali_takes_arrays_too(small_runs: Path, detector) -> None:
