@@ -460,11 +460,7 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
         if best is None:
             if len(named.parts) == 1 and (own / META_FILE).exists():
                 return own
-            ships = ", ".join(backbone.shipped_names())
-            raise CheckpointError(
-                f"{named} is neither a checkpoint nor a run that has one"
-                + (f", nor a detector that ships ({ships})" if ships else "")
-            )
+            raise CheckpointError(backbone.no_checkpoint(named))
         if reasons := refusal_of(best):
             log.warning("%s was refused: %s", best, reasons)
         return best

@@ -144,6 +144,7 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
         ([photos, "--threshold", "2"], "0<=x<=1"),
         ([photos, "--device", "none"], "no such device"),
         ([photos, "--checkpoint", tmp_path], "neither a checkpoint nor a run"),
+        ([photos, "--checkpoint", photos / "a.jpg"], "neither a checkpoint nor a run"),
     ):  # fmt: skip
         result = ask(*arguments)
         assert result.exit_code == 2, arguments

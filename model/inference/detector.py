@@ -77,6 +77,7 @@ from pipeline.batch import PLACEHOLDER, Request
 from pipeline.loader import choose_backend
 from pipeline.loading import Backend
 from pipeline.preprocess import Preprocess
+from storage import local_path
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,7 +209,8 @@ def load_detector(
         CheckpointError: the checkpoint, or a folder `runs` other than `RUNS`, does not exist, or
             the checkpoint cannot be used.
         BackboneError: the backbone of a shipped detector is missing or is not the expected one.
-        ValueError: the device or backend is not available, or the threshold is outside 0 to 1.
+        ValueError: the device or backend is not available, the threshold is outside 0 to 1, or
+            `checkpoint` is an address.
     """
     asked = band_from(threshold)
     if not checkpoint and Path(runs) != RUNS and not Path(runs).exists():
@@ -217,7 +219,7 @@ def load_detector(
             f"there is no folder {runs} with runs; name a folder of trained runs, or leave it out "
             "to use the shipped detector"
         )
-    folder = find(Path(runs), Path(checkpoint) if checkpoint else None, shipped=True)
+    folder = find(Path(runs), local_path(checkpoint) if checkpoint else None, shipped=True)
     if not checkpoint and is_shipped(folder):
         console.log.info("no trained run below %s: using shipped detector %s", runs, folder.name)
     where = choose_device(device)

@@ -34,7 +34,8 @@ values of `CALIBRATION_KEYS` are written to this entry, and all others to the me
 the errors of `locate()`. `with_backbone_inside(meta)` returns the meta for a copy that includes the
 backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files about a
 checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are backbones that
-can be fetched by timm's name.
+can be fetched by timm's name. `no_checkpoint(named)` returns the message for a `Path` that names no
+checkpoint and no shipped detector.
 """
 
 import re
@@ -298,3 +299,17 @@ def with_backbone_inside(meta: Mapping[str, Any]) -> dict[str, Any]:
 def shipped_names() -> list[str]:
     """Return the names of the shipped detectors."""
     return sorted(path.parent.name for path in DETECTORS.glob("*/meta.json"))
+
+
+def no_checkpoint(named: Path) -> str:
+    """Return the message for a name that means neither a checkpoint, a run nor a shipped detector.
+    If it means another kind of detector (`model.adapters.open.kind_of`), it says what opens it.
+    """
+    ships = ", ".join(shipped_names())
+    is_other = re.match(r"(hf|timm):|.*\.(onnx|py)$", str(named), re.IGNORECASE)
+    return (
+        f"{named} is neither a checkpoint nor a run that has one"
+        + (f", nor a detector that ships ({ships})" if ships else "")
+        + ("; predict.py and evaluate.py open it with --detector, and Python with load_any of "
+           "model.adapters.open" if is_other else "")
+    )  # fmt: skip

@@ -22,6 +22,7 @@ from model.adapters.kept import keep_calibration
 from model.adapters.open import Opening, kind_of, load_any, open_other
 from model.adapters.python_file import open_file
 from model.calibrate import calibrate
+from model.checkpoint import CheckpointError, find
 from model.distributed import DistEnv
 from model.evaluation import others
 from model.evaluation.others import score_shards
@@ -66,6 +67,13 @@ def test_the_kind_of_a_detector_comes_from_its_name(name: str, kind: str) -> Non
     assert kind_of(name) == kind
     with pytest.raises(DetectorError, match="names no model"):
         kind_of("hf:")
+
+
+@pytest.mark.parametrize("name", ["hf:owner/name", "timm:x", "a/b.PY", "detector.onnx"])
+def test_another_kind_of_detector_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    assert kind_of(name) != "checkpoint"
+    with pytest.raises(CheckpointError, match=r"neither a checkpoint.* open it with --detector, "):
+        find(tmp_path, Path(name))
 
 
 def test_a_program_runs_only_when_it_is_trusted(file: Path, tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_a_requested_threshold_leaves_nothing_uncertain(small_runs: Path) -> Non
             load_detector(runs=small_runs, threshold=wrong)
     with pytest.raises(CheckpointError, match="there is no folder"):
         load_detector(runs=small_runs / "none")
+    with pytest.raises(ValueError, match="https://x/y is an address; expected a path"):
+        load_detector("https://x/y")
 
 
 def test_rates_change_only_their_end_of_the_band_in_use(small_runs: Path) -> None:
