@@ -328,7 +328,8 @@ def read_file(path: Path | str) -> bytes:
         raise DecodeError("its path has a zero byte; give one path a line, without find's -print0")
     if _ADDRESS.match(name) and not Path(path).exists():
         raise DecodeError("an address; images are read from disk, so download it")
-    if Path(path).is_dir():  # before it is opened: a folder would stay open
+    # Before it is opened: a folder would stay open. `Path("")` would be the current folder.
+    if os.path.isdir(name):  # noqa: PTH112
         raise DecodeError("a folder; name the image files in it")
     # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
