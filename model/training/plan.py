@@ -53,7 +53,12 @@ from model.network import (
 from model.recipe import BASELINE_FILE, Recipe, ResolvedRecipe
 from model.tracking.tracker import check_tracker
 from model.training.optim import parameter_groups
-from model.training.resume import as_saved, check_same_recipe, resumable_checkpoints
+from model.training.resume import (
+    as_saved,
+    check_same_recipe,
+    progress_of,
+    resumable_checkpoints,
+)
 from model.training.sets import (
     check_apart,
     check_sets,
@@ -207,8 +212,7 @@ def plan(
         check_mistakes(recipe.gate, folder / START_FILE if resumed else None)
     weights, teacher = _weights(recipe, runs, init_from, resumed)
     parameters, learning_rates = _check_network(recipe, weights, teacher)
-    state = checkpoint.load_state(resumed, lazy=True) if resumed else {}
-    done = stream.resume(state["order"]) if resumed else 0
+    done, gain = progress_of(resumed, stream, validation) if resumed else (0, Gain())
     compiled, compiled_reason = choose_compile(recipe.run.compile, where)
     return RunPlan(
         recipe=recipe,
@@ -226,7 +230,7 @@ def plan(
         steps=stream.steps_per_epoch * recipe.run.epochs,
         steps_per_epoch=stream.steps_per_epoch,
         best=_best(whole),
-        gain=Gain(**state.get("gain", {})),
+        gain=gain,
         ended=(checkpoint.read_meta(resumed).get("ended") or "") if resumed else "",
         weights=weights,
         first_weights=_first_weights(recipe, weights, resumed),

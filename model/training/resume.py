@@ -14,9 +14,10 @@ call it, and rank 0 writes.
 - `ended`: the reason why the run is over, a text ("", the default, if it is not).
 
 It writes the checkpoint folder `step_<done>` (seven digits) in the run's folder: weights,
-optimizer, random generators, order of samples, `gain`. Then it removes the run's other checkpoints
-except the best one. It raises `CheckpointError` if the folder cannot be written, and `OSError` if
-an old checkpoint cannot be removed; then the other ranks raise `RankError` with that message.
+optimizer, random generators, order of samples, hashes of the validation sets, `gain`. Then it
+removes the run's other checkpoints except the best one. It raises `CheckpointError` if the folder
+cannot be written, and `OSError` if an old checkpoint cannot be removed; then the other ranks raise
+`RankError` with that message.
 
 It returns the new `Best`, never None: the better one of `best` and this checkpoint. The better one
 has the higher `validation.selection`, a number from 0 to 1. If they are equal, this checkpoint is
@@ -32,16 +33,18 @@ number of steps of this checkpoint. It returns nothing, and raises `CheckpointEr
 or damaged file. If the number of ranks has changed, the random numbers differ from those of an
 uninterrupted run (a warning is logged).
 
-Before that, `plan()` uses three functions. `resumable_checkpoints(folder)` returns a list of the
+Before that, `plan()` uses four functions. `resumable_checkpoints(folder)` returns a list of the
 undamaged checkpoints (`Path`s) of the run in `folder`, and a tuple of texts: why others are not
 used. `check_same_recipe(resumed, recipe)` raises `ValueError` if the checkpoint `resumed` is of
-another recipe. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
+another recipe. `progress_of(resumed, stream, validation)` returns its number of finished steps and
+its `Gain`; it raises `ValueError` if the training or validation sets are no longer those of the
+run. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +56,8 @@ from model.distributed import all_gather_object, on_main
 from model.recipe import STEP_FOLDER, Recipe, flat_settings, step_folder
 from model.training.step import TrainState
 from model.training.validation import Best, Gain, Validation, better
+from pipeline.stream import Stream
+from sharding.format import ShardSet
 from storage import partial_of, whole_name
 
 if TYPE_CHECKING:
@@ -110,6 +115,33 @@ def check_same_recipe(resumed: Path, recipe: Recipe) -> None:
             f"{resumed.parent} holds a run of another recipe ({key} was {before.get(key)}, now "
             f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
         )
+
+
+def progress_of(
+    resumed: Path, stream: Stream, validation: Mapping[str, ShardSet]
+) -> tuple[int, Gain]:
+    """Return the number of finished steps of a checkpoint, and the record of its validations.
+
+    Raises:
+        OrderError: the training sets, the seed or the global batch are no longer those of the run.
+        ValueError: a validation set has been built again. The best checkpoint would be chosen by
+            figures of different images, and forgetting would be their difference.
+    """
+    state = checkpoint.load_state(resumed, lazy=True)
+    done, now = stream.resume(state["order"]), _hashes_of(validation)
+    for name, sha256 in state.get("validation", now).items():
+        if now[name] != sha256:
+            raise ValueError(
+                f"cannot resume: validation set {name} has been built again since this run began "
+                f"(index_sha256 was {sha256[:16]} and is {now[name][:16]}), so figures of "
+                "different images would be compared; undo the change, or start a new run with "
+                "--run NAME"
+            )
+    return done, Gain(**state.get("gain", {}))
+
+
+def _hashes_of(validation: Mapping[str, ShardSet]) -> dict[str, str]:
+    return {name: shards.sha256 for name, shards in validation.items()}
 
 
 def as_saved(recipe: Recipe) -> dict[str, Any]:
@@ -171,6 +203,7 @@ def save(
             "optimizer": train_state.optimizer.state_dict(),
             "scaler": train_state.scaler.state_dict(),
             "order": stream.state(done),
+            "validation": _hashes_of(plan.validation),
             "gain": asdict(gain),
             "rng": rng,
             "cuda_rng": cuda_rng if on_gpu else [],

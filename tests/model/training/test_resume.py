@@ -59,6 +59,28 @@ def test_without_the_metrics_before_training_a_run_is_not_concluded(
         train(recipe, data, tmp_path)
 
 
+def test_a_validation_set_that_was_built_again_is_refused(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    """The best checkpoint would be chosen by figures of different images. A finished run, of which
+    the calibration may be missing, is refused too.
+    """
+    recipe, shards, runs = load("run.epochs=1"), tmp_path / "data", tmp_path / "runs"
+    shards.mkdir()
+    for name in ("old", "val"):
+        (shards / name).symlink_to(data / name)
+    for stop_at in (2, None):
+        train(recipe, shards, runs, stop_at=stop_at)
+        assert plan(recipe, shards, runs).done == (stop_at or 5)
+        (shards / "val").unlink()
+        (shards / "val").symlink_to(data / "new")
+        said = r"cannot resume: validation set val has been built again .* --run NAME"
+        with pytest.raises(ValueError, match=said):
+            plan(recipe, shards, runs)
+        (shards / "val").unlink()
+        (shards / "val").symlink_to(data / "val")
+
+
 def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path) -> None:
     train(load('name="first"', "run.epochs=1", "run.seed=4"), data, tmp_path, stop_at=1)
     start = tmp_path / "first/step_0000001"
