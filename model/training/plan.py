@@ -58,6 +58,7 @@ from model.training.resume import (
     check_same_recipe,
     progress_of,
     resumable_checkpoints,
+    unfinished_of,
 )
 from model.training.sets import (
     check_apart,
@@ -291,9 +292,9 @@ def _weights(
             random weights.
     """
     distills = recipe.replay.distill_weight > 0 and recipe.replay.fraction > 0
-    init_from = (init_from or _start_of(recipe, runs)) if distills or not resumed else None
-    first = resumed or init_from
-    if first:
+    if init_from is None and (distills or not resumed):
+        init_from = _start_of(recipe, runs, resumed)
+    if first := resumed or init_from:
         weights = _weights_at(first)
     else:
         weights = Weights(kind="timm" if recipe.network.pretrained else "random")
@@ -366,12 +367,13 @@ def _words_for(first_weights: Mapping[str, Any] | None) -> str:
     }[kind]
 
 
-def _start_of(recipe: Recipe, runs: Path) -> Path | None:
+def _start_of(recipe: Recipe, runs: Path, resumed: Path | None) -> Path | None:
     """Return the best checkpoint of the run that the recipe names in `run.init_from`, None if it
     names no run.
 
     Raises:
-        CheckpointError: the named run has no checkpoint, or its best one was refused by the gate.
+        CheckpointError: the named run has no checkpoint, its best one was refused by the gate, or
+            it is not finished and this run has not begun.
     """
     if not recipe.run.init_from:
         return None
@@ -387,6 +389,12 @@ def _start_of(recipe: Recipe, runs: Path) -> Path | None:
         raise checkpoint.CheckpointError(
             f"{starts}, but {best.name} was refused: {reasons}; train another run and name it with "
             f"--init-from, or use this one all the same with --init-from {best}"
+        )
+    if not resumed and (last := unfinished_of(best)):
+        raise checkpoint.CheckpointError(
+            f"{starts}, which is not finished (its last checkpoint is {last.name}); "
+            f"{_how_to_train(recipe.run.init_from)}, or use {best.name} all the same with "
+            f"--init-from {best}"
         )
     return best
 
@@ -443,8 +451,8 @@ def _warnings(
 ) -> tuple[str, ...]:
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
     preprocessing other than that of the checkpoint that the run starts from, a start from a refused
-    checkpoint, views that no epoch reads, a gate that compares without a trained checkpoint to
-    compare with, or distillation without replay.
+    checkpoint or from an unfinished run, views that no epoch reads, a gate that compares without a
+    trained checkpoint to compare with, or distillation without replay.
     """
     gate, lines = recipe.gate, list[str]()
     if recipe.features and (epochs := recipe.run.epochs) <= recipe.features.views:
@@ -461,6 +469,11 @@ def _warnings(
         return tuple(lines)
     if not resumed and (reasons := checkpoint.refusal_of(weights.path)):
         lines += [f"this run starts from {weights.path}, which was refused: {reasons}"]
+    if not resumed and (last := unfinished_of(weights.path)):
+        lines += [
+            f"this run starts from {weights.path}, of a run that is not finished (its last "
+            f"checkpoint is {last.name}): finish that run first, unless this is intended"
+        ]
     before, now = checkpoint.read_meta(weights.path), as_saved(recipe)
     seen = before["preprocess"], before["recipe"]["network"]
     differ = [

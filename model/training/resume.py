@@ -33,14 +33,16 @@ number of steps of this checkpoint. It returns nothing, and raises `CheckpointEr
 or damaged file. If the number of ranks has changed, the random numbers differ from those of an
 uninterrupted run (a warning is logged).
 
-Before that, `plan()` uses four functions. `resumable_checkpoints(folder)` returns a list of the
+Before that, `plan()` uses five functions. `resumable_checkpoints(folder)` returns a list of the
 undamaged checkpoints (`Path`s) of the run in `folder`, and a tuple of texts: why others are not
-used. `check_same_recipe(resumed, recipe)` raises `ValueError` if the checkpoint `resumed` is of
-another recipe. `progress_of(resumed, stream, validation)` returns its number of finished steps and
-its `Gain`; it raises `ValueError` if the training or validation sets are no longer those of the
-run. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
+used. `unfinished_of(folder)` returns the last checkpoint of the run of the checkpoint `folder`,
+None if that run is over. `check_same_recipe(resumed, recipe)` raises `ValueError` if the checkpoint
+`resumed` is of another recipe. `progress_of(resumed, stream, validation)` returns its number of
+finished steps and its `Gain`; it raises `ValueError` if the training or validation sets are no
+longer those of the run. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -97,6 +99,19 @@ def resumable_checkpoints(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
             f"{damaged[-1]}; no undamaged checkpoint in {folder}: restore one, or use --run NAME"
         )
     return whole, tuple(damaged)
+
+
+def unfinished_of(folder: Path) -> Path | None:
+    """Return the last checkpoint of the run of `folder` if that run can go on, None if it is over.
+    A run is over if one of its checkpoints has `ended`. What was imported or shipped, without a
+    training state, cannot go on.
+    """
+    run = checkpoint.checkpoints_of(folder.parent)
+    for other in run:
+        with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one does not decide
+            if checkpoint.read_meta(other).get("ended"):
+                return None
+    return next((one for one in reversed(run) if (one / checkpoint.STATE_FILE).exists()), None)
 
 
 def check_same_recipe(resumed: Path, recipe: Recipe) -> None:

@@ -1,5 +1,6 @@
 """Warnings of a plan: settings that have no effect, or not the intended one."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_limits_of_the_gate_that_nothing_can_judge_are_refused_at_the_start(
     assert plan(load('data.train=["new"]'), data, tmp_path, init_from=start)
     seeing = load(limit, 'data.train=["new"]', 'data.validate=["val", "old"]')
     assert not any(
-        "gate" in line for line in plan(seeing, data, tmp_path, init_from=start).warnings
+        "gate." in line for line in plan(seeing, data, tmp_path, init_from=start).warnings
     )
     train(load('data.train=["new"]'), data, tmp_path, init_from=start, stop_at=1)
     state = tmp_path / "tiny/step_0000001"
@@ -122,3 +123,28 @@ def test_a_refused_checkpoint_is_first_weights_only_by_name(
         plan(load('run.init_from="first"'), data, tmp_path)
     warnings = plan(load(), data, tmp_path, init_from=tmp_path / "first").warnings
     assert warnings[0].endswith("step_0000001, which was refused: val has 40.0% false positives")
+
+
+def test_an_unfinished_run_gives_first_weights_only_by_name(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    """Neither it nor a gate has seen all of its training."""
+    first = load('name="first"', "run.epochs=1", "run.save_every=1")
+    train(first, data, tmp_path, stop_at=2)
+    start, second = tmp_path / "first/step_0000002", load('run.init_from="first"')
+    with pytest.raises(
+        checkpoint.CheckpointError,
+        match=r"first, which is not finished \(its last checkpoint is step_0000002\); .*--init-f",
+    ):
+        plan(second, data, tmp_path)
+    said = f"this run starts from {start}, of a run that is not finished"
+    assert plan(load(), data, tmp_path, init_from=start).warnings[0].startswith(said)
+    train(second, data, tmp_path, init_from=start, stop_at=1)
+    assert not any("not finished" in line for line in plan(second, data, tmp_path).warnings)
+    (tmp_path / "tiny").rename(tmp_path / "begun")
+    older = shutil.copytree(start, tmp_path / "older")
+    train(first, data, tmp_path)
+    older.rename(start)  # a checkpoint before the end, such as the best one
+    for init_from in (None, start, tmp_path / "first"):
+        planned = plan(second, data, tmp_path, init_from=init_from)
+        assert not any("not finished" in line for line in planned.warnings)
