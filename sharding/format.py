@@ -19,9 +19,10 @@ has:
 
 `read_index(folder)` takes such a folder of one set and returns its `index.json` as a dict
 (sharding/layout.py has the fields). Both raise `ShardError` if `index.json` is missing, damaged or
-of another format version; `open_shards()` also if `samples.parquet` does not match it, and for an
-empty list. Both raise `OSError` for a file that cannot be read, such as a missing
-`samples.parquet`. A set is a folder with these files:
+of another format version; `open_shards()` also if `samples.parquet` does not match it, if two sets
+give a source another policy or other facts that training depends on, and for an empty list. Both
+raise `OSError` for a file that cannot be read, such as a missing `samples.parquet`. A set is a
+folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
@@ -325,18 +326,43 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
     return index
 
 
+_FACTS = ("policy", "replay", "synthetic")
+"""Facts of a source that decide how it is trained on and what a checkpoint says about itself."""
+
+
+def _refuse_other_facts(
+    sources: Mapping[str, Mapping[str, Any]],
+    more: Mapping[str, Mapping[str, Any]],
+    homes: Mapping[str, AnyPath],
+    folder: AnyPath,
+) -> None:
+    """Refuse a set in `folder` with the sources `more` if one of them has other facts in an earlier
+    set, in its folder of `homes`: facts are stored by name, so those of one set would be lost.
+    """
+    for name in sorted(sources.keys() & more.keys()):
+        for fact in _FACTS:
+            before, now = (json.dumps(entry[name].get(fact, False)) for entry in (sources, more))
+            if before != now:
+                raise ShardError(
+                    f"source {name} has {fact} {before} in {homes[name]}, but {now} in {folder}; "
+                    "give it the same in both catalogs, or another name in one, and build that set "
+                    "again"
+                )
+
+
 def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
     """Open sets as one `ShardSet`, with the rows in the order of `folders`.
 
     Raises:
-        ShardError: see `read_index`; a samples table does not match its index; or `folders` is
-            empty.
+        ShardError: see `read_index`; a samples table does not match its index; sets give a source
+            other facts; or `folders` is empty.
     """
     if not folders:
         raise ShardError("no shard sets to open; name at least one folder")
     tables, counts, sizes, hashes, homes = [], [], [], [], []
     shards: list[str] = []
     sources: dict[str, Mapping[str, Any]] = {}
+    home_of: dict[str, AnyPath] = {}
     digest = hashlib.sha256()
     for folder in folders:
         index = read_index(folder)
@@ -362,7 +388,9 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
         sizes += [shard["bytes"] for shard in index["shards"]]
         hashes += [shard["sha256"] for shard in index["shards"]]
         homes += [folder] * len(names)
+        _refuse_other_facts(sources, index["sources"], home_of, folder)
         sources |= index["sources"]
+        home_of |= dict.fromkeys(index["sources"], folder)
         digest.update((folder / INDEX_FILE).read_bytes())
     return ShardSet(
         tuple(homes),

@@ -13,15 +13,16 @@ Nothing is written.
 to the end of the run, which has `epochs` epochs in total. Both functions raise `OSError` if a file
 cannot be read, and these errors, all `ValueError`s:
 
-- `ValueError`: the recipe names no set, the same validation set twice, an empty validation set, or
-  for training or replay a set of the split test.
+- `ValueError`: the recipe names no set, the same set twice, one set for training and replay, an
+  empty validation set, or for training or replay a set of the split test.
 - `ShardError`: a set is missing or damaged.
 - `LoadError`: a tar is missing or has another length than in the index; for training, also if the
   image decoder is not installed or shared memory is too small.
 
 `warnings_of(recipe, stream)` returns lines for the user, a list of texts: if the training sets lack
-sources of `calibration.together`, and if each epoch would fetch most of the sets again. Two checks
-take what these functions returned, and return nothing. `check_sets(recipe, stream)` raises
+sources of `calibration.together`, if a source is new and replayed, and if each epoch would fetch
+most of the sets again. Two checks take what these functions returned, and return nothing.
+`check_sets(recipe, stream)` raises
 
 - `OrderError` if the samples of an epoch do not fill one batch (over all ranks);
 - `LoadError` if the training sets lack a source of `data.repeats`, or the recipe lacks the
@@ -73,6 +74,7 @@ def open_stream(
         raise ValueError('data.train names no set; name one, such as data.train=["phase1"]')
     _refuse_repeated("data.train", recipe.data.train, "; data.repeats reads a source more often")
     _refuse_repeated("replay.sets", recipe.replay.sets)
+    _refuse_new_and_old(recipe)
     pool = open_pool(data, recipe.data.train, recipe.replay)
     _refuse_test_sets("data.train", recipe.data.train, data)
     if recipe.replay.fraction:
@@ -98,6 +100,19 @@ def _refuse_repeated(key: str, names: Sequence[str], advice: str = "") -> None:
     counts = Counter(posixpath.normpath(name) for name in names)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"{key} names {', '.join(twice)} more than once; name each once{advice}")
+
+
+def _refuse_new_and_old(recipe: Recipe) -> None:
+    """Refuse a set that is named as new and as old. Each of its images would come in both roles."""
+    new, old = (
+        {posixpath.normpath(name) for name in names}
+        for names in (recipe.data.train, recipe.replay.sets)
+    )
+    if recipe.replay.fraction and (both := sorted(new & old)):
+        raise ValueError(
+            f"data.train and replay.sets both name {', '.join(both)}, so its images would be new "
+            "and old ones; take it out of data.train to replay it, else out of replay.sets"
+        )
 
 
 def _refuse_test_sets(key: str, names: Sequence[str], data: AnyPath) -> None:
@@ -213,7 +228,11 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
 
 def warnings_of(recipe: Recipe, stream: Stream) -> list[str]:
     """Return lines for likely mistakes about the sets; empty if there are none."""
-    return [*_lacking_in_groups(recipe, stream), *_traffic(recipe, stream)]
+    return [
+        *_lacking_in_groups(recipe, stream),
+        *_new_and_replayed(stream),
+        *_traffic(recipe, stream),
+    ]
 
 
 def _lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
@@ -229,6 +248,26 @@ def _lacking_in_groups(recipe: Recipe, stream: Stream) -> list[str]:
     return [
         f"calibration.together names sources that the training sets lack: "
         f"{', '.join(lacking[:3])}{more}"
+    ]
+
+
+def _new_and_replayed(stream: Stream) -> list[str]:
+    """Return a line on sources that are new training data and replayed, if there are any."""
+    shards, pool = stream.pool.shards, stream.pool
+    both = sorted(new_sources(stream) & {*_sources_of(shards, pool.old)})
+    if not both:
+        return []
+    codes, names = shards.codes("source")
+    of_both = np.isin(codes, [names.index(name) for name in both])
+
+    def sets_of(rows: np.ndarray) -> str:
+        tars = np.unique(shards.column("shard_code")[rows[of_both[rows]]])
+        return ", ".join(sorted({shards.folders[tar].name for tar in tars}))
+
+    listed = ", ".join(both[:3]) + (f" and {len(both) - 3} more" if len(both) > 3 else "")
+    return [
+        f"new samples (in {sets_of(pool.new)}) and replayed ones (in {sets_of(pool.old)}) are of "
+        f"the same source: {listed}; it counts as new, so its forgetting is not measured"
     ]
 
 

@@ -102,8 +102,8 @@ def test_sources_that_belong_together_are_left_out_together(
     ("replayed", "exclude", "together", "solver"),
     [
         ("new", [], {"both": ["alpha", "gamma"]}, "lbfgs"),
-        ("old", ["beta"], {}, "lbfgs"),
-        ("old", ["beta"], {}, "adamw"),
+        ("again", ["beta"], {}, "lbfgs"),
+        ("again", ["beta"], {}, "adamw"),
     ],
 )
 def test_a_left_out_source_is_not_replayed_either(
@@ -113,12 +113,15 @@ def test_a_left_out_source_is_not_replayed_either(
     """Nor are the other sources of its group. Here no old sample is left, so the head learns as in
     a run without replay.
     """
+    for name in ("old", "new", "val"):
+        (tmp_path / name).symlink_to(data / name)
+    (tmp_path / "again").symlink_to(data / "old")  # one set cannot be new and old
     recipe = replace(recipe, optim=replace(recipe.optim, solver=solver))
     replay = Replay(sets=[replayed], ratio="1:2", exclude_sources=exclude)
     with_replay = replace(recipe, replay=replay, calibration=Calibrating(together=together))
     scores, left_out = [], []
     for number, one in enumerate((recipe, with_replay)):
-        planned = plan(one, data, tmp_path / f"runs{number}", init_from=weights)
+        planned = plan(one, tmp_path, tmp_path / f"runs{number}", init_from=weights)
         state = assemble(planned)
         planned = with_features(planned, state)
         source = source_of(planned.recipe, state.net, torch.float32)

@@ -244,7 +244,7 @@ def test_a_test_set_is_not_trained_on(
             ValueError, "exclude_sources names source gamma; the sets of replay.sets hold alpha",
         ),
         (
-            ['replay.sets=["old"]', "replay.ratio=1:8",
+            ['data.train=["new"]', 'replay.sets=["old"]', "replay.ratio=1:8",
              'replay.exclude_sources=["alpha", "beta", "dummy"]'],
             ValueError, "there is no old sample to choose",
         ),

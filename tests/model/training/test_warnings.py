@@ -1,5 +1,6 @@
 """Warnings of a plan: settings that have no effect, or not the intended one."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from model.training.resume import as_saved
 from model.training.run import train
 from model.training.sets import warnings_of
 from pipeline.replay import Replay
+from sharding.format import INDEX_FILE, ShardError, open_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -102,6 +104,52 @@ def test_limits_of_the_gate_that_nothing_can_judge_are_refused_at_the_start(
     checkpoint.annotate(state, {"recipe": as_saved(resolved(blind))})
     (line,) = [one for one in plan(blind, data, tmp_path).warnings if "gate" in one]
     assert line == f"gate.{said}: the gate will refuse the checkpoint"
+
+
+def copy_with(original: Path, copy: Path, **facts: object) -> None:
+    """Copy a set, with other facts of its source gamma."""
+    shutil.copytree(original, copy)
+    index = json.loads((copy / INDEX_FILE).read_text())
+    index["sources"]["gamma"] |= facts
+    (copy / INDEX_FILE).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("fact", "before", "now"),
+    [("policy", '""', '"dda"'), ("replay", "true", "false"), ("synthetic", "false", "true")],
+)
+def test_sets_that_give_a_source_other_facts_are_refused(
+    load: Load, data: Path, tmp_path: Path, fact: str, before: str, now: str
+) -> None:
+    """Facts are kept by name: those of the set that is named last would hold for both."""
+    (tmp_path / "one").symlink_to(data / "new")
+    copy_with(data / "val", tmp_path / "two", **{fact: json.loads(now)})
+    (tmp_path / "val").symlink_to(data / "old")
+    said = rf"source gamma has {fact} {before} in .*one, but {now} in .*two; give it the same"
+    replayed = ['data.train=["one"]', 'replay.sets=["two"]', "replay.ratio=1:8"]
+    for changes in (['data.train=["one", "two"]'], replayed):
+        with pytest.raises(ShardError, match=said):
+            plan(load(*changes), tmp_path, tmp_path / "runs")
+    assert open_shards([tmp_path / "two", tmp_path / "two"]).sources["gamma"]["license"] == "test"
+
+
+def test_a_source_in_both_roles_is_a_warning(load: Load, data: Path, tmp_path: Path) -> None:
+    for name, original in (("mine", "val"), ("mine2", "new"), ("val", "old")):
+        (tmp_path / name).symlink_to(data / original)
+    both = ['data.train=["mine2"]', 'replay.sets=["mine"]', "data.allow_shared_images=true"]
+    warnings = plan(load(*both, "replay.ratio=1:8"), tmp_path, tmp_path / "runs").warnings
+    assert warnings == (
+        "new samples (in mine2) and replayed ones (in mine) are of the same source: gamma; it "
+        "counts as new, so its forgetting is not measured",
+    )
+    assert not plan(load(*both, "replay.ratio=0"), tmp_path, tmp_path / "runs").warnings
+
+
+def test_a_set_is_either_new_or_old(load: Load, data: Path, tmp_path: Path) -> None:
+    both = ['data.train=["old", "new"]', 'replay.sets=["./old"]']
+    with pytest.raises(ValueError, match=r"data\.train and replay\.sets both name old, so its im"):
+        plan(load(*both, "replay.ratio=1:8"), data, tmp_path)
+    assert plan(load(*both, "replay.ratio=0"), data, tmp_path)
 
 
 def test_sources_that_are_not_replayed_are_not_looked_up_without_replay(
