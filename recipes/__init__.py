@@ -110,11 +110,24 @@ def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
         return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
     said = f"{name} takes {takes}, got {json.dumps(value, default=str)}"  # a date is no JSON
     if takes == "a list" and isinstance(value, str):
-        inside = value.removeprefix("[").removesuffix("]") if value.startswith("[") else value
-        items = [item.strip() for item in inside.split(",")] if inside != value else [value]
-        written = f"{name}={json.dumps(items)}"
+        written = f"{name}={json.dumps(_items_of(value))}"
         said += f": --set '{written}'" if name in changed else f": {written}"
     return said
+
+
+def _items_of(text: str) -> list[Any]:
+    """Return the items that a text for a list means: numbers as such, and texts."""
+    inside = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
+    apart = [_number_or_text(item) for item in inside.split()]
+    if all(isinstance(item, int | float) for item in apart):  # `0.5 1.0`
+        return apart
+    return [_number_or_text(item.strip()) for item in inside.split(",")]
+
+
+def _number_or_text(item: str) -> int | float | str:
+    value = _parsed(f"item={item}")[1]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else item.strip("\"'")
 
 
 def _refuse_misread(built: Any, given: Any, where: str, prefix: str) -> None:

@@ -181,6 +181,11 @@ def test_keys_inside_a_table_are_changed_too() -> None:
         ("network.pretrained=7", "network.pretrained takes true or false, got 7"),
         ("network.mean=[1, 2]", "network.mean has 2 values, which is too few"),
         ("data.train=[a, b]", """takes a list, got "[a, b]": --set 'data.train=["a", "b"]'"""),
+        ("data.train=a,2 b", """takes a list, got "a,2 b": --set 'data.train=["a", "2 b"]'"""),
+        ("data.train=['a', b]", """--set 'data.train=["a", "b"]'"""),
+        ("network.blocks=5,6", "--set 'network.blocks=[5, 6]'"),
+        ("network.mean=0.5, .5,0.5", "--set 'network.mean=[0.5, 0.5, 0.5]'"),
+        ("augment.train.scale=[0.5 1.0]", "--set 'augment.train.scale=[0.5, 1.0]'"),
         ("run.epochs", "--set takes KEY=VALUE"),
         (
             'calibration.together={a=["x", "y"], b=["x"]}',
