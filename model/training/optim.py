@@ -23,6 +23,7 @@ how parameters are grouped into layers (a name as in the recipe: "none", "block"
 import math
 import re
 from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def make_optimizer(backbone: Backbone, optim: Optim, *, fused: bool) -> torch.op
 
 def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
     """Return the optimizer's groups, one per layer and weight decay. Biases, norms and GRN (all 1-D
-    parameters) have no weight decay.
+    parameters) have no weight decay, nor have those that timm names for the network, such as
+    position embeddings and class tokens.
 
     Raises:
         OptimError: a parameter belongs to no layer.
@@ -73,10 +75,16 @@ def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
     layers = layer_of_parameters(backbone, optim.layer_decay_groups)
     top = max(layers.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    # timm's names are patterns, such as `pos_embed.*`.
+    undecayed = getattr(backbone, "no_weight_decay", tuple)()
     for name, parameter in backbone.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.endswith((".bias", ".gamma", ".beta"))
+        decays = (
+            parameter.ndim > 1
+            and not name.endswith((".bias", ".gamma", ".beta"))
+            and not any(fnmatchcase(name, pattern) for pattern in undecayed)
+        )
         base_lr = optim.lr * optim.layer_decay ** (top - layers[name])
         group = groups.setdefault(
             (layers[name], decays),

@@ -14,6 +14,7 @@ from model.training.optim import (
     OptimError,
     layer_of_parameters,
     make_optimizer,
+    parameter_groups,
     schedule,
     set_learning_rate,
 )
@@ -81,6 +82,33 @@ def test_no_decay_on_biases_norms_and_grn() -> None:
         assert not (wanted and ("grn" in name or "norm" in name)), name
     listed = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert len(listed) == len(set(listed)) == len(list(BASE.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("vit_tiny_patch16_224", {"cls_token", "pos_embed"}),
+        ("vit_small_patch14_reg4_dinov2", {"cls_token", "pos_embed", "reg_token"}),
+        ("xcit_nano_12_p8_224", {"cls_token", "pos_embed.token_projection.weight"}),
+        ("swin_tiny_patch4_window7_224", {"layers.0.blocks.0.attn.relative_position_bias_table"}),
+        ("resnet18", set()),
+    ],
+)
+def test_no_decay_on_what_timm_names_for_a_network(name: str, kept: set[str]) -> None:
+    """Positions and tokens are no weights of a layer."""
+    with torch.device("meta"):
+        backbone = timm.create_model(name, num_classes=2)
+    decayed = {
+        id(p)
+        for group in parameter_groups(backbone, Optim(lr=1e-3))
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    large = {n: p for n, p in backbone.named_parameters() if p.ndim > 1}
+    assert {n for n, p in large.items() if id(p) not in decayed} >= kept
+    assert decayed <= {id(p) for p in large.values()} and len(decayed) > 15
+    if not kept:
+        assert len(decayed) == len(large)
 
 
 def test_the_rates_are_used_by_the_step() -> None:
