@@ -146,6 +146,20 @@ def check_validation_sets(folders: Sequence[AnyPath]) -> None:
             )
 
 
+def check_counts(labels: np.ndarray) -> tuple[int, int]:
+    """Return the numbers of real (0) and fake (1) images, if they are enough for a calibration.
+
+    Raises:
+        CalibrationError: a class has fewer than `FEWEST` images.
+    """
+    reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
+    if min(reals, fakes) < FEWEST:
+        raise CalibrationError(
+            f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each"
+        )
+    return reals, fakes
+
+
 def calibrate(
     labels: np.ndarray, logits: np.ndarray, threshold_at: ThresholdAt = "auto"
 ) -> Calibration:
@@ -165,11 +179,7 @@ def calibrate(
             temperature fits.
     """
     labels, logits = np.asarray(labels), np.asarray(logits, np.float64)
-    reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
-    if min(reals, fakes) < FEWEST:
-        raise CalibrationError(
-            f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each"
-        )
+    reals, fakes = check_counts(labels)
     if not np.isfinite(logits).all():
         raise CalibrationError(
             "some scores are NaN or infinite; the checkpoint cannot be calibrated"

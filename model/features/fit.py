@@ -17,8 +17,9 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
   (default: does nothing). An exception in it ends the fit.
 
-It returns a `Fit`: `loss`, `iterations` (those done), and `gradient`, the largest absolute gradient
-at the end, near 0 if the fit has converged. It raises `FitError` (a `ValueError`) if the network
+It returns a `Fit`: `loss`, `iterations` (those done), `gradient`, the largest absolute gradient at
+the end, near 0 if the fit has converged, and `converged`, whether it ended at the minimum and not
+at a limit of iterations or evaluations. It raises `FitError` (a `ValueError`) if the network
 learns other weights than those of one linear layer, there are no samples of one of the classes, or
 the loss is not finite.
 
@@ -56,6 +57,9 @@ ROWS = 1024
 HISTORY = 20
 """Number of gradients from which L-BFGS estimates the curvature."""
 
+FLAT = 1e-7
+"""Largest absolute gradient at which a fit ends."""
+
 
 class FitError(ValueError):
     """A head that cannot be fitted. The message gives the reason and what to do."""
@@ -74,13 +78,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Fit:
-    """Result of a fit: the regularized loss, the number of iterations, and the largest absolute
-    gradient.
+    """Result of a fit: the regularized loss, the number of iterations, the largest absolute
+    gradient, and whether the fit ended before the largest number of iterations or evaluations.
     """
 
     loss: float
     iterations: int
     gradient: float
+    converged: bool
 
 
 def check_fit(recipe: ResolvedRecipe, net: Detector) -> None:
@@ -172,10 +177,11 @@ def fit_head(
     first, bias = ((rows[1] - rows[0]).detach().float() for rows in (head.weight, head.bias))
     vector = first.clone().requires_grad_()
     offset = (bias + mean @ first).reshape(1).requires_grad_()
+    most = 2 * optim.iterations
     with lean_import():
         solver = torch.optim.LBFGS(
-            [vector, offset], max_iter=optim.iterations, max_eval=2 * optim.iterations,
-            history_size=HISTORY, tolerance_grad=1e-7, tolerance_change=1e-10,
+            [vector, offset], max_iter=optim.iterations, max_eval=most,
+            history_size=HISTORY, tolerance_grad=FLAT, tolerance_change=1e-10,
             line_search_fn="strong_wolfe",
         )  # fmt: skip
     last = torch.zeros(())
@@ -213,7 +219,9 @@ def fit_head(
     assert vector.grad is not None
     assert offset.grad is not None
     gradient = max(float(vector.grad.abs().max()), float(offset.grad.abs()))
-    return Fit(float(last), solver.state[vector]["n_iter"], gradient)
+    iterations, evaluations = (solver.state[vector][name] for name in ("n_iter", "func_evals"))
+    ended = iterations < optim.iterations and evaluations < most
+    return Fit(float(last), iterations, gradient, converged=ended or gradient <= FLAT)
 
 
 def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor]:

@@ -20,8 +20,9 @@ raises `Refused` (a `ValueError`) on every rank if the gate refuses the checkpoi
 cannot be calibrated are only logged as a warning. Other errors of files and records pass through;
 those of the comparison come on rank 0 only.
 
-`conclude_again(planned, best)` does what is missing when a finished run is started again. It raises
-`Refused` on each rank for a checkpoint that was refused before.
+`conclude_again(planned, best)` does what is missing when a finished run is started again, and logs
+whether there is anything to do. It raises `Refused` on each rank for a checkpoint that was refused
+before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import console
 from model import checkpoint
-from model.calibrate import CalibrationError
+from model.calibrate import CalibrationError, check_counts, check_validation_sets
 from model.distributed import on_main
 from model.inference.detector import load_detector
 from model.mistakes.gate import (
@@ -45,6 +48,7 @@ from model.mistakes.gate import (
 )
 from model.mistakes.keep import Verdict
 from model.mistakes.regressions import counts_of
+from model.training.assemble import assemble, with_features
 from model.training.forgetting import Change, changes, forgetting, refusals
 from model.training.leave_out import calibrate_left_out
 from model.training.plan import RunPlan
@@ -99,9 +103,14 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
     baseline, start = None, None
     # What rank 0 has read, because another rank may read only after rank 0 has changed the file.
     meta = on_main(planned.dist, lambda: checkpoint.read_meta(best.path))
-    if meta.get("refused"):
-        raise _refused(best, meta["refused"])
-    judged = meta["compared"] is not None
+    early = f" after {planned.done} of {planned.steps} steps: {planned.ended}"
+    why = early if planned.done < planned.steps else ""
+    refused, judged = meta.get("refused"), meta["compared"] is not None or not planned.baseline
+    calibrated = meta["calibration"] or _calibration_fault(planned)
+    done = "; nothing to do" if refused or (judged and calibrated) else ""
+    console.log.info("%s is finished%s%s", planned.folder, why, done)
+    if refused:
+        raise _refused(best, refused)
     if planned.baseline and not judged:
         baseline = read_validation(planned.baseline)
         start = start_on_mistakes(planned)
@@ -131,9 +140,15 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     """
     if checkpoint.read_meta(best)["calibration"]:
         return
+    if fault := _calibration_fault(planned):
+        console.log.warning("not calibrated: %s", fault)
+        return
     recipe = planned.recipe
     folders = [planned.data / name for name in recipe.data.validate]
     left_out = recipe.calibration.on == "left_out"
+    if planned.features is None and recipe.features and recipe.features.stored and not left_out:
+        # A finished run that was started again: it scores what it would have scored then.
+        planned = with_features(planned, assemble(planned))
     try:
         calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
             best, folders, recipe.loading, planned.device,
@@ -151,6 +166,23 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
         ),
         *(calibration.threshold, calibration.band[0]),
     )
+
+
+def _calibration_fault(planned: RunPlan) -> str:
+    """Return why the sets of a run cannot be calibrated on, before anything is scored; empty if
+    they have enough images of each class and are validation sets.
+    """
+    recipe, pool = planned.recipe, planned.stream.pool
+    if recipe.calibration.on == "left_out":
+        labels = pool.shards.column("label")[pool.new]
+    else:
+        labels = np.concatenate([s.column("label") for s in planned.validation.values()])
+    try:
+        check_validation_sets([planned.data / name for name in recipe.data.validate])
+        check_counts(labels)
+    except CalibrationError as error:
+        return str(error)
+    return ""
 
 
 def _refusals(planned: RunPlan, best: Best, rows: list[Change] | None) -> list[str]:

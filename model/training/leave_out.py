@@ -35,8 +35,9 @@ head, with the list of names that this head was trained without; while `on_head`
 `refit(planned, train_state, without)` trains a new head, which begins at 0, in `train_state` on the
 stored features of `planned` (from `with_features()`), without the sources `without` (names): in
 steps, or by `fit_head()` with `optim.solver` lbfgs. If no old sample is left, it replays none. It
-raises `CalibrationError` if the other images fill no batch or, with lbfgs, lack a class or give a
-loss that is not finite. (In steps, a lacking class is no error.)
+returns whether the fit has converged (True for steps). It raises `CalibrationError` if the other
+images fill no batch or, with lbfgs, lack a class or give a loss that is not finite. (In steps, a
+lacking class is no error.)
 
 `groups_of(planned)` returns the sources that are left out together: a dict, group -> list of names.
 """
@@ -67,9 +68,9 @@ from pipeline.replay import Replay
 from pipeline.stream import Stream
 
 
-def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -> None:
+def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -> bool:
     """Train a new head in `train_state` without the sources `without`, by the run's recipe and on
-    stored features. Only this rank trains.
+    stored features. Only this rank trains. Returns whether a fit has converged; True for steps.
 
     Raises:
         CalibrationError: the remaining images do not fill a batch, or lack a class.
@@ -80,10 +81,9 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
     reset_head(net)
     if recipe.optim.solver == "lbfgs":
         try:
-            fit_head(net, gather(stream, recipe.run.epochs), recipe.optim)
+            return fit_head(net, gather(stream, recipe.run.epochs), recipe.optim).converged
         except (FitError, OrderError) as error:
             raise CalibrationError(f"without {', '.join(without)} {error}") from error
-        return
     if not stream.steps_per_epoch:
         raise CalibrationError(
             f"without {', '.join(without)} the training images fill no batch of "
@@ -98,6 +98,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
         train_step(state, net, batch, recipe.optim, step=step)
     if ema is not None:
         set_head(net, dict(ema.backbone.named_parameters()))
+    return True
 
 
 def _without(stream: Stream, sources: Collection[str]) -> Stream:
@@ -151,11 +152,11 @@ def leave_one_out(
     codes, names = pool.shards.codes("source")
     new = {names[code] for code in np.unique(codes[pool.new])}
     groups = [members for members in groups_of(planned).values() if new & {*members}]
-    scored = {}
+    scored, short = {}, 0
     in_steps = planned.recipe.optim.solver == "adamw"
     with one_thread(in_steps), console.progress("heads without one source", len(groups)) as advance:
         for members in groups:
-            refit(planned, train_state, members)
+            short += not refit(planned, train_state, members)
             for name in [member for member in members if member in new]:
                 rows = pool.new[codes[pool.new] == names.index(name)]
                 of_source = FeatureLoader(pool.shards.take(rows), source, loading, device)
@@ -164,6 +165,13 @@ def leave_one_out(
             on_head(members)
             advance(1)
     set_head(train_state.net, kept)
+    if short:
+        console.log.warning(
+            "%d of %d heads without one source have not converged after %d iterations, so their "
+            "scores, and the thresholds from them, are not those of the minimum: use --run NAME "
+            "with a higher optim.iterations",
+            *(short, len(groups), planned.recipe.optim.iterations),
+        )
     return scored
 
 

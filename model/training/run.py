@@ -129,9 +129,6 @@ def train(
         for line in planned.warnings:
             console.log.warning("%s", line)
         if planned.finished and planned.best:
-            early = f" after {planned.done} of {planned.steps} steps: {planned.ended}"
-            why = early if planned.done < planned.steps else ""
-            console.log.info("%s is finished%s; nothing to do", planned.folder, why)
             conclude_again(planned, planned.best)
             return planned.best.path
         for line in planned.describe():
@@ -283,6 +280,12 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
             f"largest gradient {fit.gradient:.1e}"
         )
         console.log.info("%s, loss %.4f", over, fit.loss)
+        if not fit.converged:
+            console.log.warning(
+                "the fit has not converged after %d iterations (largest gradient %.1e): use --run "
+                "NAME with a higher optim.iterations than %d",
+                *(fit.iterations, fit.gradient, recipe.optim.iterations),
+            )
         validation = _validate(planned, train_state)
         if history is not None:
             history.write(done, "train", {"loss": fit.loss, "lr": 0.0})

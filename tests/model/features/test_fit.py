@@ -25,9 +25,9 @@ from model.features.fit import (
 )
 from model.features.loader import source_of
 from model.network import Detector, build
-from model.recipe import Optim, Recipe
+from model.recipe import Calibrating, Optim, Recipe
 from model.tracking.history import rows_of
-from model.training import run
+from model.training import run, validation
 from model.training.assemble import assemble, with_features
 from model.training.leave_out import leave_one_out
 from model.training.plan import plan
@@ -180,6 +180,59 @@ def test_a_run_fits_its_head_once(
     assert row["loss"] < 0.7
     with pytest.raises(ValueError, match="has no steps to stop at"):
         train(replace(recipe, name="b"), data, tmp_path / "runs", init_from=weights, stop_at=1)
+
+
+def test_a_fit_that_ends_at_its_limit_is_a_warning(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, logged: list[str]
+) -> None:
+    """Of its head, and of those without one source. It ends there with the wrong thresholds."""
+    for iterations, count in ((3, 2), (100, 0)):
+        short = replace(
+            recipe,
+            name=f"of{iterations}",
+            optim=replace(recipe.optim, iterations=iterations),
+            calibration=Calibrating(on="left_out", max_fpr=0.2),
+        )
+        logged.clear()
+        train(short, data, tmp_path / "runs", init_from=weights)
+        lines = [line for line in logged if "not converged" in line]
+        assert len(lines) == count
+        if lines:
+            assert lines[0].startswith("the fit has not converged after 3 iterations (largest gr")
+            assert lines[1].startswith("3 of 3 heads without one source have not converged after 3")
+
+
+def test_a_finished_run_is_calibrated_on_the_features_that_it_read(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """If it was killed before. Sets that cannot be calibrated on are not scored, nor read."""
+    copies = ["val", "val2", "val3"]
+    (tmp_path / "data").mkdir()
+    for name in ("old", *copies):
+        (tmp_path / "data" / name).symlink_to(data / ("old" if name == "old" else "val"))
+    read: list[object] = []
+    opened = validation.open_scored
+
+    def noted(*arguments: object, **options: object) -> object:
+        read.append(options["features"])
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(validation, "open_scored", noted)
+    for sets, scored in ((["val"], 0), (copies, 3)):
+        one = replace(recipe, name=sets[-1], data=replace(recipe.data, validate=sets))
+        best = train(one, tmp_path / "data", tmp_path / "runs", init_from=weights)
+        first = checkpoint.read_meta(best)["calibration"]
+        checkpoint.annotate(best, checkpoint.uncalibrated())
+        read.clear()
+        logged.clear()
+        train(one, tmp_path / "data", tmp_path / "runs")
+        assert len(read) == scored and all(read)
+        assert checkpoint.read_meta(best)["calibration"] == first
+        assert ("is finished; nothing to do" in logged[0]) == (not scored)
+        assert any(line.startswith("not calibrated: 14 real and 8 ") for line in logged) == (
+            not scored
+        )
 
 
 def test_ranks_gather_every_row_once_and_no_undecodable_image(

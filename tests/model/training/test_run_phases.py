@@ -232,6 +232,7 @@ def test_stated_error_rates_hold_on_validation_sets(
         rules.append(rule)
         raise CalibrationError("only the rule is of interest")
 
+    monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
     monkeypatch.setattr("model.training.validation.calibrate_by", noted)
     for name, changes in (("a", []), ("b", ["calibration.max_fpr=0.01"])):
         recipe = recipes.load(Recipe, tiny_recipe, [f'name="{name}"', *changes])
@@ -300,6 +301,7 @@ def test_the_gate_counts_false_positives_at_the_calibrated_threshold(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the threshold of the detector that is saved, not at 0.5."""
+    monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
 
     def train_at(threshold: float, name: str) -> Path:
         monkeypatch.setattr(
@@ -393,6 +395,7 @@ def test_the_last_table_uses_the_calibrated_threshold(
     ) -> Calibration:
         return calibration_at(float(np.median(probability(logits, 2.0))))
 
+    monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
     monkeypatch.setattr("model.training.validation.calibrate_by", in_the_middle)
     arguments = ["--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path)]
     result = CliRunner().invoke(command.main, arguments)
