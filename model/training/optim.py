@@ -76,7 +76,7 @@ def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
     top = max(layers.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     # timm's names are patterns, such as `pos_embed.*`.
-    undecayed = getattr(backbone, "no_weight_decay", tuple)()
+    undecayed: Collection[str] = getattr(backbone, "no_weight_decay", tuple)()
     for name, parameter in backbone.named_parameters():
         if not parameter.requires_grad:
             continue
