@@ -334,7 +334,7 @@ def say_files(written: Sequence[Path]) -> None:
     "--over",
     type=click.Choice(["pooled", "most_sources", "worst_source"]),
     help="With an error rate: which images keep to it. All together, three sources of four, or "
-    "every source. Default: most_sources.",
+    "every source, without the small ones. Default: most_sources.",
 )
 @console.options(
     "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "data", "runs",

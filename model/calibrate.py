@@ -24,8 +24,8 @@ Their arguments:
   one of three texts, which says for which images the two shares hold: `"pooled"`: for all images
   together; `"worst_source"`: for every source; `"most_sources"`: for three quarters of the sources.
   Except for `"pooled"`, a source is left out for a class if it has fewer than `FEWEST` images of
-  that class, or too few for the rate. If all sources have fewer than `FEWEST`, they are joined as
-  one source.
+  that class, or too few for the rate. At least half of the sources with `FEWEST` must have enough.
+  If all sources have fewer than `FEWEST`, they are joined as one source.
 - `origin`: a text for the record that says how the scores were made (default "sources left out").
 
 All three return a `Calibration`: `temperature`, `threshold`, `band` (low, high: "likely AI" from
@@ -33,9 +33,10 @@ high on, "no sign of AI" below low) and tables, lists of tuples: `roc` (threshol
 rate, recall), `at_fpr` and `at_miss` (error rate, threshold). Thresholds and band are probabilities
 of fake, after the temperature. Its `entries(fitted_on)` takes a dict, set name -> hash of the set's
 index, and returns the dict for a checkpoint's `meta.json`. All three raise `CalibrationError` (a
-`ValueError`) if a class has fewer than `FEWEST` images or too few for a rate that is asked for, if
-a score is not finite, or if no temperature fits. `check_validation_sets(folders)` takes the paths
-(`Path` or `UPath`) of packed sets and raises this error if a set is not of the split `val`.
+`ValueError`) if a class has fewer than `FEWEST` images, if it or more than half of its sources have
+too few for a rate that is asked for, if a score is not finite, or if no temperature fits.
+`check_validation_sets(folders)` takes the paths (`Path` or `UPath`) of packed sets and raises this
+error if a set is not of the split `val`.
 
 `TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the range of temperatures, the tabulated error
 rates and the points of the ROC curve. The other functions compute single parts of the result.
@@ -43,6 +44,7 @@ rates and the points of the ROC curve. The other functions compute single parts 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -52,7 +54,7 @@ from model.metrics import expected_calibration_error, negative_log_likelihood
 from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD
 from model.verdict import LEFT_OUT, probability
-from sharding.format import read_index
+from sharding.format import CLASSES, read_index
 from storage import AnyPath
 
 ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
@@ -95,8 +97,11 @@ class Calibration:
     strict threshold than a higher one.
 
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
-    `method` names the images that the calibration was fitted to. `sources` is filled by
-    `calibrate_sources`: counts and error rates of each source.
+    `method` names the images that the calibration was fitted to. `calibrate_sources` fills the
+    last two: `sources` has counts and error rates of each source. `sources_used` maps "real" (for
+    the threshold) and "fake" (for the lower end of the band) to the number of sources that have
+    enough images of the class, 0 if all were joined, and of those that have any. It is empty if the
+    rates hold for all images together.
     """
 
     temperature: float
@@ -112,6 +117,7 @@ class Calibration:
     after: dict[str, float]
     method: str = "validation"
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources_used: dict[str, tuple[int, int]] = field(default_factory=dict)
     at_fpr: list[tuple[float, float]] = field(default_factory=list)
     at_miss: list[tuple[float, float]] = field(default_factory=list)
 
@@ -248,8 +254,8 @@ def calibrate_sources(
     class, unless all sources are that small.
 
     Raises:
-        CalibrationError: a class has fewer than `FEWEST` images in all or too few for its rate, a
-            score is not finite, or no temperature fits.
+        CalibrationError: a class has fewer than `FEWEST` images in all, it or more than half of
+            its sources have too few for its rate, a score is not finite, or no temperature fits.
     """
     labels, logits = (np.concatenate([pair[part] for pair in scores.values()]) for part in (0, 1))
     fitted = calibrate(labels, logits, "0.5")
@@ -257,15 +263,25 @@ def calibrate_sources(
         name: (of_source, probability(of_logits, fitted.temperature))
         for name, (of_source, of_logits) in scores.items()
     }
-    fewest = 1 if calibrating.threshold == "pooled" else FEWEST
-    reals, fakes = (
-        [p[own == label] for own, p in by_source.values() if (own == label).sum() >= fewest]
-        or [np.concatenate([p[own == label] for own, p in by_source.values()])]
+    over = calibrating.threshold
+    rates = (calibrating.max_fpr, calibrating.max_miss)
+    groups = [
+        [p[own == label] for own, p in by_source.values() if (own == label).any()]
         for label in (0, 1)
-    )
-    high = threshold_over_sources(reals, calibrating.max_fpr, calibrating.threshold)
+    ]
+    used = {
+        name: (sum(len(p) >= max(FEWEST, _needed(rate)) for p in of_class), len(of_class))
+        for name, of_class, rate in zip(CLASSES, groups, rates, strict=True)
+    }
+    if over != "pooled":
+        groups = [
+            [group for group in of_class if len(group) >= FEWEST] or [np.concatenate(of_class)]
+            for of_class in groups
+        ]
+    reals, fakes = groups
+    high = threshold_over_sources(reals, calibrating.max_fpr, over)
     missed = [1 - of_source for of_source in fakes]  # a miss rate is a false-positive rate of 1 - p
-    low = 1 - threshold_over_sources(missed, calibrating.max_miss, calibrating.threshold, "fake")
+    low = 1 - threshold_over_sources(missed, calibrating.max_miss, over, "fake")
     low = min(low, high)
     sources = {
         name: {
@@ -282,10 +298,11 @@ def calibrate_sources(
         threshold=high,
         threshold_at="max_fpr",
         band=(low, high),
-        method=f"{origin}, {calibrating.threshold}",
+        method=f"{origin}, {over}",
         sources=sources,
-        at_fpr=thresholds_at_rates(reals, calibrating.threshold),
-        at_miss=_from_above(fakes, calibrating.threshold),
+        sources_used={} if over == "pooled" else used,
+        at_fpr=thresholds_at_rates(reals, over),
+        at_miss=_from_above(fakes, over),
         roc=roc_at(labels, probability(logits, fitted.temperature), {*ROC_THRESHOLDS, low, high}),
     )
 
@@ -301,42 +318,43 @@ def threshold_over_sources(
     (`most_sources`). `reals` are probabilities of fake, one array (N,) per source; for a miss rate
     they are 1 - p of the fakes, and `label` is the class that an error names.
 
+    A source can have too few images for a rate. At least half of the sources must have enough,
+    because a threshold from fewer sources would not hold for the others. Since a lower rate then
+    has other sources, its own threshold can be lower than that of a higher rate of `RATES`; it gets
+    the higher one.
+
     Raises:
-        CalibrationError: every source has too few images for this rate.
+        CalibrationError: more than half of the sources have too few images for this rate.
     """
     groups = [np.concatenate(list(reals))] if over == "pooled" else reals
-    own = [threshold_at_fpr(group, rate) for group in groups]
-    known = [threshold for threshold in own if threshold is not None]
-    if not known:
-        which = "all sources together have" if over == "pooled" else "the largest source has"
+    enough = sum(_is_enough(group, rate) for group in groups)
+    if not enough or 2 * enough < len(groups):
+        needed = f"at least {_needed(rate):,} are needed"
+        few = f"all sources together have {max(map(len, groups)):,}, {needed}"
+        mend = "ask for a higher rate, or give more images"
+        if len(groups) > 1:
+            few = f"{enough:,} of {len(groups):,} sources have enough, expected half ({needed})"
+            mend = "ask for a higher rate, or for one over all images (pooled), or give more images"
         raise CalibrationError(
-            f"too few {label} images for a threshold at a rate of {rate:.3g}: {which} "
-            f"{max(map(len, groups)):,}, at least {math.ceil(1 / rate - 1e-9) - 1:,} are needed; "
-            "ask for a higher rate, or give more images"
+            f"too few {label} images for a threshold at a rate of {rate:.3g}: {few}; {mend}"
         )
-    if over == "most_sources":
-        return sorted(known)[math.ceil(0.75 * len(known)) - 1]
-    return max(known)
+    highest = 0.0
+    for each in (rate, *(higher for higher in RATES if higher > rate)):
+        known = [t for group in groups if (t := threshold_at_fpr(group, each)) is not None]
+        last = math.ceil(0.75 * len(known)) if over == "most_sources" else len(known)
+        highest = max(highest, sorted(known)[last - 1])
+    return highest
 
 
 def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
     """Return (rate, threshold) for each of `RATES` that has enough images, by
-    `threshold_over_sources`.
-
-    A source can have too few images for a rate. The rate is listed only if at least half of the
-    sources have enough, because a threshold from fewer sources would not hold for the others. For
-    the same reason a lower rate has other sources, so its own threshold can be lower than that of a
-    higher rate; it gets the higher one.
+    `threshold_over_sources`. A lower rate never has a lower threshold.
     """
-    groups = [np.concatenate(list(reals))] if over == "pooled" else reals
-    rows: list[tuple[float, float]] = []
-    highest = 0.0
-    for rate in reversed(RATES):
-        enough = [g for g in groups if threshold_at_fpr(g, rate) is not None]
-        if enough and 2 * len(enough) >= len(groups):
-            highest = max(highest, threshold_over_sources(enough, rate, over))
-            rows.append((rate, highest))
-    return rows[::-1]
+    rows = []
+    for rate in RATES:
+        with suppress(CalibrationError):
+            rows.append((rate, threshold_over_sources(reals, rate, over)))
+    return rows
 
 
 def _from_above(fakes: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:
@@ -410,7 +428,16 @@ def threshold_at_fpr(reals: np.ndarray, rate: float) -> float | None:
     "Inductive conformal anomaly detection", 2015). With k = floor(rate * n), few images would
     exceed the rate.
     """
-    count = math.floor(rate * (len(reals) + 1) + 1e-9)
-    if count < 1:
+    if not _is_enough(reals, rate):
         return None
+    count = math.floor(rate * (len(reals) + 1) + 1e-9)
     return float(np.nextafter(np.sort(reals)[-count], math.inf))
+
+
+def _needed(rate: float) -> int:
+    """Return the smallest number of images that has a threshold for an error rate."""
+    return math.ceil(1 / rate - 1e-9) - 1
+
+
+def _is_enough(images: np.ndarray, rate: float) -> bool:
+    return len(images) >= _needed(rate)

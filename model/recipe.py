@@ -315,8 +315,10 @@ class Calibrating:
     threshold: Literal["pooled", "most_sources", "worst_source"] = "most_sources"
     """The images for which `max_fpr` and `max_miss` must hold: `pooled` all images together,
     `most_sources` those of each of three quarters of the sources, `worst_source` those of each
-    source. With `validation`, and if none of the three is changed, the threshold is the larger of
-    0.5 and that of 5 % false positives over all images."""
+    source. Sources with fewer than 20 images of a class, or too few for the rate, do not count for
+    it; if more than half of those with 20 have too few, there is no calibration. With `validation`,
+    and if none of the three is changed, the threshold is the larger of 0.5 and that of 5 % false
+    positives over all images."""
     max_fpr: float = 0.05
     """Largest share of real images that may be called likely AI. Range: above 0, below 0.5"""
     max_miss: float = 0.05

@@ -254,6 +254,9 @@ def print_calibration(calibration: Calibration) -> None:
     if rule == "max_fpr":
         rule += f", {calibration.method}"
     console.say(f"decision threshold {calibration.threshold:.3f} ({rule})")
+    for what, label in (("decision threshold", "real"), ("lower end of uncertain", "fake")):
+        if label in calibration.sources_used:
+            console.say(f"{what}: {_sources(label, *calibration.sources_used[label])}")
     console.say(
         f"threshold for at most 1 % false positives: {at_1}, 5 %: {calibration.threshold_fpr_5:.3f}"
     )
@@ -262,3 +265,11 @@ def print_calibration(calibration: Calibration) -> None:
     console.say(
         f"verdicts: no sign of AI below {low:.3f}, likely AI from {high:.3f}, uncertain between"
     )
+
+
+def _sources(label: str, used: int, of: int) -> str:
+    """Describe the sources that a threshold rests on: `used` of `of` have enough images."""
+    sources = f"{console.counted(of, 'source')} with {label} images"
+    if not used:
+        return f"all {sources} together, because each has too few"
+    return f"{used:,} of {sources}" + ("" if used == of else "; the others have too few")

@@ -124,9 +124,13 @@ def test_tables_of_a_report(
     settings = {name: value for name, value in fitted.items() if value is not None}
     more = {"temperature": 1.5, "threshold": 0.6, "roc": [], "threshold_fpr_1": None}
     print_calibration(Calibration(**settings | more))
-    by_rate = {"threshold_at": "max_fpr", "method": "sources left out, pooled"}
+    by_rate = {"threshold_at": "max_fpr", "method": "sources left out, worst_source",
+               "sources_used": {"real": (6, 65), "fake": (0, 3)}}  # fmt: skip
     print_calibration(Calibration(**settings | more | by_rate))
-    assert "decision threshold 0.600 (max_fpr, sources left out, pooled)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "decision threshold 0.600 (max_fpr, sources left out, worst_source)" in said
+    assert "decision threshold: 6 of 65 sources with real images; the others have too few" in said
+    assert "all 3 sources with fake images together, because each has too few" in said
     assert len(calls) >= 7
     check_all(calls, monkeypatch)
 

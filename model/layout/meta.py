@@ -89,6 +89,10 @@ class CalibrationEntry(TypedDict):
     sources: NotRequired[dict[str, SourceRates]]
     """Rates of each source. With `sources left out`, by a head trained without the source. Empty
     for `validation`."""
+    sources_used: NotRequired[dict[str, tuple[int, int]]]
+    """By class: sources with enough images for the threshold (`real`) and for the lower end of the
+    band (`fake`), and sources with any. 0 if all were joined as one. Empty if the rates hold for
+    all images together."""
     at_fpr: NotRequired[list[tuple[float, float]]]
     """Pairs for `--max-fpr`: an error rate, and the lowest threshold at which at most that share of
     real images is called fake."""

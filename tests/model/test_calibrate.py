@@ -94,7 +94,7 @@ def test_entries_of_the_meta_file() -> None:
     assert set(calibration) == {
         "fitted_on", "index_sha256", "reals", "fakes", "threshold_at", "threshold_fpr_1",
         "threshold_fpr_5", "band", "roc", "before", "after", "method", "sources",
-        "at_fpr", "at_miss",
+        "sources_used", "at_fpr", "at_miss",
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import recipes
 from model import checkpoint
-from model.calibrate import CalibrationError, calibrate_sources, threshold_over_sources
+from model.calibrate import CalibrationError, Over, calibrate_sources, threshold_over_sources
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores
@@ -216,13 +216,36 @@ def test_too_few_images_are_refused() -> None:
     few = {name: (labels[:4], logits[:4]) for name, (labels, logits) in scores_of().items()}
     with pytest.raises(CalibrationError, match="calibration needs at least 20 of each"):
         calibrate_sources(few, Calibrating(on="left_out"))
-    said = r"too few real images .* of 0\.001: the largest source has 50, at least 999 are needed"
+    said = r"too few real .* of 0\.001: 0 of 3 sources have enough, expected half \(at least 999"
     with pytest.raises(CalibrationError, match=said):
         threshold_over_sources([np.linspace(0, 1, 50)] * 3, 0.001, "worst_source")
     asked = Calibrating(on="left_out", threshold="pooled", max_fpr=0.05, max_miss=0.001)
     said = r"too few fake images .* of 0\.001: all sources together have 600, at least 999"
     with pytest.raises(CalibrationError, match=said):
         calibrate_sources(scores_of(), asked)
+
+
+@pytest.mark.parametrize("over", ["most_sources", "worst_source"])
+def test_a_threshold_rests_on_at_least_half_of_the_sources(over: Over) -> None:
+    """A threshold from one easy source would call most images of the others fake."""
+    rng = np.random.default_rng(6)
+    hard = {f"hard{n}": (np.zeros(45, int), rng.normal(0, 1, 45)) for n in range(3)}
+    easy = {f"easy{n}": (np.zeros(60, int), rng.normal(-4, 1, 60)) for n in range(3)}
+    fakes = {
+        "x": (np.ones(300, int), rng.normal(3, 1, 300)),
+        "small": (np.ones(9, int), np.ones(9)),
+    }
+    asked = Calibrating(threshold=over, max_fpr=0.02)
+    said = r"rate of 0\.02: 1 of 4 sources have enough, expected half \(at least 49 are needed\)"
+    with pytest.raises(CalibrationError, match=said):
+        calibrate_sources({**hard, "easy0": easy["easy0"], **fakes}, asked)
+    fitted = calibrate_sources(hard | easy | fakes, asked)
+    assert fitted.sources_used == {"real": (3, 6), "fake": (1, 2)}
+    assert fitted.threshold == dict(fitted.at_fpr)[0.02]  # that of a higher rate: also of the hard
+    higher = calibrate_sources(hard | easy | fakes, replace(asked, max_fpr=0.03))
+    assert fitted.threshold >= higher.threshold
+    pooled = calibrate_sources(hard | easy | fakes, replace(asked, threshold="pooled"))
+    assert pooled.sources_used == {}
 
 
 def test_a_pooled_rate_holds_for_all_images_together() -> None:
