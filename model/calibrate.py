@@ -204,6 +204,7 @@ def calibrate(
     elif threshold_at == "fpr1":
         raise CalibrationError(f"{reals} real images are too few for a threshold at 1 % (needs 99)")
     high = thresholds[threshold_at]
+    band = float(min(DEFAULT_THRESHOLD, below, high)), high
     return Calibration(
         temperature=temperature,
         threshold=high,
@@ -212,8 +213,8 @@ def calibrate(
         fakes=fakes,
         threshold_fpr_1=at_1,
         threshold_fpr_5=at_5,
-        band=(float(min(DEFAULT_THRESHOLD, below, high)), high),
-        roc=roc_at(labels, probabilities, {*ROC_THRESHOLDS, at_5, at_1 or at_5}),
+        band=band,
+        roc=roc_at(labels, probabilities, {*ROC_THRESHOLDS, at_5, at_1 or at_5, *band}),
         at_fpr=thresholds_at_rates([probabilities[labels == 0]], "pooled"),
         at_miss=_from_above([probabilities[labels == 1]], "pooled"),
         before=_fit_of(labels, probability(logits)),

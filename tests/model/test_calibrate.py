@@ -7,14 +7,18 @@ import pytest
 from model.calibrate import (
     CalibrationError,
     Over,
+    ThresholdAt,
     calibrate,
+    calibrate_by,
     fit_temperature,
     threshold_at_fpr,
     threshold_over_sources,
     thresholds_at_rates,
 )
 from model.metrics import measure
+from model.recipe import Calibrating
 from model.verdict import band_of, probability, verdict
+from page.figures import ends
 
 
 def calibrated_scores(count: int, seed: int = 0, scale: float = 2.0):
@@ -79,6 +83,22 @@ def test_stored_roc_points_match_the_scores() -> None:
         measured = measure(labels, fake, threshold)
         assert (false_positive_rate, recall) == (measured.false_positive_rate, measured.recall)
     assert calibrate(*calibrated_scores(80)).threshold_fpr_1 is None  # too few images
+
+
+@pytest.mark.parametrize(
+    "rule", ["auto", Calibrating(threshold="pooled", max_fpr=0.03, max_miss=0.07)]
+)
+def test_shares_of_each_verdict_are_those_of_the_scores(rule: ThresholdAt | Calibrating) -> None:
+    """The page takes them from `roc`, so both ends of the band are among its thresholds."""
+    labels, logits = calibrated_scores(2_000)
+    calibration = calibrate_by(rule, labels, logits, np.full(len(labels), "a"))
+    low, high = calibration.band
+    assert low < high
+    fake = probability(logits, calibration.temperature)
+    for label, of in enumerate(ends(calibration.roc, calibration.band)):
+        own = fake[labels == label]
+        measured = (own < low).mean(), ((own >= low) & (own < high)).mean(), (own >= high).mean()
+        assert (of.no_sign, of.uncertain, of.likely) == pytest.approx(measured)
 
 
 def test_entries_of_the_meta_file() -> None:
