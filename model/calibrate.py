@@ -290,7 +290,9 @@ def calibrate_sources(
             "fakes": int((own == 1).sum()),
             "false_positive_rate": _share(p[own == 0] >= high),
             "recall": _share(p[own == 1] >= high),
-            "uncertain": _share((p >= low) & (p < high)),
+            "uncertain": _share(uncertain := (p >= low) & (p < high)),
+            "uncertain_real": _share(uncertain[own == 0]),
+            "uncertain_fake": _share(uncertain[own == 1]),
         }
         for name, (own, p) in by_source.items()
     }

@@ -258,9 +258,12 @@ def _left_out(meta: Mapping[str, Any]) -> str:
         shown = markdown(name) + (f": {markdown(titles[name])}" if name in titles else "")
         for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
             if rates[metric] is not None:
+                # Calibrations of before have only the share of both classes together.
+                alone = rates["uncertain"] if not (rates["reals"] and rates["fakes"]) else None
+                uncertain = rates.get(f"uncertain_{label}", alone)
                 rows.append(
                     f"| {shown} ({label}) | {rates[label + 's']:,} | {rates[metric]:.3f} "
-                    f"| {rates['uncertain']:.3f} |"
+                    f"| {'-' if uncertain is None else f'{uncertain:.3f}'} |"
                 )
     return (
         "Each source was scored by a head that was trained without that source. Expect such rates, "

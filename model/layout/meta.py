@@ -53,6 +53,10 @@ class SourceRates(TypedDict):
     """Share of the fake images called likely AI. Null without fake images."""
     uncertain: float | None
     """Share of all images called uncertain."""
+    uncertain_real: NotRequired[float | None]
+    """Share of the real images called uncertain. Null without real images."""
+    uncertain_fake: NotRequired[float | None]
+    """Share of the fake images called uncertain. Null without fake images."""
 
 
 class CalibrationEntry(TypedDict):

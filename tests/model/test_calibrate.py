@@ -19,6 +19,7 @@ from model.metrics import measure
 from model.recipe import Calibrating
 from model.verdict import band_of, probability, verdict
 from page.figures import ends
+from sharding.format import CLASSES
 
 
 def calibrated_scores(count: int, seed: int = 0, scale: float = 2.0):
@@ -99,6 +100,8 @@ def test_shares_of_each_verdict_are_those_of_the_scores(rule: ThresholdAt | Cali
         own = fake[labels == label]
         measured = (own < low).mean(), ((own >= low) & (own < high)).mean(), (own >= high).mean()
         assert (of.no_sign, of.uncertain, of.likely) == pytest.approx(measured)
+        for rates in calibration.sources.values():  # of `calibrate_sources`
+            assert rates[f"uncertain_{CLASSES[label]}"] == measured[1]
 
 
 def test_entries_of_the_meta_file() -> None:

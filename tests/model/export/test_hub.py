@@ -195,7 +195,9 @@ def test_the_card_lists_sources_left_out_of_training(
         "x|y": {"reals": 0, "fakes": 1700, "false_positive_rate": None, "recall": 0.05,
                 "uncertain": 0.9},
         "both": {"reals": 7, "fakes": 8, "false_positive_rate": 0.1, "recall": 0.6,
-                 "uncertain": 0.2},
+                 "uncertain": 0.2, "uncertain_real": 0.3, "uncertain_fake": 0.1},
+        "before": {"reals": 7, "fakes": 8, "false_positive_rate": 0.1, "recall": 0.6,
+                   "uncertain": 0.2},
     }  # fmt: skip
     known = meta["calibration"] | {"sources": rates, "method": "validation sets by source, pooled"}
     meta["calibration"] = known  # the head has seen these sources
@@ -205,7 +207,8 @@ def test_the_card_lists_sources_left_out_of_training(
     card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
     assert "| faces: faces \\| of Flickr (real) | 376 | 0.260 | 0.700 |" in card
     assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
-    assert "| both (real) | 7 | 0.100 | 0.200 |\n| both (fake) | 8 | 0.600 | 0.200 |" in card
+    assert "| both (real) | 7 | 0.100 | 0.300 |\n| both (fake) | 8 | 0.600 | 0.100 |" in card
+    assert "| before (real) | 7 | 0.100 | - |\n| before (fake) | 8 | 0.600 | - |" in card
     assert card.index("## Sources left out") < card.index("## Evaluation")
 
 
