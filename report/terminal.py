@@ -108,7 +108,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
     """Print the recall per generator on all images and on the first image of each prompt, with the
-    mean and standard deviation over generators.
+    mean and standard deviation over generators, and the false-positive rate at 0.5.
     """
     every, first = protocols["all_images"], protocols["first_per_prompt"]
     rows = []
@@ -127,6 +127,9 @@ def print_protocols(name: str, protocols: Mapping[str, Any]) -> None:
                "first, at 0.5"]  # fmt: skip
     least_first = ["first, at 0.5", "all, at 0.5", "first images", "images"]
     console.table(title, columns, rows, drop=least_first)
+    alarms = every["false_positive_rate_at_0.5"]
+    known = "not known, without real images" if alarms is None else f"{alarms:.3f}"
+    console.say(f"false positives at a threshold of 0.5: {known}")
 
 
 def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:

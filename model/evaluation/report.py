@@ -234,7 +234,8 @@ def _report_set(
 
     def protocol(kind: str) -> dict[str, Any] | None:
         keys = sorted(key for key in lines if key[0] == kind)
-        return _protocol(rows, {k[1]: (lines[k], figures[k], resamples[k]) for k in keys})
+        reals = lines.get("reference", own_images).reals
+        return _protocol(rows, reals, {k[1]: (lines[k], figures[k], resamples[k]) for k in keys})
 
     return {
         "overall": figures["overall"],
@@ -286,10 +287,13 @@ def _figures(rows: Rows, images: Images, resamples: Resamples, threshold: float)
 
 
 def _protocol(
-    rows: Rows, generators: Mapping[str, tuple[Images, dict[str, Any], Resamples]]
+    rows: Rows,
+    reals: np.ndarray,
+    generators: Mapping[str, tuple[Images, dict[str, Any], Resamples]],
 ) -> dict[str, Any] | None:
     if not generators:
         return None
+    alarms = rows.probability[reals] >= DEFAULT_THRESHOLD
     fakes = np.concatenate([images.fakes for images, _, _ in generators.values()])
     recalls = {
         name: {
@@ -312,6 +316,7 @@ def _protocol(
             for at, figure in (("", "recall"), ("_at_0.5", "recall_at_0.5"))
             for name, value in mean_and_std([recall[figure] for recall in recalls.values()]).items()
         },
+        "false_positive_rate_at_0.5": float(alarms.mean()) if len(alarms) else None,
     }
 
 

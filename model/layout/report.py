@@ -68,6 +68,9 @@ class Protocol(TypedDict):
     """Mean recall over generators, at 0.5."""
     std_at_0_5: float | None
     """Standard deviation over generators, at 0.5."""
+    false_positive_rate_at_0_5: float | None
+    """Share of the real images of `reference`, else of `overall`, called fake at 0.5. Null without
+    any."""
 
 
 class Protocols(TypedDict):

@@ -25,6 +25,8 @@ from model.evaluation.scores import (
 from model.metrics import measure
 from model.score import Scores
 from model.verdict import probability
+from report.page import mistakes_of, render
+from report.terminal import print_report
 from sharding.format import ShardSet
 from tests.builders import ABOUT, table_of
 
@@ -99,12 +101,38 @@ def test_both_protocols_of_evalgen() -> None:
     assert every["mean"] == pytest.approx(np.mean(recalls))
     assert every["std"] == pytest.approx(np.std(recalls, ddof=1))
     assert every["interval"][0] < every["mean"] < every["interval"][1]
+    assert every["false_positive_rate_at_0.5"] is first["false_positive_rate_at_0.5"] is None
     # With one image per prompt and generator, both protocols would be the same.
     alone = prompts({"Flux": 1.0}, of_each=1)
     assert (
         report(table_of(alone, ["evalgen"]))["sets"]["evalgen"]["protocols"]["first_per_prompt"]
         is None
     )
+
+
+@pytest.mark.parametrize("of_reals", ["evalgen", "val"])
+def test_a_recall_at_half_has_its_false_positive_rate(
+    of_reals: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the report's own threshold, 0.6 here, is another one. The real images are those of
+    the set or of its reference.
+    """
+    of_real = {"set": of_reals, "label": 0, "source": "photos", "generator": "camera"}
+    logits = (-1.0, -1.0, 0.2, 0.2, 2.0)
+    reals = [{**of_real, "key": f"r{i}", "logit": logits[i]} for i in range(len(logits))]
+    scores = table_of(
+        [*prompts({"Flux": 1.2, "GoT": -1.0}), *reals], ["evalgen", *({of_reals} - {"evalgen"})],
+        reference_reals={"set": "val", "why": "named", "for_all": False}, calibration=None,
+    )  # fmt: skip
+    result = report(scores)
+    figures = result["sets"]["evalgen"]
+    assert (figures["reference"] or figures["overall"])["false_positive_rate"] == 0.2
+    for protocol in figures["protocols"].values():
+        assert protocol["false_positive_rate_at_0.5"] == 0.6
+    print_report(result)
+    assert "false positives at a threshold of 0.5: 0.600" in capsys.readouterr().out
+    page = render(result, scores, mistakes_of(result, scores), {}, "")
+    assert "at a threshold of 0.5, with 60.0 % false positives" in " ".join(page.split())
 
 
 def test_sets_without_reals_come_first_in_the_headline() -> None:
