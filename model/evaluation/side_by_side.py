@@ -15,9 +15,9 @@ raises `ScoresError` (a `ValueError`) if there is no such set, or if the runs bo
 images of a set (its reference reals) from different sets, of equal size or not.
 
     {set: {"images": n, "reals": n, "fakes": n, "reference": set of the reference reals or null,
-           "best": name of the run with the highest AUROC (the first run if there is no AUROC),
+           "best": name of the run with the highest AUROC or null (no run has an AUROC),
            "common": {"1": threshold or null, "5": threshold or null},
-           "runs": [RUN, ...],             # by AUROC, the highest first
+           "runs": [RUN, ...],             # by AUROC, the highest first; else as given
            "sources": {source: {run: AUROC or null}},
            "generators": {generator: {run: recall at 5 % false positives, or null}},
            "stability": {"sources": n, "mean": rho, "least": rho} or null}}
@@ -39,7 +39,8 @@ null, and:
   "behind"}. `value` is null if the set lacks a class that the figure needs. `low` and `high` are
   the ends of its interval, null if it depends on fewer than two groups (images that are resampled
   together), or is undefined in most resamples. `behind` is the interval [low, high] of this value
-  minus that of the best run. It is null for the best run itself, and where `low` is null;
+  minus that of the best run. It is null for the best run itself, without one, and where `low` is
+  null;
 - `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null
   without such images or without a threshold;
 - `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value", "images"}
@@ -157,7 +158,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
         _measured(run, of_run, whole) for run, of_run in zip(runs, rows, strict=True)
     ]  # fmt: skip
     order = sorted(range(len(runs)), key=lambda i: -(measured[i][0]["auroc"] or 0))
-    best = order[0]
+    best = order[0] if measured[order[0]][0]["auroc"] is not None else None
     aurocs = {
         source: [_auroc(of_run, completed(images, whole)) for of_run in rows]
         for source, images in sorted(sources.items())
@@ -185,7 +186,9 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
                 "trained_on": not known.isdisjoint(
                     runs[index].scores.evaluation.get("trained_on", [])
                 ),
-                **_with_intervals(rows[index], whole, measured[index], measured[best]),
+                **_with_intervals(
+                    rows[index], whole, measured[index], None if best is None else measured[best]
+                ),
                 "common": {
                     str(rate): _rates(rows[index], whole, threshold)
                     for rate, threshold in common.items()
@@ -206,7 +209,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
         "reals": len(whole.reals),
         "fakes": len(whole.fakes),
         "reference": rows[0].reference or None,
-        "best": names[best],
+        "best": None if best is None else names[best],
         "common": {str(rate): threshold for rate, threshold in common.items()},
         "runs": entries,
         "sources": {n: dict(zip(names, values, strict=True)) for n, values in aurocs.items()},
@@ -230,7 +233,7 @@ def _with_intervals(
     rows: Rows,
     whole: Images,
     own: tuple[dict[str, Any], Resamples],
-    best: tuple[dict[str, Any], Resamples],
+    best: tuple[dict[str, Any], Resamples] | None,
 ) -> dict[str, Any]:
     """Return the `FIGURES` of one run: value, interval, interval of the difference to the best."""
     ends = intervals(whole, rows.groups, own[1])
@@ -239,7 +242,7 @@ def _with_intervals(
     for name, metric in FIGURES.items():
         low, high = ends.get(metric) or (None, None)
         behind = None
-        if own is not best and metric in own[1] and metric in best[1]:
+        if best and own is not best and metric in own[1] and metric in best[1]:
             change = own[1][metric] - best[1][metric]
             behind = interval(change, independent(metric), ends=())
         value = own[0][metric]

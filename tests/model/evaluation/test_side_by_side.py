@@ -11,6 +11,7 @@ from model.evaluation.compare import shared_samples
 from model.evaluation.report import report
 from model.evaluation.scores import ScoresError
 from model.evaluation.side_by_side import (
+    FIGURES,
     MEAN,
     Run,
     common_threshold,
@@ -22,6 +23,7 @@ from model.evaluation.side_by_side import (
     stability,
 )
 from model.metrics import measure
+from report.comparison import comparison_page
 from tests.builders import table_of
 
 ABOUT = {"threshold": 0.5, "temperature": 2.0}
@@ -169,11 +171,17 @@ def test_worst_lines_and_ranks() -> None:
 
 
 def test_a_set_without_reals_has_no_false_positives() -> None:
+    """So none is the best, and none is behind it: recall alone ranks nothing."""
     fakes = [row | {"label": 1} for row in rows(0.5)]
-    tables = shared_samples(*(table_of(fakes, ["val"], **ABOUT) for _ in range(2)))
-    entry = side_by_side([Run(str(i), table) for i, table in enumerate(tables)])["val"]
+    better = [row | {"logit": row["logit"] + 1} for row in fakes]
+    tables = shared_samples(*(table_of(one, ["val"], **ABOUT) for one in (fakes, better)))
+    compared = {"val": side_by_side([Run(str(i), table) for i, table in enumerate(tables)])["val"]}
+    entry = compared["val"]
     assert entry["common"] == {"1": None, "5": None} and entry["reals"] == 0
+    assert entry["best"] is None and '<tr class="best' not in comparison_page(compared, "")
+    assert [run["name"] for run in entry["runs"]] == ["0", "1", MEAN]
     for run in entry["runs"]:
+        assert [run[figure]["behind"] for figure in FIGURES] == [None] * 5
         assert run["auroc"]["value"] is None and run["recall"]["value"] is not None
         assert run["worst_generator"] is None
 
