@@ -63,6 +63,12 @@ LEAST_FIRST = (
 """Columns that a narrow terminal leaves out, in this order."""
 
 
+NOT_ALIKE = (
+    "Robustness is left out: it was measured on other images in some of the runs. Measure all with "
+    "the same --robustness and --subset."
+)
+
+
 def read_runs(paths: Sequence[Path], *, intersect: bool = False) -> tuple[list[Run], list[int]]:
     """Read runs from report folders or report files, reduced to the images that all runs scored.
     Also returns how many images of each run were left out.
@@ -108,6 +114,8 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
         if warning := trained_sentence(name, entry):
             console.say(warning)
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
+        if not entry["perturbed_alike"]:
+            console.say(NOT_ALIKE)
         console.say(stability_sentence(entry["stability"]))
     console.say(
         "In parentheses: 95 % intervals. Behind the best: interval of the difference in AUROC to "
@@ -226,4 +234,5 @@ def comparison_page(sets: Mapping[str, Any], command: str) -> str:
     return rendered(
         "comparison.html", sets=sets, command=command, mean=MEAN,
         sentence=stability_sentence, trained=trained_sentence, ranks_text=ranks_text,
+        not_alike=NOT_ALIKE,
     )  # fmt: skip

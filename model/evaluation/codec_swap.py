@@ -21,7 +21,7 @@ it; all get the result.
 It writes nothing and returns the entry `robustness` of `report.json`, a dict:
 
 - `images`, `of`, `unreadable`: the numbers of scored images, of images in the set, and of chosen
-  images that cannot be decoded.
+  images that cannot be decoded. `images_sha256`: a hash of the scored images.
 - `perturbations`: a list with a dict per perturbation, from `measure_perturbations()` of
   `robustness.py`: `name`, `images`, metrics such as `recall`, `intervals`, `flip_rate` (share of
   changed verdicts), `shift` and more.
@@ -46,6 +46,7 @@ swaps. `measure_swaps(perturbed, swaps, groups, *, temperature, threshold)` take
 `PerturbedScores`, the swaps and the codes of the set's groups. It returns the list `codec_swap`.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -241,7 +242,7 @@ def report_robustness(
     """Score `per_class` images of each class (`sample_by_hash`) under all perturbations and codec
     swaps. Return the entry `robustness` of one set in `report.json`:
 
-    {"images": n, "of": n, "unreadable": n,
+    {"images": n, "of": n, "unreadable": n, "images_sha256": text,
      "perturbations": rows of `measure_perturbations`,
      "containers": {"real" or "fake": null or the fields of `Container`, and "name"},
      "codec_swap": rows of `measure_swaps`}
@@ -253,10 +254,12 @@ def report_robustness(
     groups = codes_of(shards.table.column("group"))[0]
     at = {"temperature": temperature, "threshold": threshold}
     rows = measure_perturbations(perturbed, groups, **at)[: len(perturbations)]
+    hashes = shards.table.column("sha256").take(perturbed.samples).to_pylist()
     return {
         "images": len(perturbed.samples),
         "of": len(shards),
         "unreadable": len(perturbed.unreadable),
+        "images_sha256": hashlib.sha256(b"".join(sorted(hashes))).hexdigest(),
         "perturbations": rows,
         "containers": {
             name: container and asdict(container) | {"name": container.describe()}

@@ -20,6 +20,7 @@ images of a set (its reference reals) from different sets, of equal size or not.
            "runs": [RUN, ...],             # by AUROC, the highest first; else as given
            "sources": {source: {run: AUROC or null}},
            "generators": {generator: {run: recall at 5 % false positives, or null}},
+           "perturbed_alike": whether all runs with perturbations have them of the same images,
            "stability": {"sources": n, "mean": rho, "least": rho} or null}}
 
 - `best`: may be `MEAN`.
@@ -44,7 +45,8 @@ null, and:
 - `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null
   without such images or without a threshold;
 - `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value", "images"}
-  or null. `images` counts those of the source (its own), the perturbation or the generator;
+  or null. `images` counts those of the source (its own), the perturbation or the generator.
+  `worst_perturbation` is null for all runs unless `perturbed_alike`;
 - `ranks`: [best, worst] rank of the run over the sources, or null. `MEAN` has no ranks.
 
 A source that has only reals is measured against all fakes of the set, and a source that has only
@@ -176,6 +178,8 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     known = {name, rows[0].reference}
     of = {name: len(images.reals) + len(images.fakes) for name, images in sources.items()}
     by_generator = {name: len(images.fakes) for name, images in generators.items()}
+    robustness = [run.scores.evaluation["sets"][name].get("robustness") for run in runs]
+    alike = len({_perturbed_images(entry) for entry in robustness if entry}) < 2
     entries = []
     for index in order:
         figures = measured[index][0]
@@ -198,7 +202,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
                 "worst_generator": _worst(
                     {n: values[index] for n, values in recalls.items()}, by_generator
                 ),
-                "worst_perturbation": _worst_perturbation(runs[index], name),
+                "worst_perturbation": _worst_perturbation(robustness[index]) if alike else None,
                 "ranks": _range_of_ranks(ranked, index),
                 "images_per_s": runs[index].images_per_s,
             }
@@ -214,6 +218,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
         "runs": entries,
         "sources": {n: dict(zip(names, values, strict=True)) for n, values in aurocs.items()},
         "generators": {n: dict(zip(names, values, strict=True)) for n, values in recalls.items()},
+        "perturbed_alike": alike,
         "stability": stability(ranked) if len(ranked) > 1 else None,
     }
 
@@ -307,8 +312,13 @@ def _worst(values: Mapping[str, float | None], images: Mapping[str, int]) -> dic
     return {"name": name, "value": known[name], "images": images[name]}
 
 
-def _worst_perturbation(run: Run, name: str) -> dict[str, Any] | None:
-    robustness = run.scores.evaluation["sets"][name].get("robustness")
+def _perturbed_images(robustness: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what says which images were perturbed; files of before have only their numbers."""
+    numbers = ((row["name"], row["images"]) for row in robustness["perturbations"])
+    return robustness.get("images_sha256"), robustness["images"], *numbers
+
+
+def _worst_perturbation(robustness: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not robustness:
         return None
     rows = robustness["perturbations"]

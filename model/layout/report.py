@@ -169,6 +169,8 @@ class Robustness(TypedDict):
     """Images of the set."""
     unreadable: int
     """Images of the sample that could not be read, or have no finite score as packed."""
+    images_sha256: NotRequired[str]
+    """SHA-256 of the sorted file hashes of `images`: equal where two runs perturbed the same."""
     perturbations: list[PerturbationEntry]
     """Figures after each perturbation."""
     containers: dict[str, ContainerEntry | None]

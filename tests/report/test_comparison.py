@@ -14,7 +14,15 @@ from click.testing import CliRunner
 import evaluate
 from model.evaluation.run import SPEED_FILE
 from model.evaluation.scores import read_scores, write_scores
-from report.comparison import print_side_by_side, ranks_text, read_runs, stability_sentence
+from model.evaluation.side_by_side import side_by_side
+from report.comparison import (
+    NOT_ALIKE,
+    comparison_page,
+    print_side_by_side,
+    ranks_text,
+    read_runs,
+    stability_sentence,
+)
 from tests.browser import violations
 from tests.builders import table_of
 from tests.report.test_page import CONTRAST, HOSTILE, robustness, rows
@@ -64,6 +72,30 @@ def test_five_runs_are_one_table(tmp_path: Path) -> None:
     assert first["worst_perturbation"]["value"] == 0.95 and first["images_per_s"] == 10
     mean = next(run for run in written["runs"] if run["name"] == "mean of all")
     assert mean["images_per_s"] == pytest.approx(1 / sum(1 / (10 * i) for i in range(1, 6)))
+
+
+@pytest.mark.parametrize(
+    "other", [{"images_sha256": "b"}, {"images": 40}, {"perturbations": {"images": 40}}, {}]
+)
+def test_robustness_on_other_images_is_not_compared(
+    tmp_path: Path, other: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = folders(tmp_path, 2)
+    entry = {**robustness(), "images_sha256": "a"}
+    lines = [line | other.get("perturbations", {}) for line in entry["perturbations"]]
+    for path, measured in zip(
+        paths, (entry, entry | other | {"perturbations": lines}), strict=True
+    ):
+        scores = read_scores(path / "scores.parquet")
+        scores.evaluation["sets"]["val"]["robustness"] = measured
+        write_scores(path / "scores.parquet", [scores.table], scores.evaluation)
+    sets = side_by_side(read_runs(paths)[0])
+    print_side_by_side(sets)
+    said = NOT_ALIKE in " ".join(capsys.readouterr().out.split())
+    assert said == (NOT_ALIKE in comparison_page(sets, "")) == bool(other)
+    by_name = {run["name"]: run["worst_perturbation"] for run in sets["val"]["runs"]}
+    assert by_name["mean of all"] is None
+    assert [by_name[f"detector-{i}"] is None for i in (0, 1)] == [bool(other)] * 2
 
 
 def test_the_run_that_was_trained_on_a_set_is_named(tmp_path: Path) -> None:

@@ -188,6 +188,18 @@ def test_an_image_without_a_finite_score_is_counted_with_its_reason(shards: Shar
     assert swap["images"] + swap["failed"] == report["images"]
 
 
+def test_the_hash_of_the_perturbed_images(shards: ShardSet) -> None:
+    """It does not depend on the detector or the order of the shards."""
+    ways, at = named("original"), {"temperature": 1.0, "threshold": 0.5}
+    scorer = Scorer(Brightness(), PREPROCESS, CPU)
+    reversed_ = shards.take(np.arange(len(shards))[::-1])
+    first, same, fewer = (
+        report_robustness(scorer, of, ways, per_class=count, **at)["images_sha256"]
+        for of, count in ((shards, 3), (reversed_, 3), (shards, 2))
+    )
+    assert first == same != fewer
+
+
 def test_an_unreadable_image_has_no_column(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
