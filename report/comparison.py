@@ -171,7 +171,7 @@ def _row(run: Mapping[str, Any]) -> list[Any]:
 def _with_interval(figure: Mapping[str, Any]) -> str | None:
     if figure["value"] is None:
         return None
-    ends = "" if figure["low"] is None else f" ({figure['low']:.2f}-{figure['high']:.2f})"
+    ends = "" if figure["low"] is None else f" ({figure['low']:.3f}-{figure['high']:.3f})"
     return f"{figure['value']:.3f}{ends}"
 
 

@@ -44,11 +44,11 @@ SHOWN_FLIPS = 3
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> str | None:
-    """Format a metric and its interval: `0.944 (0.90-0.98)`."""
+    """Format a metric and its interval: `0.944 (0.901-0.978)`."""
     if figures[name] is None:
         return None
     between = figures["intervals"].get(name)
-    return f"{figures[name]:.3f}" + (f" ({between[0]:.2f}-{between[1]:.2f})" if between else "")
+    return f"{figures[name]:.3f}" + (f" ({between[0]:.3f}-{between[1]:.3f})" if between else "")
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
@@ -223,11 +223,11 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
 
 
 def _difference(change: Change | None) -> str | None:
-    """Format a change: `0.544 -> 0.944 (+0.28 to +0.51)`."""
+    """Format a change: `0.544 -> 0.944 (+0.284 to +0.511)`."""
     if change is None:
         return None
     shown = f"{change.before:.3f} -> {change.after:.3f}"
-    return shown if change.low is None else f"{shown} ({change.low:+.2f} to {change.high:+.2f})"
+    return shown if change.low is None else f"{shown} ({change.low:+.3f} to {change.high:+.3f})"
 
 
 def _flip(flip: Flip) -> str:

@@ -109,7 +109,7 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert report["sets"]["val"]["note"] is None
     compared = run(evaluate.main, "compare", tmp_path / "report.json", tmp_path / "report.json")
     assert compared.exit_code == 0, compared.output
-    assert "(+0.00 to +0.00)" in compared.output
+    assert "(+0.000 to +0.000)" in compared.output
     assert "largest changes" not in compared.output
 
 

@@ -14,9 +14,16 @@ from rich.console import Console
 import console
 import train
 from model.calibrate import Calibration
-from model.evaluation.compare import flips
+from model.evaluation.compare import Change, flips
 from model.metrics import Metrics
-from report.terminal import print_calibration, print_comparison, print_report
+from report.comparison import _with_interval
+from report.terminal import (
+    _difference,
+    _figure,
+    print_calibration,
+    print_comparison,
+    print_report,
+)
 from sharding.__main__ import main as sharding
 from sharding.audit.audit import Audit, Estimate, FeatureAudit, SourceAudit
 from sharding.build import BuiltSet
@@ -24,7 +31,7 @@ from sharding.format import read_index
 from sharding.scan import SourceScan
 from sharding.summary import say_what_was_audited, say_what_was_built
 from tests.builders import CALIBRATION
-from tests.report.test_page import made, robustness, rows
+from tests.report.test_page import made, page_of, robustness, rows
 
 LONG = "stable-diffusion-xl-base-1.0-refiner_of_a_gallery"
 WIDTHS = (60, 80, 100, 140)
@@ -133,6 +140,20 @@ def test_tables_of_a_report(
     assert "all 3 sources with fake images together, because each has too few" in said
     assert len(calls) >= 7
     check_all(calls, monkeypatch)
+
+
+def test_an_interval_that_does_not_contain_0_is_seen_not_to() -> None:
+    """Of 490 real images, 6 more are called fake: the interval begins at two of them."""
+    change = Change(0.002, 0.014, 0.0041, 0.0224)
+    assert _difference(change) == "0.002 -> 0.014 (+0.004 to +0.022)"
+    figures = {"recall": 0.003, "intervals": {"recall": (0.0006, 0.0123)}}
+    assert _figure(figures, "recall") == "0.003 (0.001-0.012)"
+    assert _with_interval({"value": 0.003, "low": 0.0006, "high": 0.0123}) == "0.003 (0.001-0.012)"
+    report, scores = made(rows("val", 9, 9), "val")
+    report["sets"]["val"]["robustness"] = robustness()
+    for line in report["sets"]["val"]["robustness"]["perturbations"]:
+        line["intervals"]["false_positive_rate"] = (0.004, 0.0122)
+    assert "0.4 to 1.2\N{NO-BREAK SPACE}%" in page_of(report, scores)
 
 
 def test_tables_of_shard_sets(
