@@ -67,7 +67,7 @@ TEMPERATURES = 0.02, 50.0
 """Search range of the temperature. Scores that separate the classes give one well inside it."""
 
 ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
-"""Thresholds at which the two error rates are stored, besides the fitted thresholds."""
+"""Thresholds at which the two error rates are stored, besides both ends of the band."""
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 """Error rates whose thresholds are stored, for `--max-fpr` and `--max-miss` of a later command."""
@@ -83,9 +83,7 @@ class Calibration:
     temperature.
 
     `threshold` is the decision threshold, `threshold_at` the rule that chose it: `max_fpr` if it is
-    from `calibrate_sources`. `threshold_fpr_1` and `threshold_fpr_5` are the lowest
-    thresholds at which at most 1 % and 5 % of real images are called fake (`threshold_fpr_1` is
-    None if there are fewer than 99 real images).
+    from `calibrate_sources`.
 
     `band` is (low, high): "no sign of AI" below low, "likely AI" at or above high, "uncertain"
     between. `roc` lists (threshold, false-positive rate, recall) on the same images, by rising
@@ -109,8 +107,6 @@ class Calibration:
     threshold_at: ThresholdAt | Literal["max_fpr"]
     reals: int
     fakes: int
-    threshold_fpr_1: float | None
-    threshold_fpr_5: float
     band: tuple[float, float]
     roc: list[tuple[float, float, float]]
     before: dict[str, float]
@@ -211,10 +207,8 @@ def calibrate(
         threshold_at=threshold_at,
         reals=reals,
         fakes=fakes,
-        threshold_fpr_1=at_1,
-        threshold_fpr_5=at_5,
         band=band,
-        roc=roc_at(labels, probabilities, {*ROC_THRESHOLDS, at_5, at_1 or at_5, *band}),
+        roc=roc_at(labels, probabilities, {*ROC_THRESHOLDS, *band}),
         at_fpr=thresholds_at_rates([probabilities[labels == 0]], "pooled"),
         at_miss=_from_above([probabilities[labels == 1]], "pooled"),
         before=_fit_of(labels, probability(logits)),

@@ -252,7 +252,6 @@ def print_calibration(calibration: Calibration) -> None:
     console.say(f"fitted to {calibration.reals:,} real and {calibration.fakes:,} fake images")
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
     low, high = calibration.band
-    at_1 = "-" if calibration.threshold_fpr_1 is None else f"{calibration.threshold_fpr_1:.3f}"
     rule: str = calibration.threshold_at
     if rule == "max_fpr":
         rule += f", {calibration.method}"
@@ -260,11 +259,11 @@ def print_calibration(calibration: Calibration) -> None:
     for what, label in (("decision threshold", "real"), ("lower end of uncertain", "fake")):
         if label in calibration.sources_used:
             console.say(f"{what}: {_sources(label, *calibration.sources_used[label])}")
-    console.say(
-        f"threshold for at most 1 % false positives: {at_1}, 5 %: {calibration.threshold_fpr_5:.3f}"
-    )
-    if calibration.threshold_fpr_1 is None:
-        console.say(f"no threshold for 1 %: {calibration.reals} real images are fewer than 99")
+    at_fpr = dict(calibration.at_fpr)
+    at_1, at_5 = (console.cell(at_fpr.get(rate)) for rate in (0.01, 0.05))
+    console.say(f"threshold for at most 1 % false positives: {at_1}, 5 %: {at_5}")
+    if 0.01 not in at_fpr:
+        console.say("no threshold for 1 %: too few real images, in all or in most sources")
     console.say(
         f"verdicts: no sign of AI below {low:.3f}, likely AI from {high:.3f}, uncertain between"
     )

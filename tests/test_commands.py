@@ -127,7 +127,7 @@ def test_training_evaluation_and_card_agree(
     best = checkpoint.find(copy, None)
     calibration = Calibration(
         temperature=0.2, threshold=0.61, threshold_at="auto", reals=40, fakes=30,
-        threshold_fpr_1=None, threshold_fpr_5=0.6, band=(0.3, 0.6), roc=[], before={}, after={},
+        band=(0.3, 0.6), roc=[], before={}, after={},
     )  # fmt: skip
     calibrate_checkpoint(
         best, [data / "val"], Loading(num_workers=0), torch.device("cpu"), fitted=(calibration, {})

@@ -129,7 +129,7 @@ def test_tables_of_a_report(
     print_comparison(scores, scores, flips(scores, scores))
     fitted = CALIBRATION | {"fitted_on": None, "index_sha256": None}
     settings = {name: value for name, value in fitted.items() if value is not None}
-    more = {"temperature": 1.5, "threshold": 0.6, "roc": [], "threshold_fpr_1": None}
+    more = {"temperature": 1.5, "threshold": 0.6, "roc": [], "at_fpr": [(0.05, 0.766)]}
     print_calibration(Calibration(**settings | more))
     by_rate = {"threshold_at": "max_fpr", "method": "sources left out, worst_source",
                "sources_used": {"real": (6, 65), "fake": (0, 3)}}  # fmt: skip
@@ -137,6 +137,7 @@ def test_tables_of_a_report(
     said = capsys.readouterr().out
     assert "decision threshold 0.600 (max_fpr, sources left out, worst_source)" in said
     assert "decision threshold: 6 of 65 sources with real images; the others have too few" in said
+    assert "at most 1 % false positives: -, 5 %: 0.766" in said
     assert "all 3 sources with fake images together, because each has too few" in said
     assert len(calls) >= 7
     check_all(calls, monkeypatch)

@@ -73,11 +73,6 @@ class CalibrationEntry(TypedDict):
     threshold_at: Literal["auto", "fpr5", "fpr1", "0.5", "max_fpr"]
     """Rule that chose the decision threshold: that of `evaluate.py calibrate --threshold`, or
     `max_fpr`, which is `calibration.max_fpr` of the recipe."""
-    threshold_fpr_1: float | None
-    """Threshold at which at most 1 % of further real images are called fake. Null with fewer than
-    99 real images."""
-    threshold_fpr_5: float
-    """Threshold at which at most 5 % of further real images are called fake."""
     band: tuple[float, float]
     """Lower end and upper end of *uncertain*, as probabilities of fake. Below: *no sign of AI*. At
     the upper end or above: *likely AI*."""

@@ -60,15 +60,15 @@ def test_the_decision_threshold_and_the_band() -> None:
     weak = calibrate(labels, logits)
     fake = probability(logits, weak.temperature)
     low, high = weak.band
-    assert low < 0.5 < high == weak.threshold == weak.threshold_fpr_5
+    assert low < 0.5 < high == weak.threshold == dict(weak.at_fpr)[0.05]
     assert (fake[labels == 0] >= high).mean() == pytest.approx(0.05, abs=0.001)
     assert (fake[labels == 1] < low).mean() == pytest.approx(0.05, abs=0.001)
     strong = calibrate(*calibrated_scores(4_000, scale=5.0))
-    assert strong.threshold_fpr_5 < 0.5
+    assert dict(strong.at_fpr)[0.05] < 0.5
     assert strong.band == (0.5, 0.5)
     assert strong.threshold == 0.5
     assert calibrate(labels, logits, "0.5").threshold == 0.5
-    assert calibrate(labels, logits, "fpr1").threshold == weak.threshold_fpr_1 > weak.threshold
+    assert calibrate(labels, logits, "fpr1").threshold == dict(weak.at_fpr)[0.01] > weak.threshold
 
 
 def test_stored_roc_points_match_the_scores() -> None:
@@ -77,13 +77,11 @@ def test_stored_roc_points_match_the_scores() -> None:
     fake = probability(logits, calibration.temperature)
     thresholds = [t for t, _, _ in calibration.roc]
     assert thresholds == sorted(thresholds)
-    assert {0.01, 0.5, 0.99, calibration.threshold_fpr_1, calibration.threshold_fpr_5} < set(
-        thresholds
-    )
+    assert {0.01, 0.5, 0.99, *calibration.band} < set(thresholds)
     for threshold, false_positive_rate, recall in calibration.roc:
         measured = measure(labels, fake, threshold)
         assert (false_positive_rate, recall) == (measured.false_positive_rate, measured.recall)
-    assert calibrate(*calibrated_scores(80)).threshold_fpr_1 is None  # too few images
+    assert 0.01 not in dict(calibrate(*calibrated_scores(80)).at_fpr)  # too few images
 
 
 @pytest.mark.parametrize(
@@ -115,9 +113,8 @@ def test_entries_of_the_meta_file() -> None:
     assert calibration["reals"] + calibration["fakes"] == 400
     assert band_of(entries) == fitted.band
     assert set(calibration) == {
-        "fitted_on", "index_sha256", "reals", "fakes", "threshold_at", "threshold_fpr_1",
-        "threshold_fpr_5", "band", "roc", "before", "after", "method", "sources",
-        "sources_used", "at_fpr", "at_miss",
+        "fitted_on", "index_sha256", "reals", "fakes", "threshold_at", "band", "roc",
+        "before", "after", "method", "sources", "sources_used", "at_fpr", "at_miss",
     }  # fmt: skip
 
 
@@ -135,7 +132,7 @@ def test_separated_classes_do_not_get_probability_0_or_1() -> None:
     assert probability(np.array([4.0]), calibration.temperature)[0] == pytest.approx(
         51 / 52, abs=0.001
     )
-    assert calibration.threshold_fpr_1 is None  # 50 reals are too few for 1 %
+    assert 0.01 not in dict(calibration.at_fpr)  # 50 reals are too few for 1 %
 
 
 @pytest.mark.parametrize(

@@ -291,9 +291,8 @@ def test_a_limit_that_cannot_be_judged_is_not_kept() -> None:
 def calibration_at(threshold: float) -> Calibration:
     """A calibration as of a fit: there are too few images here to fit one."""
     return Calibration(
-        temperature=2.0, threshold=threshold, threshold_at="auto", threshold_fpr_1=None,
-        threshold_fpr_5=threshold, band=(threshold, threshold), roc=[], reals=40, fakes=30,
-        before={}, after={},
+        temperature=2.0, threshold=threshold, threshold_at="auto",
+        band=(threshold, threshold), roc=[], reals=40, fakes=30, before={}, after={},
     )  # fmt: skip
 
 
