@@ -52,6 +52,8 @@ def _figure(figures: Mapping[str, Any], name: str) -> str | None:
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
+    if not (figures["reals"] and figures["fakes"]):  # accuracy is then the recall, or 1 - FPR
+        figures = {**figures, "accuracy": None}
     with_interval = ("accuracy", "recall", "false_positive_rate", "auroc")
     plain = ("tpr_at_fpr_1", "tpr_at_fpr_5")
     return [
