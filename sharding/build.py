@@ -338,8 +338,7 @@ class _SetBuild:
         """Raise an error if more than `max_bad` of the images are unreadable. One bad image may
         pass unless `max_bad` is 0.
         """
-        bad = self.quarantined.num_rows
-        if not bad:
+        if not (bad := self.quarantined.num_rows):
             return
         many = bad > 1 or not max_bad
         # A product would be rounded: 0.29 * 100 is less than 29.
