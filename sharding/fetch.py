@@ -41,8 +41,9 @@ import requests
 import console
 from escape import reason_of, without_secrets
 from installed import install_extra
-from sharding.catalog import Catalog, CatalogError, Fetch, Git, Source
+from sharding.catalog import Catalog, CatalogError, Source
 from sharding.downloads import FetchError, check_content, check_hash
+from sharding.fetch_spec import Fetch, Git
 from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
 from storage import check_inside, parse_json, publish, sha256_of, whole_name, write_text

@@ -43,8 +43,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from escape import without_secrets
-from sharding.catalog import Git
 from sharding.downloads import FetchError
+from sharding.fetch_spec import Git
 from sharding.http import Progress
 from storage import check_inside, naming, partial_of
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sharding.catalog import Fetch, Git, Source
+from sharding.catalog import Source
 from sharding.fetch import BEGUN, MARK, Fetched, fetch_source
+from sharding.fetch_spec import Fetch, Git
 from sharding.git import LFS_POINTER, extract, find_mirror
 from tests.builders import ROOT
 
@@ -202,8 +203,9 @@ def test_other_files_than_the_catalog_expects_are_refused(tmp_path: Path) -> Non
 PROGRAM = """
 import contextlib, sys, time
 from pathlib import Path
-from sharding.catalog import Fetch, Git, Source
+from sharding.catalog import Source
 from sharding.fetch import fetch_source
+from sharding.fetch_spec import Fetch, Git
 raw, repository, commit = sys.argv[1:]
 @contextlib.contextmanager
 def slow(_label, _total):
