@@ -29,29 +29,26 @@ is raised for a broken archive, `OSError` for an unreadable file or missing sour
 `sharding/split.py` chooses which of these items are packed, and into which set.
 """
 
-import contextlib
-import csv
 import fnmatch
 import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from escape import reason_of
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.names import LINK
 from sharding.catalog import CatalogError, Rule, Source, shares
 from sharding.format import CLASSES
 from sharding.raw import VOLUME, RawError, RawFile, nfc, walk
-from storage import AnyPath, parse_json
+from sharding.tables import agrees, equal_to, naming_damage, read_rows, texts_of
+from storage import AnyPath
 
 NAMED = 5
 """Number of excluded files to name per reason."""
@@ -126,7 +123,9 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     groups = [re.compile(pattern, re.IGNORECASE) for pattern in source.groups()]
     listing = Listing()
     used: set[str] = set()
-    table = _read_table(source, raw, files, listing)
+    table = read_rows(source, raw, files)
+    if source.table and not table:
+        listing.read_as[f"no table {source.table.name}: labels by folder"] = 0
     on_files = [rule for rule in rules if not rule.rule.column]
     on_cells = [rule for rule in rules if rule.rule.column]
     images = 0
@@ -274,7 +273,7 @@ def _list_file(
         return
     row = table.get(nfc(file.inside.rpartition("/")[2]).lower())
     if row is not None:
-        agreeing = [claim for claim in claims if _agrees(claim.compiled.rule, row)]
+        agreeing = [claim for claim in claims if agrees(claim.compiled.rule, row)]
         if not agreeing:
             listing.exclude("its folder and its row in the table disagree", file.inside)
             return
@@ -288,10 +287,6 @@ def _list_file(
     captured = next((m[1] for p in groups if (m := p.search(origin))), None)
     group = f"{name}/{captured.lower()}" if captured else origin.rpartition(".")[0]
     _add(listing, claim, name, file, origin, file.member, group)
-
-
-def _agrees(rule: Rule, row: Mapping[str, str]) -> bool:
-    return all(row.get(column, "").strip() == str(value) for column, value in rule.where.items())
 
 
 def _add(
@@ -309,65 +304,6 @@ def _add(
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _naming_damage(path: AnyPath) -> Iterator[None]:
-    """Add the file name of a table to errors of the libraries that read it."""
-    try:
-        yield
-    except CatalogError:
-        raise
-    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = reason_of(error)
-        raise CatalogError(
-            f"{path} is damaged or not a table ({reason}); fetch it again"
-        ) from error
-
-
-def _read_table(
-    source: Source, raw: AnyPath, files: Sequence[RawFile], listing: Listing
-) -> dict[str, dict[str, str]]:
-    """Read the CSV tables of a source: rows by file name in lower case; empty without a table."""
-    if not source.table:
-        return {}
-    pattern = source.table.name.lower()
-    rules = [rule for label in range(len(CLASSES)) for rule in source.rules(label)]
-    needed = {source.table.key}.union(*(rule.where for rule in rules if not rule.column))
-    rows: dict[str, dict[str, str]] = {}
-    for file in files:
-        if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
-            continue
-        if file.excluded:  # without it, labels would come from the folders alone
-            raise CatalogError(
-                f"{raw / file.path} is {file.excluded}, expected a table; put the file itself there"
-            )
-        with (
-            _naming_damage(raw / file.path),
-            (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
-        ):
-            reader = csv.DictReader(stream)
-            if missing := sorted(needed - {*(reader.fieldnames or [])}):
-                raise CatalogError(
-                    f"{raw / file.path} has columns {reader.fieldnames}, expected "
-                    f"{', '.join(map(repr, missing))} among them"
-                )
-            for row in reader:
-                named = row.pop(source.table.key)
-                if named is None:
-                    raise CatalogError(
-                        f"{raw / file.path} ends line {reader.line_num} before the column "
-                        f"{source.table.key!r}, so it is damaged; fetch it again"
-                    )
-                key = nfc(PurePosixPath(named.replace("\\", "/")).name).lower()
-                values = {column: value or "" for column, value in row.items() if column}
-                if rows.setdefault(key, values) != values:
-                    rows[key] = {}  # rows differ: excluded, no rule agrees
-    if not rows:
-        listing.read_as[f"no table {source.table.name}: labels by folder"] = 0
-    return rows
-
-
 # --- parquet tables -------------------------------------------------------------------------------
 
 
@@ -381,7 +317,7 @@ def _list_cells(
     if file.member:
         listing.exclude(_PACKED_TABLE, file.inside)
         return
-    with _naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
+    with naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
         table = pq.ParquetFile(stream)
         conditions = {column for claim in claims for column in claim.compiled.rule.where}
         naming = {claim.compiled.rule.generator_column for claim in claims} - {""}
@@ -399,7 +335,7 @@ def _list_cells(
     row_of = np.arange(total) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     chosen = _choose_rows(claims, values, total, raw / file.path)
     captions = values.column(source.group_column).to_pylist() if source.group_column else None
-    generators = {column: _texts(values, column, raw / file.path) for column in naming}
+    generators = {column: texts_of(values, column, raw / file.path) for column in naming}
     taken = np.zeros(total, bool)
     root = source.root or name
     cells = [(int(row), i) for i, mask in enumerate(chosen) for row in np.flatnonzero(mask)]
@@ -428,7 +364,7 @@ def _choose_rows(
     for claim in claims:
         mask = np.ones(total, bool)
         for column, value in claim.compiled.rule.where.items():
-            mask &= _equal(values, column, value, path)
+            mask &= equal_to(values, column, value, path)
         for other, earlier in zip(claims, chosen, strict=False):
             if other.compiled.rule.column == claim.compiled.rule.column:
                 both = mask & earlier
@@ -438,45 +374,3 @@ def _choose_rows(
                 mask &= ~earlier
         chosen.append(mask)
     return chosen
-
-
-def _equal(values: pa.Table, column: str, value: str | bool | int, path: AnyPath) -> np.ndarray:
-    """Return the rows where a column has a value; a text for an integer column is a class name."""
-    cells = values.column(column)
-    if isinstance(value, str) and pa.types.is_integer(cells.type):
-        names = class_names(values.schema, column, path)
-        if value not in names:
-            raise CatalogError(
-                f"{path}: integer column {column} has the class names {names or 'of none'}; "
-                f"the catalog expects the class {value!r}, and labels are not guessed"
-            )
-        value = names.index(value)
-    return np.array([entry == value for entry in cells.to_pylist()], bool)
-
-
-def _texts(values: pa.Table, column: str, path: AnyPath) -> list[str]:
-    """Return a column as lower-case text, class numbers as class names, missing values as ""."""
-    names = class_names(values.schema, column, path)
-    cells = values.column(column).to_pylist()
-    if names:
-        named: dict[Any, str] = {None: "", -1: "", **dict(enumerate(names))}  # -1: no label
-        if unknown := set(cells) - named.keys():
-            raise CatalogError(
-                f"{path}: column {column} has the value {unknown.pop()!r}, expected a number of "
-                f"its {len(names)} classes; fetch it again"
-            )
-        cells = [named[cell] for cell in cells]
-    return ["" if cell is None else str(cell).strip().lower() for cell in cells]
-
-
-def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
-    """Return the class names of a Hugging Face `ClassLabel` column; empty for other columns."""
-    text = (schema.metadata or {}).get(b"huggingface", b"{}")
-    try:
-        features = parse_json(text).get("info", {}).get("features", {})
-        return list(features.get(column, {}).get("names", []))
-    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another shape
-        reason = reason_of(error)
-        raise CatalogError(
-            f"{path}: its `huggingface` metadata is damaged ({reason}); fetch it again"
-        ) from error

@@ -1,0 +1,132 @@
+"""Read the tables of a raw dataset: CSV files with a row per image, and columns of parquet files.
+
+- `read_rows(source, raw, files)` returns the rows of the CSV files that `source.table` names.
+  `source` is a `Source`, `raw` the folder of the raw datasets (`Path` or `UPath`), and `files` the
+  list of the source's `RawFile`s (`walk()` of sharding/raw.py).
+- `agrees(rule, row)` returns whether a row has the values that `where` of a `Rule` demands.
+- `equal_to(values, column, value, path)` takes a pyarrow table and the path to name in errors. It
+  returns a mask of the rows whose `column` has a value. `texts_of(values, column, path)` returns
+  the column as texts.
+- `naming_damage(path)` is a context manager that turns errors of a damaged table into one that
+  names `path`.
+
+A damaged table, and one without a column or a class that the catalog names, raises `CatalogError`.
+"""
+
+import contextlib
+import csv
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from escape import reason_of
+from sharding.catalog import CatalogError, Rule, Source
+from sharding.format import CLASSES
+from sharding.raw import RawFile, nfc
+from storage import AnyPath, parse_json
+
+
+@contextlib.contextmanager
+def naming_damage(path: AnyPath) -> Iterator[None]:
+    """Add the file name of a table to errors of the libraries that read it."""
+    try:
+        yield
+    except CatalogError:
+        raise
+    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = reason_of(error)
+        raise CatalogError(
+            f"{path} is damaged or not a table ({reason}); fetch it again"
+        ) from error
+
+
+def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> dict[str, dict[str, str]]:
+    """Read the CSV tables of a source: rows by file name in lower case; empty without a table."""
+    if not source.table:
+        return {}
+    pattern = source.table.name.lower()
+    rules = [rule for label in range(len(CLASSES)) for rule in source.rules(label)]
+    needed = {source.table.key}.union(*(rule.where for rule in rules if not rule.column))
+    rows: dict[str, dict[str, str]] = {}
+    for file in files:
+        if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
+            continue
+        if file.excluded:  # without it, labels would come from the folders alone
+            raise CatalogError(
+                f"{raw / file.path} is {file.excluded}, expected a table; put the file itself there"
+            )
+        with (
+            naming_damage(raw / file.path),
+            (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
+        ):
+            reader = csv.DictReader(stream)
+            if missing := sorted(needed - {*(reader.fieldnames or [])}):
+                raise CatalogError(
+                    f"{raw / file.path} has columns {reader.fieldnames}, expected "
+                    f"{', '.join(map(repr, missing))} among them"
+                )
+            for row in reader:
+                named = row.pop(source.table.key)
+                if named is None:
+                    raise CatalogError(
+                        f"{raw / file.path} ends line {reader.line_num} before the column "
+                        f"{source.table.key!r}, so it is damaged; fetch it again"
+                    )
+                key = nfc(PurePosixPath(named.replace("\\", "/")).name).lower()
+                values = {column: value or "" for column, value in row.items() if column}
+                if rows.setdefault(key, values) != values:
+                    rows[key] = {}  # rows differ: excluded, no rule agrees
+    return rows
+
+
+def agrees(rule: Rule, row: Mapping[str, str]) -> bool:
+    """Return whether a row has all values of the rule's `where`."""
+    return all(row.get(column, "").strip() == str(value) for column, value in rule.where.items())
+
+
+def equal_to(values: pa.Table, column: str, value: str | bool | int, path: AnyPath) -> np.ndarray:
+    """Return the rows where a column has a value; a text for an integer column is a class name."""
+    cells = values.column(column)
+    if isinstance(value, str) and pa.types.is_integer(cells.type):
+        names = class_names(values.schema, column, path)
+        if value not in names:
+            raise CatalogError(
+                f"{path}: integer column {column} has the class names {names or 'of none'}; "
+                f"the catalog expects the class {value!r}, and labels are not guessed"
+            )
+        value = names.index(value)
+    return np.array([entry == value for entry in cells.to_pylist()], bool)
+
+
+def texts_of(values: pa.Table, column: str, path: AnyPath) -> list[str]:
+    """Return a column as lower-case text, class numbers as class names, missing values as ""."""
+    names = class_names(values.schema, column, path)
+    cells = values.column(column).to_pylist()
+    if names:
+        named: dict[Any, str] = {None: "", -1: "", **dict(enumerate(names))}  # -1: no label
+        if unknown := set(cells) - named.keys():
+            raise CatalogError(
+                f"{path}: column {column} has the value {unknown.pop()!r}, expected a number of "
+                f"its {len(names)} classes; fetch it again"
+            )
+        cells = [named[cell] for cell in cells]
+    return ["" if cell is None else str(cell).strip().lower() for cell in cells]
+
+
+def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
+    """Return the class names of a Hugging Face `ClassLabel` column; empty for other columns."""
+    text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = parse_json(text).get("info", {}).get("features", {})
+        return list(features.get(column, {}).get("names", []))
+    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another shape
+        reason = reason_of(error)
+        raise CatalogError(
+            f"{path}: its `huggingface` metadata is damaged ({reason}); fetch it again"
+        ) from error
