@@ -147,7 +147,7 @@ def fetch_command(
 @click.option(
     "--allow-incomplete",
     is_flag=True,
-    help="Build even if a rule matches no file or a training set lacks a class.",
+    help="Build even if a rule or `group` matches no file, or a training set lacks a class.",
 )
 @console.options()
 def build_command(

@@ -47,7 +47,8 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
 - `root`: its folder below the raw folder (default: its name). A zip archive in this folder is read
   like a folder.
 - `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
-  the path of an image. Images with equal captures are a group, which goes to one set as a whole.
+  the path of a file. Images with equal captures are a group, which goes to one set as a whole. Of
+  the first pattern that matches, the capture is taken, and one of them must match a file.
   `group_column`: the same for equal values of a parquet column. Without them, files that differ
   only in their suffix, and images of one table row, are a group.
 - `table`: names the CSV files, which have one row per image: `name` (a pattern of the CSV files'
@@ -155,12 +156,12 @@ class Source:
     `policy` names the augmentation policy of its training images (see `recipes/`). `cap` is the
     maximum number of images per class, taken in whole groups. `expected` is the number of images
     per class in a complete download; it is checked before packing, and an empty table turns the
-    check off. `group` and `group_column` give regular expressions and a parquet column: files or
-    rows with equal values form a group. `synthetic` marks images that a program drew to try out the
-    commands, neither photographs nor output of a published generator; a detector trained on such
-    images is marked too. A `test_only` source may only go to sets of the split test. `title` says
-    in a few words what the images are. `size` is the size of the download. `facts` are notes for
-    people, each with its reference in brackets.
+    check off. `group` (for files) and `group_column` (for parquet tables) give regular expressions
+    and a column: files or rows with equal values form a group. `synthetic` marks images that a
+    program drew to try out the commands, neither photographs nor output of a published generator; a
+    detector trained on such images is marked too. A `test_only` source may only go to sets of the
+    split test. `title` says in a few words what the images are. `size` is the size of the download.
+    `facts` are notes for people, each with its reference in brackets.
     """
 
     license: str
@@ -216,6 +217,17 @@ class Source:
                 raise ValueError(f"group {pattern!r} is no regular expression: {error}") from error
             if captured != 1:
                 raise ValueError(f"group {pattern!r} must have exactly one capture group")
+        of_tables = [bool(rule.column) for rule in (*self.rules(0), *self.rules(1))]
+        if self.groups() and all(of_tables):
+            raise ValueError(
+                "has `group`, patterns for the paths of files, but all of its rules read parquet "
+                "tables; name a `group_column` instead, or remove `group`"
+            )
+        if self.group_column and not any(of_tables):
+            raise ValueError(
+                f"has group_column {self.group_column!r}, but no rule reads a parquet table; give "
+                "a `group` for the paths of files instead, or remove `group_column`"
+            )
 
         if any(count < 0 for counts in (self.cap, self.expected) for count in counts.values()):
             raise ValueError("cap and expected must be numbers of images, 0 or more")

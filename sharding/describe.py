@@ -146,7 +146,7 @@ def _catalog(
         'license = "mine"',
         f"set = {{ {name} = 0.7, {name}-val = 0.15, {name}-test = 0.15 }}",
         "# Optional: keep files of one scene, prompt or video in one set; (...) names the group:",
-        "# group = '([^/]+)_[0-9]+\\.jpg$'",
+        "# group = '([^/]+)_[0-9]+\\.[a-z0-9]+$'",
     ]
     for kind in CLASSES:
         lines.append(f"{kind} = [")

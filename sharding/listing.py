@@ -15,8 +15,10 @@ empty. Its fields:
 - `excluded`: the files and parquet rows without an `Item` (not hidden files, volumes of archives
   and the CSV tables), a dict: reason -> {"files": number, "first": the first `NAMED` names}.
 - `read_as`: a dict of numbers of images. A key is a rule, or a note that a table or row is missing.
-- `unmatched`: a list of texts, the rules that match no image. An optional `ignore` rule is never
-  listed, another optional rule only if no rule of its class (real or fake) matches an image.
+- `unmatched`: a list of texts, the rules that match no image, and the patterns of `group` if none
+  of them matches one. An optional `ignore` rule is never listed, another optional rule only if no
+  rule of its class (real or fake) matches an image.
+- `ungrouped`: how many images match no pattern of `group`, a text; "" if all or none do.
 
 A label comes from whole parts of the path, ignoring case, or from the columns of a table. An image
 that an `ignore` rule matches has no `Item`. Of several other rules that match, the one with the
@@ -42,6 +44,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.names import LINK
 from sharding.catalog import CatalogError, Rule, Source, shares
@@ -77,7 +80,8 @@ class Listing:
     items: list[Item] = field(default_factory=list)
     excluded: dict[str, dict[str, Any]] = field(default_factory=dict)
     read_as: dict[str, int] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)  # rules that match no file
+    unmatched: list[str] = field(default_factory=list)  # rules and patterns that match no file
+    ungrouped: str = ""
 
     def exclude(self, reason: str, name: str) -> None:
         """Count an excluded file, and keep the names of the first few."""
@@ -96,6 +100,35 @@ class _Compiled(NamedTuple):
     name: re.Pattern
     read_as: str
     destination: str
+
+
+@dataclass
+class _Grouping:
+    """Patterns that give a file its group, with the number of files that match one, or none."""
+
+    patterns: Sequence[re.Pattern]
+    matched: int = 0
+    unmatched: int = 0
+    first: str = ""  # of the files that match none
+
+    def group_of(self, name: str, origin: str, inside: str) -> str:
+        """Return the group of a file: what the first pattern that matches captures, or its path."""
+        if captured := next((m[1] for p in self.patterns if (m := p.search(origin))), None):
+            self.matched += 1
+            return f"{name}/{captured.lower()}"
+        self.unmatched += 1
+        self.first = self.first or inside
+        return origin.rpartition(".")[0]
+
+    def report(self, listing: Listing) -> None:
+        """Note in `listing` that no file, or not every file, matches a pattern."""
+        if self.patterns and not self.matched:
+            listing.unmatched += [f"group '{pattern.pattern}'" for pattern in self.patterns]
+        elif self.patterns and self.unmatched:
+            listing.ungrouped = (
+                f"{self.unmatched:,} of {counted(self.matched + self.unmatched, 'image')} match no "
+                f"`group` pattern (first: {self.first})"
+            )
 
 
 _PACKED_TABLE = "a table in an archive, which is not read; unpack it"
@@ -120,7 +153,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
         for rule in source.rules(label)
     ]
     ignored = [_compile(source, -1, rule) for rule in source.ignored()]
-    groups = [re.compile(pattern, re.IGNORECASE) for pattern in source.groups()]
+    groups = _Grouping([re.compile(pattern, re.IGNORECASE) for pattern in source.groups()])
     listing = Listing()
     used: set[str] = set()
     table = read_rows(source, raw, files)
@@ -160,6 +193,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             images += 1
             _list_file(name, source, file, claims, table, groups, listing)
     listing.unmatched = _unmatched([*rules, *ignored], used | listing.read_as.keys())
+    groups.report(listing)
     if images and not listing.items:
         _refuse_all(name, source, raw / root, listing)
     return listing
@@ -265,7 +299,7 @@ def _list_file(
     file: RawFile,
     claims: list[_Claim],
     table: Mapping[str, Mapping[str, str]],
-    groups: Sequence[re.Pattern],
+    groups: _Grouping,
     listing: Listing,
 ) -> None:
     if not claims:
@@ -284,8 +318,7 @@ def _list_file(
     claim = _decide(claims, file.inside)
     root = source.root or name
     origin = nfc(f"{root}/{file.inside}")  # the same on every machine
-    captured = next((m[1] for p in groups if (m := p.search(origin))), None)
-    group = f"{name}/{captured.lower()}" if captured else origin.rpartition(".")[0]
+    group = groups.group_of(name, origin, file.inside)
     _add(listing, claim, name, file, origin, file.member, group)
 
 

@@ -6,7 +6,7 @@ or written.
 - `catalog`: from `read_catalog()` of sharding/catalog.py.
 - `raw`, `out`: the folders of the raw data and of the sets, each a `Path` or `UPath`.
 - `tolerance`: a `Tolerance` (`max_bad`: the largest share of missing or unreadable images;
-  `allow_incomplete`: whether a catalog rule may match no image). Default: 1 %, and False.
+  `allow_incomplete`: whether a catalog rule, or `group`, may match no image). Default: 1 %, False.
 
 It raises `CatalogError` if the files contradict the catalog, `RawError` for a broken archive, and
 `OSError` if a folder cannot be read.
@@ -67,7 +67,7 @@ def find_sources(
 
     Raises:
         CatalogError: a layout does not fit the catalog, the number of images differs from
-            `expected`, or a rule matches no file.
+            `expected`, or a rule, or every pattern of `group`, matches no file.
     """
     scan = SourceScan()
     inventory = out / WORK_FOLDER / "inventory"
@@ -95,12 +95,14 @@ def find_sources(
 
 
 def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:
-    """Raise an error for rules without a file: they are misspelled, or the data are incomplete."""
+    """Raise an error for rules, or patterns of `group`, without a file: they are misspelled, or the
+    data are incomplete.
+    """
     shown = "; ".join(listing.unmatched[:4]) + ("; ..." if len(listing.unmatched) > 4 else "")
     raise CatalogError(
         f"source {name}: no file in {folder} matches {shown}{links_in(listing)}. Correct the rule "
-        "or complete the data. If this is intended, set optional = true in the rule or pass "
-        "--allow-incomplete"
+        "or pattern, or complete the data. If this is intended, set optional = true in the rule, "
+        "remove the pattern, or pass --allow-incomplete"
     )
 
 

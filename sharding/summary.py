@@ -107,6 +107,8 @@ def say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) ->
 def _say_what_was_excluded(scan: SourceScan) -> None:
     """Print the files that belong to no set, by source and reason."""
     for source, listing in (scan.listings | scan.empty).items():
+        if listing.ungrouped:
+            console.say(f"{source}: {listing.ungrouped}")
         if source in scan.empty:
             console.say(f"no image in source: {source}")
         for reason, entry in listing.excluded.items():

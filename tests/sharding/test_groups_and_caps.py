@@ -11,6 +11,7 @@ from sharding.__main__ import main
 from sharding.catalog import CatalogError, read_catalog
 from sharding.format import open_shards
 from sharding.listing import Listing, list_source
+from sharding.scan import find_sources
 from tests.builders import encode, photo
 from tests.raw_copies import image, parquet, put
 
@@ -86,6 +87,50 @@ def test_a_group_column_that_counts_from_0(tmp_path: Path) -> None:
     groups = [item.group for item in listing.items]
     assert len(groups) == 6 and groups[0] == groups[1] == groups[2]
     assert len(set(groups[2:])) == 4  # None is no group
+
+
+def test_a_group_pattern_that_matches_no_image_stops_the_build(tmp_path: Path) -> None:
+    put(tmp_path / "raw/mine/f", "a_1.png", "a_2.png", "b_1.jpg")
+    pattern = r"""group = '([^/]+)_[0-9]+\.jpeg$'"""
+    listing = listing_of(tmp_path, f'fake = ["f"]\n{pattern}\n')
+    assert listing.unmatched == [r"group '([^/]+)_[0-9]+\.jpeg$'"]
+    catalog = read_catalog([tmp_path / "catalog.toml"])
+    with pytest.raises(CatalogError, match=r"no file in .*/raw/mine matches group '.*--allow-inc"):
+        find_sources(catalog, tmp_path / "raw", tmp_path / "out")
+
+
+def test_one_of_several_group_patterns_must_match_an_image(tmp_path: Path) -> None:
+    put(tmp_path / "raw/mine/f", "a_1.png", "a_2.png", "b_1.jpg", "c.png")
+    patterns = r"""group = ['nothing/(.*)', '([^/]+)_[0-9]+\.png$']"""
+    listing = listing_of(tmp_path, f'fake = ["f"]\n{patterns}\n')
+    assert listing.unmatched == []
+    assert [item.group for item in listing.items] == ["mine/a", "mine/a", "mine/f/b_1", "mine/f/c"]
+    assert listing.ungrouped == "2 of 4 images match no `group` pattern (first: f/b_1.jpg)"
+    listing = listing_of(tmp_path, """fake = ["f"]\ngroup = 'f/(.)'\n""")
+    assert (listing.ungrouped, listing.unmatched) == ("", [])
+
+
+def test_a_build_prints_the_number_of_images_without_a_group(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "catalog.toml").write_text(CATALOG.format(cap="group = 'real/([0-9])'"))
+    arguments = ["--raw", raw, "--catalog", tmp_path / "catalog.toml", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, ["build", *map(str, arguments), "--jobs", "1"])
+    assert result.exit_code == 0, result.output
+    assert "mine: 60 of 120 images match no `group` pattern (first: fake/0.png)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            """real = [{ column = "image" }]\ngroup = '(a)'""",
+            "its rules read parquet tables",
+        ),
+        ('real = ["real"]\ngroup_column = "prompt"', "no rule reads a parquet table"),
+    ],
+)
+def test_a_group_key_that_no_rule_can_use_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(CatalogError, match=said):
+        listing_of(tmp_path, text)
 
 
 def test_a_table_without_a_column_of_a_rule_is_refused(tmp_path: Path) -> None:
