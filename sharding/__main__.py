@@ -311,12 +311,16 @@ def describe_command(folder: Path, out: Path) -> None:
     """Propose a catalog for the images in FOLDER, with classes from folder names."""
     if out.exists():
         raise click.ClickException(f"{out} exists; choose another --out, or remove it")
-    from sharding.describe import describe
+    from sharding.describe import describe, first_names
 
     description = describe(folder)
-    rows = [[path, kind, count] for path, (kind, count) in description.folders.items()]
-    rows += [[path, "?", count] for path, count in description.undecided.items()]
-    console.table(f"{folder}: classes by folder name", ["folder", "class", "images"], rows)
+    rows = [
+        [path, kind, count, first_names(description.holding[path])]
+        for path, (kind, count) in description.folders.items()
+    ]
+    rows += [[path, "?", count, "."] for path, count in description.undecided.items()]
+    columns = ["folder", "class", "images", "in its folders"]
+    console.table(f"{folder}: classes by folder name", columns, rows, drop=columns[3:])
     write_text(out, description.text)
     for reason, count in description.unread.items():
         console.say(f"excluded: {console.counted(count, 'image')}: {reason}")

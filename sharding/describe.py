@@ -6,6 +6,8 @@ written to disk. Its fields:
 - `text`: the catalog as TOML.
 - `folders`: dict from each folder whose name decides a class (path below `folder`) to a pair: the
   class, "real" or "fake", and the number of images that it decides, also in its subfolders.
+- `holding`: dict from each of these folders to the list of the folders, below it, that hold the
+  images ("." is the folder itself).
 - `undecided`: dict from each folder without a class to its number of images ("." is `folder`).
 - `unread`: dict from each reason why images cannot be read to their number.
 
@@ -13,18 +15,26 @@ written to disk. Its fields:
 root of a source (such as a name with a control character). A broken zip archive raises `RawError`,
 a folder that is missing or cannot be read `OSError`.
 
+`first_names(names)` returns the first few of a list of names, and the number of the others.
+
 `WORDS` are two sets of words, such as "photo" for real and "generated" for fake. The names in the
 path of a folder are read from the deepest to the top. The first name with words of only one class
-decides, but not a word for content, such as "human", below a name for fakes. If there is none, the
-folder is undecided. The catalog has two lines for it, one under each class, both commented out; a
-person removes the `#` of the right one. Such a line also labels the undecided folders below, which
-a third line for each of them, under `ignore`, can leave out. A person has to check the whole
-catalog. The source and its sets have the name of the folder, with `my-` before it if the catalogs
+decides, but not a word for content, such as "human", below a name for fakes. If another name in the
+path has a word of the other class, it decides only if the deepest name that is exactly that of a
+class (`EXACT`, such as "0_real"; "nature" beside "ai") agrees. A name such as "non_ai" decides
+nothing, nor do the names above it.
+
+If no name decides, the folder is undecided. The catalog has two lines for it, one under each class,
+both commented out; a person removes the `#` of the right one. Such a line also labels the undecided
+folders below, which a third line for each of them, under `ignore`, can leave out. That third line
+is active for an undecided folder inside of a decided one. A person has to check the whole catalog.
+The source and its sets have the name of the folder, with `my-` before it if the catalogs
 of this program (`SHIPPED`) have that name: the source would inherit the other keys there.
 """
 
 import re
 from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -50,11 +60,22 @@ WORDS = (
 )  # fmt: skip
 """Words that indicate a class, by label."""
 
+EXACT = (
+    frozenset("real reals authentic".split()),
+    frozenset("fake fakes ai aigc synthetic generated artificial deepfake deepfakes".split()),
+)
+"""Words that may be the whole name of a folder of one class, by label; digits do not count."""
+
+_NEUTRAL = frozenset({"", "image", "images"})
+
+_NEGATIONS = frozenset({"no", "non", "not", "un"})
+
 _CONTENT = frozenset("nature natural photo photos photograph photographs human".split())
 """Words for real images that also say what generated images show."""
 
 _GENERIC = frozenset(
-    "fake fakes ai aigc synthetic synth generated artificial images image 1".split()
+    "fake fakes ai aigc synthetic synth generated artificial images image 1 "
+    "train val valid validation test".split()
 )
 
 
@@ -64,6 +85,7 @@ class Description:
 
     text: str
     folders: dict[str, tuple[str, int]]  # folder -> (class, images)
+    holding: dict[str, list[str]]  # folder -> folders below it with its images
     undecided: dict[str, int]  # folder -> images
     unread: dict[str, int]  # reason -> images that cannot be read
 
@@ -94,35 +116,81 @@ def describe(folder: Path) -> Description:
             "zip archives"
         )
     folders: dict[str, tuple[str, int]] = {}
+    holding: dict[str, list[str]] = {}
     undecided: dict[str, int] = {}
     nested: Counter[str] = Counter()
+    every = {path for inside in images for path in _with_parents(inside)}
     for inside, count in sorted(images.items()):
-        label, decided = _class_of(inside)
+        label, decided = _class_of(inside, every)
         if label is None:
             undecided[inside or "."] = count
             continue
         folders[decided] = (CLASSES[label], folders.get(decided, ("", 0))[1] + count)
         nested[decided] += count if inside != decided else 0
-    return Description(
-        _catalog(folder, folders, undecided, nested), folders, undecided, dict(unread)
-    )
+        holding.setdefault(decided, []).append(inside[len(decided) + 1 :] or ".")
+    text = _catalog(folder, folders, undecided, nested)
+    return Description(text, folders, holding, undecided, dict(unread))
 
 
-def _class_of(inside: str) -> tuple[int | None, str]:
-    """Return a folder's label, and its path up to the deepest part that names one class."""
-    parts = inside.split("/") if inside else []
-    for depth in range(len(parts), 0, -1):
-        words = set(re.split(r"[^a-z]+", parts[depth - 1].lower()))
-        spoken = [label for label, known in enumerate(WORDS) if words & known]
-        if len(spoken) == 1 and not (words & _CONTENT and _is_fake(parts[: depth - 1])):
-            return spoken[0], "/".join(parts[:depth])
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names of a list, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _with_parents(inside: str) -> list[str]:
+    """Return the lower-case paths of a folder and of those that contain it."""
+    path = PurePosixPath(inside.lower())
+    return [str(each) for each in (path, *path.parents)]
+
+
+def _class_of(inside: str, folders: Set[str]) -> tuple[int | None, str]:
+    """Return a folder's label, and its path up to the name that decides; (None, "") if undecided.
+    `folders` are the lower-case paths of all folders.
+    """
+    parts = inside.lower().split("/") if inside else []
+    names = [_Name(part) for part in parts]
+    for depth, part in enumerate(parts):
+        above = "/".join(parts[:depth])
+        beside = [str(PurePosixPath(above, other)) for other in ("ai", "fake")]
+        if part == "nature" and not folders.isdisjoint(beside):
+            names[depth].exact = 0
+    for depth in range(len(names), 0, -1):
+        name = names[depth - 1]
+        if name.negated:
+            break
+        if len(name.labels) != 1 or (
+            name.words & _CONTENT and name.exact is None and _is_fake(names[: depth - 1])
+        ):
+            continue
+        (label,) = name.labels
+        exact = next((each.exact for each in reversed(names) if each.exact is not None), None)
+        if exact != label and any(each.labels - {label} for each in names):
+            break
+        return label, "/".join(inside.split("/")[:depth])
     return None, ""
 
 
-def _is_fake(parts: list[str]) -> bool:
-    """Return whether a part of the path names only fakes: `fake/human` is no folder of reals."""
-    named = [set(re.split(r"[^a-z]+", part.lower())) for part in parts]
-    return any(words & WORDS[1] and not words & WORDS[0] for words in named)
+class _Name:
+    """Name of a folder: its words, the labels that they indicate, and the one that is its name."""
+
+    def __init__(self, part: str) -> None:
+        words = re.split(r"[^a-z]+", part)
+        self.words = set(words)
+        self.labels = {label for label, known in enumerate(WORDS) if self.words & known}
+        told = self.words - _NEUTRAL
+        self.exact = next((label for label in (0, 1) if told and told <= EXACT[label]), None)
+        known = WORDS[0] | WORDS[1]
+        self.negated = any(
+            word in _NEGATIONS and known.intersection(words[at:]) for at, word in enumerate(words)
+        )
+        if self.negated:
+            self.labels = {0, 1}
+
+
+def _is_fake(names: Sequence[_Name]) -> bool:
+    """Return whether a name stands only for fakes: `fake/human` is no folder of reals."""
+    return any(name.labels == {1} for name in names)
 
 
 def _catalog(
@@ -168,10 +236,15 @@ def _catalog(
             lines.append(f"    # {{ folder = {toml_string(path)} }},  # {images}{note}: {kind}?")
         lines.append("]")
     # A rule for a folder applies to those below it, and `ignore` also to those with a class.
+    labeled = [path for path in undecided if any(_is_below(path, outer) for outer in folders)]
     inner = [path for path in undecided if any(_is_below(path, outer) for outer in undecided)]
     inner = [path for path in inner if not any(_is_below(decided, path) for decided in folders)]
-    if inner:
+    inner = [path for path in inner if path not in labeled]
+    if labeled or inner:
         lines.append("ignore = [")
+        for path in labeled:
+            images = counted(undecided[path], "image")
+            lines.append(f"    {toml_string(path)},  # {images}: remove this when you decide")
         for path in inner:
             images = counted(undecided[path], "image")
             lines.append(f"    # {toml_string(path)},  # {images} that no rule may label?")

@@ -1,0 +1,84 @@
+"""Tests of `describe()`: the classes that it reads from folder names, and what it leaves open."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sharding.__main__ import main
+from sharding.catalog import read_catalog
+from sharding.describe import describe
+from sharding.listing import list_source
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Create empty files: `describe` reads only their names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("imagenet_ai_0419_biggan/train/nature", "?"),
+        ("midjourney/nature", "?"),
+        ("web/non_ai", "?"), ("web/not-ai", "?"), ("no ai", "?"), ("real/no_ai", "?"),
+        ("no_ai/real", "real"),
+        ("fake/real_esrgan", "?"), ("fake/original_prompts", "?"), ("real/fake_smiles", "?"),
+        ("real_vs_fake/train/real", "real"), ("real_vs_fake/0_real", "real"),
+        ("real_vs_fake/photos", "?"), ("real and fake", "?"),
+        ("Human Faces/AI-Generated Images", "fake"), ("fake/human", "fake"),
+        ("fake/flux portraits/human", "fake"), ("ai art/flux", "fake"), ("My Photos/2019", "real"),
+        ("photo_no_3", "real"), ("nature", "real"), ("misc", "?"),
+    ],
+)  # fmt: skip
+def test_a_class_is_never_guessed_against_another_word_of_the_path(
+    tmp_path: Path, path: str, kind: str
+) -> None:
+    touch(tmp_path / "d", f"{path}/a.png")
+    description = describe(tmp_path / "d")
+    assert ({kind for kind, _count in description.folders.values()} or {"?"}) == {kind}
+    assert (path in description.undecided) == (kind == "?")
+
+
+def test_nature_beside_ai_is_real_and_the_generator_is_no_split(tmp_path: Path) -> None:
+    """The layout in which GenImage is published."""
+    for part in ("train", "val"):
+        for kind in ("nature", "ai"):
+            touch(tmp_path / "g", f"imagenet_ai_0419_biggan/{part}/{kind}/a.png")
+    description = describe(tmp_path / "g")
+    assert {path: kind for path, (kind, _) in description.folders.items()} == {
+        f"imagenet_ai_0419_biggan/{part}/{name}": kind
+        for part in ("train", "val")
+        for name, kind in (("nature", "real"), ("ai", "fake"))
+    }
+    assert 'generator = "train"' not in description.text
+    assert 'generator = "imagenet-0419-biggan"' in description.text
+
+
+def test_an_undecided_folder_in_one_with_a_class_is_ignored_until_it_is_decided(
+    tmp_path: Path,
+) -> None:
+    """A rule for a folder labels those below it too."""
+    touch(tmp_path / "d", "fake/a.png", "fake/real_esrgan/b.png", "real/c.png")
+    description = describe(tmp_path / "d")
+    assert description.undecided == {"fake/real_esrgan": 1}
+    (tmp_path / "c.toml").write_text(description.text)
+    catalog = read_catalog([tmp_path / "c.toml"])
+    listing = list_source("d", catalog.sources["d"], tmp_path)
+    assert [(item.origin, item.label) for item in listing.items] == [
+        ("d/fake/a.png", 1), ("d/real/c.png", 0),
+    ]  # fmt: skip
+
+
+def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "sdxl/a/1.png", "sdxl/b/2.png", "sdxl/3.png", "real/4.png")
+    touch(tmp_path / "d", *(f"flux/{number}/1.png" for number in range(9)))
+    arguments = ["describe", str(tmp_path / "d"), "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("│")] for line in result.output.splitlines()]
+    assert ["", "sdxl", "fake", "3", "., a, b", ""] in rows
+    assert ["", "flux", "fake", "9", "0, 1, 2 and 6 more", ""] in rows
+    assert ["", "real", "real", "1", ".", ""] in rows
