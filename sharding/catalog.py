@@ -52,7 +52,8 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
   `group_column`: the same for equal values of a parquet column. Without them, files that differ
   only in their suffix, and images of one table row, are a group.
 - `table`: names the CSV files, which have one row per image: `name` (a pattern of the CSV files'
-  names) and `key` (the column with the images' file names).
+  names) and `key` (the column with the images' file names). They must be there, and a rule with
+  `where` takes no file without a row. With `optional = true`, folders label files without a row.
 - `fetch`: the download, a table with exactly one of these keys: `hub` or `kaggle` (name of a
   dataset there; `files` is a list of patterns of the files to take), `urls` (list of addresses),
   `git` (a table, see below), `by_hand` (text: what a person has to do). It may have `sha256`, a
@@ -113,7 +114,8 @@ class Rule:
     match within a part, `**` matches any number of parts, and `<generator>` matches one part,
     which becomes the generator. `name` is a pattern for the file name. With `column`, the files are
     parquet tables and the images are in that column. `where` gives columns and the values that
-    they must have, in the parquet row or in the file's row of the source's `table`. A text value
+    they must have, in the parquet row or in the file's row of the source's `table` (a file without
+    a row is not taken, unless the table is optional). A text value
     for an integer column is a class name, looked up in the metadata of the parquet table. A
     `generator` in angle brackets is the parquet column that contains the generator. A rule that
     matches no file stops a build, unless `optional` is true.
@@ -143,10 +145,15 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """CSV files with one row per image; `name` is their pattern, `key` the column of file names."""
+    """CSV files with one row per image; `name` is their pattern, `key` the column of file names.
+
+    The CSV files must be there, and a rule with `where` never takes a file without a row. If
+    `optional` is true, it labels such a file by its folder, and the CSV files may be missing.
+    """
 
     name: str
     key: str
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -300,7 +300,10 @@ def _rules_of(source: Source) -> dict[str, Any]:
     }  # fmt: skip
     return rules | {
         "ignore": [[rule.folder, rule.name] for rule in source.ignored()],
-        "table": [source.table.name, source.table.key] if source.table else [],
+        # Earlier builds treated every table as an optional one.
+        "table": [table.name, table.key, *([] if table.optional else ["required"])]
+        if (table := source.table)
+        else [],
         "group": source.groups(),
         "group_column": source.group_column,
         "cap": dict(source.cap),

@@ -36,7 +36,7 @@ import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,11 +46,18 @@ import pyarrow.parquet as pq
 
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.names import LINK
-from sharding.catalog import CatalogError, Rule, Source, shares
+from imaging.names import LINK, utf8_name
+from sharding.catalog import CatalogError, Rule, Source, Table, shares
 from sharding.format import CLASSES
 from sharding.raw import VOLUME, RawError, RawFile, nfc, walk
-from sharding.tables import agrees, equal_to, naming_damage, read_rows, texts_of
+from sharding.tables import (
+    LabelRows,
+    agrees,
+    equal_to,
+    naming_damage,
+    read_rows,
+    texts_of,
+)
 from storage import AnyPath
 
 NAMED = 5
@@ -157,8 +164,8 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     listing = Listing()
     used: set[str] = set()
     table = read_rows(source, raw, files)
-    if source.table and not table:
-        listing.read_as[f"no table {source.table.name}: labels by folder"] = 0
+    if table and table.table.optional and not table.rows:
+        listing.read_as[f"no table {table.table.name}: labels by folder"] = 0
     on_files = [rule for rule in rules if not rule.rule.column]
     on_cells = [rule for rule in rules if rule.rule.column]
     images = 0
@@ -173,7 +180,8 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
         claims = _fitting(on_files, inside, base)
         ignoring = _fitting(ignored, inside, base)
         if suffix in IMAGE_SUFFIXES:
-            used.update(claim.compiled.read_as for claim in (*ignoring, *claims))
+            always = [claim for claim in claims if not claim.compiled.rule.where]
+            used.update(claim.compiled.read_as for claim in (*ignoring, *always))
         if ignoring:
             listing.exclude("the catalog ignores it", file.inside)
         elif file.excluded == VOLUME:
@@ -194,6 +202,8 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             _list_file(name, source, file, claims, table, groups, listing)
     listing.unmatched = _unmatched([*rules, *ignored], used | listing.read_as.keys())
     groups.report(listing)
+    if images and table and not (table.csv_files or table.table.optional):
+        _refuse_missing_table(name, raw / root, table.table, files)
     if images and not listing.items:
         _refuse_all(name, source, raw / root, listing)
     return listing
@@ -225,6 +235,16 @@ def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> N
         f"source {name}: {root} contains images, but none matches the catalog ({wanted}, ...). "
         f"{entry['files']:,} files: {reason}; the first is {entry['first'][0]}. Was the source "
         "unpacked one folder too deep, or has its layout changed? Add rules in your own catalog"
+    )
+
+
+def _refuse_missing_table(name: str, root: AnyPath, table: Table, files: Sequence[RawFile]) -> None:
+    """Raise an error that names the CSV files which are there instead of the source's table."""
+    there = [utf8_name(file.inside) for file in files if file.inside.lower().endswith(".csv")]
+    instead = f", which has {', '.join(there[:4])}" if there else ", and no other CSV file"
+    raise CatalogError(
+        f"source {name} has no {table.name} below {root}{instead}; correct `table`, or set "
+        "optional = true in it to label files without a row by their folders"
     )
 
 
@@ -298,28 +318,37 @@ def _list_file(
     source: Source,
     file: RawFile,
     claims: list[_Claim],
-    table: Mapping[str, Mapping[str, str]],
+    table: LabelRows | None,
     groups: _Grouping,
     listing: Listing,
 ) -> None:
     if not claims:
         listing.exclude("in no folder the catalog names", file.inside)
         return
-    row = table.get(nfc(file.inside.rpartition("/")[2]).lower())
-    if row is not None:
-        agreeing = [claim for claim in claims if agrees(claim.compiled.rule, row)]
-        if not agreeing:
-            listing.exclude("its folder and its row in the table disagree", file.inside)
+    if table:
+        claims, reason = _by_row(claims, file.inside, table)
+        if not claims:
+            listing.exclude(reason, file.inside)
             return
-        claims = agreeing
-    elif table:
-        note = "no row in the table: labeled by folder"
-        listing.read_as[note] = listing.read_as.get(note, 0) + 1
+        if reason == table.no_row and table.rows:
+            note = "no row in the table: labeled by folder"
+            listing.read_as[note] = listing.read_as.get(note, 0) + 1
     claim = _decide(claims, file.inside)
     root = source.root or name
     origin = nfc(f"{root}/{file.inside}")  # the same on every machine
     group = groups.group_of(name, origin, file.inside)
     _add(listing, claim, name, file, origin, file.member, group)
+
+
+def _by_row(claims: list[_Claim], inside: str, table: LabelRows) -> tuple[list[_Claim], str]:
+    """Return the claims that the row of a file leaves, and why there is no other one."""
+    row = table.row_of(inside)
+    if not isinstance(row, str):
+        agreeing = [claim for claim in claims if agrees(claim.compiled.rule, row)]
+        return agreeing, "its folder and its row in the table disagree"
+    if table.table.optional and row == table.no_row:
+        return claims, row
+    return [claim for claim in claims if not claim.compiled.rule.where], row
 
 
 def _add(

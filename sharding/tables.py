@@ -1,8 +1,9 @@
 """Read the tables of a raw dataset: CSV files with a row per image, and columns of parquet files.
 
-- `read_rows(source, raw, files)` returns the rows of the CSV files that `source.table` names.
-  `source` is a `Source`, `raw` the folder of the raw datasets (`Path` or `UPath`), and `files` the
-  list of the source's `RawFile`s (`walk()` of sharding/raw.py).
+- `read_rows(source, raw, files)` returns the rows of the CSV files that `source.table` names, as
+  `LabelRows`, or None if it names none. `source` is a `Source`, `raw` the folder of the raw
+  datasets (`Path` or `UPath`), and `files` the list of the source's `RawFile`s (`walk()` of
+  sharding/raw.py). `row_of(inside)` of the rows returns the row of a file, or why it has none.
 - `agrees(rule, row)` returns whether a row has the values that `where` of a `Rule` demands.
 - `equal_to(values, column, value, path)` takes a pyarrow table and the path to name in errors. It
   returns a mask of the rows whose `column` has a value. `texts_of(values, column, path)` returns
@@ -17,6 +18,7 @@ import contextlib
 import csv
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from escape import reason_of
-from sharding.catalog import CatalogError, Rule, Source
+from sharding.catalog import CatalogError, Rule, Source, Table
 from sharding.format import CLASSES
 from sharding.raw import RawFile, nfc
 from storage import AnyPath, parse_json
@@ -46,14 +48,46 @@ def naming_damage(path: AnyPath) -> Iterator[None]:
         ) from error
 
 
-def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> dict[str, dict[str, str]]:
-    """Read the CSV tables of a source: rows by file name in lower case; empty without a table."""
+@dataclass
+class LabelRows:
+    """Rows of the CSV files of a source, by the name of their image.
+
+    `no_row` is the reason for a file without a row. `csv_files` counts the CSV files.
+    """
+
+    table: Table
+    rows: dict[str, dict[str, str] | None] = field(default_factory=dict)  # None: they differ
+    example: str = ""
+    csv_files: int = 0
+
+    @property
+    def no_row(self) -> str:
+        """Return the reason for a file without a row."""
+        example = f", such as {self.example[:40]!r}" if self.example else ""
+        return f"no row in {self.table.name} for its name (key column {self.table.key!r}{example})"
+
+    def add(self, named: str, row: Mapping[str, str]) -> None:
+        """Add the row of the image `named`."""
+        self.example = self.example or named
+        key = nfc(PurePosixPath(named.replace("\\", "/")).name).lower()
+        values = {column: value or "" for column, value in row.items() if column}
+        if self.rows.setdefault(key, values) != values:
+            self.rows[key] = None
+
+    def row_of(self, inside: str) -> Mapping[str, str] | str:
+        """Return the row of a file, or the reason why it has none."""
+        row = self.rows.get(nfc(inside.rpartition("/")[2]).lower(), self.no_row)
+        return "its rows in the table differ" if row is None else row
+
+
+def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> LabelRows | None:
+    """Read the CSV tables of a source; None if its catalog entry names none."""
     if not source.table:
-        return {}
+        return None
     pattern = source.table.name.lower()
     rules = [rule for label in range(len(CLASSES)) for rule in source.rules(label)]
     needed = {source.table.key}.union(*(rule.where for rule in rules if not rule.column))
-    rows: dict[str, dict[str, str]] = {}
+    rows = LabelRows(source.table)
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
             continue
@@ -61,6 +95,7 @@ def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> dict[st
             raise CatalogError(
                 f"{raw / file.path} is {file.excluded}, expected a table; put the file itself there"
             )
+        rows.csv_files += 1
         with (
             naming_damage(raw / file.path),
             (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
@@ -78,10 +113,7 @@ def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> dict[st
                         f"{raw / file.path} ends line {reader.line_num} before the column "
                         f"{source.table.key!r}, so it is damaged; fetch it again"
                     )
-                key = nfc(PurePosixPath(named.replace("\\", "/")).name).lower()
-                values = {column: value or "" for column, value in row.items() if column}
-                if rows.setdefault(key, values) != values:
-                    rows[key] = {}  # rows differ: excluded, no rule agrees
+                rows.add(named, row)
     return rows
 
 

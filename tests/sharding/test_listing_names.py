@@ -142,7 +142,7 @@ def with_tables(tmp_path: Path) -> Path:
     (tmp_path / "catalog.toml").write_text(
         '[sets]\nm = "test"\n[sources.mine]\nlicense = "x"\nset = "m"\n'
         'real = [{ name = "*" }, { column = "image", optional = true }]\n'
-        'table = { name = "*.csv", key = "filename" }\n'
+        'table = { name = "*.csv", key = "filename", optional = true }\n'
     )
     folder = tmp_path / "raw/mine"
     folder.mkdir(parents=True)
