@@ -52,8 +52,9 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
   `group_column`: the same for equal values of a parquet column. Without them, files that differ
   only in their suffix, and images of one table row, are a group.
 - `table`: names the CSV files, which have one row per image: `name` (a pattern of the CSV files'
-  names) and `key` (the column with the images' file names). They must be there, and a rule with
-  `where` takes no file without a row. With `optional = true`, folders label files without a row.
+  names) and `key` (the column with the images' file names, or the ends of their paths). They must
+  be there, and a rule with `where` takes no file without a row. With `optional = true`, folders
+  label files without a row.
 - `fetch`: the download, a table with exactly one of these keys: `hub` or `kaggle` (name of a
   dataset there; `files` is a list of patterns of the files to take), `urls` (list of addresses),
   `git` (a table, see below), `by_hand` (text: what a person has to do). It may have `sha256`, a
@@ -147,6 +148,7 @@ class Rule:
 class Table:
     """CSV files with one row per image; `name` is their pattern, `key` the column of file names.
 
+    If a name there has a folder, the row is for the files whose path ends so, in whole parts.
     The CSV files must be there, and a rule with `where` never takes a file without a row. If
     `optional` is true, it labels such a file by its folder, and the CSV files may be missing.
     """

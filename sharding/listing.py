@@ -36,6 +36,7 @@ import hashlib
 import json
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -168,11 +169,11 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
         listing.read_as[f"no table {table.table.name}: labels by folder"] = 0
     on_files = [rule for rule in rules if not rule.rule.column]
     on_cells = [rule for rule in rules if rule.rule.column]
+    if table and not table.table.optional:
+        table.shared = _shared_keys(table, root, files, on_files, ignored)
     images = 0
     for file in files:
-        folder, _, base = nfc(file.inside).rpartition("/")
-        inside = f"{folder}/".lower() if folder else ""
-        suffix = posixpath.splitext(base)[1].lower()
+        inside, base, suffix = _split(file)
         if source.table and fnmatch.fnmatch(base.lower(), source.table.name.lower()):
             if file.member:
                 listing.exclude(_PACKED_TABLE, file.inside)
@@ -274,6 +275,12 @@ def _part_pattern(part: str) -> str:
     )
 
 
+def _split(file: RawFile) -> tuple[str, str, str]:
+    """Return the folder of a file as `folder_pattern` expects it, its name, and its suffix."""
+    folder, _, base = nfc(file.inside).rpartition("/")
+    return f"{folder}/".lower() if folder else "", base, posixpath.splitext(base)[1].lower()
+
+
 class _Claim(NamedTuple):
     """Rule that matches a file, with the depth of the match and the generator."""
 
@@ -326,7 +333,7 @@ def _list_file(
         listing.exclude("in no folder the catalog names", file.inside)
         return
     if table:
-        claims, reason = _by_row(claims, file.inside, table)
+        claims, reason = _by_row(claims, f"{source.root or name}/{file.inside}", table)
         if not claims:
             listing.exclude(reason, file.inside)
             return
@@ -340,9 +347,26 @@ def _list_file(
     _add(listing, claim, name, file, origin, file.member, group)
 
 
-def _by_row(claims: list[_Claim], inside: str, table: LabelRows) -> tuple[list[_Claim], str]:
+def _shared_keys(
+    table: LabelRows,
+    root: str,
+    files: Sequence[RawFile],
+    rules: Sequence[_Compiled],
+    ignored: Sequence[_Compiled],
+) -> set[str]:
+    """Return the keys without a folder that are those of several images: of one, but not which."""
+    keys = Counter[str]()
+    for file in files:
+        inside, base, suffix = _split(file)
+        if suffix in IMAGE_SUFFIXES and _fitting(rules, inside, base):
+            if not _fitting(ignored, inside, base):
+                keys[table.key_of(f"{root}/{file.inside}")] += 1
+    return {key for key, count in keys.items() if count > 1 and "/" not in key} - {""}
+
+
+def _by_row(claims: list[_Claim], path: str, table: LabelRows) -> tuple[list[_Claim], str]:
     """Return the claims that the row of a file leaves, and why there is no other one."""
-    row = table.row_of(inside)
+    row = table.row_of(path)
     if not isinstance(row, str):
         agreeing = [claim for claim in claims if agrees(claim.compiled.rule, row)]
         return agreeing, "its folder and its row in the table disagree"

@@ -3,7 +3,7 @@
 - `read_rows(source, raw, files)` returns the rows of the CSV files that `source.table` names, as
   `LabelRows`, or None if it names none. `source` is a `Source`, `raw` the folder of the raw
   datasets (`Path` or `UPath`), and `files` the list of the source's `RawFile`s (`walk()` of
-  sharding/raw.py). `row_of(inside)` of the rows returns the row of a file, or why it has none.
+  sharding/raw.py). `row_of(path)` of the rows returns the row of a file, or why it has none.
 - `agrees(rule, row)` returns whether a row has the values that `where` of a `Rule` demands.
 - `equal_to(values, column, value, path)` takes a pyarrow table and the path to name in errors. It
   returns a mask of the rows whose `column` has a value. `texts_of(values, column, path)` returns
@@ -50,13 +50,16 @@ def naming_damage(path: AnyPath) -> Iterator[None]:
 
 @dataclass
 class LabelRows:
-    """Rows of the CSV files of a source, by the name of their image.
+    """Rows of the CSV files of a source, by the name or path of their image in lower case.
 
-    `no_row` is the reason for a file without a row. `csv_files` counts the CSV files.
+    A row is for the files whose path ends with its key, in whole parts; of several such rows, the
+    one with the longest key. `shared` are keys without a folder that several files would have.
+    `csv_files` counts the CSV files.
     """
 
     table: Table
-    rows: dict[str, dict[str, str] | None] = field(default_factory=dict)  # None: they differ
+    rows: dict[str, dict[str, str] | None] = field(default_factory=dict)  # None: they contradict
+    shared: set[str] = field(default_factory=set)
     example: str = ""
     csv_files: int = 0
 
@@ -69,15 +72,27 @@ class LabelRows:
     def add(self, named: str, row: Mapping[str, str]) -> None:
         """Add the row of the image `named`."""
         self.example = self.example or named
-        key = nfc(PurePosixPath(named.replace("\\", "/")).name).lower()
+        key = nfc(str(PurePosixPath(named.replace("\\", "/")))).lower().lstrip("/")
         values = {column: value or "" for column, value in row.items() if column}
         if self.rows.setdefault(key, values) != values:
             self.rows[key] = None
 
-    def row_of(self, inside: str) -> Mapping[str, str] | str:
+    def key_of(self, path: str) -> str:
+        """Return the key of the row of a file, or "" if it has none."""
+        key = nfc(path).lower()
+        while key and key not in self.rows:
+            key = key.partition("/")[2]
+        return key
+
+    def row_of(self, path: str) -> Mapping[str, str] | str:
         """Return the row of a file, or the reason why it has none."""
-        row = self.rows.get(nfc(inside.rpartition("/")[2]).lower(), self.no_row)
-        return "its rows in the table differ" if row is None else row
+        key = self.key_of(path)
+        if key in self.shared:
+            return "several files have its name, and its row in the table has no folder"
+        if not key:
+            return self.no_row
+        row = self.rows[key]
+        return "its rows in the table contradict each other" if row is None else row
 
 
 def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> LabelRows | None:

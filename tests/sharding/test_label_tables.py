@@ -68,3 +68,40 @@ def test_a_condition_that_no_row_meets_is_a_rule_without_a_file(tmp_path: Path) 
     catalog = read_catalog([tmp_path / "catalog.toml"])
     with pytest.raises(CatalogError, match=r"matches fake: \*\* label=1\. Correct the rule"):
         find_sources(catalog, tmp_path / "raw", tmp_path / "out")
+
+
+def test_a_key_with_a_folder_names_a_file_of_that_folder(tmp_path: Path) -> None:
+    csv = "id,label\na/0.png,0\nb\\0.png,1\n./a/1.png,1\ns/top/2.png,0\na/b/3.png,0\n"
+    images = ("a/0.png", "b/0.png", "x/a/1.png", "b/1.png", "top/2.png", "b/3.png", "ca/0.png")
+    write(tmp_path, csv, *images)
+    listing = listing_of(tmp_path)
+    assert labels(listing) == {"a/0.png": 0, "b/0.png": 1, "top/2.png": 0, "x/a/1.png": 1}
+    (reason,) = reasons(listing)
+    assert reason.startswith("no row in labels.csv")
+    assert reasons(listing)[reason] == ["b/1.png", "b/3.png", "ca/0.png"]
+
+
+def test_the_longest_key_decides(tmp_path: Path) -> None:
+    write(tmp_path, "id,label\n0.png,0\nb/0.png,1\n", "b/0.png", "c/0.png")
+    assert labels(listing_of(tmp_path)) == {"b/0.png": 1, "c/0.png": 0}
+
+
+def test_a_key_without_a_folder_names_no_two_files(tmp_path: Path) -> None:
+    csv = "id,label\n0.png,0\n1.png,1\n2.png,0\n"
+    write(tmp_path, csv, "a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.JPG", "thumbs/2.png")
+    rules = 'real = [{ folder = "a", where = { label = "0" } }, { folder = "b", where = { label = '
+    rules += '"0" } }]\nfake = [{ where = { label = "1" } }]\nignore = ["thumbs"]\n'
+    listing = listing_of(tmp_path, rules)
+    assert labels(listing) == {"a/1.png": 1, "a/2.png": 0}
+    several = "several files have its name, and its row in the table has no folder"
+    assert reasons(listing)[several] == ["a/0.png", "b/0.png"]
+    assert labels(listing_of(tmp_path, rules, ", optional = true")) == {
+        "a/0.png": 0, "b/0.png": 0, "a/1.png": 1, "a/2.png": 0, "b/1.JPG": 0,
+    }  # fmt: skip
+
+
+def test_rows_that_contradict_each_other_have_a_reason_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, "id,label\n0.png,0\n0.png,1\n1.png,1\n", "a/0.png", "a/1.png")
+    listing = listing_of(tmp_path, RULES, ", optional = true")
+    assert labels(listing) == {"a/1.png": 1}
+    assert reasons(listing) == {"its rows in the table contradict each other": ["a/0.png"]}
