@@ -323,7 +323,7 @@ def describe_command(folder: Path, out: Path) -> None:
     console.table(f"{folder}: classes by folder name", columns, rows, drop=columns[3:])
     write_text(out, description.text)
     for reason, count in description.unread.items():
-        console.say(f"excluded: {console.counted(count, 'image')}: {reason}")
+        console.say(f"excluded: {console.counted(count, 'file')}: {reason}")
     if description.undecided:
         folders = console.counted(len(description.undecided), "folder")
         console.say(f"{folders} without a class: uncomment a line for each, real or fake, in {out}")

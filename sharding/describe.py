@@ -9,7 +9,8 @@ written to disk. Its fields:
 - `holding`: dict from each of these folders to the list of the folders, below it, that hold the
   images ("." is the folder itself).
 - `undecided`: dict from each folder without a class to its number of images ("." is `folder`).
-- `unread`: dict from each reason why images cannot be read to their number.
+- `unread`: dict from each reason why images cannot be read to the number of files: images, and
+  files of other kinds that may hold images (`CONTAINERS`).
 
 `CatalogError` is raised if there is no image, or if the folder's name is not UTF-8 or cannot be the
 root of a source (such as a name with a control character). A broken zip archive raises `RawError`,
@@ -60,6 +61,12 @@ WORDS = (
 )  # fmt: skip
 """Words that indicate a class, by label."""
 
+CONTAINERS = frozenset(
+    ["", *".tar .tgz .gz .bz2 .xz .zst .7z .rar .parquet .arrow .tfrecord .mdb .h5 .hdf5".split(),
+     *".npy .npz .jxl .hif .heif .raw .dng .mp4 .mov .avi .mkv .webm".split()]
+)  # fmt: skip
+"""Suffixes of files that are not read but may hold images."""
+
 EXACT = (
     frozenset("real reals authentic".split()),
     frozenset("fake fakes ai aigc synthetic generated artificial deepfake deepfakes".split()),
@@ -87,7 +94,7 @@ class Description:
     folders: dict[str, tuple[str, int]]  # folder -> (class, images)
     holding: dict[str, list[str]]  # folder -> folders below it with its images
     undecided: dict[str, int]  # folder -> images
-    unread: dict[str, int]  # reason -> images that cannot be read
+    unread: dict[str, int]  # reason -> files that cannot be read
 
 
 def describe(folder: Path) -> Description:
@@ -104,7 +111,10 @@ def describe(folder: Path) -> Description:
     unread: Counter[str] = Counter()
     images: Counter[str] = Counter()
     for file in walk(folder.parent, folder.name):
-        if PurePosixPath(file.inside.lower()).suffix not in IMAGE_SUFFIXES:
+        suffix = PurePosixPath(file.inside.lower()).suffix
+        if suffix not in IMAGE_SUFFIXES:
+            if suffix in CONTAINERS:
+                unread[f"not an image by its name ({suffix or 'no extension'})"] += 1
             continue
         if file.excluded:
             unread[file.excluded] += 1

@@ -20,6 +20,8 @@ It returns a `PackedFolder`:
 - `train`, `validate`: the path of each set relative to `data`, a text: `folders/...`.
 - `train_counts`, `validate_counts`: each [number of real images, of fake images].
 - `shards_written`: the number of shards that this call wrote.
+- `left_out`: a list of lines, which `sharding build` prints too: the files and images of `folder`
+  that are in neither set, by reason.
 
 Errors, of which all but `OSError` are `ValueError`s:
 
@@ -49,7 +51,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
-from console import counted, log
+from console import counted
 from imaging.names import utf8_name
 from sharding.build import Progress, Tolerance, build, no_progress
 from sharding.catalog import (
@@ -61,6 +63,7 @@ from sharding.catalog import (
     toml_string,
 )
 from sharding.format import CLASSES
+from sharding.left_out import left_out
 from sharding.listing import links_in, list_source
 from storage import AnyPath, make_folder, write_text
 
@@ -86,7 +89,7 @@ class PackedFolder:
 
     `place` is the folder with both sets. `train` and `validate` are the paths of the sets below the
     folder of all sets, and the counts are their images per class, by label. `shards_written` is the
-    number of shards that this run wrote.
+    number of shards that this run wrote. `left_out` are lines on the files and images in no set.
     """
 
     name: str
@@ -96,6 +99,7 @@ class PackedFolder:
     train_counts: Sequence[int]
     validate_counts: Sequence[int]
     shards_written: int
+    left_out: Sequence[str]
 
 
 def pack_folder(
@@ -122,7 +126,7 @@ def pack_folder(
     _refuse_few(folder, sides, catalog)
     make_folder(place)
     write_text(place / CATALOG_FILE, text)
-    _, built = build(
+    scan, built = build(
         catalog, folder.parent, place,
         jobs=jobs, tolerance=Tolerance(MAX_BAD, allow_incomplete=True), progress=progress,
     )  # fmt: skip
@@ -145,6 +149,7 @@ def pack_folder(
         train_counts=train,
         validate_counts=validate,
         shards_written=sum(one.shards_written for one in built),
+        left_out=left_out(built, scan, place),
     )
 
 
@@ -218,5 +223,3 @@ def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
                 "validation), such as .jpg, .png or .webp files, in folders or zip archives"
                 f"{links_in(listing)}"
             )
-    if said := links_in(listing):
-        log.warning("%s: a part is left out%s", folder, said)

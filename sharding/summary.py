@@ -27,7 +27,8 @@ from sharding.audit.audit import Audit, advice_of
 from sharding.audit.match import Match
 from sharding.build import BuiltSet
 from sharding.catalog import Catalog
-from sharding.format import CLASSES, INDEX_FILE
+from sharding.format import CLASSES
+from sharding.left_out import files_left_out, left_out
 from sharding.pairs.run import Pairs
 from sharding.scan import SourceScan
 from storage import AnyPath
@@ -49,7 +50,8 @@ def say_what_is_missing(catalog: Catalog, scan: SourceScan, raw: AnyPath) -> Non
         f"Known sources, looked for in {raw}", ["source", "folder", "found", "get it from"], rows,
         drop=["folder"],
     )  # fmt: skip
-    _say_what_was_excluded(scan)
+    for line in files_left_out(scan):
+        console.say(line)
     parent = raw.parent
     option = shlex.join(["--raw", str(parent)])
     if any((parent / (source.root or name)).is_dir() for name, source in catalog.sources.items()):
@@ -88,34 +90,13 @@ def say_what_was_built(built: list[BuiltSet], scan: SourceScan, out: AnyPath) ->
     console.table(f"Shard sets in {out}", columns, rows, drop=least_first)
     if not any(built_set.shards_written for built_set in built):
         console.say(f"nothing to pack: {console.counted(len(built), 'set')} up to date")
-    for built_set in built:
-        for entry in built_set.index["quarantined"][:5]:
-            console.say(f"quarantined: {entry['path']}: {entry['reason']}")
-        if len(built_set.index["quarantined"]) > 5:
-            console.say(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
-        for reason, count in built_set.index["excluded"].items():
-            images = console.counted(count, "image")
-            console.say(f"excluded from {built_set.name}: {images}: {reason}")
-    _say_what_was_excluded(scan)
+    for line in left_out(built, scan, out):
+        console.say(line)
     for source, listing in scan.listings.items():
         for rule, count in listing.read_as.items():
             console.log.debug("%s: %s", source, f"{rule}: {count:,} images" if count else rule)
     if scan.packed_only:
         console.say(f"raw files gone, packed images kept: {', '.join(scan.packed_only)}")
-
-
-def _say_what_was_excluded(scan: SourceScan) -> None:
-    """Print the files that belong to no set, by source and reason."""
-    for source, listing in (scan.listings | scan.empty).items():
-        if listing.ungrouped:
-            console.say(f"{source}: {listing.ungrouped}")
-        if source in scan.empty:
-            console.say(f"no image in source: {source}")
-        for reason, entry in listing.excluded.items():
-            console.say(
-                f"excluded: {source}: {console.counted(entry['files'], 'file')}: {reason} "
-                f"(first: {entry['first'][0]})"
-            )
 
 
 def say_what_was_paired(pairs: Pairs, out: AnyPath) -> None:

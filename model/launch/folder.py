@@ -14,7 +14,7 @@ call it; rank 0 packs.
 It writes a training set `<name>`, a validation set `<name>-val` and `catalog.toml` into
 `folders/<name>-<hash>/` below `data`. `<name>` is made from the folder's name, `<hash>` from its
 full path. Another call with the same folder and `data` uses the packed sets again, and packs only
-what is new or changed in the folder.
+what is new or changed in the folder. The files and images that are left out are logged, by reason.
 
 It returns the recipe with these two sets. If the recipe also trains on old sets (replay), its own
 validation sets are kept beside the new one. The batch size in it is reduced if there are few
@@ -87,6 +87,8 @@ def with_folder(
         )
     packed = on_main(dist, lambda: pack_folder(folder, data, progress=image_progress))
     console.log.info("%s", _words_for(packed, folder))
+    for line in packed.left_out:
+        console.log.info("%s", line)
     samples, batch = sum(packed.train_counts), recipe.loading.batch_size
     most = max(1, samples // (FEWEST_STEPS * dist.world_size))
     if batch > most:

@@ -72,6 +72,15 @@ def test_an_undecided_folder_in_one_with_a_class_is_ignored_until_it_is_decided(
     ]  # fmt: skip
 
 
+def test_files_that_may_hold_images_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "real/a.png", "fake.tar", "train.parquet", "notes.txt", "a", "b")
+    assert describe(tmp_path / "d").unread == {
+        "not an image by its name (no extension)": 2,
+        "not an image by its name (.tar)": 1,
+        "not an image by its name (.parquet)": 1,
+    }
+
+
 def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
     touch(tmp_path / "d", "sdxl/a/1.png", "sdxl/b/2.png", "sdxl/3.png", "real/4.png")
     touch(tmp_path / "d", *(f"flux/{number}/1.png" for number in range(9)))

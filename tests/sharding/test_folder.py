@@ -127,13 +127,11 @@ def test_a_folder_that_cannot_be_trained_on_is_a_one_line_error(
     assert not list((tmp_path / "shards").rglob("index.json"))
 
 
-def test_links_to_folders_are_named(
-    mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_links_to_folders_are_named(mine: Path, tmp_path: Path) -> None:
     said = "REAL is a symbolic link, which is not followed: put the folder or file itself there"
     (mine / "1_fake/more").symlink_to("sdxl")
-    pack(mine, tmp_path / "shards")
-    assert "My Photos: a part is left out; 1_fake/more is a symbolic link, which" in caplog.text
+    (line,) = pack(mine, tmp_path / "shards").left_out
+    assert "1 file: a symbolic link, which is not followed (first: 1_fake/more)" in line
     (mine / "1_fake/more").unlink()
     (mine / "REAL").rename(tmp_path / "elsewhere")
     (mine / "REAL").symlink_to(tmp_path / "elsewhere")
@@ -145,6 +143,25 @@ def test_links_to_folders_are_named(
     )
     with pytest.raises(CatalogError, match=rf"matches real: REAL; {said}\. Correct the rule"):
         build(read_catalog([tmp_path / "c.toml"]), mine.parent, tmp_path / "out", jobs=1)
+
+
+def test_what_is_left_out_is_named_as_a_build_names_it(mine: Path, tmp_path: Path) -> None:
+    cut = (mine / "REAL/0.jpg").read_bytes()[:900]
+    (mine / "REAL/0.jpg").write_bytes(cut)
+    for name in ("REAL/copy.jpg", "1_fake/both.jpg"):
+        shutil.copy(mine / "REAL/1.jpg", mine / name)
+    shutil.copy(mine / "1_fake/200.jpg", mine / "1_fake/copy.jpg")
+    for name in ("1_fake/midjourney.tar", "1_fake/flux/a", "1_fake/flux/b"):
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_bytes(b"x")
+    packed = pack(mine, tmp_path / "shards")
+    lines = "\n".join(packed.left_out)
+    assert "quarantined: My Photos/REAL/0.jpg: " in lines
+    assert "3 images: the same bytes are labeled real and fake" in lines
+    assert "1 image: the same bytes as an image of my_photos" in lines
+    assert "excluded: my_photos: 1 file: not an image by its name (.tar) (first: 1_fake/m" in lines
+    assert "2 files: not an image by its name (no extension) (first: 1_fake/flux/a)" in lines
+    assert len(packed.left_out) == 5
 
 
 def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:

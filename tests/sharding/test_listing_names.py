@@ -83,7 +83,7 @@ def test_describe_counts_names_that_are_not_utf_8(tmp_path: Path) -> None:
         main, ["describe", str(tmp_path / "raw/mine"), "--out", str(catalog)]
     )
     assert result.exit_code == 0, result.output
-    assert "excluded: 5 images: a name that is not UTF-8; rename it" in result.output
+    assert "excluded: 5 files: a name that is not UTF-8; rename it" in result.output
     assert list(read_catalog([BUILT_IN, catalog]).sources["mine"].fake)
 
 

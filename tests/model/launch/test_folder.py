@@ -37,11 +37,13 @@ def run(folder: Path, *arguments: object) -> Result:
 
 
 def test_a_folder_becomes_a_detector(mine: Path, tiny_recipe: Path) -> None:
+    (mine / "fake/midjourney.tar").touch()
     result = run(mine, "--recipe", tiny_recipe, "--set", "run.epochs=1")
     assert result.exit_code == 0, result.output
     (place,) = (mine.parent / "shards/folders").iterdir()
     packed = next(line for line in result.stderr.splitlines() if " packed in " in line)
     assert packed.startswith(f"{mine} packed in {place}: ") and "held out (mine-val)" in packed
+    assert "excluded: mine: 1 file: not an image by its name (.tar) (first: fake/" in result.stderr
     assert "instead of 16, because there are few images" in result.stderr
     meta = checkpoint.read_meta(checkpoint.best_of(mine.parent / "runs/mine"))
     assert meta["recipe"]["data"]["train"] == [f"folders/{place.name}/mine"]
