@@ -261,7 +261,10 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
         console.say(fault)
     names = ", ".join(each.name for each in folders)
     if faults:
-        remedy = "Delete the damaged shards, if any, and build all sets again, without --set"
+        remedy = (
+            "Delete the damaged shards, if any, and build all sets again in one build, with the "
+            "--catalog of each and without --set"
+        )
         raise click.ClickException(
             f"{console.counted(len(faults), 'fault')} (listed above: {min(20, len(faults))}). "
             f"{remedy if damaged else 'Run the build again to pack what is missing'}"

@@ -27,12 +27,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import console
 from console import counted, log
-from escape import reason_of
 from sharding.catalog import Catalog
 from sharding.dedupe import Decision, decide
 from sharding.executor import Engine, run_all
@@ -47,7 +45,6 @@ from sharding.format import (
     TIMM_FILE,
     ShardError,
     content_sha256,
-    table_from,
     timm_info,
 )  # fmt: skip
 from sharding.inventory import (
@@ -59,10 +56,10 @@ from sharding.inventory import (
     take_inventory,
 )  # fmt: skip
 from sharding.lock import locked
+from sharding.overlaps import refuse_overlaps
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
     files_of,
-    packed_sets,
     packed_sources,
     read_record,
     refuse_foreign_files,
@@ -167,7 +164,8 @@ def build(
                 one.refuse_lacking_class()
         for one in builds.values():
             one.plan(out)
-        _refuse_overlaps(out, present, scan, inventory, decision, builds)
+        samples = {name: one.samples for name, one in builds.items()}
+        refuse_overlaps(out, present, scan, inventory, decision, samples)
         # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:
@@ -190,75 +188,6 @@ def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[st
     for source in scan.packed_only:
         names.update(*catalog.sources[source].destinations())
     return sorted(name for name in names if not only or name in only)
-
-
-def _refuse_overlaps(
-    out: AnyPath,
-    present: Sequence[str],
-    scan: SourceScan,
-    inventory: pa.Table,
-    decision: Decision,
-    builds: "dict[str, _SetBuild]",
-) -> None:
-    """Refuse a set of an earlier build that is not built now, if one of its images, or a duplicate
-    of one, is in a set that is built now. Log each set to which no image of its sources goes any
-    more, such as after its raw files were deleted.
-
-    Raises:
-        ShardError: an image, or its duplicate, would be in two sets; or the table of a set is
-            damaged.
-    """
-    work = out / WORK_FOLDER
-    losing = np.flatnonzero((decision.sets == "") & (decision.other >= 0))
-    winning = decision.sets[decision.other[losing]]
-    for name in packed_sets(out, work):
-        if name in builds:
-            continue
-        keys, hashes = _packed_images(out / name)
-        for one in builds.values():
-            lost = inventory.take(pa.array(losing[winning == one.name]))
-            names = map(sample_key, *(lost.column(n).to_pylist() for n in ("source", "origin")))
-            ties = (
-                (keys, one.samples.column("key").combine_chunks()),
-                (hashes, one.samples.column("sha256").combine_chunks()),
-                (keys, pa.array(names, pa.string())),
-            )
-            both = [pc.is_in(packed, here) for packed, here in ties]
-            count = pc.sum(pc.or_(pc.or_(*both[:2]), both[2])).as_py()
-            if not count:
-                continue
-            said = f"{count:,} of its images, or duplicates of them, would be in set {one.name} too"
-            if name in present:
-                raise ShardError(
-                    f"set {name} is out of date: {said}. Build it in the same run: add --set "
-                    f"{name}, or leave out --set (no set was changed)"
-                )
-            raise ShardError(
-                f"this build packs nothing into set {name}, and {said}. Correct the catalog, pass "
-                f"the --catalog of that set too, or delete {out / name} and build again (no set "
-                "was changed)"
-            )
-        if name not in present and not packed_sources(work / name).isdisjoint(scan.listings):
-            log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
-
-
-def _packed_images(folder: AnyPath) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Return the keys and hashes of the images of a packed set, empty if it is unfinished.
-
-    Raises:
-        ShardError: its table is damaged.
-    """
-    path = folder / SAMPLES_FILE
-    try:
-        table = table_from(path.read_bytes()) if path.exists() else SAMPLES_SCHEMA.empty_table()
-        return table.column("key"), table.column("sha256")
-    except (KeyError, pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = reason_of(error)
-        raise ShardError(
-            f"{path} is damaged ({reason}); delete {folder} and build it again"
-        ) from error
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:

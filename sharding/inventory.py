@@ -27,6 +27,8 @@ source, and `folder` a path:
   image has no row.
 - `forget(folder, source, path)` deletes the rows of the raw file `path` from `<source>.parquet`:
   the next build decodes it again.
+- `packed_prints(folder, source)` returns the columns `origin`, `group` and `thumbnail` of
+  `<source>.parquet`, a table, or None if there is no such file of this `FACTS_VERSION`.
 - `read_source(folder, name, source)` returns (table, `Listing`) of a source whose raw files are
   gone, or None if there is no `<name>.parquet`. It raises `ShardError` for a file with another
   `FACTS_VERSION`, or packed for other sets or by other rules than those of the catalog.
@@ -242,6 +244,14 @@ def forget(folder: AnyPath, source: str, path: str) -> None:
     table = _read(inventory)
     kept = table.filter(pc.not_equal(table.column("path"), path))
     write_atomically(inventory, lambda partial: pq.write_table(kept, partial))
+
+
+def packed_prints(folder: AnyPath, source: str) -> pa.Table | None:
+    """Read the groups and thumbnails of a source that an earlier build packed; None if unknown."""
+    path = folder / f"{source}.parquet"
+    if not path.exists() or _version_of(table := _read(path)) != FACTS_VERSION:
+        return None
+    return table.select(["origin", "group", "thumbnail"])
 
 
 def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, Listing] | None:

@@ -112,6 +112,31 @@ def test_new_duplicates_of_a_set_that_is_not_built_are_refused(
     assert len(open_shards([tmp_path / "out/tr"])) == 4
 
 
+def test_a_set_of_another_catalog_has_no_relatives_in_another_split(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(6))
+    put(tmp_path / "raw/b/fake", range(10, 14))
+    test = ("a", "a", '"te"', REAL)
+    pack(tmp_path, catalog(test, sets="te"))
+    train = ("b", "b", '"tr"', FAKE)
+    pack(tmp_path, catalog(train, sets="tr"))
+    put(tmp_path / "raw/b/fake", range(4, 6), "jpg")  # re-encoded images of the test set
+    said = "set te, and 2 of its images are near-duplicates of images of set tr, or .* but the "
+    said += "splits are test and train. .* pass the --catalog"
+    refused(tmp_path, said, catalog(train, sets="tr"))
+    pack(tmp_path, catalog(test, train, sets="te tr"))
+    assert len(open_shards([tmp_path / "out/tr"])) == 4
+
+
+def test_a_group_of_a_set_of_another_catalog_is_in_no_other_split(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    group = "\ngroup = '(real)'"
+    pack(tmp_path, catalog(("a", "a", '"te"', REAL + group), sets="te"))
+    put(tmp_path / "raw/a2/real", range(20, 23))
+    other = catalog(("a", "a2", '"tr"', REAL + group), sets="tr")
+    refused(tmp_path, "set te, and 4 of its images are near-duplicates .* or in a group", other)
+    pack(tmp_path, other.replace('= "train"', '= "test"').replace("tr", "te3"))
+
+
 def test_a_set_built_alone_loses_images_that_another_source_labels_otherwise(
     tmp_path: Path,
 ) -> None:
