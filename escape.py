@@ -66,7 +66,10 @@ def markdown(text: str) -> str:
 
 
 _LOGIN = re.compile(r"""(?:(?<=://)|(?<=^//))[^/\s"<>]*@""")
-_WEB_QUERY = re.compile(r"""(https?://[^\s'"<>?#]*[?#])[^\s'"<>]*[^\s'"<>,.:;)]""", re.IGNORECASE)
+# The lookahead ends a failed attempt at the next address, so that the cost is linear.
+_WEB_QUERY = re.compile(
+    r"""(https?://(?:(?!https?://)[^\s'"<>?#])*[?#])[^\s'"<>]*[^\s'"<>,.:;)]""", re.IGNORECASE
+)
 # The library requests writes addresses without their host, such as `/file?token=...`. A `?` in a
 # file pattern has no `=` after it.
 _ASSIGNMENTS = re.compile(r"""([?#])[^\s'"<>?#=]*=[^\s'"<>]*[^\s'"<>,.:;)]""")

@@ -78,6 +78,7 @@ TOML string, in quotes.
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -343,13 +344,17 @@ def _check_tables(values: Mapping[str, Any], file: Path) -> None:
     tables |= {f"sources.{name}": entry for name, entry in inner}
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise CatalogError(f"{file}: {name} is {table!r}, expected a table: [{name}]")
+            raise CatalogError(
+                f"{file}: {name} is {reprlib.repr(table)}, expected a table: [{name}]"
+            )
 
 
 def _read_excluded(file: Path, lists: Any) -> set[str]:
     """Read hash prefixes from the files that `exclude` names; `#` starts a comment."""
     if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
-        raise CatalogError(f"{file}: exclude is {lists!r}, expected a list of file names")
+        raise CatalogError(
+            f"{file}: exclude is {reprlib.repr(lists)}, expected a list of file names"
+        )
     hashes: set[str] = set()
     for name in lists:
         path = file.parent / name
