@@ -36,6 +36,9 @@ a context manager that adds the path to the error of a full disk. `check_reachab
 `OSError` if an address does not answer. `remote_errors(path, fault)` is a context manager that
 raises `OSError` for errors of an address's client. `check_inside(path, folder)` raises `ValueError`
 if the path is outside the folder.
+`read_plain(path, most)` returns the bytes of a whole file, `read_text(path, most)` its UTF-8 text.
+Both raise `RefusedFileError` (an `OSError`) for pipes, devices and more than `most` bytes.
+`open_plain(path)` is a context manager that opens a file, but no pipe and no device.
 `size_of(path)` returns bytes, or None if there is no file. `parse_json(text)` returns the value of
 a JSON text; it raises `ValueError`, also for one that is nested too deeply. `text_fault(error)`
 takes this error, or that of reading a text file, and describes it in words. `cores()` returns the
@@ -46,10 +49,12 @@ weights (the variable `DETECTOR_CACHE`, or a folder in the user's cache).
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -373,6 +378,60 @@ def _sync(path: Path) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
+
+
+MAX_FILE_BYTES, MAX_TABLE_BYTES = 256 * 2**20, 16 * 2**30
+"""Bytes of the largest file that is read whole: of text (an index, a catalog), of parquet."""
+
+
+class RefusedFileError(OSError):
+    """A file that is not read: it is no plain file, or too large."""
+
+
+@contextlib.contextmanager
+def open_plain(path: Path | str) -> Iterator[io.FileIO]:
+    """Open a file of this machine for reading, unbuffered.
+
+    Raises:
+        RefusedFileError: a pipe, a device or the like; reading it may wait forever or never end.
+        OSError: the file cannot be opened, or is a folder.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with io.FileIO(file) as stream:  # closes `file`
+        mode = os.fstat(file).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            reason = "not a plain file, but a pipe, a device or the like"
+            raise RefusedFileError(errno.EINVAL, reason, str(path))
+        yield stream
+
+
+def read_plain(path: AnyPath | str, most: int = MAX_FILE_BYTES) -> bytes:
+    """Read a whole plain file, or the file at an address, even if it grows. Use this in place of
+    `read_bytes` for a file that may be a stranger's.
+
+    Raises:
+        RefusedFileError: no plain file, or more than `most` bytes.
+        OSError: the file cannot be read.
+    """
+    remote = None if isinstance(path, str) or is_local(path) else path
+    pieces, left = [], most + 1
+    with remote.open("rb") if remote else open_plain(path) as stream:
+        size = most if remote else os.fstat(stream.fileno()).st_size
+        while left and size <= most and (piece := stream.read(min(left, max(size, 65_536)))):
+            pieces.append(piece)
+            left -= len(piece)
+    if (count := max(size, most + 1 - left)) > most:
+        reason = f"{count:,} bytes, more than the limit of {most:,}"
+        raise RefusedFileError(errno.EINVAL, reason, str(path))
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_text(path: AnyPath, most: int = MAX_FILE_BYTES) -> str:
+    """Read a UTF-8 text file by `read_plain`. Other bytes raise `UnicodeDecodeError`."""
+    return read_plain(path, most).decode("utf-8")
 
 
 def size_of(path: AnyPath) -> int | None:

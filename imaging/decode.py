@@ -15,7 +15,6 @@ import io
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ from imaging.orientation import (
 )
 from imaging.quiet import silence_pillow, without_warnings
 from imaging.rgb import PixelError, to_rgb
+from storage import RefusedFileError, read_plain
 
 register_heif_opener()
 silence_pillow()
@@ -331,26 +331,10 @@ def read_file(path: Path | str) -> bytes:
     # Before it is opened: a folder would stay open. `Path("")` would be the current folder.
     if os.path.isdir(name):  # noqa: PTH112
         raise DecodeError("a folder; name the image files in it")
-    # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(file, "rb", buffering=0) as stream:
-        facts = os.fstat(file)
-        if not stat.S_ISREG(facts.st_mode):
-            raise DecodeError("not a plain file, but a pipe, a device or the like")
-        if facts.st_size > MAX_BYTES:
-            raise DecodeError(f"{facts.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
-        return _read_to(stream, facts.st_size)
-
-
-def _read_to(stream: io.RawIOBase, size: int) -> bytes:
-    """Read a file of about `size` bytes to its end, even if it grows, up to `MAX_BYTES`."""
-    pieces, left = [], MAX_BYTES + 1
-    while left and (piece := stream.read(min(left, max(size, 65536)))):
-        pieces.append(piece)
-        left -= len(piece)
-    if not left:
-        raise DecodeError(f"more than the limit of {MAX_BYTES:,} bytes")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    try:
+        return read_plain(path, MAX_BYTES)
+    except RefusedFileError as error:
+        raise DecodeError(error.strerror) from error
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from imaging.decode import MAX_BYTES, DecodeError
 from imaging.names import HIDDEN, is_hidden, leaves_archive, utf8_name
+from storage import open_plain
 
 MAX_RATIO, MAX_SLACK = 200, 256 * 2**20
 """A compressed archive may unpack to `MAX_RATIO` times its size plus `MAX_SLACK` bytes."""
@@ -202,7 +203,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def _start_of(path: Path) -> bytes:
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         return stream.read(6)
 
 

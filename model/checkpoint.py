@@ -51,6 +51,7 @@ from storage import (
     atomic_folder,
     is_partial,
     parse_json,
+    read_text,
     sha256_of,
     text_fault,
     write_text,
@@ -202,7 +203,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{folder} is no checkpoint (it has no {META_FILE})")
     try:
-        meta = parse_json(path.read_text(encoding="utf-8"))
+        meta = parse_json(read_text(path))
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: it is not JSON ({text_fault(error)})") from error
     if not isinstance(meta, dict):

@@ -30,6 +30,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from storage import read_plain
+
 FOLDER = Path(__file__).parent
 
 T = TypeVar("T")
@@ -207,7 +209,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         RecipeError: the file is not UTF-8, or is invalid TOML.
     """
     try:
-        return tomllib.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        return tomllib.loads(read_plain(path).removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save "

@@ -46,7 +46,7 @@ from model.evaluation.scores import ScoreTable, read_scores
 from model.evaluation.side_by_side import FIGURES, MEAN, Run, named_runs
 from report.page import rendered
 from report.tables import table_csv
-from storage import parse_json, write_text
+from storage import parse_json, read_text, write_text
 
 PAGE_FILE, TABLE_FILE, JSON_FILE = "comparison.html", "comparison.csv", "comparison.json"
 
@@ -99,7 +99,7 @@ def _name_of(table: ScoreTable) -> str:
 def _speed_beside(scores: Path) -> float | None:
     """Return the images per second next to a scores file, or None if there is no speed file."""
     try:
-        text = scores.with_name(SPEED_FILE).read_text(encoding="utf-8")
+        text = read_text(scores.with_name(SPEED_FILE))
         return float(parse_json(text)["images_per_s"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

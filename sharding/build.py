@@ -74,6 +74,7 @@ from storage import (
     check_reachable,
     make_folder,
     parse_json,
+    read_text,
     sha256_of,
     write_atomically,
     write_text,
@@ -426,4 +427,4 @@ def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
 
 
 def _text_of(path: AnyPath) -> str:
-    return path.read_text(encoding="utf-8")
+    return read_text(path)

@@ -78,7 +78,6 @@ TOML string, in quotes.
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -87,6 +86,7 @@ from typing import Any, Literal
 import recipes
 from imaging.names import leaves_archive
 from sharding.fetch_spec import Fetch
+from storage import read_text
 
 BUILT_IN = Path(__file__).with_name("catalog.toml")
 TESTS = Path(__file__).with_name("catalog-tests.toml")
@@ -344,22 +344,18 @@ def _check_tables(values: Mapping[str, Any], file: Path) -> None:
     tables |= {f"sources.{name}": entry for name, entry in inner}
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise CatalogError(
-                f"{file}: {name} is {reprlib.repr(table)}, expected a table: [{name}]"
-            )
+            raise CatalogError(f"{file}: {name} is {table!r:.100}, expected a table: [{name}]")
 
 
 def _read_excluded(file: Path, lists: Any) -> set[str]:
     """Read hash prefixes from the files that `exclude` names; `#` starts a comment."""
     if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
-        raise CatalogError(
-            f"{file}: exclude is {reprlib.repr(lists)}, expected a list of file names"
-        )
+        raise CatalogError(f"{file}: exclude is {lists!r:.100}, expected a list of file names")
     hashes: set[str] = set()
     for name in lists:
         path = file.parent / name
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise CatalogError(f"{file}: exclude {name!r} cannot be read: {error}") from error
         for number, line in enumerate(lines, 1):

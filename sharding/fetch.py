@@ -46,7 +46,7 @@ from sharding.downloads import FetchError, check_content, check_hash
 from sharding.fetch_spec import Fetch, Git
 from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
-from storage import check_inside, parse_json, publish, sha256_of, whole_name, write_text
+from storage import check_inside, parse_json, publish, read_text, sha256_of, whole_name, write_text
 
 MARK = ".fetched.json"
 BEGUN = ".fetching.json"
@@ -141,7 +141,7 @@ _KINDS = {"fetch": dict, "files": dict, "versions": dict, "left_out": dict, "rev
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of MARK or BEGUN; empty if there is no such file or it is damaged."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     if not isinstance(content, dict):

@@ -55,7 +55,16 @@ import pyarrow.parquet as pq
 
 from escape import reason_of
 from installed import DEMO
-from storage import AnyPath, is_local, parse_json, remote_fault, text_fault
+from storage import (
+    MAX_TABLE_BYTES,
+    AnyPath,
+    is_local,
+    parse_json,
+    read_plain,
+    read_text,
+    remote_fault,
+    text_fault,
+)
 
 FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
@@ -304,7 +313,7 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
             )
         raise ShardError(f"no shard set at {folder}; {_where_sets_are(folder)}")
     try:
-        index = parse_json(path.read_text(encoding="utf-8"))
+        index = parse_json(read_text(path))
     except ValueError as error:
         raise ShardError(f"{path} is not JSON ({text_fault(error)}); {_ANEW}") from error
     _check_keys(index, {"format_version": int}, str(path))
@@ -367,7 +376,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
     for folder in folders:
         index = read_index(folder)
         with _explained(folder):
-            data = (folder / SAMPLES_FILE).read_bytes()
+            data = read_plain(folder / SAMPLES_FILE, MAX_TABLE_BYTES)
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != index["samples_sha256"]:
             raise ShardError(
@@ -391,7 +400,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
         _refuse_other_facts(sources, index["sources"], home_of, folder)
         sources |= index["sources"]
         home_of |= dict.fromkeys(index["sources"], folder)
-        digest.update((folder / INDEX_FILE).read_bytes())
+        digest.update(read_plain(folder / INDEX_FILE))
     return ShardSet(
         tuple(homes),
         tuple(shards),

@@ -55,7 +55,16 @@ from sharding.catalog import Source, shares
 from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
-from storage import AnyPath, any_path, files_in, parse_json, whole_name, write_atomically
+from storage import (
+    MAX_TABLE_BYTES,
+    AnyPath,
+    any_path,
+    files_in,
+    parse_json,
+    read_plain,
+    whole_name,
+    write_atomically,
+)
 
 FACTS_VERSION = "4"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
@@ -325,7 +334,7 @@ def _shares(destination: Mapping[str, float]) -> str:
 
 
 def _read(path: AnyPath) -> pa.Table:
-    data = path.read_bytes()
+    data = read_plain(path, MAX_TABLE_BYTES)
     try:
         table = table_from(data)
         columns = (*_KEY, *FACT_SCHEMA.names) if _version_of(table) == FACTS_VERSION else ()

@@ -27,7 +27,7 @@ from sharding.inventory import packed_prints
 from sharding.plan import sample_key
 from sharding.record import packed_sets, packed_sources
 from sharding.scan import WORK_FOLDER, SourceScan
-from storage import AnyPath
+from storage import MAX_TABLE_BYTES, AnyPath, read_plain
 
 
 def refuse_overlaps(
@@ -174,7 +174,11 @@ def _packed_images(folder: AnyPath) -> pa.Table:
     """
     path = folder / SAMPLES_FILE
     try:
-        table = table_from(path.read_bytes()) if path.exists() else SAMPLES_SCHEMA.empty_table()
+        table = (
+            table_from(read_plain(path, MAX_TABLE_BYTES))
+            if path.exists()
+            else SAMPLES_SCHEMA.empty_table()
+        )
         return table.select(["key", "sha256", "source", "origin", "split", "group", "phash"])
     except (KeyError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.filename:

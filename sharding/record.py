@@ -28,7 +28,7 @@ import json
 from collections.abc import Iterable
 
 from sharding.format import EXCLUDED_FILE, INDEX_FILE, SAMPLES_FILE, TIMM_FILE, ShardError
-from storage import AnyPath, files_in, parse_json, whole_name, write_text
+from storage import AnyPath, files_in, parse_json, read_text, whole_name, write_text
 
 RECORD_FILE = "written.json"
 
@@ -51,7 +51,7 @@ def read_record(marks: AnyPath) -> set[str]:
     if not path.exists():
         return set()
     try:
-        return {str(name) for name in parse_json(path.read_text(encoding="utf-8"))["files"]}
+        return {str(name) for name in parse_json(read_text(path))["files"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path} is damaged ({type(error).__name__}: {error}), so the build cannot tell "

@@ -54,7 +54,16 @@ from sharding.format import (
     read_index,
     timm_info,
 )
-from storage import AnyPath, any_path, files_in, is_local, parse_json, sha256_of
+from storage import (
+    AnyPath,
+    any_path,
+    files_in,
+    is_local,
+    parse_json,
+    read_plain,
+    read_text,
+    sha256_of,
+)
 
 
 def sets_in(folder: AnyPath) -> list[AnyPath]:
@@ -145,7 +154,7 @@ def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[in
         faults.append(f"{where}:{key}: in the index but not in the tar")
     idx = path.with_suffix(".idx")
     expected = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
-    if not idx.exists() or idx.read_bytes() != expected.encode():
+    if not idx.exists() or read_plain(idx) != expected.encode():
         faults.append(f"{where}: its .idx is missing or has wrong positions")
     return len(rows), faults
 
@@ -269,7 +278,7 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
 
 def _json_of(path: AnyPath) -> Any:
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except ValueError:
         return None
 

@@ -54,7 +54,16 @@ from sharding.format import (
 )
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
-from storage import AnyPath, any_path, parse_json, size_of, write_atomically, write_text
+from storage import (
+    MAX_TABLE_BYTES,
+    AnyPath,
+    any_path,
+    parse_json,
+    read_plain,
+    size_of,
+    write_atomically,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | Non
     if not path.exists():
         return None
     try:
-        table = table_from(path.read_bytes())
+        table = table_from(read_plain(path, MAX_TABLE_BYTES))
         mark = parse_json(table.schema.metadata[b"shard"])
         if mark.pop("fingerprint") != plan.fingerprint or table.num_rows != len(plan.rows):
             return None
@@ -238,7 +247,7 @@ def read_rows(plan: ShardPlan, marks: AnyPath) -> pa.Table:
         ShardError: the mark is of another plan: another process has replaced it.
     """
     path = marks / f"{plan.name}.parquet"
-    table = table_from(path.read_bytes())
+    table = table_from(read_plain(path, MAX_TABLE_BYTES))
     if parse_json(table.schema.metadata[b"shard"])["fingerprint"] != plan.fingerprint:
         raise ShardError(
             f"another process has replaced {path} during this build; make sure that no other build "

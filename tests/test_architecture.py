@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "devices": set(),
     "console": {"escape", "devices", "storage"},
     "interrupts": {"console"},
-    "recipes": set(),
+    "recipes": {"storage"},
     "storage": {"installed", "escape"},
     "imaging": {"storage"},
     "sharding": COMMON,
@@ -172,3 +172,11 @@ def test_no_randomness_in_the_graph() -> None:
     """
     for path in (ROOT / "pipeline").glob("*.py"):
         assert "fn.random" not in path.read_text(), path
+
+
+def test_what_is_parsed_is_read_by_storage() -> None:
+    """`read_text` of `Path` waits for a pipe, and reads a device or a huge file to the end."""
+    unbounded = re.compile(r"(?:parse_json|tomllib\.loads|table_from)\(.*\.read_(?:text|bytes)\(")
+    for owner in MAY_IMPORT:
+        for path in files_of(owner):
+            assert not unbounded.search(path.read_text()), f"{path}: use storage.read_plain"

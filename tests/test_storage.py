@@ -18,6 +18,8 @@ from storage import (
     atomic_folder,
     partial_of,
     publish,
+    read_plain,
+    read_text,
     whole_name,
     write_atomically,
     write_bytes,
@@ -333,6 +335,31 @@ def test_a_server_that_answers_is_reachable_whatever_it_says(status: int) -> Non
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= storage.cores() <= (os.cpu_count() or 1)
+
+
+def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, and a device read without an end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(storage.RefusedFileError, match="not a plain file, but a pipe, a dev"):
+            read_plain(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        read_plain(tmp_path)
+    remote = UPath("memory://bucket/plain.json")
+    for path in (tmp_path / "a.json", remote):
+        path.write_bytes("é\n".encode())
+        assert read_text(path, 3) == "é\n"
+        with pytest.raises(storage.RefusedFileError, match="3 bytes, more than the limit of 2"):
+            read_plain(path, 2)
+    remote.unlink()
+    (tmp_path / "empty").touch()
+    assert read_plain(str(tmp_path / "empty")) == b""
+    assert read_plain("/proc/self/status").startswith(b"Name:")  # says that it has 0 bytes
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.truncate(2**40)
+    with pytest.raises(storage.RefusedFileError, match=f"more than the limit of {2**28:,}"):
+        read_plain(tmp_path / "sparse")
 
 
 @pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000])

@@ -31,7 +31,7 @@ from typing import Any
 import console
 from model.adapters.detector import DetectorError, OtherDetector
 from model.verdict import CALIBRATION_KEYS, calibration_fault
-from storage import parse_json, text_fault, write_text
+from storage import parse_json, read_text, text_fault, write_text
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -66,7 +66,7 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
     if not path.exists():
         return detector
     try:
-        kept = parse_json(path.read_text(encoding="utf-8"))
+        kept = parse_json(read_text(path))
         if fault := _fault_in(kept):
             raise ValueError(fault)
     except (OSError, ValueError) as error:

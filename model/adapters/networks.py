@@ -47,7 +47,7 @@ from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
 from model.inference.prediction import band_from
-from storage import parse_json, sha256_of
+from storage import parse_json, read_text, sha256_of
 
 TAKEN = ("*.json", "*.safetensors")
 """Patterns of the files that are downloaded from a repository."""
@@ -276,7 +276,7 @@ def _weights_of(folder: Path, name: str) -> list[Path]:
 
 def _json_of(path: Path, name: str) -> dict[str, Any]:
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise DetectorError(
             f"{name} has no readable {path.name} ({typed_reason_of(error)})"

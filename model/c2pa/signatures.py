@@ -44,13 +44,12 @@ import io
 import os
 import re
 import ssl
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from storage import cache_folder, parse_json
+from storage import cache_folder, parse_json, read_plain
 
 State = Literal["trusted", "valid, signer unknown", "invalid"]
 """Result of checking a signature.
@@ -144,23 +143,12 @@ def read_bounded(path: Path, origin: str) -> bytes:
         TrustListError: not a regular file, not readable, or too large.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
-            raise TrustListError(f"{origin}: {path} is not a regular file; name a PEM file")
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        return read_plain(path, MAX_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        if isinstance(error, TrustListError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise TrustListError(f"{origin}: {path} cannot be read ({reason}); name a PEM file") from (
             error
         )
-    if len(data) > MAX_BYTES:
-        raise TrustListError(
-            f"{origin}: {path} has more than {MAX_BYTES:,} bytes, too many for a trust list; name "
-            "a PEM file of trust anchors"
-        )
-    return data
 
 
 def parse_trust_list(

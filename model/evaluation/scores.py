@@ -59,7 +59,7 @@ from escape import reason_of
 from model.score import Scores
 from model.verdict import calibration_fault, probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
-from storage import parse_json, write_atomically
+from storage import MAX_TABLE_BYTES, parse_json, read_plain, write_atomically
 
 SCORES_VERSION = 2
 SCORES_FILE = "scores.parquet"
@@ -176,7 +176,7 @@ def read_scores(path: Path) -> ScoreTable:
             cannot be used.
         OSError: the file cannot be read.
     """
-    data = path.read_bytes()
+    data = read_plain(path, MAX_TABLE_BYTES)
     try:
         table = table_from(data)
         evaluation = parse_json((table.schema.metadata or {})[b"evaluation"])

@@ -69,7 +69,7 @@ from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
-from storage import AnyPath, atomic_folder, parse_json, sha256_of
+from storage import AnyPath, atomic_folder, parse_json, read_text, sha256_of
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
@@ -135,7 +135,7 @@ def _let_transformers_in(path: Path) -> None:
     """Remove `num_classes` from `model_args` in timm's config. TimmWrapper of transformers 5.24
     passes this value itself and fails on "multiple values". timm reads it from the top level.
     """
-    config = parse_json(path.read_text(encoding="utf-8"))
+    config = parse_json(read_text(path))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -147,7 +147,7 @@ def read_left_out(path: Path) -> dict[str, Any]:
         HubError: the file holds no such figures.
     """
     try:
-        figures = parse_json(path.read_text(encoding="utf-8"))
+        figures = parse_json(read_text(path))
         pairs, inside = figures["one left out"], figures["within subjects"]
         perturbed = figures.get("perturbed", {}).values()
         shares = [figures["pooled"], *(of[key] for of in perturbed for key in _SHARES)]
@@ -208,7 +208,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         HubError: the file is not a report, is damaged, or belongs to another checkpoint.
     """
     try:
-        report = parse_json(path.read_text(encoding="utf-8"))
+        report = parse_json(read_text(path))
         version = report["report_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise HubError(f"{path} is not a report.json of evaluate.py") from error

@@ -249,7 +249,7 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             else:
                 yield ImageFile(name, partial(zip.read_member, Path(path), member.where, version))
     except (zip.ZipError, OSError) as error:
-        yield _unreadable(path, str(error))
+        yield _unreadable(path, getattr(error, "strerror", None) or str(error))
 
 
 def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -271,7 +271,7 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             else:  # the bytes of a packed member are in memory, so reading it costs nothing
                 yield ImageFile(name, read, read) if packed else ImageFile(name, read)
     except (DecodeError, OSError) as error:
-        yield _unreadable(path, str(error))
+        yield _unreadable(path, getattr(error, "strerror", None) or str(error))
 
 
 # --- watching a folder ----------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from console import counted
 from model.mistakes.keep import MistakeError, Verdict, read_mistakes, verdict_from
 from model.mistakes.regressions import Regression, counts_of, measure_again
 from model.recipe import Gate
-from storage import parse_json, text_fault, write_text
+from storage import parse_json, read_text, text_fault, write_text
 
 if TYPE_CHECKING:
     from model.inference.prediction import AnyDetector
@@ -102,7 +102,7 @@ def read_start(file: Path) -> dict[str, Verdict]:
         MistakeError: the file is missing or damaged.
     """
     try:
-        saved = parse_json(file.read_text(encoding="utf-8"))
+        saved = parse_json(read_text(file))
         return {sha256: verdict_from(entry) for sha256, entry in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MistakeError(

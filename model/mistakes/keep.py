@@ -58,7 +58,7 @@ from imaging.decode import IMAGE_SUFFIXES
 from installed import command
 from model.inference.prediction import DecisionRule
 from model.verdict import VERDICTS
-from storage import parse_json, text_fault, write_bytes, write_text
+from storage import RefusedFileError, parse_json, read_text, text_fault, write_bytes, write_text
 
 Label: TypeAlias = Literal["real", "fake"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -288,12 +288,9 @@ def read_mistake(path: Path) -> Mistake:
         MistakeError: the file is damaged; the message says where.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_ENTRY_BYTES:
-            raise ValueError(f"{size:,} bytes, at most {MAX_ENTRY_BYTES:,} are read")
-        return _mistake_from(parse_json(path.read_text(encoding="utf-8")), path.stem)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        fault = text_fault(error)
+        return _mistake_from(parse_json(read_text(path, MAX_ENTRY_BYTES)), path.stem)
+    except (RefusedFileError, ValueError, KeyError, TypeError, OverflowError) as error:
+        fault = getattr(error, "strerror", None) or text_fault(error)
         raise MistakeError(f"{path} is no entry of a mistake ({fault}); remove it") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from model import checkpoint
 from model.recipe import BASELINE_FILE
 from model.tracking.history import HISTORY_FILE, rows_of
-from storage import parse_json, write_atomically
+from storage import parse_json, read_text, write_atomically
 
 _PANELS = (
     ("recall", "recall of fakes"),
@@ -81,7 +81,7 @@ def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
     """Return (step, metrics) of each validation set, by rising step."""
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
     if (run / BASELINE_FILE).exists():
-        before = parse_json((run / BASELINE_FILE).read_text(encoding="utf-8"))
+        before = parse_json(read_text(run / BASELINE_FILE))
         metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
     for row in rows:
         kind, _, name = row["kind"].partition("/")

@@ -34,7 +34,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from model.tracking.tracker import Tracker
-from storage import parse_json, write_text
+from storage import parse_json, read_plain, write_text
 
 HISTORY_FILE = "metrics.jsonl"
 
@@ -55,7 +55,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _rows_in(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_plain(path).splitlines(keepends=True)
     parsed = [_row_in(line) for line in lines]
     rows = [row for row in itertools.takewhile(lambda row: row is not None, parsed) if row]
     if len(rows) == len(lines):

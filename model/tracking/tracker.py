@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import console
-from storage import parse_json, write_text
+from storage import parse_json, read_text, write_text
 
 TrackerName = Literal["", "wandb", "mlflow"]
 
@@ -236,7 +236,7 @@ class Tracker:
         """Return the run with its stored identity, or with a new one."""
         identity, begun = uuid.uuid4().hex[:12], False
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = parse_json(self.path.read_text(encoding="utf-8"))
+            saved = parse_json(read_text(self.path))
             if saved["tracker"] == self.name:
                 identity, begun = str(saved["run"]), True
         return TrackedRun(

@@ -62,7 +62,7 @@ from model.verdict import probability
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
-from storage import AnyPath, parse_json, text_fault, write_text
+from storage import AnyPath, parse_json, read_text, text_fault, write_text
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def read_validation(path: Path) -> Validation:
         ValueError: the file is missing or damaged.
     """
     try:
-        return Validation.from_json(parse_json(path.read_text(encoding="utf-8")))
+        return Validation.from_json(parse_json(read_text(path)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} has no readable metrics of the initial detector ({text_fault(error)}); "

@@ -35,7 +35,7 @@ import numpy as np
 from devices import device_here, parse_device
 from escape import reason_of, typed_reason_of
 from installed import install_extra
-from storage import parse_json, sha256_of, text_fault
+from storage import parse_json, read_text, sha256_of, text_fault
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -170,7 +170,7 @@ def _kind_of(folder: Path) -> str:
     """Return the class name of a decoder, from its `config.json`."""
     path = folder / CONFIG_FILE
     try:
-        config: Any = parse_json(path.read_text(encoding="utf-8"))
+        config: Any = parse_json(read_text(path))
     except ValueError as error:
         raise DecoderError(f"{path} is no JSON ({text_fault(error)}); fetch it anew") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None

@@ -55,7 +55,7 @@ from sharding.format import IMAGE_FORMATS, ShardError, ShardSet, open_shards, re
 from sharding.lock import locked
 from sharding.pairs.decoder import Decoder
 from sharding.pairs.match import NoPair, encode_like, refuse_partner
-from storage import AnyPath, make_folder, parse_json, write_bytes, write_text
+from storage import AnyPath, make_folder, parse_json, read_text, write_bytes, write_text
 
 VERSION = 1
 """Version of the pairs; raised when the same image and decoder give different bytes."""
@@ -157,7 +157,7 @@ def _refuse_others(folder: Path, started: Path, identity: dict[str, Any]) -> Non
             )
         return
     try:
-        before = dict(parse_json(started.read_text(encoding="utf-8")))
+        before = dict(parse_json(read_text(started)))
     except (ValueError, TypeError) as error:
         raise ShardError(
             f"{started} is damaged ({type(error).__name__}); move it and {folder} away"

@@ -37,6 +37,24 @@ def test_a_pattern_does_not_follow_links_to_folders(tmp_path: Path) -> None:
         assert excluded["a link to a folder"] == (2 if pattern.startswith("*") else 1), pattern
 
 
+def test_an_index_or_a_listed_tar_that_is_a_pipe_or_a_device_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, target in (("pipe", ""), ("device", "/dev/zero"), ("tar", "")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "x.png").touch()
+        index = folder / ("a.tar" if name == "tar" else "index.json")
+        index.symlink_to(target) if target else os.mkfifo(index)
+        if name == "tar":
+            (folder / "index.json").touch()
+            monkeypatch.setattr(inputs, "_shards_of", lambda _: frozenset({"a.tar"}))
+        files = {Path(f.name).name: f for f in inputs.find_images([str(folder)], Counter())}
+        assert files.keys() == ({"a.tar", "x.png"} if name == "tar" else {"x.png"})
+    with pytest.raises(DecodeError, match=r"^not a plain file, but a pipe"):
+        files["a.tar"].read()
+
+
 def test_a_watched_folder_yields_each_complete_file_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,7 @@ def test_limits_hold_for_reading_a_folder_and_an_entry(
             read_mistake(path)
     with monkeypatch.context() as patched:
         patched.setattr(keep, "MAX_ENTRY_BYTES", 100)
-        with pytest.raises(MistakeError, match=r"bytes, at most 100 are read\); remove it"):
+        with pytest.raises(MistakeError, match=r"more than the limit of 100\); remove it"):
             read_mistake(path)
         before = path.read_bytes()
         patched.setattr(keep, "MAX_ENTRY_BYTES", len(before) + 1)
