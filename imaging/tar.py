@@ -13,6 +13,8 @@ For an excluded file, `read` is None. Folders are not yielded. An archive that i
 one of the limits below raises `DecodeError` (a `ValueError`, of imaging/decode.py) during the loop;
 the members before the error are good. An archive that cannot be opened raises `OSError`.
 
+`is_tar(path)` returns whether a file begins as a tar, plain or compressed.
+
 `headers(stream)` takes a plain tar that is open for reading, and yields the pair (`TarInfo`, reason
 why the member is not read, or "") of each member, folders and hidden files too. The caller may read
 a member from `stream`, at its `offset_data`. It raises the same errors during the loop.
@@ -220,6 +222,16 @@ def _open_xz(path: Path) -> Iterator[_Archive]:
         unpacked: Any = _Xz(stream)  # tarfile calls only `read`
         with _Archive.open(fileobj=unpacked, mode="r|", tarinfo=_Info) as archive:
             yield archive
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether a file begins as a tar, also a compressed one, within the limits above."""
+    try:
+        with _damage_named(), _open(path, is_compressed(path)) as archive:
+            _next(archive, 0, sys.maxsize)
+            return not archive.damage
+    except DecodeError:
+        return False
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:

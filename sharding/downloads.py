@@ -13,13 +13,11 @@ Main entries: two functions. They return nothing and leave the file as it is. Th
   (lower case) in the catalog.
 """
 
-import lzma
 import re
-import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
+from imaging.tar import is_tar
 from storage import sha256_of
 
 
@@ -70,7 +68,7 @@ def check_content(path: Path, suffix: str) -> None:
     if suffix == ".zip" and not wrong:
         wrong = "" if zipfile.is_zipfile(path) else "not a complete zip archive"
     elif suffix == ".tar" and not wrong:
-        wrong = "" if start[257:262] == b"ustar" or _is_tar(path) else "not a tar archive"
+        wrong = "" if start[257:262] == b"ustar" or is_tar(path) else "not a tar archive"
     elif not wrong and not start.startswith(_MAGIC.get(suffix, b"")):
         wrong = f"not a {suffix} file by its first bytes"
     if wrong:
@@ -78,11 +76,3 @@ def check_content(path: Path, suffix: str) -> None:
             f"{path.name.removesuffix('.partial')} is {wrong} ({path.stat().st_size:,} bytes); "
             "open its address in a browser to see why (quota, login, moved file), then run again"
         )
-
-
-def _is_tar(path: Path) -> bool:
-    """Return whether a file is a tar archive, also a compressed one."""
-    try:
-        return tarfile.is_tarfile(path)
-    except (EOFError, zlib.error, lzma.LZMAError):  # compressed, and cut off or damaged
-        return False

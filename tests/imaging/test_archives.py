@@ -18,6 +18,7 @@ import pytest
 from imaging import tar, zip
 from imaging.decode import DecodeError
 from model.inference.inputs import find_images
+from sharding.downloads import FetchError, check_content
 from sharding.raw import walk
 from tests.builders import JPEG, ROOT, write_split_zip
 
@@ -206,6 +207,24 @@ def test_a_long_chain_of_extended_headers_is_an_error(tmp_path: Path) -> None:
                 refusals(path)
         else:
             assert refusals(path) == {"a.png": "", "abc": ""}
+
+
+def test_what_begins_as_a_tar_is_one(tmp_path: Path) -> None:
+    """The standard `is_tarfile` ends nested headers with RecursionError."""
+    path, record = tmp_path / "x.tar", b"12 path=abc\n"
+    link = header("p", tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0")
+    good = tar_of(tmp_path / "good.tar", {"a.png": b"1"}).read_bytes()
+    for data, is_tar in (
+        (good, True), (good[:600], True), (bytes(10_240), True), (b"", False), (b"x" * 999, False),
+        (link * 3 + good, True), (link * 3000 + good, False),
+        (header("p", tarfile.GNUTYPE_LONGNAME, 2**31) + bytes(2**20), False),
+    ):  # fmt: skip
+        for pack in (bytes, gzip.compress, lzma.compress):
+            path.write_bytes(pack(data))
+            assert tar.is_tar(path) == is_tar
+            if pack is not bytes and not is_tar:
+                with pytest.raises(FetchError, match=r"x\.tar is not a tar archive"):
+                    check_content(path, "")
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
