@@ -21,7 +21,6 @@ something, and only that its signer made the statement.
 
 import functools
 import html
-import io
 import itertools
 import logging
 import re
@@ -29,16 +28,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import ExifTags, Image
-
 from console import counted
-from imaging import png
-from imaging.decode import READABLE, without_warnings
-from imaging.jpeg import APP1, COM, before_scan, mended, segments
+from imaging.jpeg import APP1, segments
+from imaging.quiet import without_warnings
 from installed import install_extra
 from model.c2pa import signatures
 from model.c2pa.signatures import State, TrustList
 from model.inference.generators import is_named, is_signature, settings_across, settings_in
+from model.inference.metadata import (
+    MAX_CHUNKS,
+    MAX_READ,
+    exif_of,
+    open_metadata,
+    raw_profile,
+    without_pixels,
+)
 
 log = logging.getLogger("ai_images_detector")
 
@@ -85,7 +89,7 @@ def read_evidence(data: bytes, trust: TrustList | None = None) -> list[Evidence]
     checked against `trust` (see `signatures.usual_trust_list`); with None every signer is unknown.
     """
     evidence: list[Evidence] = []
-    head = _without_pixels(data)
+    head = without_pixels(data)
     for look in (functools.partial(_c2pa, trust=trust), _metadata):
         try:
             for item in look(data, head):  # one by one: an error keeps what came before it
@@ -178,16 +182,16 @@ def _metadata(data: bytes, head: bytes) -> Iterator[Evidence]:
     if data.startswith(b"\xff\xd8") and not any(mark in head for mark in _JPEG_MARKS):
         return
     with without_warnings():  # Pillow warns about odd metadata, which is expected here
-        image, unreadable = _open(data, head)
+        image, unreadable = open_metadata(data, head)
         with image:
-            info, exif = dict(image.info), _exif(image)
+            info, exif = dict(image.info), exif_of(image)
     if unreadable:
         yield Evidence(
             "unreadable", f"{counted(unreadable, 'part')} of the metadata, damaged or too large",
             "the whole file",
         )  # fmt: skip
     packets = [info.pop("xmp", b""), info.pop("XML:com.adobe.xmp", b""), *_hidden_xmp(info, head)]
-    xmp = "\n".join(_xmp_text(packet) for packet in packets if packet)[:_MAX_READ]
+    xmp = "\n".join(_xmp_text(packet) for packet in packets if packet)[:MAX_READ]
     skipped = {"exif", "icc_profile"}
     texts = _bounded({str(key): value for key, value in info.items() if key not in skipped})
     exif = _bounded(exif)
@@ -205,116 +209,25 @@ def _metadata(data: bytes, head: bytes) -> Iterator[Evidence]:
     yield from _camera(exif)
 
 
-def _open(data: bytes, head: bytes) -> tuple[Image.Image, int]:
-    """Open an image for its metadata. Pillow refuses a whole PNG or JPEG for one bad text chunk or
-    segment; then each part is opened alone. Returns the image, whose `info` has the metadata of all
-    good parts, and the number of bad parts.
-    """
-    is_png = data.startswith(png.SIGNATURE)
-    try:
-        # In a PNG without pixel data, Pillow reads the texts after the pixels and decodes nothing.
-        return Image.open(io.BytesIO(head if is_png else data), formats=READABLE), 0
-    except Exception:
-        if is_png:
-            bare, at = png.essential(head), len(png.SIGNATURE) + 25  # behind the first chunk, IHDR
-            chunks = itertools.islice(png.chunks(head), _MAX_CHUNKS)
-            parts = [head[start:end] for kind, start, end in chunks if kind in _PNG_PARTS]
-        elif data.startswith(b"\xff\xd8"):
-            bare, at = mended(head) + _SCAN, 2
-            parts = [head[s.start : s.end] for s in segments(head) if s.marker in _JPEG_PARTS]
-        else:
-            raise
-        image = Image.open(io.BytesIO(bare), formats=READABLE)
-    bad = 0
-    for part in parts[:_MAX_PARTS]:
-        try:
-            with Image.open(io.BytesIO(bare[:at] + part + bare[at:]), formats=READABLE) as one:
-                image.info.update(one.info)
-        except Exception as error:
-            log.debug("metadata: %s: %s", type(error).__name__, error)
-            bad += 1
-    return image, bad + max(0, len(parts) - _MAX_PARTS)
-
-
 # EXIF, XMP (also extended XMP), a comment. A JPEG without any of these marks has no evidence and is
 # not parsed.
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", _EXTENDED_XMP, b"\xff\xfe")
-_PNG_PARTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
-_JPEG_PARTS = (APP1, COM)  # EXIF or XMP, and a comment
-_SCAN = b"\xff\xda\0\2"  # an empty scan, which ends the header of a JPEG
-_MAX_PARTS = 100  # that are opened one by one
-_MAX_CHUNKS = 100_000
-_MAX_READ = 500_000  # characters of one text that are read: a large graph has 300,000
 _MAX_READ_IN_ALL = 4_000_000
 
 
-def _without_pixels(data: bytes) -> bytes:
-    """Return a JPEG or PNG without its pixel data, so that a search is fast. Return other files,
-    and files with an unusual structure, completely.
-    """
-    if data.startswith(b"\xff\xd8"):
-        return before_scan(data)
-    if not data.startswith(png.SIGNATURE):
-        return data
-    chunks = itertools.islice(png.chunks(data), _MAX_CHUNKS)
-    kept = [data[start:end] for kind, start, end in chunks if kind != b"IDAT"]
-    return b"".join([png.SIGNATURE, *kept])
-
-
 def _bounded(values: Mapping[str, Any]) -> dict[str, str]:
-    """Convert values to text, each of at most `_MAX_READ` characters, all together of at most
+    """Convert values to text, each of at most `MAX_READ` characters, all together of at most
     `_MAX_READ_IN_ALL`. Empty texts are dropped.
     """
     texts, left = {}, _MAX_READ_IN_ALL
     for name, value in values.items():
-        texts[name] = _text(value)[: min(left, _MAX_READ)]
+        texts[name] = _text(value)[: min(left, MAX_READ)]
         left -= len(texts[name])
     return {name: text for name, text in texts.items() if text}
 
 
-def _exif(image: Image.Image) -> dict[str, Any]:
-    """Return EXIF values by tag name; empty if EXIF cannot be read."""
-    info, raw = image.info, _raw_profile(image.info.get("Raw profile type APP1"))
-    try:
-        if image.format == "PNG" and not info.keys() & {"exif", "Raw profile type exif"}:
-            base = Image.Exif()  # `getexif` would decode the pixels to find late EXIF
-            if raw.startswith(b"Exif\0"):
-                base.load(raw)
-        else:
-            base = image.getexif()
-        tags = {**base, **base.get_ifd(ExifTags.IFD.Exif)}
-    except Exception as error:  # XMP and texts of the same file are still read
-        log.debug("EXIF: %s: %s", type(error).__name__, error)
-        return {}
-    return {
-        ExifTags.TAGS.get(tag, str(tag)): (
-            _windows_text(value) if tag in _WINDOWS_TAGS else _utf8(value)
-        )
-        for tag, value in tags.items()
-    }
-
-
-_WINDOWS_TAGS = range(0x9C9B, 0x9CA0)  # XPTitle, XPComment, XPAuthor, XPKeywords, XPSubject
 _CODES = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16", b"JIS\0\0\0\0\0": "iso2022_jp"}
-
-
-def _windows_text(value: Any) -> Any:
-    """Decode an XP tag, which contains UTF-16 whatever type the file declares."""
-    try:
-        return bytes(value).decode("utf-16-le", "replace") if len(value) > 1 else value
-    except (TypeError, ValueError):
-        return value
-
-
-def _utf8(value: Any) -> Any:
-    """Decode a tag as UTF-8 if possible. Pillow reads tags as Latin-1, but programs write UTF-8
-    ("DALL·E").
-    """
-    try:
-        return value.encode("latin-1").decode("utf-8")
-    except (AttributeError, UnicodeError):
-        return value
 
 
 def _text(value: Any) -> str:
@@ -354,15 +267,16 @@ def _hidden_xmp(info: Mapping[Any, Any], head: bytes) -> list[bytes]:
     """Return XMP packets that Pillow does not return: ImageMagick's raw profiles, a GIF's
     application extension, and extended XMP in further segments of a JPEG.
     """
-    app1 = _raw_profile(info.get("Raw profile type APP1"))
-    packets = [_raw_profile(info.get("Raw profile type xmp"))]
+    app1 = raw_profile(info.get("Raw profile type APP1"))
+    packets = [raw_profile(info.get("Raw profile type xmp"))]
     packets += [app1.partition(b"\0")[2]] if b"ns.adobe.com/xap/" in app1[:40] else []
     if head.startswith(b"GIF8"):
         at = head.find(b"XMP DataXMP")
         end = head.find(b"\x01\xff\xfe\xfd", at)  # start of the "magic trailer" after the packet
         packets += [head[at + 11 : end]] if 0 <= at < end else []
     if head.startswith(b"\xff\xd8"):
-        parts = [head[part.start + 4 : part.end] for part in segments(head) if part.marker == APP1]
+        every = itertools.islice(segments(head), MAX_CHUNKS)
+        parts = [head[part.start + 4 : part.end] for part in every if part.marker == APP1]
         start = len(_EXTENDED_XMP)  # followed by a hash (32 bytes), a length (4) and an offset (4)
         parts = [part[start:] for part in parts if part.startswith(_EXTENDED_XMP)]
         parts.sort(key=lambda part: (part[:32], part[36:40]))
@@ -370,18 +284,10 @@ def _hidden_xmp(info: Mapping[Any, Any], head: bytes) -> list[bytes]:
     return packets
 
 
-def _raw_profile(text: Any) -> bytes:
-    """Decode ImageMagick's `Raw profile type ...`: a name, a length, then hexadecimal lines."""
-    try:
-        return bytes.fromhex(text[: 2 * _MAX_READ].split(None, 2)[2])
-    except (TypeError, ValueError, IndexError):
-        return b""
-
-
 def _xmp_text(packet: bytes | str) -> str:
     if isinstance(packet, str):
         return packet
-    packet = packet[: 4 * _MAX_READ]
+    packet = packet[: 4 * MAX_READ]
     if b"\0" not in packet[:16]:
         return packet.decode("utf-8", "replace")
     return packet.decode("utf-16-be" if packet[:1] in (b"\0", b"\xfe") else "utf-16-le", "replace")

@@ -1,9 +1,12 @@
 """Hostile metadata cannot raise an exception, take long or write to a terminal."""
 
+import io
 import random
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import c2pa
 import pytest
@@ -87,6 +90,38 @@ def camera_with(segment: bytes) -> bytes:
 )  # fmt: skip
 def test_a_bad_part_does_not_hide_the_others(data: bytes, kinds: list[str]) -> None:
     assert [one.kind for one in read_evidence(data)] == kinds
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_parts_are_opened_without_the_tables_of_the_file(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a hundred parts was opened together with all tables or palettes of the file."""
+    data = encode(Image.fromarray(photo(2, 24, 20)), kind)
+    if kind == "JPEG":
+        parts = b"\xff\xe0\0\6JFIF" + b"\xff\xfe\0\4ab" * 99 + b"\xff\xdd\0\4\0\0" * 3000
+        data = data[:2] + parts + data[2:]
+    else:
+        parts = chunk(b"zTXt", b"a\0\5x") + chunk(b"tEXt", b"parameters\0" + A1111.encode()) * 99
+        data = data[:33] + parts + chunk(b"PLTE", b"abc") * 3000 + data[33:]
+    sizes: list[int] = []
+    opened = Image.open
+
+    def counted(stream: io.BytesIO, **options: Any) -> Image.Image:
+        sizes.append(stream.getbuffer().nbytes)
+        return opened(stream, **options)
+
+    monkeypatch.setattr(Image, "open", counted)
+    kinds = [one.kind for one in read_evidence(data)]
+    assert kinds == ([] if kind == "JPEG" else ["unreadable", "generator"])
+    assert len(sizes) > 99
+    assert sum(sizes) < 4 * len(data) + 100_000
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG."""
+    checksum = zlib.crc32(kind + content)
+    return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
 
 
 def test_an_impossible_entity_is_kept_as_it_is() -> None:
