@@ -17,7 +17,7 @@ import itertools
 import logging
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
 
 from imaging import png
 from imaging.decode import READABLE
@@ -92,7 +92,7 @@ def _one_pixel(kind: str) -> bytes:
 
 
 def exif_of(image: Image.Image) -> dict[str, Any]:
-    """Return EXIF values by tag name; empty if EXIF cannot be read."""
+    """Return the texts of EXIF by tag name; empty if EXIF cannot be read."""
     info, raw = image.info, raw_profile(image.info.get("Raw profile type APP1"))
     try:
         if image.format == "PNG" and not info.keys() & {"exif", "Raw profile type exif"}:
@@ -101,7 +101,7 @@ def exif_of(image: Image.Image) -> dict[str, Any]:
                 base.load(raw)
         else:
             base = image.getexif()
-        tags = {**base, **base.get_ifd(ExifTags.IFD.Exif)}
+        tags = _texts_of(base)
     except Exception as error:  # XMP and texts of the same file are still read
         log.debug("EXIF: %s: %s", type(error).__name__, error)
         return {}
@@ -111,6 +111,32 @@ def exif_of(image: Image.Image) -> dict[str, Any]:
         )
         for tag, value in tags.items()
     }
+
+
+_TEXTS = (TiffTags.BYTE, TiffTags.ASCII, TiffTags.UNDEFINED)
+
+
+def _texts_of(base: Image.Exif) -> dict[int, Any]:
+    """Return the values of both directories that may be texts. Pillow decodes a value when it is
+    asked for. Numbers are left out: an array of them takes 40 times its bytes.
+    """
+    first = base._info  # its public methods decode all values of the second directory
+    if first is None:
+        return {}
+    directories = [first]
+    pointer = first._tagdata.get(ExifTags.IFD.Exif, b"")
+    if 4 <= len(pointer) <= 8:
+        second = TiffImagePlugin.ImageFileDirectory_v2(base.head, group=ExifTags.IFD.Exif)
+        base.fp.seek(int.from_bytes(pointer, "little" if base.endian == "<" else "big"))
+        second.load(base.fp)
+        directories.append(second)
+    texts = {}
+    for directory in directories:
+        for tag in directory:
+            if directory.tagtype.get(tag) in _TEXTS:
+                value = directory[tag]
+                texts[tag] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return texts
 
 
 _WINDOWS_TAGS = range(0x9C9B, 0x9CA0)  # XPTitle, XPComment, XPAuthor, XPKeywords, XPSubject

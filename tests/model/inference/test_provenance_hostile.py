@@ -10,7 +10,7 @@ from typing import Any
 
 import c2pa
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from model.inference.provenance import MAX_EVIDENCE, MAX_TEXT, read_evidence
@@ -116,6 +116,19 @@ def test_parts_are_opened_without_the_tables_of_the_file(
     assert kinds == ([] if kind == "JPEG" else ["unreadable", "generator"])
     assert len(sizes) > 99
     assert sum(sizes) < 4 * len(data) + 100_000
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_numbers_in_exif_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array of fractions takes 40 times its bytes in memory, and is no evidence."""
+    tags, fractions = Image.Exif(), (TiffImagePlugin.IFDRational(1, 10),) * 500
+    tags.update({0x010F: "Canon", 0x0110: "x", 0xC62A: fractions})  # Make, Model, BaselineNoise
+    tags.get_ifd(ExifTags.IFD.Exif).update({0x9003: "2021:01:01 00:00:00", 0x9201: fractions})
+    data = encode(Image.fromarray(photo(2, 24, 20)), kind, exif=tags.tobytes())
+    calls: list[int] = []
+    monkeypatch.setattr(TiffImagePlugin, "IFDRational", lambda *of: calls.append(len(of)) or 0.1)
+    assert [one.value for one in read_evidence(data)] == ["Canon x, 2021:01:01 00:00:00"]
+    assert not calls
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
