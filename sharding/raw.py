@@ -194,7 +194,7 @@ def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
 
 
 def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
-    """Yield image cells of one row group, in ascending order of rows, a few rows at a time.
+    """Yield image cells of one row group, in ascending order of rows, one row at a time.
 
     Raises:
         RawError: the rows are not in ascending order, or the table is damaged or has too few rows.
@@ -226,7 +226,8 @@ def _cells(path: AnyPath, wanted: Sequence[Sequence[str]]) -> Iterator[bytes | D
     with path.open("rb") as stream:
         table = pq.ParquetFile(stream, pre_buffer=False)
         start, following = 0, 0
-        for batch in table.iter_batches(32, row_groups=[int(wanted[0][0])], columns=columns):
+        # Row by row: a file of 2 kB may refer to one cell of 60 MB in each row.
+        for batch in table.iter_batches(1, row_groups=[int(wanted[0][0])], columns=columns):
             while following < len(wanted) and int(wanted[following][1]) < start + len(batch):
                 _, row, column = wanted[following]
                 yield _cell(batch, int(row) - start, column)
@@ -242,7 +243,11 @@ def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
     value = batch.column(column)[row].as_py()
     if isinstance(value, dict):
         value = value.get("bytes")
-    return value if isinstance(value, bytes) else DecodeError("the cell holds no image")
+    if not isinstance(value, bytes):
+        return DecodeError("the cell holds no image")
+    if len(value) > MAX_BYTES:
+        return DecodeError(f"{len(value):,} bytes, more than the limit of {MAX_BYTES:,}")
+    return value
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -225,6 +225,24 @@ def test_cells_are_read_in_ascending_order_only(tmp_path: Path) -> None:
         list(read_all(tmp_path, cells("0:50:image")))
 
 
+def test_a_cell_that_many_rows_refer_to_is_in_memory_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small file may refer to one large cell in each of its rows."""
+    size = 2**20
+    cell = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([bytes(size)]))
+    path = write_cells(tmp_path)
+    pq.write_table(pa.table({"image": cell}), path, compression="zstd", store_schema=False)
+    before = pa.total_allocated_bytes()
+    every = read_all(tmp_path, cells(*(f"0:{row}:image" for row in range(64))))
+    assert next(every) == bytes(size)
+    assert pa.total_allocated_bytes() - before < 8 * size
+    monkeypatch.setattr("sharding.raw.MAX_BYTES", size - 1)
+    error = next(every)
+    assert isinstance(error, DecodeError)
+    assert str(error) == "1,048,576 bytes, more than the limit of 1,048,575"
+
+
 def test_a_damaged_table_is_one_error(tmp_path: Path) -> None:
     path = write_cells(tmp_path)
     whole = path.read_bytes()
