@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from pillow_heif import register_heif_opener
 
 from imaging import png
+from imaging.av1 import frame_pixels
 from imaging.budget import decoding
 from imaging.jpeg import PLAIN_SPACES, Header, Tables, describe_tables, mended, read_header
 from imaging.jpeg_pixels import (
@@ -132,7 +133,7 @@ def prepare(data: bytes) -> Prepared:
                 return Prepared(data, pixels, facts)
         with _opened(data) as image:
             name = _name_of(image)
-            with decoding(image.width * image.height):
+            with decoding(work_pixels(image, data)):
                 pixels, orientation = _upright_pixels(image, name, data)
             exif = carries_exif(data, name) if name in _KEPT else bool(image.info.get("exif"))
             tables: tuple[tuple[int, ...], ...] = ()
@@ -213,7 +214,7 @@ def _pixels_held(data: bytes, held: contextlib.ExitStack) -> np.ndarray:
         held.enter_context(decoding(header.width * header.height))
         return jpeg_pixels(data)[0]
     with _opened(data) as image:
-        held.enter_context(decoding(image.width * image.height))
+        held.enter_context(decoding(work_pixels(image, data)))
         return _upright_pixels(image, _name_of(image), data)[0]
 
 
@@ -387,14 +388,30 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     with open_image(data) as image:
         if image.width < 1 or image.height < 1:
             raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(_too_large(image.width * image.height))
+        if (pixels := work_pixels(image, data)) > MAX_PIXELS:
+            raise DecodeError(_too_large(pixels))
         slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
         if slow and image.width * image.height > MAX_SLOW_PIXELS:
             raise DecodeError(_too_large(image.width * image.height, MAX_SLOW_PIXELS))
         with boundary(_name_of(image)):
             yield image
 
+
+def work_pixels(image: Image.Image, data: bytes) -> int:
+    """Return how many pixels the decoder of an opened image works on. A TIFF is decoded by the
+    tile, and an AVIF by the frame, which may be larger than the picture.
+    """
+    pixels = image.width * image.height
+    if image.format == "AVIF":
+        return max(pixels, frame_pixels(data))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        sides = [image.tag_v2.get(tag) for tag in _TILE_SIDES]
+        if all(isinstance(side, int) for side in sides):
+            return max(pixels, math.prod(sides))
+    return pixels
+
+
+_TILE_SIDES = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
 
 _MENDED = "mended"
 """Key in Pillow's `info` of an image that could only be opened after `mended`."""

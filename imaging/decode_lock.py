@@ -9,8 +9,8 @@ ones. The block starts when no other image of the same class is being decoded. U
 images of this class wait. After `WAIT_S` seconds of waiting, `Busy` (an `Exception`) is raised.
 
 `hold(lock)` waits for any lock in the same way. `LOCKS` are the locks of the two classes.
-`pixels_of(data)` returns the number of pixels that the header states, or 0 if the header cannot be
-read; such a file counts as small.
+`pixels_of(data)` returns the number of pixels that decoding works on, by the header, or 0 if the
+header cannot be read; such a file counts as small.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 
 from imaging.budget import LARGE_PIXELS
-from imaging.decode import open_image, without_warnings
+from imaging.decode import open_image, without_warnings, work_pixels
 
 WAIT_S = 60.0
 """Seconds that an image waits for others before it is refused."""
@@ -60,9 +60,9 @@ def hold(lock: "threading.Lock | threading.RLock") -> Iterator[None]:
 
 
 def pixels_of(data: bytes) -> int:
-    """Return the number of pixels in an image's header, or 0 if the header cannot be read."""
+    """Return the number of pixels that decoding works on, or 0 if the header cannot be read."""
     try:
         with without_warnings(), open_image(data) as image:
-            return image.width * image.height
+            return work_pixels(image, data)
     except Exception:  # hostile bytes make parsers raise anything; decoding reports the error
         return 0
