@@ -418,7 +418,7 @@ def read_plain(path: AnyPath | str, most: int = MAX_FILE_BYTES) -> bytes:
     """
     remote = None if isinstance(path, str) or is_local(path) else path
     pieces, left = [], most + 1
-    with remote.open("rb") if remote else open_plain(path) as stream:
+    with remote.open("rb") if remote else open_plain(str(path)) as stream:
         size = most if remote else os.fstat(stream.fileno()).st_size
         while left and size <= most and (piece := stream.read(min(left, max(size, 65_536)))):
             pieces.append(piece)

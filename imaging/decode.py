@@ -405,9 +405,9 @@ def work_pixels(image: Image.Image, data: bytes) -> int:
     if image.format == "AVIF":
         return max(pixels, frame_pixels(data))
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        sides = [image.tag_v2.get(tag) for tag in _TILE_SIDES]
-        if all(isinstance(side, int) for side in sides):
-            return max(pixels, math.prod(sides))
+        width, height = (image.tag_v2.get(tag) for tag in _TILE_SIDES)
+        if isinstance(width, int) and isinstance(height, int):
+            return max(pixels, width * height)
     return pixels
 
 
