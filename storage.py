@@ -48,6 +48,7 @@ weights (the variable `DETECTOR_CACHE`, or a folder in the user's cache).
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -205,10 +206,18 @@ def make_folder(path: AnyPath) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the temporary name of `path` while this process writes it. The name contains the
-    process id, so that two writers never share it.
+    """Return the temporary name of `path` while this process writes it. The name contains a random
+    number of this process, so that two writers never share it.
     """
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    return path.with_name(f"{path.name}.{_writer_of(os.getpid())}.partial")
+
+
+@functools.cache
+def _writer_of(_process_id: int) -> int:
+    """Return the random number of a process. Containers have the same process ids, and may write to
+    one shared folder.
+    """
+    return int.from_bytes(os.urandom(6))
 
 
 def is_partial(path: Path) -> bool:
@@ -240,7 +249,7 @@ def remove_left(folder: Path, unchanged_s: float = 3600) -> None:
                 left.unlink()
 
 
-MAX_NAME_BYTES = 255 - len(".4194304.partial")
+MAX_NAME_BYTES = 255 - len(f".{2**48}.partial")
 """Longest file name in bytes: 255, the limit of usual file systems, less the temporary suffix."""
 
 
@@ -359,7 +368,7 @@ def publish(partial: Path, path: Path, *, replace: bool = False) -> None:
             _sync(Path(folder))
     else:
         _sync(partial)
-    old = path.with_name(f"{path.name}.old.{os.getpid()}.partial")
+    old = partial_of(path.with_name(f"{path.name}.old"))
     if replace and partial.is_dir() and path.is_dir():
         path.rename(old)
     partial.replace(path)

@@ -1,7 +1,9 @@
 """Atomic writing: a file is missing, old or complete, synced before its rename, with umask mode."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -39,12 +41,12 @@ def umask() -> Iterator[None]:
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Record fsyncs and renames in order, by file name without the process id."""
+    """Record fsyncs and renames in order, by file name without the number of its writer."""
     seen: list[tuple[str, str]] = []
     sync, replace = os.fsync, Path.replace
 
     def plain(path: str | Path) -> str:
-        return Path(path).name.replace(f".{os.getpid()}.", ".")
+        return re.sub(r"\.\d+\.", ".", Path(path).name)
 
     def noted_sync(descriptor: int) -> None:
         seen.append(("fsync", plain(str(Path(f"/proc/self/fd/{descriptor}").readlink()))))
@@ -160,6 +162,27 @@ def test_the_final_name_is_read_from_a_temporary_one(
 
 def test_a_temporary_path_has_its_final_name(tmp_path: Path) -> None:
     assert whole_name(partial_of(tmp_path / "a.tar").name) == "a.tar"
+
+
+def test_containers_with_the_same_process_id_write_to_different_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process of each container has the id 1. A forked process has its own name, too."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    name, others = partial_of(tmp_path / "a"), set()
+    for number in range(2):
+        spec = importlib.util.spec_from_file_location(f"storage_{number}", storage.__file__)
+        assert spec and spec.loader
+        container = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(container)
+        others.add(container.partial_of(tmp_path / "a"))
+    assert len({name, *others}) == 3 and partial_of(tmp_path / "a") == name
+    monkeypatch.setattr(os, "getpid", lambda: 2)
+    assert partial_of(tmp_path / "a") not in {name, *others}
+
+
+def test_a_temporary_name_of_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    write_bytes(tmp_path / ("a" * storage.MAX_NAME_BYTES), b"")
 
 
 def test_temporary_folders_of_killed_writers_are_removed(tmp_path: Path) -> None:
