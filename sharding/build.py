@@ -48,6 +48,7 @@ from sharding.format import (
     timm_info,
 )  # fmt: skip
 from sharding.inventory import (
+    files_by_source,
     finish_source,
     forget,
     known_facts,
@@ -200,17 +201,19 @@ def _read_everything(
     progress: Progress,
 ) -> pa.Table:  # fmt: skip
     """Return the inventory of all sources in catalog order; decode new and changed images."""
+    files = files_by_source(folder)
     tasks = [
         (str(raw.absolute()), str(folder.absolute()), file, chunk)
         for name, table in scan.items.items()
-        for file, chunk in missing_chunks(name, table, known_facts(folder, name))
+        for file, chunk in missing_chunks(name, table, known_facts(files[name]))
     ]
     if tasks:
         with progress("decoding", sum(chunk.num_rows for *_, chunk in tasks)) as advance:
             for done in run_all(take_inventory, tasks, engine, jobs):
                 advance(done)
+        files = files_by_source(folder)
     tables = [
-        finish_source(folder, name, catalog.sources[name], table, scan.listings[name])
+        finish_source(folder, name, files[name], catalog.sources[name], table, scan.listings[name])
         for name, table in scan.items.items()
     ]
     for name in scan.packed_only:

@@ -16,15 +16,17 @@ A build decodes only new and changed images. In the other functions `source` is 
 source, and `folder` a path:
 
 - `item_table(items)` makes a table of a list of `Item`s (`list_source()` of sharding/listing.py).
-- `known_facts(folder, source)` returns a table of the rows of earlier builds (those of this
-  `FACTS_VERSION`), or None if there are none.
+- `files_by_source(folder)` lists the folder once: it returns a dict from the name of each source to
+  the paths of its files, complete or partial (an empty list by default).
+- `known_facts(files)` takes those of one source and returns a table of the rows of earlier builds
+  (those of this `FACTS_VERSION`), or None if there are none.
 - `missing_chunks(source, items, facts)` takes the tables of `item_table()` and `known_facts()`. It
   yields the pairs for `take_inventory()`: the images of which `facts` has no row.
-- `finish_source(folder, name, source, items, listing)` then joins all rows of a source (its name,
-  and its `Source` in the catalog) and writes them to `<name>.parquet`, with the notes of the
-  `Listing` (what was excluded) and the catalog's rules for the images. It deletes the files of
-  `take_inventory()` and returns the table, with the columns `SCHEMA`. It raises RuntimeError if an
-  image has no row.
+- `finish_source(folder, name, files, source, items, listing)` then joins all rows of a source (its
+  name, its paths of a new `files_by_source()`, and its `Source` in the catalog) and writes them to
+  `<name>.parquet`, with the notes of the `Listing` (what was excluded) and the catalog's rules for
+  the images. It deletes the files of `take_inventory()` and returns the table, with the columns
+  `SCHEMA`. It raises RuntimeError if an image has no row.
 - `forget(folder, source, path)` deletes the rows of the raw file `path` from `<source>.parquet`:
   the next build decodes it again.
 - `packed_prints(folder, source)` returns the columns `origin`, `group` and `thumbnail` of
@@ -40,6 +42,7 @@ A damaged file of the inventory raises `ShardError`.
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -176,13 +179,21 @@ def take_inventory(raw: str, folder: str, name: str, items: pa.Table) -> int:
     return len(rows)
 
 
-def known_facts(folder: AnyPath, source: str) -> pa.Table | None:
+def files_by_source(folder: AnyPath) -> dict[str, list[AnyPath]]:
+    """List the files of each source, complete or partial."""
+    files = defaultdict[str, list[AnyPath]](list)
+    for path in files_in(folder):
+        stem = (whole_name(path.name) or path.name).removesuffix(".parquet")
+        files[stem.partition("+")[0]].append(path)
+    return files
+
+
+def known_facts(files: Sequence[AnyPath]) -> pa.Table | None:
     """Read the rows that earlier runs wrote for a source, even if they did not finish."""
     tables = []
-    for path in files_in(folder):
+    for path in files:
         # Skip partial files: a worker of a killed build may still be writing them.
-        whole = path.suffix == ".parquet"
-        if whole and (path.stem == source or path.name.startswith(f"{source}+")):
+        if path.suffix == ".parquet":
             table = _read(path)
             if _version_of(table) == FACTS_VERSION:
                 tables.append(table.select([*_KEY, *FACT_SCHEMA.names]))
@@ -217,12 +228,13 @@ def _bounds(items: pa.Table) -> Iterator[tuple[int, int]]:
 
 
 def finish_source(
-    folder: AnyPath, name: str, source: Source, items: pa.Table, listing: Listing
-) -> pa.Table:
-    """Join a source's items with their facts, write one file, and delete the partial ones, also
-    those that killed builds left.
+    folder: AnyPath, name: str, files: Sequence[AnyPath], source: Source, items: pa.Table,
+    listing: Listing,
+) -> pa.Table:  # fmt: skip
+    """Join a source's items with their facts, write one file, and delete the others of `files`,
+    also those that killed builds left.
     """
-    facts = known_facts(folder, name)
+    facts = known_facts(files)
     where = _match(items, facts)
     if where.null_count:
         raise RuntimeError(f"{where.null_count} images of {name} were never read")
@@ -239,11 +251,11 @@ def finish_source(
     }  # fmt: skip
     table = table.replace_schema_metadata({"facts": FACTS_VERSION, "listing": json.dumps(notes)})
     path = folder / f"{name}.parquet"
-    if not path.exists() or not _read(path).equals(table, check_metadata=True):
+    if path not in files or not _read(path).equals(table, check_metadata=True):
         write_atomically(path, lambda partial: pq.write_table(table, partial))
-    for piece in files_in(folder):
-        if piece.name.startswith(f"{name}+") or whole_name(piece.name) == path.name:
-            piece.unlink()
+    for file in files:
+        if file != path:
+            file.unlink()
     return table.replace_schema_metadata(None)
 
 
