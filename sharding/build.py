@@ -305,7 +305,7 @@ class _SetBuild:
         make_folder(self.folder)
         make_folder(self.marks)
         self.plans = plan_shards(self.samples, self.split)
-        finished = [read_done(plan, self.folder, self.marks) for plan in self.plans]
+        finished = read_done(self.plans, self.folder, self.marks)
         self.done: dict[str, Written] = {written.name: written for written in finished if written}
         self.todo = [plan for plan in self.plans if plan.name not in self.done]
         self._refuse_to_lose(out)
@@ -346,7 +346,7 @@ class _SetBuild:
         """Write the samples table, the excluded images and, last, the index."""
         folder, plans = self.folder, self.plans
         shards = [self.done[plan.name] for plan in plans]
-        tables = [read_rows(plan, self.marks) for plan in plans]
+        tables = read_rows(plans, self.marks)
         table = pa.concat_tables([SAMPLES_SCHEMA.empty_table(), *tables]).unify_dictionaries()
         table = table.replace_schema_metadata(None)
         write_atomically(

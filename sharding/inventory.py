@@ -58,16 +58,8 @@ from sharding.catalog import Source, shares
 from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
-from storage import (
-    MAX_TABLE_BYTES,
-    AnyPath,
-    any_path,
-    files_in,
-    parse_json,
-    read_plain,
-    whole_name,
-    write_atomically,
-)
+from sharding.remote import in_order, read_bytes, remove_files
+from storage import AnyPath, any_path, files_in, parse_json, whole_name, write_atomically
 
 FACTS_VERSION = "4"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
@@ -190,13 +182,13 @@ def files_by_source(folder: AnyPath) -> dict[str, list[AnyPath]]:
 
 def known_facts(files: Sequence[AnyPath]) -> pa.Table | None:
     """Read the rows that earlier runs wrote for a source, even if they did not finish."""
-    tables = []
-    for path in files:
-        # Skip partial files: a worker of a killed build may still be writing them.
-        if path.suffix == ".parquet":
-            table = _read(path)
-            if _version_of(table) == FACTS_VERSION:
-                tables.append(table.select([*_KEY, *FACT_SCHEMA.names]))
+    # Skip partial files: a worker of a killed build may still be writing them.
+    whole = [path for path in files if path.suffix == ".parquet"]
+    tables = [
+        table.select([*_KEY, *FACT_SCHEMA.names])
+        for table in (in_order(_read, whole, whole[0]) if whole else ())
+        if _version_of(table) == FACTS_VERSION
+    ]
     return pa.concat_tables(tables, promote_options="default") if tables else None
 
 
@@ -253,9 +245,7 @@ def finish_source(
     path = folder / f"{name}.parquet"
     if path not in files or not _read(path).equals(table, check_metadata=True):
         write_atomically(path, lambda partial: pq.write_table(table, partial))
-    for file in files:
-        if file != path:
-            file.unlink()
+    remove_files([file for file in files if file != path])
     return table.replace_schema_metadata(None)
 
 
@@ -346,7 +336,7 @@ def _shares(destination: Mapping[str, float]) -> str:
 
 
 def _read(path: AnyPath) -> pa.Table:
-    data = read_plain(path, MAX_TABLE_BYTES)
+    data = read_bytes(path)
     try:
         table = table_from(data)
         columns = (*_KEY, *FACT_SCHEMA.names) if _version_of(table) == FACTS_VERSION else ()

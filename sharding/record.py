@@ -28,6 +28,7 @@ import json
 from collections.abc import Iterable
 
 from sharding.format import EXCLUDED_FILE, INDEX_FILE, SAMPLES_FILE, TIMM_FILE, ShardError
+from sharding.remote import remove_files
 from storage import AnyPath, files_in, parse_json, read_text, whole_name, write_text
 
 RECORD_FILE = "written.json"
@@ -114,10 +115,18 @@ def remove_earlier(folder: AnyPath, marks: AnyPath, shards: set[str]) -> None:
     A set must contain only the shards that its index lists.
     """
     record, names = read_record(marks), files_of(shards)
-    for path in files_in(folder):
-        if path.name not in names and is_recorded(path.name, record):
-            path.unlink()
-    for path in files_in(marks):
-        if path.name != RECORD_FILE and path.name.removesuffix(".parquet") not in shards:
-            path.unlink()
+    remove_files(
+        [
+            path
+            for path in files_in(folder)
+            if path.name not in names and is_recorded(path.name, record)
+        ]
+    )
+    remove_files(
+        [
+            path
+            for path in files_in(marks)
+            if path.name != RECORD_FILE and path.name.removesuffix(".parquet") not in shards
+        ]
+    )
     write_record(marks, names)

@@ -23,11 +23,12 @@ the name of an image in the tar, `key` and its suffix, has more than 100 bytes, 
 `OSError` if a file cannot be read or written. The same samples give the same bytes, and the tar
 gets its final name only when complete.
 
-`read_done(plan, folder, marks)` takes a `ShardPlan` and the two folders as paths, and compares the
-stored fingerprint with the plan's. It returns the `Written` of the shard that an earlier build
-finished, or None if the shard is missing, damaged or out of date (of the tar, only the size is
-checked). `read_rows(plan, marks)` returns the rows of a finished shard, a table with the columns
-`SAMPLES_SCHEMA`; it raises `ShardError` if the mark is that of another plan.
+`read_done(plans, folder, marks)` takes a list of `ShardPlan` and the two folders as paths, and
+compares the stored fingerprints with those of the plans. For each plan it yields the `Written` of
+the shard that an earlier build finished, or None if the shard is missing, damaged or out of date
+(of the tar, only the size is checked). `read_rows(plans, marks)` yields the rows of each finished
+shard, a table with the columns `SAMPLES_SCHEMA`; it raises `ShardError` if a mark is that of
+another plan.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,16 +56,8 @@ from sharding.format import (
 )
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
-from storage import (
-    MAX_TABLE_BYTES,
-    AnyPath,
-    any_path,
-    parse_json,
-    read_plain,
-    size_of,
-    write_atomically,
-    write_text,
-)
+from sharding.remote import in_order, read_bytes
+from storage import AnyPath, any_path, parse_json, sizes_in, write_atomically, write_text
 
 
 @dataclass(frozen=True)
@@ -223,34 +217,44 @@ def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
     raise ChangedError(row["source"], row["path"], row["origin"], reason)
 
 
-def read_done(plan: ShardPlan, folder: AnyPath, marks: AnyPath) -> Written | None:
-    """Return an earlier run's shard for `plan`, or None if missing, damaged or out of date."""
-    path = marks / f"{plan.name}.parquet"
-    if not path.exists():
-        return None
-    try:
-        table = table_from(read_plain(path, MAX_TABLE_BYTES))
-        mark = parse_json(table.schema.metadata[b"shard"])
-        if mark.pop("fingerprint") != plan.fingerprint or table.num_rows != len(plan.rows):
+def read_done(
+    plans: Sequence[ShardPlan], folder: AnyPath, marks: AnyPath
+) -> Iterator[Written | None]:
+    """Yield an earlier run's shard for each plan, or None if missing, damaged or out of date."""
+    packed, marked = sizes_in(folder), sizes_in(marks)
+
+    def read(plan: ShardPlan) -> Written | None:
+        if f"{plan.name}.parquet" not in marked:
             return None
-        written = Written(**mark)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-        return None
-    index = (folder / plan.name).with_suffix(".idx")
-    return written if size_of(folder / plan.name) == written.bytes and index.exists() else None
+        try:
+            table = table_from(read_bytes(marks / f"{plan.name}.parquet"))
+            mark = parse_json(table.schema.metadata[b"shard"])
+            if mark.pop("fingerprint") != plan.fingerprint or table.num_rows != len(plan.rows):
+                return None
+            written = Written(**mark)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            return None
+        whole = packed.get(plan.name) == written.bytes
+        return written if whole and Path(plan.name).with_suffix(".idx").name in packed else None
+
+    yield from in_order(read, plans, marks)
 
 
-def read_rows(plan: ShardPlan, marks: AnyPath) -> pa.Table:
-    """Return the rows of a finished shard.
+def read_rows(plans: Sequence[ShardPlan], marks: AnyPath) -> Iterator[pa.Table]:
+    """Yield the rows of each finished shard.
 
     Raises:
-        ShardError: the mark is of another plan: another process has replaced it.
+        ShardError: a mark is of another plan: another process has replaced it.
     """
-    path = marks / f"{plan.name}.parquet"
-    table = table_from(read_plain(path, MAX_TABLE_BYTES))
-    if parse_json(table.schema.metadata[b"shard"])["fingerprint"] != plan.fingerprint:
-        raise ShardError(
-            f"another process has replaced {path} during this build; make sure that no other build "
-            "writes here, and run the build again"
-        )
-    return table.select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
+
+    def read(plan: ShardPlan) -> pa.Table:
+        path = marks / f"{plan.name}.parquet"
+        table = table_from(read_bytes(path))
+        if parse_json(table.schema.metadata[b"shard"])["fingerprint"] != plan.fingerprint:
+            raise ShardError(
+                f"another process has replaced {path} during this build; make sure that no other "
+                "build writes here, and run the build again"
+            )
+        return table.select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
+
+    yield from in_order(read, plans, marks)
