@@ -20,7 +20,7 @@ volumes X.z01, ... of a split archive, which is read as X.zip; without X.zip the
 bytes, or a `DecodeError` (not raised) if `excluded` is not "" (the reason), if `size` is above
 `MAX_BYTES` of `imaging/decode.py`, if the file in a zip archive is damaged or not the listed one
 (its checksum), or if a cell of a table holds no bytes. It raises `OSError` if a file cannot be
-read. Nothing is unpacked to disk.
+read. Nothing is unpacked to disk. Files at an address are read ahead, many at a time.
 
 `version` is not compared with the file: a file outside of archives that has changed since it was
 listed is read as it is now. Only a zip archive with another version is opened anew in this process.
@@ -39,6 +39,7 @@ the name of the folder `root` below `raw` as it is on disk, where macOS may have
 accents; if there is no such folder, `root` itself.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -57,6 +58,7 @@ from escape import reason_of
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
 from imaging.names import HIDDEN, is_hidden, kind_of, utf8_name
+from sharding.remote import in_order, read_bytes
 from storage import AnyPath, is_local, remote_errors
 
 VOLUME = "a volume of a split archive, whose last volume, the .zip, is not beside it"
@@ -264,13 +266,15 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
             or has fewer rows than when it was listed.
         OSError: a file cannot be read.
     """
-    for block, run in groupby(rows, key=row_group_of):
+    read = functools.partial(_read_one, raw)
+    for (block, is_file), run in groupby(rows, lambda row: (row_group_of(row), not row["member"])):
         if block:
             with remote_errors(raw / block[0], "could not be read"):
                 yield from _read_cells(raw, list(run))
+        elif is_file:
+            yield from in_order(read, run, raw, lambda row: row["size"])
         else:
-            for row in run:
-                yield _read_one(raw, row)
+            yield from map(read, run)
 
 
 def row_group_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -290,6 +294,6 @@ def _read_one(raw: AnyPath, row: Mapping[str, Any]) -> bytes | DecodeError:
         with remote_errors(path, "could not be read"):
             if row["member"]:
                 return zip.read_member(path, row["member"], row["version"])
-            return path.read_bytes()
+            return read_bytes(path)
     except DecodeError as error:
         return error

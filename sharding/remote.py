@@ -1,7 +1,7 @@
 """Read and remove many files at an address, with few requests, many of them at a time.
 
-`read_bytes(path, most)` returns the bytes of a file, and `remove_files(paths)` removes files. Both take
-paths of this machine, too.
+`read_bytes(path, most)` returns the bytes of a file, and `remove_files(paths)` removes files. Both
+take paths of this machine, too.
 
 `in_order(function, items, where, bytes_of)` is a generator like `map(function, items)`.
 If `where` (an `AnyPath`) is an address, the calls run in `REQUESTS` threads, ahead of the consumer.

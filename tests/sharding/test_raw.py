@@ -6,6 +6,8 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
+import uuid
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from sharding.catalog import Source
 from sharding.listing import list_source
 from sharding.raw import VOLUME, RawError, read_all, walk
 from tests.builders import write_split_zip
-from tests.servers import Server
+from tests.servers import HANG_S, Server
 
 
 def contents(raw: Path, root: str = "s") -> dict[str, bytes | DecodeError]:
@@ -271,3 +273,36 @@ def test_a_server_that_fails_is_an_error_of_reading(name: str) -> None:
     assert "\n" not in str(caught.value)
     server.shutdown()
     server.server_close()
+
+
+def test_files_of_a_bucket_are_read_together_in_one_request_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One at a time, a worker would wait for a round trip of the network for each image."""
+    raw = UPath(f"memory://{uuid.uuid4().hex}")
+    together = threading.Barrier(4)
+    requests: list[str] = []
+    for number in range(8):
+        (raw / f"s/{number}.jpg").write_bytes(f"image {number}".encode())
+    read, info = raw.fs.cat_file, raw.fs.info
+
+    def slow(path: str, **options: int) -> bytes:
+        together.wait(HANG_S)
+        requests.append("GET")
+        return read(path, **options)
+
+    monkeypatch.setattr(raw.fs, "cat_file", slow)
+    monkeypatch.setattr(raw.fs, "info", lambda path: requests.append("HEAD") or info(path))
+    rows = [file._asdict() for file in walk(raw, "s")]
+    rows[2]["excluded"] = rows[7]["excluded"] = "a link"
+    rows[5]["size"] = 2**40
+    rows[6]["path"] = "s/4.jpg"
+    rows += rows[:2] + rows[3:4]
+    requests.clear()
+    images = list(read_all(raw, rows))
+    assert requests == ["GET"] * 8
+    assert [str(image) for image in images if isinstance(image, DecodeError)] == [
+        "a link", f"{2**40:,} bytes, more than the limit of 536,870,912", "a link",
+    ]  # fmt: skip
+    read_bytes = [image.decode() for image in images if isinstance(image, bytes)]
+    assert read_bytes == [f"image {number}" for number in (0, 1, 3, 4, 4, 0, 1, 3)]
