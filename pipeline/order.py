@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from pipeline.replay import interleave
+from pipeline.replay import interleave, rows_by_code
 
 Shuffle = Literal["global", "block"]
 
@@ -156,9 +156,9 @@ def repeat(
     from the index.
     """
     parts = []
-    for code in np.unique(sources):
-        source_samples = samples[sources == code]
-        whole, part = divmod(float(times.get(int(code), 1.0)), 1.0)
+    for code, rows in rows_by_code(sources).items():
+        source_samples = samples[rows]
+        whole, part = divmod(float(times.get(code, 1.0)), 1.0)
         parts += [source_samples] * int(whole)
         parts.append(np.sort(rng.permutation(source_samples)[: round(part * len(source_samples))]))
     return np.concatenate(parts) if parts else samples

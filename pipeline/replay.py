@@ -27,7 +27,8 @@ the pool is empty.
 `share_out(count, sizes, rng)` splits `count` as equally as the list `sizes` (samples of each
 source) allows and returns a list, the number for each source. `interleave(new, old)` takes two
 arrays of sample numbers and returns a pair: all of them in one int64 array, the old ones evenly
-spread, and a bool array that is True where a sample is old.
+spread, and a bool array that is True where a sample is old. `rows_by_code(codes)` returns a dict
+from each number in an int array to its row numbers there.
 """
 
 from collections.abc import Sequence
@@ -95,13 +96,24 @@ def sample_old(
     if count and not len(pool):
         raise ValueError("replay is on, but there is no old sample to choose")
     chosen: list[np.ndarray] = []
+    rows_of = rows_by_code(sources)
+    strata = [pool[rows] for rows in rows_of.values()]
+    classes = [labels[rows] for rows in rows_of.values()]
     while (missing := count - sum(map(len, chosen))) > 0:
-        strata = [pool[sources == source] for source in np.unique(sources)]
-        classes = [labels[sources == source] for source in np.unique(sources)]
         quotas = share_out(missing, [len(stratum) for stratum in strata], rng)
         for stratum, label, quota in zip(strata, classes, quotas, strict=True):
             chosen.append(_balanced(stratum, label, quota, rng))
     return rng.permutation(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
+
+
+def rows_by_code(codes: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the row numbers of each code, both ascending. One sort, as a comparison with each code
+    takes time by codes and rows.
+    """
+    order = np.argsort(codes, kind="stable")
+    present, starts = np.unique(codes[order], return_index=True)
+    parts = np.split(order, starts[1:]) if len(starts) else []
+    return dict(zip(present.tolist(), parts, strict=True))
 
 
 def share_out(count: int, sizes: Sequence[int], rng: np.random.Generator) -> list[int]:

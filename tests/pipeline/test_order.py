@@ -137,6 +137,29 @@ def test_old_samples_are_chosen_anew_each_epoch_and_never_twice_in_one() -> None
     assert len(np.intersect1d(first, second)) < 60
 
 
+class Compared(np.ndarray):
+    """Array that counts its comparisons with a number."""
+
+    count = 0
+
+    def __eq__(self, other: object) -> np.ndarray:
+        Compared.count += np.ndim(other) == 0
+        return np.asarray(self) == other
+
+
+def test_many_sources_are_not_compared_one_by_one_with_all_samples() -> None:
+    """It takes minutes for 100 million samples of 2,000 sources, in each epoch and on each rank."""
+    sources = np.tile(np.arange(50), 20)
+    counted = sources.view(Compared)
+    old = sample_old(np.arange(1000), counted, np.arange(1000) // 500, 100, replay_rng(1, 0))
+    assert np.bincount(sources[old]).tolist() == [2] * 50
+    assert np.array_equal(
+        repeat(np.arange(1000), counted, {49: 2}, repeat_rng(1, 0)),
+        np.r_[np.concatenate([np.arange(code, 1000, 50) for code in range(50)]), 49:1000:50],
+    )
+    assert Compared.count == 0
+
+
 def test_a_pool_that_is_too_small_is_used_again() -> None:
     pool = pools(a=(3, 4))
     chosen = sample_old(*pool, 17, rng_of(1, 0, REPLAY))
