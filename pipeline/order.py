@@ -38,7 +38,7 @@ from pipeline.replay import interleave, rows_by_code
 
 Shuffle = Literal["global", "block"]
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Version of the order. It increases whenever the same seed gives another order. A saved state of
 another version is refused.
 """
@@ -46,7 +46,7 @@ another version is refused.
 BLOCK = 256
 WINDOW = 64
 """Sizes of the block shuffle, which permutes runs of `BLOCK` samples, then samples within `WINDOW`
-runs.
+runs. In each global batch, the samples are then sorted by run.
 """
 
 # A Philox counter has 4 x 64 bits. The last word separates independent uses of one key; 0 is for
@@ -133,8 +133,17 @@ def training_epoch(
         known = " or ".join(get_args(Shuffle))
         raise OrderError(f"the order is shuffled by {known}, got {shuffle!r}")
     rng = rng_of(seed, number, _SHUFFLE)
-    fresh = new[rng.permutation(len(new)) if shuffle == "global" else _blocks(len(new), rng)]
-    samples, replayed = interleave(fresh, np.empty(0, np.int64) if old is None else old)
+    old = np.empty(0, np.int64) if old is None else old
+    if shuffle == "global":
+        samples, replayed = interleave(new[rng.permutation(len(new))], old)
+    else:
+        order, runs = _blocks(len(new), rng)
+        samples, replayed = interleave(new[order], old)
+        # A rank gets the same few runs in each step of a window. In a mixed batch, it would get
+        # samples of all runs, and every machine would fetch the whole set.
+        positions = np.flatnonzero(~replayed)
+        by_run = np.argsort(positions // global_batch * WINDOW + runs, kind="stable")
+        samples[positions] = new[order[by_run]]
     count = len(samples) // global_batch * global_batch
     if count == 0:
         raise OrderError(
@@ -218,9 +227,9 @@ def rng_of(seed: int, epoch: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
 
 
-def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
+def _blocks(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle for remote shards: reads stay in runs of `BLOCK`, samples are mixed over `WINDOW`
-    runs.
+    runs. Returns the order, and for each position the number of its run within the window.
     """
     starts = rng.permutation(-(-count // BLOCK)) * BLOCK
     order = (starts[:, None] + np.arange(BLOCK)).ravel()
@@ -228,7 +237,9 @@ def _blocks(count: int, rng: np.random.Generator) -> np.ndarray:
     span = BLOCK * WINDOW
     for first in range(0, count, span):
         rng.shuffle(order[first : first + span])
-    return order
+    runs = np.empty(len(starts), np.int64)
+    runs[starts // BLOCK] = np.arange(len(starts)) % WINDOW
+    return order, runs[order // BLOCK]
 
 
 def state_of(

@@ -228,6 +228,22 @@ def test_a_block_shuffle_reads_in_runs() -> None:
     assert longest <= 2 * 64 * 256
 
 
+@pytest.mark.parametrize("replayed", [0, 10_000])
+def test_machines_together_read_a_block_shuffle_little_more_than_once(replayed: int) -> None:
+    """If each needed all runs of a window, 16 machines would fetch a bucket 16 times an epoch."""
+    count, machines = 80_000, 16
+    made = training_epoch(
+        np.arange(count), seed=3, number=0, global_batch=4096, shuffle="block",
+        old=np.arange(count, count + replayed),
+    )  # fmt: skip
+    parts = made.samples.reshape(-1, machines, 4096 // machines)
+    blocks = [np.unique(part[part < count] // 256) for part in parts.swapaxes(0, 1)]
+    assert sum(map(len, blocks)) < 2 * count / 256
+    assert max(map(len, blocks)) < 3 * count / 256 / machines
+    # The part of a machine is not of one region of the set, where all samples are of one source.
+    assert all(np.ptp(part) > count / 256 / 2 for part in blocks)
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
     with pytest.raises(OrderError, match=r"24 images cannot be shared by 5 ranks; use a multiple"):
         epoch().positions(0, 0, 5)
