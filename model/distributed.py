@@ -22,14 +22,17 @@ pickled, on every rank; the other ranks wait. Whatever only rank 0 does, and may
 it: if `work` raises an error, every rank does, rank 0 the same error and the others `RankError`
 with its message.
 
-All five raise `RankError` (a `ValueError`) if another rank has ended or does not answer.
+`check_alike(dist, seen)` raises the same `ValueError` on every rank if `seen`, a dict from words
+for the reader to a text, differs between ranks.
+
+All six raise `RankError` (a `ValueError`) if another rank has ended or does not answer.
 """
 
 import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -169,3 +172,21 @@ def all_gather_object(dist: DistEnv, value: T) -> list[T]:
     with _with_others():
         distributed.all_gather_object(values, value, group=dist.meeting)
     return values
+
+
+def check_alike(dist: DistEnv, seen: Mapping[str, str]) -> None:
+    """Check that all ranks see the same files. `seen` maps the words for a file to its name or
+    hash.
+
+    Raises:
+        ValueError: a rank sees another file than rank 0; the message names both.
+    """
+    first, *others = all_gather_object(dist, dict(seen))
+    for rank, other in enumerate(others, 1):
+        for what in sorted(first.keys() | other.keys()):
+            here, there = first.get(what, "none"), other.get(what, "none")
+            if here != there:
+                raise ValueError(
+                    f"{what}: {here} on rank 0, but {there} on rank {rank}; give all machines the "
+                    "same folders of runs and data, such as those of a network file system"
+                )

@@ -54,7 +54,7 @@ from model.adapters.detector import OtherDetector, output_name
 from model.adapters.open import Opening, as_checkpoint, open_other
 from model.checkpoint import find, load_network, weights_name
 from model.device import choose_device, describe, keep_freed_memory
-from model.distributed import DistEnv, all_gather_object, on_main
+from model.distributed import DistEnv, all_gather_object, check_alike, on_main
 from model.evaluation import report
 from model.evaluation.bootstrap import RESAMPLES
 from model.evaluation.codec_swap import report_robustness
@@ -97,6 +97,11 @@ def evaluate(
         ValueError: as `plan`.
     """
     planned = plan(subject, data, names, options or Options(), dist)
+    check_alike(
+        planned.dist,
+        {"detector": str(_identity_of(planned).get("sha256", ""))}
+        | {f"set {name}": one.index_sha256 for name, one in planned.sets.items()},
+    )
     if planned.trained_on:
         console.log.warning("%s", report.on_training_data(planned.trained_on))
     keep_freed_memory(planned.device)

@@ -58,6 +58,7 @@ from model.distributed import (
     all_gather_object,
     all_reduce_any,
     all_reduce_sum,
+    check_alike,
     on_main,
 )
 from model.features.fit import fit_head, gather, reset_head
@@ -118,10 +119,12 @@ def train(
     with contextlib.ExitStack() as held:
         # An existing folder is locked before planning, because another training may be changing it.
         # A new folder is created after planning, so that a refused run leaves nothing behind.
-        is_new = not folder.exists()
+        # Rank 0 decides: another machine may not see its folder, which `check_alike` finds below.
+        is_new = on_main(dist, lambda: not folder.exists())
         if not is_new:
             held.enter_context(_locked(folder, dist, is_new))
         planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
+        check_alike(dist, _seen(planned))
         if is_new:
             held.enter_context(_locked(folder, dist, is_new))
         for line in planned.damaged:
@@ -134,6 +137,18 @@ def train(
         for line in planned.describe():
             console.log.info("%s", line)
         return _run(planned, stop_at)
+
+
+def _seen(planned: RunPlan) -> dict[str, str]:
+    """Return what all ranks must have found. Ranks at different steps, or with other images, would
+    train on without an error.
+    """
+    return {
+        "checkpoint to resume": planned.resumed.name if planned.resumed else "none",
+        "first weights": planned.weights.sha256 or planned.weights.kind,
+        "training sets": planned.stream.pool.shards.sha256,
+        **{f"set {name}": shards.sha256 for name, shards in planned.validation.items()},
+    }
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from model.distributed import (
     RankError,
     all_reduce_any,
     broadcast,
+    check_alike,
     init_distributed,
     on_main,
 )
@@ -104,3 +105,13 @@ def test_one_process_raises_the_error_itself() -> None:
         on_main(DistEnv(), lambda: 1 / 0)
     assert issubclass(RankError, ValueError)
     assert distributed.LONGEST_WAIT.days >= 1
+
+
+def sees_another_file(dist: DistEnv) -> None:
+    check_alike(dist, {"weights": "abc", "set a": "12" if dist.is_main else "34"})
+
+
+def test_ranks_that_see_other_files_end_with_the_same_message() -> None:
+    first, second = two_ranks(sees_another_file)
+    assert first == second
+    assert str(first).startswith("ValueError: set a: 12 on rank 0, but 34 on rank 1; give all")

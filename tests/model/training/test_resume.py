@@ -92,3 +92,19 @@ def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="the teacher is the checkpoint that the run began from"):
         plan(recipe, data, tmp_path)
     assert plan(recipe, data, tmp_path, init_from=start).teacher.path == start
+
+
+def test_machines_without_a_common_runs_folder_are_refused(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one of them has the checkpoint: they would train on at different steps."""
+    recipe, runs = load("run.epochs=1", "run.save_every=1"), tmp_path / "a"
+    train(recipe, data, runs, stop_at=1)
+    ranks: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        "model.distributed.all_gather_object", lambda _dist, seen: ranks.append(seen) or ranks
+    )
+    train(load("run.epochs=1", "run.save_every=1"), data, tmp_path / "b", stop_at=1)
+    with pytest.raises(ValueError, match=r"none on rank 0, but step_0000001 on rank 1; give all"):
+        train(recipe, data, runs, stop_at=2)
+    assert not (runs / "tiny/step_0000002").exists()
