@@ -39,7 +39,6 @@ if the path is outside the folder.
 `read_plain(path, most)` returns the bytes of a whole file, `read_text(path, most)` its UTF-8 text.
 Both raise `RefusedFileError` (an `OSError`) for pipes, devices and more than `most` bytes.
 `open_plain(path)` is a context manager that opens a file, but no pipe and no device.
-`files_in(folder)` lists the files of a folder, and `sizes_in(folder)` their names and bytes.
 `size_of(path)` returns bytes, or None if there is no file. `parse_json(text)` returns the value of
 a JSON text; it raises `ValueError`, also for one that is nested too deeply. `text_fault(error)`
 takes this error, or that of reading a text file, and describes it in words. `cores()` returns the
@@ -449,31 +448,6 @@ def size_of(path: AnyPath) -> int | None:
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_size
     return None
-
-
-def sizes_in(folder: AnyPath) -> dict[str, int | None]:
-    """Return the names and sizes of the files directly in a folder, sorted by name; empty if the
-    folder does not exist. A size is None if the listing of an address has none.
-    """
-    sizes: dict[str, int | None] = {}
-    if is_local(folder):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_file():
-                sizes[path.name] = size_of(path)
-        return dict(sorted(sizes.items()))
-    # Its client keeps a listing. It would lack files that other processes write later, and to look
-    # for one file, the client compares all names.
-    folder.fs.invalidate_cache(folder.path)
-    for entry in folder.fs.ls(folder.path, detail=True) if folder.is_dir() else ():
-        if entry["type"] == "file" and (name := entry["name"].rpartition("/")[2]):
-            sizes[name] = entry["size"]
-    folder.fs.invalidate_cache(folder.path)
-    return dict(sorted(sizes.items()))
-
-
-def files_in(folder: AnyPath) -> list[AnyPath]:
-    """Return the files directly in a folder, sorted by name; empty if the folder does not exist."""
-    return [folder / name for name in sizes_in(folder)]
 
 
 def sha256_of(path: AnyPath) -> str:

@@ -58,8 +58,8 @@ from sharding.catalog import Source, shares
 from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardError, table_from
 from sharding.listing import Item, Listing
 from sharding.raw import read_all, row_group_of
-from sharding.remote import in_order, read_bytes, remove_files
-from storage import AnyPath, any_path, files_in, parse_json, whole_name, write_atomically
+from sharding.remote import files_in, in_order, read_bytes, remove_files
+from storage import AnyPath, any_path, parse_json, whole_name, write_atomically
 
 FACTS_VERSION = "4"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""

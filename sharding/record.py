@@ -28,8 +28,8 @@ import json
 from collections.abc import Iterable
 
 from sharding.format import EXCLUDED_FILE, INDEX_FILE, SAMPLES_FILE, TIMM_FILE, ShardError
-from sharding.remote import remove_files
-from storage import AnyPath, files_in, parse_json, read_text, whole_name, write_text
+from sharding.remote import files_in, remove_files
+from storage import AnyPath, parse_json, read_text, whole_name, write_text
 
 RECORD_FILE = "written.json"
 

@@ -1,5 +1,6 @@
-"""Read and remove many files at an address, with few requests, many of them at a time.
+"""List, read and remove many files at an address, with few requests, many of them at a time.
 
+`files_in(folder)` lists the files of a folder, and `sizes_in(folder)` their names and bytes.
 `read_bytes(path, most)` returns the bytes of a file, and `remove_files(paths)` removes files. Both
 take paths of this machine, too.
 
@@ -86,6 +87,31 @@ def read_bytes(path: AnyPath, most: int = MAX_TABLE_BYTES) -> bytes:
     if len(data) > most:
         raise RefusedFileError(errno.EINVAL, f"more than the limit of {most:,} bytes", str(path))
     return data
+
+
+def sizes_in(folder: AnyPath) -> dict[str, int | None]:
+    """Return the names and sizes of the files directly in a folder, sorted by name; empty if the
+    folder does not exist. A size is None if the listing of an address has none.
+    """
+    sizes: dict[str, int | None] = {}
+    if is_local(folder):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_file():
+                sizes[path.name] = size_of(path)
+        return dict(sorted(sizes.items()))
+    # Its client keeps a listing. It would lack files that other processes write later, and to look
+    # for one file, the client compares all names.
+    folder.fs.invalidate_cache(folder.path)
+    for entry in folder.fs.ls(folder.path, detail=True) if folder.is_dir() else ():
+        if entry["type"] == "file" and (name := entry["name"].rpartition("/")[2]):
+            sizes[name] = entry["size"]
+    folder.fs.invalidate_cache(folder.path)
+    return dict(sorted(sizes.items()))
+
+
+def files_in(folder: AnyPath) -> list[AnyPath]:
+    """Return the files directly in a folder, sorted by name; empty if the folder does not exist."""
+    return [folder / name for name in sizes_in(folder)]
 
 
 def remove_files(paths: Sequence[AnyPath]) -> None:

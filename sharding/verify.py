@@ -54,10 +54,10 @@ from sharding.format import (
     read_index,
     timm_info,
 )
+from sharding.remote import files_in
 from storage import (
     AnyPath,
     any_path,
-    files_in,
     is_local,
     parse_json,
     read_plain,

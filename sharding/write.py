@@ -56,8 +56,8 @@ from sharding.format import (
 )
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
-from sharding.remote import in_order, read_bytes
-from storage import AnyPath, any_path, parse_json, sizes_in, write_atomically, write_text
+from sharding.remote import in_order, read_bytes, sizes_in
+from storage import AnyPath, any_path, parse_json, write_atomically, write_text
 
 
 @dataclass(frozen=True)

@@ -151,10 +151,10 @@ def test_many_sources_are_not_compared_one_by_one_with_all_samples() -> None:
     """It takes minutes for 100 million samples of 2,000 sources, in each epoch and on each rank."""
     sources = np.tile(np.arange(50), 20)
     counted = sources.view(Compared)
-    old = sample_old(np.arange(1000), counted, np.arange(1000) // 500, 100, replay_rng(1, 0))
+    old = sample_old(np.arange(1000), counted, np.arange(1000) // 500, 100, rng_of(1, 0, REPLAY))
     assert np.bincount(sources[old]).tolist() == [2] * 50
     assert np.array_equal(
-        repeat(np.arange(1000), counted, {49: 2}, repeat_rng(1, 0)),
+        repeat(np.arange(1000), counted, {49: 2}, rng_of(1, 0, REPEAT)),
         np.r_[np.concatenate([np.arange(code, 1000, 50) for code in range(50)]), 49:1000:50],
     )
     assert Compared.count == 0

@@ -14,7 +14,7 @@ from sharding.inventory import (
     missing_chunks,
 )
 from sharding.listing import Item
-from storage import files_in
+from sharding.remote import files_in
 from tests.builders import build_all, encode, photo
 
 

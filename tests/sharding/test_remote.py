@@ -10,8 +10,7 @@ import pytest
 from upath import UPath
 
 from sharding import remote
-from sharding.remote import REQUESTS, in_order, read_bytes, remove_files
-from storage import files_in, sizes_in
+from sharding.remote import REQUESTS, files_in, in_order, read_bytes, remove_files, sizes_in
 from tests.servers import HANG_S
 
 
