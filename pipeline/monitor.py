@@ -85,7 +85,8 @@ class WorkerStatus:
 
     def __init__(self, workers: Sequence[str], *, shared: bool = False):
         self.workers = list(workers)
-        self._cells = torch.zeros((len(self.workers), 3), dtype=torch.int64)
+        with torch.inference_mode(False):  # else only a thread in inference mode could change it
+            self._cells = torch.zeros((len(self.workers), 3), dtype=torch.int64)
         if shared:
             self._cells.share_memory_()
 

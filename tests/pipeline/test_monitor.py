@@ -109,3 +109,11 @@ def test_an_error_in_the_reader_reaches_the_consumer(
     monkeypatch.setattr(ShardReader, "read", fail)
     with pytest.raises(MemoryError, match="no memory left"):
         next(make_stream(backend=backend, num_workers=0).batches(0, 1))
+
+
+def test_a_status_made_in_inference_mode_can_be_changed_by_other_threads() -> None:
+    """That mode is of one thread. DALI's reader is another than the one that computes features."""
+    with torch.inference_mode():
+        status = WorkerStatus(["reader"])
+    status.finished(0)
+    assert status.made() == 1
