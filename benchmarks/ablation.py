@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,8 @@ class Bench:
                     loading=Loading(num_workers=0),
                     device=torch.device("cpu"),
                 )
-                scores = score_set(net, loader)
+                with closing(loader):
+                    scores = score_set(net, loader)
                 columns[f"{name}/labels"] = scores.labels
                 columns[f"{name}/logits"] = scores.logits
                 for column in ("source", "generator"):

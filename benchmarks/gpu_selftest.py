@@ -29,6 +29,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,11 +133,11 @@ def pixels_of(
     device: torch.device, requests: list[Request], batch: int, share: float = 0.65
 ) -> list[tuple[np.ndarray, dict[int, str]]]:
     """Run requests through the DALI backend; returns images (uint8 on the host) and failures."""
-    backend = DaliBackend((SIZE, SIZE), batch, device, 4, share)
-    return [
-        (pixels.images.cpu().numpy(), dict(pixels.failures))
-        for pixels in backend.run(iter(requests))
-    ]
+    with closing(DaliBackend((SIZE, SIZE), batch, device, 4, share)) as backend:
+        return [
+            (pixels.images.cpu().numpy(), dict(pixels.failures))
+            for pixels in backend.run(iter(requests))
+        ]
 
 
 def machine(given: Given) -> Any:
@@ -346,10 +347,9 @@ def damage(given: Given) -> Any:
                 requests[-2].formats[row] = "PNG" if name.endswith("png") else "JPEG"
         done = []
         try:
-            for pixels in DaliBackend((SIZE, SIZE), BATCH, given.device, 4, share).run(
-                iter(requests)
-            ):
-                done.append((pixels.images.cpu().numpy(), dict(pixels.failures)))
+            with closing(DaliBackend((SIZE, SIZE), BATCH, given.device, 4, share)) as backend:
+                for pixels in backend.run(iter(requests)):
+                    done.append((pixels.images.cpu().numpy(), dict(pixels.failures)))
         except Exception as error:  # the batches before it are still compared
             answer[f"share {share}: ended"] = f"ERROR {type(error).__name__}: {error}"[:600]
         for index, name in enumerate(kinds):
@@ -372,13 +372,14 @@ def hand_over(given: Given) -> Any:
 
     def checksums(late: bool) -> list[int]:
         sums = []
-        for pixels in DaliBackend((SIZE, SIZE), BATCH, given.device, 4).run(iter(requests)):
-            if on_gpu and late:
-                torch.cuda._sleep(SLEEP_CYCLES)
-            elif on_gpu:
-                torch.cuda.synchronize()
-            sums.append(pixels.images.long().sum() + (pixels.images[:, ::7].long() * 31).sum())
-            del pixels
+        with closing(DaliBackend((SIZE, SIZE), BATCH, given.device, 4)) as backend:
+            for pixels in backend.run(iter(requests)):
+                if on_gpu and late:
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                elif on_gpu:
+                    torch.cuda.synchronize()
+                sums.append(pixels.images.long().sum() + (pixels.images[:, ::7].long() * 31).sum())
+                del pixels
         return [int(value) for value in sums]
 
     streams: dict[str, Any] = {"CPU": None}

@@ -5,6 +5,7 @@ Main entries: `pipeline.loader.open_loader()` for the loader, `pipeline.stream` 
     loader = open_loader(
         open_shards([folder]), preprocess=Preprocess(), loading=Loading(), device=device
     )
-    for batch in evaluation_batches(loader):  # a `pipeline.batch.Batch`
-        ...
+    with contextlib.closing(loader):
+        for batch in evaluation_batches(loader):  # a `pipeline.batch.Batch`
+            ...
 """

@@ -22,6 +22,9 @@ decoded, or whose crop reaches outside the image (these are black); and `timing`
 and RuntimeError if the GPU is lost or has no memory left. An image that fails does not end a batch.
 Errors of `requests` pass through.
 
+A pipeline whose run came to its end is kept for the next run. `close()` frees it, and its memory on
+the GPU; whoever makes a backend closes it. After `close()`, a new run builds a pipeline again.
+
 The DALI operators are in `pipeline/dali_graph.py`. This module does on the CPU what DALI cannot:
 before the operators, the steps that change the whole image (resizing, JPEG, WebP); after them, the
 WebP compression with which some augmentations end. Files that DALI does not decode are decoded by
@@ -91,6 +94,13 @@ class DaliBackend:
             # its memory, on the GPU too, until Python's next garbage collection.
             if self._idle is None:
                 gc.collect()
+
+    def close(self) -> None:
+        """Free the pipelines that are kept for later runs, and their memory on the GPU."""
+        if self._idle is None and self._repair is None:
+            return
+        self._idle = self._repair = None
+        gc.collect()  # see `run`
 
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()

@@ -23,6 +23,9 @@ named in `Batch.failures`.
   returns their augmentation parameters.
 - `start`: the step to begin with (default 0).
 
+`Loader.close()` frees what the backend keeps for the next epoch: with DALI a pipeline, which has
+memory on the GPU. Whoever opens a loader closes it, such as with `contextlib.closing`.
+
 `open_loader()` raises `LoadError` (a `ValueError`) if the backend is not installed, a tar is
 missing or has another length, or shared memory is too small even for one worker (only with Pillow
 and `num_workers` other than 0). The errors of `batches()` come with the first batch or a later one:
@@ -177,6 +180,12 @@ class Loader:
                         f"{MAX_BAD_SHARE:.0%}; the first: {bad[0]}"
                     )
                 yield batch
+            next(decoded, None)  # the end, after which the backend keeps its pipeline
+
+    def close(self) -> None:
+        """Free what the backend keeps for its next epoch, such as memory on the GPU."""
+        if "_dali" in vars(self):  # else DALI was never used, and need not be imported
+            self._dali.close()
 
     def name_failures(self, batch: Batch) -> list[str]:
         """Return one line for each sample of the batch that could not be decoded: its name and the

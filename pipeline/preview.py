@@ -25,6 +25,7 @@ recipe that is read, and `words_of(params)` describes the parameters of one imag
 `CELL` is the side of an image in pixels, `GAIN` the factor by which differences are enlarged.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -197,7 +198,8 @@ def _by_dali(request: Request, shape: tuple[int, int]) -> np.ndarray | None:
         return None
     from pipeline.dali import DaliBackend
 
-    (pixels,) = DaliBackend(shape, len(request.data), device, threads=2).run([request])
+    with contextlib.closing(DaliBackend(shape, len(request.data), device, threads=2)) as dali:
+        (pixels,) = dali.run([request])
     return pixels.images.cpu().numpy()
 
 

@@ -117,6 +117,9 @@ class BatchLoader(Protocol):
         reason.
         """
 
+    def close(self) -> None:
+        """Free what is kept for the next epoch, such as memory on the GPU."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:

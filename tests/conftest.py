@@ -1,13 +1,15 @@
 """Fixtures of all tests: tiny shard sets from the real builder, runs, checkpoints and servers."""
 
+import gc
 import logging
 import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 import pytest
@@ -208,6 +210,26 @@ def make_stream(data: Path) -> Callable[..., Stream]:
         return Stream(loader, pool, replay, {"train": HARSH, "dda": AugmentPolicy()}, "train", seed)
 
     return make
+
+
+@pytest.fixture
+def pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], object]]]:
+    """Weak references to the DALI pipelines that the test builds. Python collects no garbage by
+    itself: a pipeline that was dropped stays until the program collects it.
+    """
+    from pipeline.dali import DaliBackend  # the other tests must run without DALI
+
+    build, built = DaliBackend._build, []
+
+    def noted(*arguments: Any, **options: Any) -> object:
+        pipeline = build(*arguments, **options)
+        built.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(DaliBackend, "_build", noted)
+    gc.disable()
+    yield built
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

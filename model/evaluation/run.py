@@ -193,11 +193,14 @@ def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -
     for name, planned_set in planned.sets.items():
         shards = planned_set.shards
         _log_reference(planned, name)
-        loader = open_scored(
-            shards, preprocess, planned.options.loading, planned.device, dist=dist, features=source
-        )
-        console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
-        with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
+        with (
+            open_scored(
+                shards, preprocess, planned.options.loading, planned.device,
+                dist=dist, features=source,
+            ) as loader,
+            console.progress(f"scoring {name}", len(shards), dist.is_main) as advance,
+        ):  # fmt: skip
+            console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
             scores = score_set(
                 net, loader, planned.dtype, lambda done: advance(done * dist.world_size), dist
             )  # fmt: skip

@@ -109,21 +109,24 @@ def embed(
         remove_left(folder)
     of_shard = shards.rows_of_shards()
     rows = [_whole(of_shard[file.shard_code], shards, file) for file in files]
+    params_for = view_params(
+        shards, view.augment or {}, view.policy, source.backbone.preprocess, view.seed, number
+    )
+    left = sum(map(len, rows))
+    offsets = shards.column("offset")
+    held: list[tuple[np.ndarray, np.ndarray, dict[int, str]]] = []
     loader = open_loader(
         shards,
         preprocess=source.backbone.preprocess,
         loading=embedder.loading,
         device=embedder.device,
     )
-    settings = view.augment or {}, view.policy, source.backbone.preprocess, view.seed, number
-    batches = loader.batches(
-        evaluation_epoch(np.concatenate(rows), loader.global_batch), view_params(shards, *settings)
-    )
-    left = sum(map(len, rows))
-    offsets = shards.column("offset")
-    held: list[tuple[np.ndarray, np.ndarray, dict[int, str]]] = []
-    # Closed at an error: a generator that is left inside `inference_mode` keeps the mode on.
-    with contextlib.closing(_features(embedder, batches)) as computed:
+    epoch = evaluation_epoch(np.concatenate(rows), loader.global_batch)
+    with (
+        contextlib.closing(loader),
+        # Closed at an error: a generator that is left inside `inference_mode` keeps the mode on.
+        contextlib.closing(_features(embedder, loader.batches(epoch, params_for))) as computed,
+    ):
         for file, wanted in zip(files, rows, strict=True):
             while sum(len(part[1]) for part in held) < len(wanted):
                 held.append(next(computed))

@@ -30,13 +30,15 @@ another kind of `params_for`.
 is the `Detector` with its weights loaded, `dtype` its precision, `store` the `Path` of the store.
 Both raise `FeatureError` if the backbone is not frozen.
 
-`open_scored(shards, preprocess, loading, device, *, dist, features)` returns a loader for
-evaluation, with the same `batches()`. It is a `FeatureLoader` if `features`, a `FeatureSource`, is
-given; else a loader of images, which are preprocessed by `preprocess` (a `Preprocess`). `dist` is a
-`DistEnv` (rank and number of processes), or None for a single process. `dist` and `features`
-default to None. It raises `LoadError` if the images cannot be loaded.
+`open_scored(shards, preprocess, loading, device, *, dist, features)` is a context manager
+that opens a loader for evaluation, with the same `batches()`, and closes it. It is a
+`FeatureLoader` if `features`, a `FeatureSource`, is given; else a loader of images, which are
+preprocessed by `preprocess` (a `Preprocess`). `dist` is a `DistEnv` (rank and number of processes),
+or None for a single process. `dist` and `features` default to None. It raises `LoadError` if the
+images cannot be loaded.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +186,10 @@ class FeatureLoader:
             for row, reason in batch.failures.items()
         ]
 
+    def close(self) -> None:
+        """Close the files of the features."""
+        self._tables.clear()
+
     def table(self, view: int) -> FeatureTable:
         """Return the features of a view. Only the last view that was asked for stays open: a system
         allows some 65,000 mapped files.
@@ -200,6 +206,7 @@ class FeatureLoader:
         return self._tables[view]
 
 
+@contextlib.contextmanager
 def open_scored(
     shards: ShardSet,
     preprocess: Preprocess,
@@ -208,17 +215,21 @@ def open_scored(
     *,
     dist: DistEnv | None = None,
     features: FeatureSource | None = None,
-) -> BatchLoader:
+) -> Iterator[BatchLoader]:
     """Open a loader of `shards` for evaluation: of stored features if `features` is given, else of
-    images.
+    images. The loader is closed when the block ends.
 
     Raises:
         LoadError: as `open_loader`.
     """
     dist = dist or DistEnv()
+    loader: BatchLoader
     if features:
-        return FeatureLoader(shards, features, loading, device, dist.rank, dist.world_size)
-    return open_loader(
-        shards, preprocess=preprocess, loading=loading, device=device,
-        rank=dist.rank, world_size=dist.world_size,
-    )  # fmt: skip
+        loader = FeatureLoader(shards, features, loading, device, dist.rank, dist.world_size)
+    else:
+        loader = open_loader(
+            shards, preprocess=preprocess, loading=loading, device=device,
+            rank=dist.rank, world_size=dist.world_size,
+        )  # fmt: skip
+    with contextlib.closing(loader):
+        yield loader

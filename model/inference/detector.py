@@ -41,6 +41,7 @@ and as `start` (default 0) how many were done. A batch must begin at `start`, el
 the network's output is not finite.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -138,9 +139,11 @@ class ImageDetector(AnyDetector):
                 names.append(of_group)
                 yield self._request(encoded_files)
 
-        dali = DaliBackend(self.preprocess.shape, batch_size, self.device, threads())
-        for pixels in dali.run(requests()):
-            yield names.popleft(), pixels.images, pixels.failures
+        with contextlib.closing(
+            DaliBackend(self.preprocess.shape, batch_size, self.device, threads())
+        ) as dali:
+            for pixels in dali.run(requests()):
+                yield names.popleft(), pixels.images, pixels.failures
 
     def _for_dali(self, file: Source) -> Encoded | bytes:
         """Return a JPEG for DALI to decode, or a PNG of the preprocessed image for any other file.

@@ -22,6 +22,7 @@ limits the trial: two batches are always done, if there are so many. After that,
 batches have taken more seconds than this.
 """
 
+import contextlib
 import itertools
 import math
 import resource
@@ -102,7 +103,8 @@ def dry_run(
         )
         return
     train_state = assemble(planned)
-    trial = _try(planned, train_state)
+    with contextlib.closing(planned.stream.loader):
+        trial = _try(planned, train_state)
     memory = _memory(planned)
     if not planned.dist.is_main:
         return
@@ -253,13 +255,16 @@ def _validation_s(planned: RunPlan, train_state: TrainState) -> float:
     """Estimate the seconds of one validation from a few batches of the largest set."""
     recipe, dist = planned.recipe, planned.dist
     largest = max(planned.validation.values(), key=len)
-    loader = open_scored(largest, recipe.preprocess, recipe.loading, planned.device, dist=dist)
     net = train_state.shown
-    batches = itertools.islice(evaluation_batches(loader), BATCHES)
-    with evaluating(net):
+    with (
+        open_scored(
+            largest, recipe.preprocess, recipe.loading, planned.device, dist=dist
+        ) as loader,
+        evaluating(net),
+    ):
         times = _times(
             planned,
-            batches,
+            itertools.islice(evaluation_batches(loader), BATCHES),
             lambda b: logits_of(net, b.images, planned.device, planned.dtype).cpu(),
         )
     count = sum(-(-len(shards) // loader.global_batch) for shards in planned.validation.values())

@@ -214,6 +214,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
         History(planned.folder, done, tracker)
         if dist.is_main
         else contextlib.nullcontext() as history,
+        contextlib.closing(stream.loader),
         console.progress("training", steps, shown=dist.is_main) as advance,
     ):
         advance(done)

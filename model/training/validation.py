@@ -135,10 +135,10 @@ def validate(
     dist = train_state.dist
     scored = []
     for name, shards in sets.items():
-        loader = open_scored(
+        with open_scored(
             shards, preprocess, loading, train_state.device, dist=dist, features=features
-        )
-        scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
+        ) as loader:
+            scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
         scored.append((name, shards, scores))
     return _measured(scored)
 
@@ -215,8 +215,10 @@ def calibrate_checkpoint(
     scored, hashes = [], {}
     for folder in folders:
         shards = open_shards([folder])
-        loader = open_scored(shards, preprocess, loading, device, dist=dist, features=features)
-        scores = score_set(net, loader, dtype, dist=dist)
+        with open_scored(
+            shards, preprocess, loading, device, dist=dist, features=features
+        ) as loader:
+            scores = score_set(net, loader, dtype, dist=dist)
         scored.append((folder.name, shards, scores))
         sources += shards.names("source", scores.samples)
         hashes[folder.name] = shards.sha256

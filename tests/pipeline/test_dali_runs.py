@@ -1,11 +1,14 @@
 """Runs of the DALI backend: which errors end one, and the pipeline that later runs use again."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from pipeline.augment import AugmentParams, stack
 from pipeline.batch import Pixels, Request
 from pipeline.dali import DaliBackend, _reason
+from pipeline.stream import Stream, evaluation_batches
 from tests.builders import KINDS, encode, photo
 
 SIZE = 64
@@ -77,15 +80,8 @@ RUNS = {
 }
 
 
-def test_later_runs_use_the_same_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_runs_use_the_same_pipeline(pipelines: list) -> None:
     backend = DaliBackend((SIZE, SIZE), 8, CPU, threads=1)
-    build, built = backend._build, []
-
-    def counted(*arguments, depth: int) -> object:
-        built.append(depth)
-        return build(*arguments, depth=depth)
-
-    monkeypatch.setattr(backend, "_build", counted)
     (first,) = (pixels.images.clone() for pixels in backend.run([request()]))
     for name, requests in RUNS.items():
         pixels = [
@@ -96,7 +92,11 @@ def test_later_runs_use_the_same_pipeline(monkeypatch: pytest.MonkeyPatch) -> No
             good = [row for row in range(len(asked.data)) if row not in one.failures]
             assert len(good) == len(asked.data) - ("PNG" in asked.formats)
             assert torch.equal(one.images[good], first[good]), name
-    assert built == [2, 1]  # one pipeline for all runs, and one that decodes image by image
+    assert len(pipelines) == 2  # one for all runs, and one that decodes image by image
+    backend.close()
+    assert [pipeline() for pipeline in pipelines] == [None, None]
+    list(backend.run([request()]))
+    assert len(pipelines) == 3
 
 
 def test_a_run_that_is_stopped_early_leaves_its_batches_to_no_other() -> None:
@@ -107,6 +107,18 @@ def test_a_run_that_is_stopped_early_leaves_its_batches_to_no_other() -> None:
     assert [len(pixels.images) for pixels in inside] == [3, 3]
     stopped.close()
     assert [len(pixels.images) for pixels in backend.run([request(5)] * 4)] == [5] * 4
+
+
+def test_the_epochs_of_a_loader_use_one_pipeline(
+    make_stream: Callable[..., Stream], pipelines: list
+) -> None:
+    stream = make_stream(backend="dali", num_workers=1)
+    assert len(list(stream.batches(0, 3))) == 3 * stream.steps_per_epoch
+    for _ in range(2):
+        list(evaluation_batches(stream.loader))
+    assert len(pipelines) == 1
+    stream.loader.close()
+    assert pipelines[0]() is None
 
 
 def test_cuda_without_a_number_is_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
