@@ -11,8 +11,8 @@ it in one option. `--only NAME`, which may be repeated, measures only the first 
 this name, such as "with compile". The table has images/s, the ratio to the first row, `of the peak`
 and memory; `--json` gets all figures. `of the peak` divides the operations per second of a step by
 those of a large matrix product of the same dtype, timed in the same run. The operations of forward
-and backward are counted by torch's FlopCounterMode. The optimizer's time is included, its
-operations are not. The exit code is 1 if the first row fails.
+and backward are counted by torch's FlopCounterMode, those of convolutions by `backward_of_conv()`.
+The optimizer's time is included, its operations are not. The exit code is 1 if the first row fails.
 
 Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
 
@@ -48,7 +48,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import console
 import recipes
@@ -151,9 +151,24 @@ def random_batch(way: Way, shape: tuple[int, int], device: torch.device) -> Batc
     )
 
 
+def backward_of_conv(
+    grad_shape: torch.Size, images_shape: torch.Size, weight_shape: torch.Size, *rest: Any, **_: Any
+) -> int:
+    """Count the operations of a convolution's backward pass: the gradients of the images and of
+    the weight have as many as the forward pass. torch counts the second without the groups: for a
+    depthwise convolution, as many times too much as it has channels.
+    """
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = rest
+    forward = conv_flop_count(images_shape, weight_shape, grad_shape, transposed)
+    return forward * (wanted[0] + wanted[1])
+
+
+CONVOLUTIONS = {torch.ops.aten.convolution_backward: backward_of_conv}
+
+
 def operations(train_state: TrainState, batch: Batch, recipe: Recipe) -> int:
     """Count the floating-point operations of one step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS) as counter:
         train_step(train_state, train_state.net, batch, recipe.optim)
     return counter.get_total_flops()
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step as step_benchmark
 from benchmarks.embedding import network_alone, whole
 from benchmarks.gpu_selftest import damaged_png
 from benchmarks.predict import bare, write_checkpoint
-from benchmarks.step import Way, measure
+from benchmarks.step import CONVOLUTIONS, Way, measure
 from imaging.decode import DecodeError, decode_image
 from model import load_detector
 from model.backbones.resolve import resolved
@@ -54,6 +55,17 @@ def test_operations_are_counted_before_the_peak_of_memory_is_reset(
     assert happened == ["reset", "counted on 8", "reset"]
     half = measure(Way(batch=8, dtype="fp32"), recipe, torch.device("cpu"), 0.01, {"fp32": 1.0})
     assert whole["operations"] == 2 * half["operations"]
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_both_gradients_of_a_convolution_count_as_much_as_its_forward_pass(groups: int) -> None:
+    """torch counts a depthwise convolution as many times too much as it has channels."""
+    layer = torch.nn.Conv2d(16, 32, 3, padding=1, groups=groups, device="meta")
+    images = torch.empty(2, 16, 8, 8, device="meta", requires_grad=True)
+    forward = 2 * (2 * 32 * 8 * 8) * (16 // groups * 3 * 3)  # multiply and add
+    with FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS) as counter:
+        layer(images).sum().backward()
+    assert counter.get_total_flops() == 3 * forward
 
 
 def test_predict_and_the_bare_network_have_one_precision(tmp_path: Path) -> None:
