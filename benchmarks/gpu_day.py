@@ -22,8 +22,9 @@ Functions (paths must be absolute, because stages run in the project's folder):
 
 - `stages_of(images, out, work, cpu)` takes these folders, and whether it is a dry run. It returns a
   list of all `Stage`s (name, command and limits), in the order in which they run.
-- `run(stage, out, limit_s, cpu)` runs one stage, kills it after `limit_s` seconds, adds to the logs
-  in the existing folder `out`, and returns its exit code (124: killed). `cpu`: a dry run.
+- `run(stage, out, limit_s, cpu)` runs one stage, stops it after `limit_s` seconds (SIGTERM, and 5 s
+  later SIGKILL), adds to the logs in the existing folder `out`, and returns its exit code (124:
+  stopped). `cpu`: a dry run.
 - `pack(images, work, count, jobs)` writes `count` files in total to `work/raw/`. They are copies of
   the JPEGs in `images/jpeg/`, taken in turn; half are labeled real, half fake. It packs them with
   `jobs` processes as the shard set (tars with an index) `work/shards/bench`, which the stages use.
@@ -31,6 +32,7 @@ Functions (paths must be absolute, because stages run in the project's folder):
   IMAGES WORK [--count N] [--jobs N]` calls it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -54,6 +56,9 @@ from sharding.catalog import read_catalog
 ROOT = Path(__file__).parents[1]
 LOG_LINES = 300
 """Last lines of a stage's output that are written to `log.txt`."""
+
+GRACE_S = 5
+"""Seconds that a stage over its limit has to end itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +199,7 @@ def run(stage: Stage, out: Path, limit_s: float, cpu: bool) -> int:
             code = 124
         finally:
             if process.poll() is None:  # also after Ctrl-C: the stage has its own session
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _stop(process)
     seconds = round(time.monotonic() - began, 1)
     # DALI prints a line for each damaged file; these are dropped.
     text = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -210,6 +214,18 @@ def run(stage: Stage, out: Path, limit_s: float, cpu: bool) -> int:
         console.say(line[:300])
     console.say(f"== {stage.name}: exit code {code} after {seconds} s")
     return code
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End the session of a stage: by SIGTERM, so that the stage ends what it has started in other
+    sessions and removes its files, and what is left after `GRACE_S` by SIGKILL.
+    """
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @click.group(cls=console.Group, invoke_without_command=True)

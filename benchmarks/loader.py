@@ -56,6 +56,7 @@ from typing import Any
 import click
 
 import console
+import interrupts
 from benchmarks.contenders import CONTENDERS
 from benchmarks.images import write_copies, write_images
 from benchmarks.peers import BATCH
@@ -139,12 +140,15 @@ def run(
         process = subprocess.Popen(
             [*command, *options], cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
         )
-        while process.poll() is None:
-            if time.monotonic() - started > TIMEOUT_S:
+        try:
+            while process.poll() is None and time.monotonic() - started < TIMEOUT_S:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                largest = max(largest, memory_of(process.pid))
+        finally:
+            if process.poll() is None:  # also after Ctrl-C: the contender has its own session
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-            largest = max(largest, memory_of(process.pid))
+                process.wait()
     if not out.exists():
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
         return {"failed": f"exit code {process.returncode}: {lines[-1]}", "log": lines[-20:]}
@@ -171,8 +175,8 @@ def cpu_seconds() -> tuple[float, float]:
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0, 0.0
-    user, nice, system, _idle, _wait, *interrupts = stat.read_text().split("\n")[0].split()[1:8]
-    ticks = sum(map(int, (user, nice, system, *interrupts[:2])))
+    user, nice, system, _idle, _wait, *served = stat.read_text().split("\n")[0].split()[1:8]
+    ticks = sum(map(int, (user, nice, system, *served[:2])))
     return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
@@ -308,7 +312,8 @@ def main(
     peers = ("spdl", "litdata", "streaming", "energon")
     other = os.path.abspath(peers_python) if peers_python else sys.executable  # noqa: PTH100
     pythons = {name: other if name in peers else sys.executable for name in names}
-    with tempfile.TemporaryDirectory() as folder:
+    # SIGTERM as Ctrl-C, so that it, too, ends the contender and removes the images.
+    with interrupts.sigterm_interrupts(), tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if shards:
             unpack(place, shards)

@@ -1,6 +1,7 @@
 """Stages of `benchmarks.gpu_day`: a failed one does not end the others, and a new call resumes."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import loader
 from benchmarks.gpu_day import ROOT, Stage, done_in, main, pack, run, stages_of
 from benchmarks.images import write_images
 from sharding.format import open_shards
@@ -20,9 +22,11 @@ def stage(code: str, name: str = "stage") -> Stage:
 
 
 def test_output_of_a_stage_over_its_time_limit_is_kept(tmp_path: Path) -> None:
-    code = "import time; print('a row', flush=True); time.sleep(60)"
-    assert run(stage(code), tmp_path, 1.0, cpu=False) == 124
-    assert "a row" in (tmp_path / "log.txt").read_text()
+    """The stage can also remove what it has made."""
+    text = "trap 'echo removed; exit 1' TERM; echo a row; sleep 60 & wait"
+    shell = replace(stage(""), command=("sh", "-c", text))
+    assert run(shell, tmp_path, 1.0, cpu=False) == 124
+    assert {"a row", "removed"} <= set((tmp_path / "log.txt").read_text().splitlines())
     assert done_in(tmp_path, cpu=False) == set()
 
 
@@ -39,7 +43,28 @@ def test_a_stage_ends_with_the_command(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(stage("import time; time.sleep(60)"), tmp_path, 30, cpu=False)
-    assert stages[0].returncode == -9
+    assert stages[0].returncode == -signal.SIGTERM
+
+
+def test_a_contender_ends_with_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would run on beside the next measurements."""
+    wait, started = subprocess.Popen.wait, []
+
+    def interrupted(process: subprocess.Popen, timeout: float | None = None) -> int:
+        started.append(process)
+        if len(started) == 1:
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    endless = tmp_path / "endless"
+    endless.write_text("#!/bin/sh\nexec sleep 60\n")
+    endless.chmod(0o755)
+    with pytest.raises(KeyboardInterrupt):
+        loader.run("pil", tmp_path, 1, str(endless), (1, 1))
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_files_of_an_earlier_call_are_not_packed(tmp_path: Path) -> None:
