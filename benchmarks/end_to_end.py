@@ -14,7 +14,7 @@ root folder of the project, or with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
-- `--work`: a new folder for the run, the report and the CSV files of `predict.py`.
+- `--work`: a new or empty folder for the run, the report and the CSV files of `predict.py`.
 - `--batch-size`: images per training batch (default 256).
 - `--set KEY=VALUE`: changes the recipe `recipes/phase1-fast.toml`; may be repeated.
 - `--json`: a JSON file: step -> its dict (on the screen, each is cut to 600 characters).
@@ -136,8 +136,9 @@ def failed(rows: dict[str, dict[str, Any]]) -> list[str]:
 @click.option("--shards", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--images", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option(
-    "--work", type=click.Path(path_type=Path), required=True, help="Folder for runs and reports."
-)
+    "--work", type=click.Path(path_type=Path, file_okay=False), required=True,
+    help="A new folder for runs and reports.",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
 @click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")
@@ -151,6 +152,8 @@ def main(
     out: Path | None,
 ) -> None:
     """Train, evaluate and predict on this machine, and compare its device with the CPU."""
+    if work.exists() and any(work.iterdir()):
+        raise click.ClickException(f"{work} is not empty; name a new folder, or remove this one")
     work.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
 

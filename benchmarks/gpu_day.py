@@ -111,7 +111,7 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
               "--only", "jpeg step", "--shards", str(shards), "--seconds", "0.5" if cpu else "1.5",
               *dry),
         stage("end-to-end", 200, 40, *module, "benchmarks.end_to_end", "--shards", str(shards),
-              "--images", str(images), "--work", str(work / "run"),
+              "--images", str(images), "--work", str(work / f"run-{time.time_ns()}"),
               *(("--batch-size", "8") if cpu else ())),
         stage("step", 170, 40, *module, "benchmarks.step", *tiny, "--rounds", "1",
               *(() if cpu else ("--only", "without compile", "--only", "without fused AdamW")),

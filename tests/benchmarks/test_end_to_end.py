@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.end_to_end import STOP, compare, failed
+from click.testing import CliRunner
+
+from benchmarks.end_to_end import STOP, compare, failed, main
 
 HEADER = "path,probability,verdict,error\n"
 
@@ -31,3 +33,12 @@ def test_failed_steps_are_named_without_the_expected_exit_code() -> None:
     for ended in (good, {"rc": 0, "seconds_to_stop": 1.0}):
         (said,) = failed({STOP: ended, "resume": good})
         assert said.startswith(f"{STOP} (it ended before SIGTERM stopped it; give a larger set")
+
+
+def test_a_folder_with_files_of_an_earlier_run_is_refused(tmp_path: Path) -> None:
+    """A finished run would not be trained again, and old tables would be compared."""
+    (tmp_path / "auto.csv").write_text(HEADER)
+    words = [word for name in ("shards", "images", "work") for word in (f"--{name}", str(tmp_path))]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert f"{tmp_path} is not empty; name a new folder" in " ".join(result.stderr.split())

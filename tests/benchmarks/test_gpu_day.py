@@ -113,6 +113,16 @@ def test_only_a_stage_with_exit_code_0_is_done(tmp_path: Path) -> None:
     assert [(row["stage"], row["rc"]) for row in rows] == [("bad", 3), ("good", 0), ("dry", 0)]
 
 
+def test_each_call_trains_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """The run of a call that was stopped may be finished: it would not be trained again."""
+    works = []
+    for _ in range(2):
+        stages = {stage.name: stage for stage in stages_of(tmp_path, tmp_path, tmp_path, cpu=True)}
+        command = stages["end-to-end"].command
+        works.append(command[command.index("--work") + 1])
+    assert len(set(works)) == 2
+
+
 def test_the_gpu_tests_say_what_failed_although_they_are_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     stages = {stage.name: stage for stage in stages_of(tmp_path, folder, tmp_path, cpu=False)}
