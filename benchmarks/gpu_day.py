@@ -102,7 +102,8 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
         stage("selftest", 180, 20, *module, "benchmarks.gpu_selftest", "--images", str(images),
               *dry),
         # REQUIRE_GPU: without a GPU these tests fail, and each failure is printed at once.
-        stage("gpu-tests", 120, 20, *(() if cpu else ("env", "REQUIRE_GPU=1")), *module, "pytest",
+        # By estimate 135 s on an H200; each kind of damage builds two pipelines.
+        stage("gpu-tests", 200, 20, *(() if cpu else ("env", "REQUIRE_GPU=1")), *module, "pytest",
               "-v", "-m", "gpu and not slow", "tests/pipeline", "--continue-on-collection-errors",
               "-p", "no:cacheprovider", json_to="-"),
         stage("pack", 120, 15, *module, "benchmarks.gpu_day", "pack", str(images), str(work),

@@ -2,6 +2,7 @@
 lost.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -97,12 +98,13 @@ def run(shards: ShardSet, backend: str) -> dict[int, tuple[bool, str, str]]:
     epoch = replace(epoch, samples=np.arange(len(epoch.samples)))
     params_for = train_params(shards, stream.augment, "train", PREPROCESS, 1, 0)
     rows = {}
-    for batch in loader.batches(epoch, params_for):
-        names = dict(zip(batch.failures, loader.name_failures(batch), strict=True))
-        for row, sample in enumerate(batch.samples.tolist()):
-            pixels = batch.images[row].contiguous().cpu().numpy().tobytes()
-            digest = hashlib.sha256(pixels).hexdigest()
-            rows[sample] = bool(batch.valid[row]), digest, names.get(row, "")
+    with contextlib.closing(loader):
+        for batch in loader.batches(epoch, params_for):
+            names = dict(zip(batch.failures, loader.name_failures(batch), strict=True))
+            for row, sample in enumerate(batch.samples.tolist()):
+                pixels = batch.images[row].contiguous().cpu().numpy().tobytes()
+                digest = hashlib.sha256(pixels).hexdigest()
+                rows[sample] = bool(batch.valid[row]), digest, names.get(row, "")
     return rows
 
 
