@@ -22,7 +22,9 @@ run), and `seconds`:
   decodes; DALI's `hw_decoder_load`), `policy`, and `images_per_s`, or `error` (a text). `policy` is
   "phase 1" (the recipe's augmentation) or the name of one that omits operations (`WITHOUT`). On a
   GPU, the first dict is for the settings that training uses (`OWN`).
-- `jpeg_step(device, seconds)`: images/s of three ways to compress images as JPEG and decode them.
+- `jpeg_step(shards, device, seconds)`: images/s of three ways to compress pictures of SET as JPEG
+  and decode them. Noise would have 2.5 times the bytes of photographs, and libjpeg's time grows
+  with them.
   The keys are `way` and `images_per_s`. `way` is "none" (no JPEG), "libjpeg on the host" (as in
   training) or "DALI's GPU operator" (only on a GPU).
 - `memory(shards, device, batches, seconds)`: memory, about ten times while `batches` batches are
@@ -49,6 +51,8 @@ import console
 import recipes
 from benchmarks import peers
 from benchmarks.gpu_selftest import damaged_png
+from imaging.decode import decode_image
+from pipeline import pil
 from pipeline.augment import AugmentPolicy
 from pipeline.batch import Request
 from pipeline.dali import HW_DECODER_LOAD, DaliBackend
@@ -57,8 +61,10 @@ from pipeline.loader import _Requests, open_loader
 from pipeline.loading import Loading
 from pipeline.params import train_params
 from pipeline.preprocess import Preprocess
+from pipeline.read import ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Stream, open_pool
+from sharding.format import open_shards
 
 WARM_UP = 10
 """Batches before the clock starts."""
@@ -150,11 +156,19 @@ def settings(shards: Path, device: torch.device, seconds: float) -> Iterator[dic
         yield row
 
 
-def jpeg_step(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+def pictures_of(shards: Path, count: int) -> list[np.ndarray]:
+    """Return `count` pictures of a set, uint8 (SIZE, SIZE, 3), its images in turn."""
+    opened, square = open_shards([shards]), Preprocess(crop_size=peers.SIZE, resize_size=peers.SIZE)
+    rows = np.arange(min(count, len(opened)))
+    files = zip(ShardReader(opened).read(rows), opened.names("format", rows), strict=True)
+    pictures = [pil.preprocess(decode_image(*file), square) for file in files]
+    return [pictures[number % len(pictures)] for number in range(count)]
+
+
+def jpeg_step(shards: Path, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield images/s of each way of the JPEG step, on 256 images of 256 x 256 pixels."""
     on_gpu = device.type == "cuda"
-    size = peers.SIZE
-    batch = list(np.random.default_rng(0).integers(0, 256, (256, size, size, 3), np.uint8))
+    batch = pictures_of(shards, 256)
     ways: dict[str, Callable[[Any], Any]] = {
         "none": lambda image: image,
         "libjpeg on the host": lambda image: _jpeg(image, 90, on_gpu),
@@ -265,7 +279,7 @@ def main(
     device = torch.device("cpu" if cpu else "cuda:0")
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "settings": lambda: settings(shards, device, seconds),
-        "jpeg step": lambda: jpeg_step(device, seconds),
+        "jpeg step": lambda: jpeg_step(shards, device, seconds),
         "memory": lambda: memory(shards, device, batches, memory_s),
     }
     answers: dict[str, list[dict[str, Any]]] = {}

@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step as step_benchmark
 from benchmarks.embedding import network_alone, whole
+from benchmarks.gpu_loader import pictures_of
 from benchmarks.gpu_selftest import damaged_png
 from benchmarks.predict import bare, write_checkpoint
 from benchmarks.step import CONVOLUTIONS, Way, measure
@@ -22,7 +24,7 @@ from model.recipe import Recipe
 from pipeline.dali import _may_reach_graph
 from pipeline.loading import Loading
 from recipes import load
-from sharding.format import ShardSet
+from sharding.format import ShardSet, open_shards
 from tests.builders import PREPROCESS
 
 
@@ -30,6 +32,19 @@ def test_the_damaged_png_reaches_dalis_decoder() -> None:
     assert _may_reach_graph(damaged_png(), "PNG")
     with pytest.raises(DecodeError):
         decode_image(damaged_png(), "PNG", 1)
+
+
+def test_the_jpeg_step_is_measured_on_pictures(data: Path) -> None:
+    """Noise costs libjpeg more than pictures do."""
+    pictures = pictures_of(data / "val", 100)
+    count = len(open_shards([data / "val"]))
+    assert len(pictures) == 100 > count
+    assert {(picture.shape, picture.dtype.name) for picture in pictures} == {
+        ((256, 256, 3), "uint8")
+    }
+    assert pictures[count] is pictures[0] is not pictures[1]
+    neighbors = np.diff(np.stack(pictures[:count]).astype(int), axis=2)
+    assert np.abs(neighbors).mean() < 30  # of noise: 85
 
 
 def test_operations_are_counted_before_the_peak_of_memory_is_reset(
