@@ -210,6 +210,7 @@ def test_a_command_without_its_data_says_what_is_missing(
     assert len([line for line in result.output.splitlines() if line.startswith("Error")]) <= 1
 
 
+@pytest.mark.slow
 def test_a_script_runs_outside_of_the_checkout(tmp_path: Path) -> None:
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     done = subprocess.run(

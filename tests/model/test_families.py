@@ -67,7 +67,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov3": ("vit_small_patch16_dinov3.lvd1689m", TINY_VIT),
     "efficientnet": ("efficientnet_b0.ra_in1k", {}),
 }
-QUICK = ("clip", "interpolated", "siglip")
+QUICK = ("clip",)
 EACH = [
     pytest.param(key, marks=() if key in QUICK else pytest.mark.slow, id=key) for key in FAMILIES
 ]

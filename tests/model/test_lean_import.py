@@ -25,6 +25,7 @@ def test_metrics_load_neither_texts_nor_sounds_nor_the_compiler() -> None:
     assert not unwanted & set(loaded)
 
 
+@pytest.mark.slow
 def test_a_later_import_gets_the_whole_package() -> None:
     code = f"""
 import model.metrics, torch, torchmetrics
@@ -39,6 +40,7 @@ print("same")
     assert run(code) == "same"
 
 
+@pytest.mark.slow
 def test_a_loaded_package_is_used_as_it_is() -> None:
     code = f"import torchmetrics, sys, model.metrics as m; print(m.classification.__name__, " \
         f"m.classification is sys.modules['{PART}'])"  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model.features.embed import Embedder, embed
+from model.features.embed import Embedder, embed_sets
 from model.features.loader import FeatureSource, open_scored
 from model.features.store import View, backbone_id
 from model.inference.detector import load_detector
@@ -29,7 +29,8 @@ def test_embed(old: ShardSet, tmp_path: Path, pipelines: list) -> None:
     net = build(frozen, pretrained=False)
     identity = backbone_id(net, frozen, SMALL_PREPROCESS, torch.float32)
     source = FeatureSource(store=tmp_path, backbone=identity, view=View())
-    embed(Embedder(net=net, device=CPU, dtype=torch.float32, loading=LOADING), old, source, 0)
+    embedder = Embedder(net=net, device=CPU, dtype=torch.float32, loading=LOADING)
+    embed_sets(embedder, [old], source, 0)
     assert [pipeline() for pipeline in pipelines] == [None]
 
 

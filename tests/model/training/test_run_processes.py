@@ -46,9 +46,8 @@ def wait_for_rows(run: Path, count: int, running: forked.Running | subprocess.Po
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # the test below sends the signal to the loading workers, too
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(
     tiny_recipe: Path, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
