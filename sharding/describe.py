@@ -20,10 +20,10 @@ a folder that is missing or cannot be read `OSError`.
 
 `WORDS` are two sets of words, such as "photo" for real and "generated" for fake. The names in the
 path of a folder are read from the deepest to the top. The first name with words of only one class
-decides, but not a word for content, such as "human", below a name for fakes. If another name in the
-path has a word of the other class, it decides only if the deepest name that is exactly that of a
-class (`EXACT`, such as "0_real"; "nature" beside "ai") agrees. A name such as "non_ai" decides
-nothing, nor do the names above it.
+decides, but not a word for content, such as "human", below a name that is exactly that of fakes.
+If another name in the path has a word of the other class, it decides only if the deepest name that
+is exactly that of a class (`EXACT`, such as "0_real"; "nature" beside "ai") agrees. A name such as
+"non_ai" decides nothing, nor do the names above it.
 
 If no name decides, the folder is undecided. The catalog has two lines for it, one under each class,
 both commented out; a person removes the `#` of the right one. Such a line also labels the undecided
@@ -254,7 +254,9 @@ def _catalog(
         lines.append("ignore = [")
         for path in labeled:
             images = counted(undecided[path], "image")
-            lines.append(f"    {toml_string(path)},  # {images}: remove this when you decide")
+            inside = sum(count for other, (_, count) in folders.items() if _is_below(other, path))
+            note = f", and {inside:,} below with a class" if inside else ""
+            lines.append(f"    {toml_string(path)},  # {images}{note}: remove this when you decide")
         for path in inner:
             images = counted(undecided[path], "image")
             lines.append(f"    # {toml_string(path)},  # {images} that no rule may label?")

@@ -200,7 +200,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             listing.exclude(f"not an image by its name ({kind})", file.inside)
         else:
             images += 1
-            _list_file(name, source, file, claims, table, groups, listing)
+            _list_file(name, source, file, claims, table, groups, listing, used)
     listing.unmatched = _unmatched([*rules, *ignored], used | listing.read_as.keys())
     groups.report(listing)
     if images and table and not (table.csv_files or table.table.optional):
@@ -328,6 +328,7 @@ def _list_file(
     table: LabelRows | None,
     groups: _Grouping,
     listing: Listing,
+    used: set[str],
 ) -> None:
     if not claims:
         listing.exclude("in no folder the catalog names", file.inside)
@@ -340,6 +341,7 @@ def _list_file(
         if reason == table.no_row and table.rows:
             note = "no row in the table: labeled by folder"
             listing.read_as[note] = listing.read_as.get(note, 0) + 1
+    used.update(claim.compiled.read_as for claim in claims)  # also those that a deeper one beats
     claim = _decide(claims, file.inside)
     root = source.root or name
     origin = nfc(f"{root}/{file.inside}")  # the same on every machine

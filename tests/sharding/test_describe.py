@@ -72,6 +72,12 @@ def test_an_undecided_folder_in_one_with_a_class_is_ignored_until_it_is_decided(
     ]  # fmt: skip
 
 
+def test_what_is_ignored_with_an_undecided_folder_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "fake/a.png", "fake/real_esrgan/b.png", "fake/real_esrgan/fake/c.png")
+    text = describe(tmp_path / "d").text
+    assert '"fake/real_esrgan",  # 1 image, and 1 below with a class: remove this' in text
+
+
 def test_files_that_may_hold_images_are_counted(tmp_path: Path) -> None:
     touch(tmp_path / "d", "real/a.png", "fake.tar", "train.parquet", "notes.txt", "a", "b")
     assert describe(tmp_path / "d").unread == {

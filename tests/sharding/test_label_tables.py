@@ -70,6 +70,14 @@ def test_a_condition_that_no_row_meets_is_a_rule_without_a_file(tmp_path: Path) 
         find_sources(catalog, tmp_path / "raw", tmp_path / "out")
 
 
+def test_a_rule_that_a_deeper_one_always_beats_is_used(tmp_path: Path) -> None:
+    write(tmp_path, "id,label\na.png,1\nb.png,0\n", "sd/a.png", "cam/b.png")
+    deeper = '{ folder = "sd", where = { label = "1" }, generator = "sd" }'
+    listing = listing_of(tmp_path, RULES.replace("fake = [", f"fake = [{deeper}, "))
+    assert labels(listing) == {"sd/a.png": 1, "cam/b.png": 0}
+    assert listing.unmatched == []
+
+
 def test_a_key_with_a_folder_names_a_file_of_that_folder(tmp_path: Path) -> None:
     csv = "id,label\na/0.png,0\nb\\0.png,1\n./a/1.png,1\ns/top/2.png,0\na/b/3.png,0\n"
     images = ("a/0.png", "b/0.png", "x/a/1.png", "b/1.png", "top/2.png", "b/3.png", "ca/0.png")
