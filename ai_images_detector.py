@@ -102,6 +102,10 @@ def app(host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
     """
     if find_spec("streamlit") is None:
         raise click.ClickException(f"streamlit is not installed; {install_extra('app')}")
+    if checkpoint and checkpoint.is_file():
+        from model.shipped.backbone import no_checkpoint
+
+        raise click.ClickException(no_checkpoint(checkpoint))
     if checkpoint:
         os.environ["DETECTOR_CHECKPOINT"] = str(checkpoint)
     if console.given("runs"):

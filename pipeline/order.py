@@ -19,12 +19,13 @@ world_size)` returns the slice of one rank's batch. The number of ranks does not
 of a step: 2 ranks with 12 each see together the same 24 as one rank.
 
 A run resumes from a dict: `state_of(seed=..., number=..., step=..., global_batch=...,
-index_sha256=...)` returns it for the next step of epoch `number` and the set's hash
-(`ShardSet.sha256`). `check_state(state, seed=..., global_batch=..., index_sha256=...)` returns the
-(epoch, step) in it. It raises `OrderError` if the state has another seed, batch size or hash than
-these arguments, or another `ORDER_VERSION`. `repeat()` lists the
-samples of a source several times, `mixing_of()` measures how well an order is shuffled (`Mixing`),
-and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT` as purpose.
+index_sha256=..., shuffle=...)` returns it for the next step of epoch `number` and the set's hash
+(`ShardSet.sha256`). `check_state(state, seed=..., global_batch=..., index_sha256=..., shuffle=...)`
+returns the (epoch, step) in it. It raises `OrderError` if the state has another seed, batch size or
+hash than these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`. `repeat()`
+lists the samples of a source several times, `mixing_of()` measures how well an order is shuffled
+(`Mixing`), and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT`
+as purpose.
 """
 
 import functools
@@ -38,9 +39,9 @@ from pipeline.replay import interleave, rows_by_code
 
 Shuffle = Literal["global", "block"]
 
-ORDER_VERSION = 2
-"""Version of the order. It increases whenever the same seed gives another order. A saved state of
-another version is refused.
+ORDER_VERSIONS: Mapping[Shuffle, int] = {"global": 1, "block": 2}
+"""Versions of the orders. One increases whenever the same seed gives another order. A saved state
+of another version is refused.
 """
 
 BLOCK = 256
@@ -243,13 +244,13 @@ def _blocks(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 
 
 def state_of(
-    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str
+    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str, shuffle: Shuffle
 ) -> dict[str, Any]:
     """Return the integers and the index hash that `check_state` needs to resume before `step` of
     epoch `number`. The order itself is not needed.
     """
     return {
-        "order_version": ORDER_VERSION,
+        "order_version": ORDER_VERSIONS[shuffle],
         "seed": seed,
         "epoch": number,
         "step": step,
@@ -267,7 +268,7 @@ _CHANGED = {
 
 
 def check_state(
-    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str
+    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str, shuffle: Shuffle
 ) -> tuple[int, int]:
     """Return the (epoch, step) to resume from.
 
@@ -275,7 +276,7 @@ def check_state(
         OrderError: the state belongs to other shards, another seed, global batch or order version.
     """
     expected = {
-        "order_version": ORDER_VERSION,
+        "order_version": ORDER_VERSIONS[shuffle],
         "seed": seed,
         "index_sha256": index_sha256,  # before the batch size, which `--folder` takes from the sets
         "global_batch": global_batch,

@@ -300,6 +300,7 @@ class Stream:
             step=step,
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
+            shuffle=self.loader.loading.shuffle,
         )
 
     def resume(self, state: Mapping[str, Any]) -> int:
@@ -314,6 +315,7 @@ class Stream:
             seed=self.seed,
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
+            shuffle=self.loader.loading.shuffle,
         )
         return epoch_number * self.steps_per_epoch + step
 

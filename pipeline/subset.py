@@ -27,7 +27,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from sharding.format import ShardSet
-from storage import read_plain, text_fault
+from storage import text_fault
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_subset(path: Path) -> Subset:
         ValueError: no UTF-8 or CSV, other columns, no sample, or a sample that is listed twice.
         OSError: the file cannot be read.
     """
-    data = read_plain(path)
+    data = path.read_bytes()  # also from a pipe: the user made the list
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
     except UnicodeDecodeError as error:

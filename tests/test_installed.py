@@ -65,6 +65,15 @@ def test_the_app_command_passes_its_options_to_the_page(
     assert "page: http://[::1]:8734 " in invoke("app", "--host", "::1", "--port", 8734).stdout
 
 
+def test_the_app_command_refuses_a_file_as_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamlit.web.cli.main", lambda _arguments: pytest.fail("started"))
+    (tmp_path / "mine.onnx").touch()
+    done = invoke("app", "--checkpoint", tmp_path / "mine.onnx")
+    assert done.exit_code == 1 and "is neither a checkpoint nor a run" in done.output
+
+
 def test_without_streamlit_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ai_images_detector, "find_spec", lambda _name: None)
     monkeypatch.setattr("streamlit.web.cli.main", lambda _arguments: None)

@@ -99,6 +99,13 @@ class OtherDetector(AnyDetector):
     backend: str = "pil"
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    # For another process. Its network is a copy of its own, and so is the lock.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
     def _prepare(self, pixels: np.ndarray) -> Any:
         # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
         return self.judge.prepare(Image.fromarray(np.array(pixels)))

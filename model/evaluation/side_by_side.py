@@ -179,7 +179,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     of = {name: len(images.reals) + len(images.fakes) for name, images in sources.items()}
     by_generator = {name: len(images.fakes) for name, images in generators.items()}
     robustness = [run.scores.evaluation["sets"][name].get("robustness") for run in runs]
-    alike = len({_perturbed_images(entry) for entry in robustness if entry}) < 2
+    alike = _perturbed_alike([entry for entry in robustness if entry])
     entries = []
     for index in order:
         figures = measured[index][0]
@@ -312,10 +312,14 @@ def _worst(values: Mapping[str, float | None], images: Mapping[str, int]) -> dic
     return {"name": name, "value": known[name], "images": images[name]}
 
 
-def _perturbed_images(robustness: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what says which images were perturbed; files of before have only their numbers."""
-    numbers = ((row["name"], row["images"]) for row in robustness["perturbations"])
-    return robustness.get("images_sha256"), robustness["images"], *numbers
+def _perturbed_alike(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the same images were perturbed. Files of before have only their numbers."""
+    hashes = {entry["images_sha256"] for entry in entries if "images_sha256" in entry}
+    numbers = {
+        (entry["images"], *((row["name"], row["images"]) for row in entry["perturbations"]))
+        for entry in entries
+    }
+    return len(hashes) < 2 and len(numbers) < 2
 
 
 def _worst_perturbation(robustness: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -102,6 +102,13 @@ class ImageDetector(AnyDetector):
     asked: tuple[float, float] | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    # For another process. Its network is a copy of its own, and so is the lock.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
     def score(self, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
         """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
         float64 (B,), NaN where the network's output is not finite. Equal to `predict` to the last

@@ -299,7 +299,8 @@ class AnyDetector(DecisionRule, ABC):
                 "stream() takes a list of images or another iterable, got one "
                 f"{type(images).__name__}; pass it to predict(), or in a list"
             )
-        if not hasattr(images, "__iter__") or hasattr(images, "read"):  # an open file has lines
+        many = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
+        if not many or hasattr(images, "read"):  # an open file has lines
             raise _unknown(images)
         return self._stream(images, batch_size, start)
 

@@ -165,9 +165,19 @@ def as_saved(recipe: Recipe) -> dict[str, Any]:
 
 
 def restore(train_state: TrainState, folder: Path, done: int) -> None:
-    """Restore the training state of the checkpoint `folder`, saved after `done` steps."""
+    """Restore the training state of the checkpoint `folder`, saved after `done` steps.
+
+    Raises:
+        CheckpointError: an earlier version grouped the parameters in another way.
+    """
     state = checkpoint.load_state(folder)
-    train_state.optimizer.load_state_dict(state["optimizer"])
+    try:
+        train_state.optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise checkpoint.CheckpointError(
+            f"{folder} cannot be resumed: an earlier version of this program grouped the network's "
+            "parameters in another way; start a new run with --run NAME"
+        ) from error
     if state["scaler"]:  # empty if saved in another precision, which has no loss scale
         train_state.scaler.load_state_dict(state["scaler"])
     if train_state.ema is not None:

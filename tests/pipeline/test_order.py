@@ -80,11 +80,19 @@ def test_too_few_samples_are_an_error() -> None:
 
 @pytest.mark.parametrize("changed", ["order_version", "seed", "global_batch", "index_sha256"])
 def test_a_state_of_another_run_is_refused(changed: str) -> None:
-    now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
+    now = {"seed": 5, "global_batch": 24, "index_sha256": "abc", "shuffle": "global"}
     state = state_of(number=2, step=17, **now)
     assert check_state(state, **now) == (2, 17)
     with pytest.raises(OrderError, match=rf"cannot resume: .* \({changed} was"):
         check_state(state | {changed: "other"}, **now)
+
+
+def test_only_the_order_of_blocks_is_a_new_one() -> None:
+    now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
+    before = state_of(number=2, step=17, shuffle="global", **now) | {"order_version": 1}
+    assert check_state(before, shuffle="global", **now) == (2, 17)
+    with pytest.raises(OrderError, match="order_version was 1 and is 2"):
+        check_state(before, shuffle="block", **now)
 
 
 @pytest.mark.parametrize("replay_ratio", ["1:8", "1:1", "1:16", "3:7"])

@@ -1,6 +1,7 @@
 """Prediction with a checkpoint: both backends, every input type, errors, and threads."""
 
 import io
+import pickle
 import re
 import threading
 from collections.abc import Iterator
@@ -268,6 +269,22 @@ def test_a_stream_of_one_image_is_refused_at_once(detector, image: Picture) -> N
     said = f"got one {type(image).__name__}; pass it to predict"
     with pytest.raises(TypeError, match=said):
         detector.stream(image)  # not only when the first prediction is asked for
+
+
+def test_a_stream_of_a_sequence_without_an_iterator(detector) -> None:
+    class Files:
+        def __getitem__(self, row: int) -> bytes:
+            return FILES[:2][row]
+
+    assert [one.verdict for one in detector.stream(Files())] == [
+        one.verdict for one in detector.predict(FILES[:2])
+    ]
+
+
+def test_a_copy_for_another_process_scores_alike(detector) -> None:
+    copy = pickle.loads(pickle.dumps(detector))
+    assert copy.predict(FILES[0]) == detector.predict(FILES[0])
+    assert copy.lock is not detector.lock
 
 
 def test_a_stream_of_something_else_is_refused_at_once(detector) -> None:

@@ -42,6 +42,18 @@ def test_a_run_that_is_resumed_without_init_from_keeps_its_gate(
     assert planned.baseline.exists()
 
 
+def test_an_optimizer_of_other_groups_is_one_clear_error(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load("run.epochs=1", "run.save_every=1")
+    train(recipe, data, tmp_path, stop_at=1)
+    every = lambda _backbone: ["*"]  # noqa: E731
+    monkeypatch.setattr("timm.models.ConvNeXt.no_weight_decay", every, raising=False)
+    said = r"step_0000001 cannot be resumed: an earlier version .* new run with --run NAME"
+    with pytest.raises(checkpoint.CheckpointError, match=said):
+        train(recipe, data, tmp_path, stop_at=2)
+
+
 @pytest.mark.parametrize("content", ["", "{}", None])
 def test_without_the_metrics_before_training_a_run_is_not_concluded(
     load: Load, data: Path, tmp_path: Path, content: str | None
