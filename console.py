@@ -256,7 +256,7 @@ OPTIONS: dict[str, Callable] = {
     ),
     "checkpoint": click.option(
         "--checkpoint",
-        type=LocalPath(),  # a file is refused where checkpoints are found: it may be a detector
+        type=LocalPath(),  # `checkpoint.find` refuses a file: it may be a detector
         help="Checkpoint folder, run folder (its best checkpoint), or name of a shipped detector. "
         "Default: the newest run.",
     ),

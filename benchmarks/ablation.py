@@ -260,11 +260,9 @@ class Bench:
             for name in SETS:
                 shards = open_shards([self.shards / name])
                 loader = open_loader(
-                    shards,
-                    preprocess=preprocess,
-                    loading=Loading(num_workers=0),
+                    shards, preprocess=preprocess, loading=Loading(num_workers=0),
                     device=torch.device("cpu"),
-                )
+                )  # fmt: skip
                 with closing(loader):
                     scores = score_set(net, loader)
                 columns[f"{name}/labels"] = scores.labels

@@ -140,7 +140,7 @@ def train(
 
 
 def _seen(planned: RunPlan) -> dict[str, str]:
-    """Return what all ranks must have found. Ranks at different steps, or with other images, would
+    """Return what must be equal on all ranks. Ranks at different steps, or with other images, would
     train on without an error.
     """
     return {

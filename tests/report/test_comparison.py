@@ -98,6 +98,16 @@ def test_robustness_on_other_images_is_not_compared(
     assert [by_name[f"detector-{i}"] is None for i in (0, 1)] == [bool(other)] * 2
 
 
+def test_robustness_of_a_report_without_a_hash_is_compared_by_its_numbers(tmp_path: Path) -> None:
+    paths = folders(tmp_path, 2)
+    for path, more in zip(paths, ({}, {"images_sha256": "a"}), strict=True):
+        scores = read_scores(path / "scores.parquet")
+        scores.evaluation["sets"]["val"]["robustness"] = robustness() | more
+        write_scores(path / "scores.parquet", [scores.table], scores.evaluation)
+    runs = side_by_side(read_runs(paths)[0])["val"]["runs"]
+    assert all(run["worst_perturbation"] for run in runs if run["name"] != "mean of all")
+
+
 def test_the_run_that_was_trained_on_a_set_is_named(tmp_path: Path) -> None:
     paths = folders(tmp_path, 3)
     scores = read_scores(paths[1] / "scores.parquet")
