@@ -72,6 +72,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what is loaded so far (mostly modules) from garbage collection: a full collection,
+    as after each DALI pipeline, takes 0.1 s instead of 0.5 s.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """With REQUIRE_GPU, print a failure at once: such a run may be stopped before its end."""
     if os.environ.get("REQUIRE_GPU") and report.failed:
