@@ -416,7 +416,7 @@ def _list_cells(
                 f"{raw / file.path} has columns {', '.join(table.schema_arrow.names)}, but the "
                 f"catalog also expects {', '.join(sorted(missing))}"
             )
-        values = table.read(columns=sorted(names))
+        values = table.read(columns=sorted(names), use_threads=False)  # see raw.py
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     total = sum(sizes)
     group_of = np.repeat(np.arange(len(sizes)), sizes)

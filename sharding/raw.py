@@ -228,8 +228,11 @@ def _cells(path: AnyPath, wanted: Sequence[Sequence[str]]) -> Iterator[bytes | D
     with path.open("rb") as stream:
         table = pq.ParquetFile(stream, pre_buffer=False)
         start, following = 0, 0
-        # Row by row: a file of 2 kB may refer to one cell of 60 MB in each row.
-        for batch in table.iter_batches(1, row_groups=[int(wanted[0][0])], columns=columns):
+        # Row by row: a file of 2 kB may refer to one cell of 60 MB in each row. Without threads,
+        # which may hold the Python stream for a moment longer than the reader, and then free it.
+        for batch in table.iter_batches(
+            1, row_groups=[int(wanted[0][0])], columns=columns, use_threads=False
+        ):
             while following < len(wanted) and int(wanted[following][1]) < start + len(batch):
                 _, row, column = wanted[following]
                 yield _cell(batch, int(row) - start, column)
