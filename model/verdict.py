@@ -142,6 +142,9 @@ def calibration_fault(meta: Mapping[str, Any]) -> str:
         rows = calibration.get(name, [])
         if not (isinstance(rows, list) and all(map(_is_pair, rows))):
             return f"{name} is {short(rows)}, expected a list of pairs of numbers from 0 to 1"
+    curve = calibration.get("roc", [])
+    if not (isinstance(curve, list) and all(map(_is_row, curve))):
+        return f"roc is {short(curve)}, expected a list of a threshold and two rates each"
     if not isinstance(method := calibration.get("method", ""), str):
         return f"method is {short(method)}, expected a text"
     sources = calibration.get("sources") or {}
@@ -156,6 +159,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_share(value: Any) -> bool:
     return _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_share, value))
 
 
 def _is_pair(value: Any) -> bool:

@@ -3,7 +3,7 @@
 Main entry: `show_threshold(detector)` puts the slider, a text (`rule()`) and a table
 (`hundred_html()`) on the page (Streamlit), and returns nothing. `detector` is the `ImageDetector`
 that `page.detector.loaded_detector()` returns. The table is computed from the measured ROC curve in
-the detector's calibration; without a calibration, a warning replaces it.
+the detector's calibration; without such a curve, a warning replaces it.
 
 `moved(detector)` returns the detector with the threshold of the slider and no uncertain verdict:
 both ends of its band are this threshold. If the slider was not moved or not yet drawn, it returns
@@ -46,7 +46,7 @@ def moved(detector: ImageDetector) -> ImageDetector:
 def show_threshold(detector: ImageDetector) -> None:
     """Show the slider, and the verdicts of 100 fakes and 100 real images at its threshold."""
     calibration = detector.meta["calibration"]
-    curve = calibration["roc"] if calibration else []
+    curve = calibration.get("roc", []) if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     labels = percentages([*steps, detector.threshold])
     # Streamlit stores the label of the chosen option, so each label may have only one option.
@@ -62,12 +62,14 @@ def show_threshold(detector: ImageDetector) -> None:
         )
         show(Markup('<p class="quiet">{}</p>').format(rule(detector)))
         if not curve:
+            uncalibrated = (
+                "This detector is not calibrated: its numbers are scores, not probabilities. "
+            )
             show(
                 Markup(
-                    '<p class="warning">This detector is not calibrated: its numbers are scores, '
-                    "not probabilities. Its error rates were not measured, so no figures are shown "
-                    "here.</p>"
-                )
+                    '<p class="warning">{}Its error rates at each threshold were not measured, so '
+                    "no figures are shown here.</p>"
+                ).format("" if calibration else uncalibrated)
             )
             return
         show(hundred_html(curve, moved(detector).band))

@@ -59,7 +59,9 @@ class Rates:
 
 
 def rates(meta: Mapping[str, Any]) -> Rates | None:
-    """Return the rates in the meta of a checkpoint; None without a calibration."""
+    """Return the rates in the meta of a checkpoint; None if it has none: without a calibration, or
+    with one that has neither sources left out nor a curve.
+    """
     calibration = meta["calibration"]
     if not calibration:
         return None
@@ -77,6 +79,8 @@ def rates(meta: Mapping[str, Any]) -> Rates | None:
             True,
             fitted_on,
         )
+    if not calibration.get("roc"):
+        return None
     _, reals_called, fakes_called = row_at(calibration["roc"], meta["threshold"])
     return Rates(
         Measured(fakes_called, calibration["fakes"]),

@@ -78,8 +78,7 @@ def figures_html(measured: Rates | None) -> Markup:
     """Return the cards with the rates as HTML, or a card that says that there are none."""
     if measured is None:
         return Markup(
-            '<p class="card">Not known: this detector is not calibrated, so its error rates were '
-            "not measured. Its numbers are scores, not probabilities.</p>"
+            '<p class="card">Not known: the error rates of this detector were not measured.</p>'
         )
     cards = [
         _card("likely", "of 100 fakes are called likely AI", measured.recall, "fakes"),

@@ -94,7 +94,8 @@ def fetch_command(
 ) -> None:
     """Download the raw files of SOURCES. Run again to resume.
 
-    Without SOURCES: all sources with a known download, except the published test sets.
+    Without SOURCES: all sources of catalog.toml with a known download (EvalGEN too), and none of
+    catalog-tests.toml.
     """
     from sharding.catalog import BUILT_IN, SHIPPED, read_catalog
     from sharding.fetch import fetch_all

@@ -222,6 +222,14 @@ class ShardSet:
         codes, names = self.codes(column)
         return [names[code] for code in codes[samples]]
 
+    def generators(self) -> list[str]:
+        """Return the generators of the fakes, sorted. A fake whose generator the catalog does not
+        name has its class as generator, which is left out.
+        """
+        codes, names = self.codes("generator")
+        of_fakes = np.unique(codes[self.column("label") == 1])
+        return sorted({names[code] for code in of_fakes} - {*CLASSES})
+
     def text(self, name: str, sample: int) -> str:
         """Return one value of a text column."""
         return self.table.column(name)[int(sample)].as_py()

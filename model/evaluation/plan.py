@@ -54,7 +54,7 @@ from model import checkpoint as checkpoints
 from model.adapters.detector import OtherDetector
 from model.device import choose_device, choose_precision
 from model.distributed import DistEnv
-from model.inference.fitness import sets_seen
+from model.inference.fitness import generators_seen, sets_seen
 from model.inference.onnx_detector import OnnxDetector
 from pipeline.loader import choose_backend
 from pipeline.loading import Loading
@@ -135,6 +135,19 @@ class EvaluationPlan:
         return trained_on(self.meta, {name: s.index_sha256 for name, s in self.sets.items()})
 
     @property
+    def known_generators(self) -> dict[str, list[str]]:
+        """Generators of the fakes of each measured set that the checkpoint learned from other
+        images of: `dalle3` and `DALL-E 3` are one name. Only of test sets: validation sets are of
+        the sources of training on purpose.
+        """
+        seen = {_letters(name) for name in generators_seen(self.meta)} - {""}
+        return {
+            name: [one for one in planned.shards.generators() if _letters(one) in seen]
+            for name, planned in self.measured.items()
+            if planned.split == "test" and name not in self.trained_on
+        }
+
+    @property
     def measured(self) -> dict[str, PlannedSet]:
         """Sets that the report covers: all but a set included only for its real images."""
         return {name: planned for name, planned in self.sets.items() if planned.measured}
@@ -190,6 +203,11 @@ def plan(
         backend_reason=backend_reason,
         dist=dist,
     )
+
+
+def _letters(name: str) -> str:
+    """Return the letters and digits of a name, in lower case."""
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:

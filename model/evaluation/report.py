@@ -76,6 +76,7 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     sentences = {
         name: _headline(name, set_report, about, _unscored(scores, name))
         + _without_score(scores, name, set_report)
+        + _of_known_generators(about["sets"][name])
         for name, set_report in reports.items()
     }
     first = [name for name, set_report in reports.items() if not _has_reals(set_report)]
@@ -418,6 +419,16 @@ def _without_score(scores: ScoreTable, name: str, set_report: Mapping[str, Any])
     missing = int(np.count_nonzero(there & ~scores.numbers("valid")))
     count = console.counted(int(np.count_nonzero(there)), "image")
     return f"; {missing:,} of {count} without a score" if missing else ""
+
+
+def _of_known_generators(of_set: Mapping[str, Any]) -> str:
+    """Return the end of a set's headline: the generators of its fakes of which training had other
+    images, for which recall says nothing about new generators; "" if there are none.
+    """
+    known = of_set.get("known_generators", [])
+    more = f" and {len(known) - 3} more" if len(known) > 3 else ""
+    names = ", ".join(known[:3]) + more
+    return f"; training had other images of {names}" if known else ""
 
 
 def _share(figures: Mapping[str, Any], name: str) -> str | None:

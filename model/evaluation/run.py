@@ -258,6 +258,7 @@ def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
 def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the metadata of `scores.parquet`; layout in `model/evaluation/scores.py`."""
     meta, subset, measured = planned.meta, planned.options.subset, planned.measured
+    known = planned.known_generators
     return {
         "checkpoint": str(planned.checkpoint),
         "run": meta["run"] if planned.detector else meta["recipe"]["name"],
@@ -278,6 +279,7 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
             name: {
                 "index_sha256": planned_set.index_sha256,
                 "split": planned_set.split,
+                "known_generators": known.get(name, []),
                 "robustness": perturbed.get(name),
             }
             for name, planned_set in measured.items()

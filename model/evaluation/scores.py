@@ -30,6 +30,7 @@ The dict is stored in the file metadata as JSON under `evaluation`:
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
      "sets": {set: {"index_sha256": hash, "split": split,     # in the order of the request
+                    "known_generators": [name, ...],  # of a test set, if training had others of it
                     "robustness": null or the result of `codec_swap.report_robustness`}},
      "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
      "trained_on": [set, ...]}     # the sets that the checkpoint was trained on
@@ -226,6 +227,10 @@ def _fault_in(evaluation: Mapping[str, Any]) -> str:
         isinstance(sets, dict) and all(_has(v, {"index_sha256", "split"}) for v in sets.values())
     ):
         return f"sets is {short(sets)}, expected the hash and the split of each set"
+    for entry in sets.values():
+        known = entry.get("known_generators", [])
+        if not (isinstance(known, list) and all(isinstance(name, str) for name in known)):
+            return f"known_generators is {short(known)}, expected a list of texts"
     for key, needed in _ENTRIES.items():
         if evaluation[key] is not None and not _has(evaluation[key], needed):
             return (

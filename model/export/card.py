@@ -239,12 +239,19 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
         f"{_names(calibration['fitted_on'])} ({calibration['reals']:,} real, "
         f"{calibration['fakes']:,} fake images)"
     )
+    half = {"bf16": "bfloat16", "fp16": "float16"}.get(meta["recipe"]["run"]["precision"])
+    computed = (
+        f" The scores were computed in {half}; in float32, as on a CPU, single verdicts near a "
+        "threshold differ, and with them the rates by up to a percent."
+        if half
+        else ""
+    )
     if left_out_sources(meta):
         return (
             "Temperature and thresholds were fitted on the scores that heads gave to sources which "
-            f"they had not seen, of {images}."
+            f"they had not seen, of {images}.{computed}"
         )
-    return f"Temperature and thresholds were fitted on {images}."
+    return f"Temperature and thresholds were fitted on {images}.{computed}"
 
 
 def _left_out(meta: Mapping[str, Any]) -> str:

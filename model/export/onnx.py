@@ -61,7 +61,7 @@ from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
 from installed import install_extra
 from model.checkpoint import load_network
 from model.export.license import license_of
-from model.inference.fitness import FITNESS_KEYS, sets_seen
+from model.inference.fitness import FITNESS_KEYS, generators_seen, sets_seen
 from model.inference.onnx_detector import FORMAT_VERSION, META_KEYS, load_onnx, preprocess
 from model.inference.prediction import ahead, as_file
 from model.network import Detector
@@ -284,10 +284,10 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 
 def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
     """Return those entries of a checkpoint's `data` that are reasons not to rely on it, and the
-    sets that it was trained on.
+    sets and generators that it was trained on.
     """
     known = {key: meta["data"][key] for key in FITNESS_KEYS if key in meta["data"]}
-    return known | {"earlier_sets": sets_seen(meta)}
+    return known | {"earlier_sets": sets_seen(meta), "earlier_generators": generators_seen(meta)}
 
 
 def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:

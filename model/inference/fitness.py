@@ -23,6 +23,9 @@ number is called: "probability" if it is calibrated, else "score". `number()` re
 for the number, and `proof()` the sentence shown with every verdict, such as "a probability is not a
 proof" (`PROOF` is its pattern).
 
+`generators_seen(meta)` returns the names of the generators whose images the weights were trained
+on, sorted.
+
 `sets_seen(meta)` returns a dict, hash of the index -> name, of all sets that the weights were
 trained on, also by the runs whose weights this one began from. Their images measure nothing.
 """
@@ -160,3 +163,12 @@ def sets_seen(meta: Mapping[str, Any]) -> dict[str, str]:
     data, began = meta["data"] or {}, meta.get("first_weights") or {}
     own = {sha256: name for name, sha256 in data.get("set_sha256", {}).items()}
     return data.get("earlier_sets", {}) | began.get("sets", {}) | own
+
+
+def generators_seen(meta: Mapping[str, Any]) -> list[str]:
+    """Return the generators of the fakes that the weights were trained on, sorted; recorded in the
+    same places as the sets (`sets_seen`). Empty if the detector's file does not name them.
+    """
+    data, began = meta["data"] or {}, meta.get("first_weights") or {}
+    recorded = [data.get("generators"), data.get("earlier_generators"), began.get("generators")]
+    return sorted({name for names in recorded for name in names or ()})

@@ -139,12 +139,16 @@ class TrainingData(TypedDict):
     """SHA-256 of the `index.json` of each set."""
     sources: NotRequired[list[str]]
     """Sources of the sets."""
+    generators: NotRequired[list[str]]
+    """Generators of the fakes in the sets, as far as their catalog names them."""
     synthetic_sources: NotRequired[list[str]]
     """Sources with rendered images, such as those of the demo."""
     titles: NotRequired[dict[str, str]]
     """What the images of a source are, in a few words for people, by source."""
     earlier_sets: NotRequired[dict[str, str]]
     """Hash of the index and name of each set that the weights of an average were trained on."""
+    earlier_generators: NotRequired[list[str]]
+    """Generators of the fakes in these sets."""
     imported_from: NotRequired[str]
     """File of the original project that the weights were converted from."""
     known_against: NotRequired[list[str]]
@@ -155,8 +159,8 @@ class FirstWeights(TypedDict):
     """Origin of the weights of the run's first step."""
 
     kind: str
-    """`timm`, `random`, `imagenet` (a weights file), `checkpoint`, or `average` (two checkpoints
-    that did not begin from the same recorded weights)."""
+    """`timm`, `random`, `file` (a weights file; `imagenet` in older files), `checkpoint`, or
+    `average` (two checkpoints that did not begin from the same recorded weights)."""
     name: str
     """Name of timm's network, of the file, or of each run and checkpoint."""
     sha256: str
@@ -168,6 +172,8 @@ class FirstWeights(TypedDict):
     sets: NotRequired[dict[str, str]]
     """Hash of the index and name of each set that this checkpoint was trained on, by its run or
     before."""
+    generators: NotRequired[list[str]]
+    """Generators of the fakes in these sets."""
 
 
 class Average(TypedDict):
@@ -205,7 +211,7 @@ class Meta(TypedDict):
     calibration: CalibrationEntry | None
     """Fitted temperature, thresholds and band. Null: not calibrated."""
     calibrated_metrics: ValidationEntry | None
-    """Figures of the validation sets at the calibrated threshold."""
+    """Figures of the validation sets at the calibrated threshold, in the precision of the run."""
     metrics: ValidationEntry
     """Figures of the validation sets at a threshold of 0.5. Empty without a validation at this
     step."""

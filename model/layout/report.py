@@ -186,6 +186,9 @@ class SetReport(TypedDict):
     """Hash of the set."""
     split: str
     """Split of the set."""
+    known_generators: NotRequired[list[str]]
+    """Generators of a test set of which training had other images. Only those that the catalogs of
+    both name alike, and of detectors of this program. Missing in older files."""
     robustness: Robustness | None
     """Figures of `--robustness`. Null: not measured."""
     overall: Figures

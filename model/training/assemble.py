@@ -104,7 +104,7 @@ def _load(net: Detector, weights: Weights) -> None:
     """
     if weights.path is None:
         return
-    if weights.kind == "imagenet":
+    if weights.kind == "file":
         load_backbone_file(net, weights.path)
     else:
         load_weights(net, checkpoint.read_weights(weights.path), str(weights.path))

@@ -41,7 +41,7 @@ from model.device import choose_compile, choose_device, choose_precision, descri
 from model.distributed import DistEnv
 from model.features.fit import check_fit
 from model.features.loader import FeatureSource
-from model.inference.fitness import sets_seen
+from model.inference.fitness import generators_seen, sets_seen
 from model.mistakes.gate import START_FILE, check_mistakes
 from model.network import (
     build,
@@ -76,12 +76,12 @@ from storage import AnyPath, sha256_of
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Source of a network's weights. `path` is a checkpoint folder or an ImageNet `.safetensors`
-    file, None for timm's own weights and for random ones. `sha256` is the hash of the weights file,
-    empty if there is no file.
+    """Source of a network's weights. `path` is a checkpoint folder, or a `.safetensors` file of a
+    backbone; None for timm's own weights and for random ones. `sha256` is the hash of the weights
+    file, empty if there is no file.
     """
 
-    kind: Literal["checkpoint", "imagenet", "timm", "random"]
+    kind: Literal["checkpoint", "file", "timm", "random"]
     path: Path | None = None
     sha256: str = ""
 
@@ -319,9 +319,9 @@ def _weights(
 
 
 def _weights_at(path: Path) -> Weights:
-    """Return a checkpoint folder or an ImageNet file as `Weights`."""
+    """Return a checkpoint folder or a file of a backbone's weights as `Weights`."""
     if path.suffix == ".safetensors":
-        return Weights(kind="imagenet", path=path, sha256=sha256_of(path))
+        return Weights(kind="file", path=path, sha256=sha256_of(path))
     return Weights(kind="checkpoint", path=path, sha256=checkpoint.check_weights(path))
 
 
@@ -333,7 +333,8 @@ def _first_weights(
     `kind` is as in `Weights`; `name` is the name of the run and its checkpoint, of the file, or of
     timm's network; `sha256` is empty for timm's and random weights; `license` is timm's, or None;
     and `first_weights` is the entry of the checkpoint that the run starts from, `sets` the sets
-    that it was trained on (`sets_seen`). No local path is stored.
+    that it was trained on (`sets_seen`), `generators` those of their fakes. No local path is
+    stored.
     """
     if resumed:
         return checkpoint.read_meta(resumed)["first_weights"]
@@ -342,7 +343,8 @@ def _first_weights(
     origin: dict[str, Any] = {"license": None, "first_weights": None}
     if weights.kind == "checkpoint" and path:
         name, began = f"{path.parent.name}/{name}", checkpoint.read_meta(path)
-        origin |= {"first_weights": began["first_weights"], "sets": sets_seen(began)}
+        origin |= {"first_weights": began["first_weights"], "sets": sets_seen(began),
+                   "generators": generators_seen(began)}  # fmt: skip
     elif weights.kind == "timm":
         name, origin["license"] = recipe.network.name, timm_license(recipe.network.name)
     return origin | {"kind": weights.kind, "name": name, "sha256": weights.sha256}
@@ -350,7 +352,7 @@ def _first_weights(
 
 def _of_timm(first_weights: Mapping[str, Any] | None) -> bool:
     """Return whether a run began from timm's weights, or from a file of such."""
-    return first_weights is not None and first_weights["kind"] in ("timm", "imagenet")
+    return first_weights is not None and first_weights["kind"] in ("timm", "file", "imagenet")
 
 
 def _words_for(first_weights: Mapping[str, Any] | None) -> str:
@@ -361,7 +363,8 @@ def _words_for(first_weights: Mapping[str, Any] | None) -> str:
     digest = f" (sha256 {first_weights['sha256'][:12]})"
     return {
         "checkpoint": f"checkpoint {name}{digest}",
-        "imagenet": f"file {name}{digest}",
+        "file": f"file {name}{digest}",
+        "imagenet": f"file {name}{digest}",  # the word of earlier versions
         "timm": f"timm's {name} (license {first_weights['license']})",
         "random": "random, not pretrained",
     }[kind]
@@ -437,7 +440,7 @@ def _check_network(
     check_size(outline, recipe.network.name, recipe.preprocess)
     if weights.kind == "timm":
         check_pretrained(recipe.network)
-    elif weights.path and weights.kind == "imagenet":
+    elif weights.path and weights.kind == "file":
         check_backbone_file(outline, weights.path)
     elif weights.path:
         checkpoint.check(weights.path, outline)
@@ -463,7 +466,7 @@ def _warnings(
         lines += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
     if recipe.replay.distill_weight and not recipe.replay.fraction:
         lines += ["replay.distill_weight is not used: replay.ratio is 0, no old sample is replayed"]
-    if weights.kind in ("timm", "imagenet"):
+    if weights.kind in ("timm", "file"):
         return (*lines, *normalization_warnings(recipe))
     if weights.path is None:
         return tuple(lines)

@@ -257,6 +257,7 @@ def save(
                     "index_sha256": stream.pool.shards.sha256,
                     "set_sha256": stream.pool.hashes,
                     "sources": sorted(sources),
+                    "generators": stream.pool.shards.generators(),
                     "synthetic_sources": sorted(n for n in sources if sources[n].get("synthetic")),
                     "titles": {n: t for n in sorted(sources) if (t := sources[n].get("title"))},
                 },

@@ -418,12 +418,12 @@ def test_average_interpolates_between_two_checkpoints(tmp_path: Path) -> None:
 def test_an_average_keeps_the_first_weights_that_both_began_from(tmp_path: Path) -> None:
     first, last = save(tmp_path / "one"), save(tmp_path / "two", step=2)
     nothing = {"sha256": "", "license": None, "first_weights": None}
-    file = nothing | {"kind": "imagenet", "name": "a.safetensors", "sha256": "a"}
+    file = nothing | {"kind": "file", "name": "a.safetensors", "sha256": "a"}
     later = nothing | {"kind": "checkpoint", "name": "one/step_0000001", "first_weights": file}
     network = checkpoint.read_meta(last)["recipe"]["network"] | {"name": WEIGHTS}
     recipe = checkpoint.read_meta(last)["recipe"] | {"network": network | {"pretrained": True}}
     for number, (one, other, kind) in enumerate(
-        ((file, later, "imagenet"), (None, None, "average"), (file, None, "average"),
+        ((file, later, "file"), (None, None, "average"), (file, None, "average"),
          (file, file | {"sha256": "b"}, "average"))
     ):  # fmt: skip
         checkpoint.annotate(first, {"first_weights": one})

@@ -70,6 +70,8 @@ def test_without_sources_the_rates_come_from_the_roc_curve() -> None:
     html = figures_html(measured)
     assert "of the kinds that the detector was trained on" in html and "by source" not in html
     assert rates({"calibration": None, "threshold": 0.5}) is None
+    without = {name: value for name, value in calibration.items() if name != "roc"}
+    assert rates({"calibration": without, "threshold": 0.5}) is None
     assert "Not known" in figures_html(None)
 
 

@@ -1,6 +1,7 @@
 """Plan of an evaluation: chosen samples and refused input, before a network is loaded."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from model.evaluation import run
 from model.evaluation.plan import Options, plan, trained_on
 from model.export.average import average
 from model.export.onnx import fitness_of
-from model.inference.fitness import sets_seen
+from model.inference.fitness import generators_seen, sets_seen
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
 from pipeline.subset import Subset
@@ -50,6 +51,30 @@ def test_sets_of_earlier_runs_count_as_trained_on(tiny_checkpoint: Path, tmp_pat
     # Packed again under its name: the earlier state of the set still counts.
     again = tuned | {"data": {"set_sha256": {"val": "d"}}}
     assert trained_on(again, {"now": "d", "before": "a"}) == ["now", "before"]
+
+
+def test_generators_that_training_had_other_images_of_are_known(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As of a run that was fine-tuned, of an average, and of an ONNX file; only of test sets."""
+    names = open_shards([data / "new"]).generators()
+    assert names and "fake" not in names
+    folders = [tmp_path / name / tiny_checkpoint.name for name in ("first", "last")]
+    for folder, learned in zip(folders, (names[0].upper() + "-", "other"), strict=True):
+        shutil.copytree(tiny_checkpoint, folder)
+        annotate(folder, {"data": read_meta(folder)["data"] | {"generators": [learned]}})
+    first, last = (read_meta(folder) for folder in folders)
+    began = {"kind": "checkpoint", "first_weights": None, "generators": generators_seen(first)}
+    tuned = last | {"first_weights": began}
+    mean = read_meta(average(*folders, 0.5, tmp_path / "mean"))
+    planned = plan(tiny_checkpoint, data, ["new"], Options())
+    test_set = replace(planned, sets={"new": replace(planned.sets["new"], split="test")})
+    for meta, known in (
+        (first, names[:1]), (last, []), (tuned, names[:1]), (mean, names[:1]),
+        (first | {"data": fitness_of(tuned)}, names[:1]),
+    ):  # fmt: skip
+        assert replace(test_set, meta=meta).known_generators == {"new": known}
+    assert replace(planned, meta=first).known_generators == {}
 
 
 def test_stored_features_are_of_the_precision_of_the_run(

@@ -147,6 +147,15 @@ def test_sets_without_reals_come_first_in_the_headline() -> None:
     assert "gives the share of fakes found and nothing about" in document["sets"]["evalgen"]["note"]
 
 
+def test_generators_that_training_knew_end_the_headline() -> None:
+    table = table_of([*prompts({"A": 1.0}), *reals("evalgen")], ["evalgen"])
+    assert "training" not in report(table)["headline"][0]
+    table.evaluation["sets"]["evalgen"]["known_generators"] = ["A", "B", "C", "D"]
+    document = report(table)
+    assert document["headline"][0].endswith("; training had other images of A, B, C and 1 more")
+    assert document["sets"]["evalgen"]["known_generators"] == ["A", "B", "C", "D"]
+
+
 def test_one_image_is_counted_as_one_image() -> None:
     document = report(
         table_of(

@@ -166,7 +166,11 @@ def test_the_card_contains_license_thresholds_and_metrics(
     assert "| old | alpha | test |" in text  # set, source, license
     assert "no sign of AI below 0.3, likely" in text and "uncertain in between" in text
     assert f"fitted on val ({CALIBRATION['reals']} real" in text
+    assert "bfloat16" not in text
     meta = checkpoint.read_meta(tiny_checkpoint)
+    recipe = meta["recipe"] | {"run": meta["recipe"]["run"] | {"precision": "bf16"}}
+    half = card_of(meta | {"recipe": recipe}, None, {}, onnx=False)
+    assert "The scores were computed in bfloat16; in float32" in half
     card = card_of(meta, report_of(meta), {"old": None}, onnx=True)
     assert "| val | 2 | 2 | 0.750 | 0.250 | 0.875 |" in card
     assert "| evalgen | 0 | 2 | 0.750 | not measured: no real images | - |" in card
@@ -281,7 +285,7 @@ def test_the_license_is_that_of_the_first_weights() -> None:
         (other, "other", ""),
         ({"kind": "checkpoint", "name": "a/step_1", "first_weights": other}, "other", ""),
         ({"kind": "checkpoint", "name": "a/step_1", "first_weights": None}, "cc-by-nc-4.0", ""),
-        ({"kind": "imagenet", "name": "x.safetensors", "license": None}, "cc-by-nc-4.0", ""),
+        ({"kind": "file", "name": "x.safetensors", "license": None}, "cc-by-nc-4.0", ""),
     ):
         network = {"name": "convnextv2_base", "pretrained": False}
         meta = {"recipe": {"network": network}, "data": {}, "first_weights": first}

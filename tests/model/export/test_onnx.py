@@ -135,10 +135,12 @@ def test_notices_are_stored_in_the_file(exported: Path, tmp_path: Path) -> None:
     model = onnx.load(exported / "detector.onnx")
     properties = {entry.key: entry.value for entry in model.metadata_props}
     data = {"sources": ["a"], "synthetic_sources": ["a"], "titles": {"a": "drawings"},
-            "train": ["no part of it"], "set_sha256": {"x": "b"}}  # fmt: skip
+            "train": ["no part of it"], "set_sha256": {"x": "b"},
+            "generators": ["sdxl"]}  # fmt: skip
     meta = {key: json.loads(properties.get(key, "null")) for key in META_KEYS} | {"data": data}
     known = export.fitness_of(meta)
     assert known.pop("earlier_sets") == {"b": "x"}
+    assert known.pop("earlier_generators") == ["sdxl"]
     assert known == {"sources": ["a"], "synthetic_sources": ["a"], "titles": {"a": "drawings"}}
     properties["data"] = json.dumps(known)
     onnx.helper.set_model_props(model, properties)

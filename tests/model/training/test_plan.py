@@ -144,7 +144,7 @@ def test_the_first_weights(load: Load, data: Path, trained: Path, tmp_path: Path
         said = "\n".join(plan(load(), data, tmp_path, init_from=start).describe())
         assert ("its weights were trained on" in said) == of_timm
     planned = plan(named, data, trained, init_from=file)
-    assert planned.weights == Weights(kind="imagenet", path=file, sha256=digest)
+    assert planned.weights == Weights(kind="file", path=file, sha256=digest)
     assert planned.baseline is None
 
 
