@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from sharding.audit.audit import Audit, extra
+from sharding.audit.audit import Audit
+from sharding.audit.libraries import extra
 from sharding.audit.metadata import FEATURES, Metadata, metadata_of, spelled
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, write_atomically
@@ -46,6 +47,9 @@ def draw(shards: ShardSet, name: str, result: Audit, path: AnyPath) -> None:
         axes.set_ylabel("share of the class")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
+    # `savefig` would lay out in a drawing of its own, which takes as long as that of the PNG.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
 
 

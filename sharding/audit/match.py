@@ -43,6 +43,7 @@ import numpy as np
 
 from installed import command
 from sharding.audit.audit import MIN_GROUPS, Estimate, cross_fit, estimate
+from sharding.audit.libraries import one_thread
 from sharding.audit.metadata import FEATURES, Metadata, assign_folds, metadata_of
 from sharding.format import ShardSet
 
@@ -70,6 +71,7 @@ class Match:
     rounds: int
 
 
+@one_thread()
 def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     """Choose as many real as fake images that agree on metadata.
 
