@@ -18,6 +18,7 @@ import codecs
 import dataclasses
 import datetime
 import difflib
+import functools
 import json
 import math
 import re
@@ -82,11 +83,17 @@ def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collect
     """
     _refuse_unknown(kind, values, where, prefix="")
     try:
-        built = TypeAdapter(kind).validate_python(values)
+        built = _checks_of(kind).validate_python(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed)}") from error
     _refuse_misread(built, values, where, prefix="")
     return built
+
+
+@functools.cache
+def _checks_of(kind: type) -> TypeAdapter[Any]:
+    """Return the checks of a dataclass, which take longer to make than to run."""
+    return TypeAdapter(kind)
 
 
 _TAKES = {
