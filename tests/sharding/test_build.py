@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import tarfile
@@ -23,7 +22,7 @@ from sharding.format import FORMAT_VERSION, ShardError, join_sets, open_shards, 
 from sharding.inventory import FACTS_VERSION
 from sharding.lock import locked
 from sharding.write import write_shard
-from tests.builders import CATALOG, build_all, hashes, run_build, write_raw
+from tests.builders import CATALOG, build_all, hashes, run_build
 
 
 def test_the_index_matches_the_packed_files(data: Path) -> None:
@@ -75,9 +74,9 @@ def test_a_shard_is_the_tar_that_webdataset_would_write(data: Path, tmp_path: Pa
         assert path.read_bytes() == again.read_bytes()
 
 
-def test_a_name_too_long_for_a_tar_is_refused(tmp_path: Path) -> None:
+def test_a_name_too_long_for_a_tar_is_refused(raw: Path, tmp_path: Path) -> None:
     """The writer checks too, because a catalog made in Python has not been checked."""
-    write_raw(tmp_path / "raw")
+    shutil.copytree(raw, tmp_path / "raw")
     long = "x" * 90
     (tmp_path / "raw/alpha").rename(tmp_path / "raw" / long)
     (tmp_path / "catalog.toml").write_text(CATALOG)
@@ -92,17 +91,18 @@ def test_the_same_input_gives_the_same_bytes(raw: Path, data: Path, tmp_path: Pa
     assert hashes(build_all(copied, tmp_path / "again", jobs=2)) == hashes(data)
 
 
-def test_a_second_build_does_nothing(raw: Path, tmp_path: Path) -> None:
-    build_all(raw, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.tar")}
-    build_all(raw, tmp_path)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.tar")}
+def test_a_second_build_does_nothing(raw: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*.tar")}
+    assert before
+    build_all(shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*.tar")}
 
 
-def test_a_changed_file_is_packed_again(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
-    build_all(raw, tmp_path / "out")
-    before = hashes(tmp_path / "out")
+def test_a_changed_file_is_packed_again(raw: Path, data: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    shutil.copytree(data, tmp_path / "out")
+    before = hashes(data)
     (raw / "alpha/real/003.webp").write_bytes((raw / "alpha/real/007.webp").read_bytes())
     (raw / "dummy/fake/000.jpg").unlink(missing_ok=True)
     after = hashes(build_all(raw, tmp_path / "out"))
@@ -111,11 +111,11 @@ def test_a_changed_file_is_packed_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_rebuild_leaves_no_valid_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An old index next to new tars would look valid."""
-    raw = write_raw(tmp_path / "raw")
-    build_all(raw, tmp_path / "out")
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    shutil.copytree(data, tmp_path / "out")
     (raw / "alpha/real/003.webp").write_bytes((raw / "alpha/real/007.webp").read_bytes())
 
     def full_disk(*arguments: object) -> None:
@@ -129,10 +129,12 @@ def test_an_interrupted_rebuild_leaves_no_valid_set(
         open_shards([tmp_path / "out/old"])
 
 
-def test_a_shard_that_another_process_replaces_stops_the_build(tmp_path: Path) -> None:
+def test_a_shard_that_another_process_replaces_stops_the_build(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
     """Such as a worker of a killed build, which still has the old labels."""
-    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
-    build_all(raw, out)
+    raw, out = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out"
+    shutil.copytree(data, out)
     mark = out / ".build/old/alpha-train-00000.tar.parquet"
     earlier = mark.read_bytes()
     text = CATALOG.replace('folder = "fake", generator = "gan"', 'folder = "fake", generator = "x"')
@@ -149,10 +151,12 @@ def test_a_shard_that_another_process_replaces_stops_the_build(tmp_path: Path) -
     assert "x" in read_index(out / "old")["totals"]["generator"]
 
 
-def test_packed_sources_stay_when_their_raw_files_are_deleted(tmp_path: Path) -> None:
+def test_packed_sources_stay_when_their_raw_files_are_deleted(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
     """People delete a download once it is packed; the next build must keep its shards."""
-    raw = write_raw(tmp_path / "raw")
-    before = hashes(build_all(raw, tmp_path / "out"))
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    before = hashes(shutil.copytree(data, tmp_path / "out"))
     shutil.rmtree(raw / "dummy")
     assert hashes(build_all(raw, tmp_path / "out")) == before
     (tmp_path / "out/old/dummy-train-00000.tar").unlink()
@@ -161,25 +165,27 @@ def test_packed_sources_stay_when_their_raw_files_are_deleted(tmp_path: Path) ->
     assert (tmp_path / "out/old/index.json").exists()
 
 
-def test_packed_sources_stay_when_their_folder_is_empty(tmp_path: Path) -> None:
+def test_packed_sources_stay_when_their_folder_is_empty(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
     """Such as a mount point without its disk."""
-    raw = write_raw(tmp_path / "raw")
-    before = hashes(build_all(raw, tmp_path / "out"))
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    before = hashes(shutil.copytree(data, tmp_path / "out"))
     shutil.rmtree(raw / "dummy")
     (raw / "dummy").mkdir()
     (raw / "dummy/.hidden").touch()
     assert hashes(build_all(raw, tmp_path / "out")) == before
 
 
-@pytest.mark.parametrize("change", ["another set", "no such set"])
-def test_packed_sources_do_not_ignore_a_changed_catalog(tmp_path: Path, change: str) -> None:
-    raw = write_raw(tmp_path / "raw")
-    before = hashes(build_all(raw, tmp_path / "out"))
+def test_packed_sources_do_not_ignore_a_changed_catalog(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    before = hashes(shutil.copytree(data, tmp_path / "out"))
     shutil.rmtree(raw / "dummy")
     text = (raw / "catalog.toml").read_text()
     start = text.index("[sources.dummy]")
-    other = '"new"' if change == "another set" else '"val"'
-    changed = re.sub(r'set = "old"', f"set = {other}", text[start:], count=1)
+    changed = text[start:].replace('set = "old"', 'set = "new"', 1)
     assert changed != text[start:]
     (raw / "catalog.toml").write_text(text[:start] + changed)
     with pytest.raises(ShardError, match=r"dummy was packed for old \(1\), the catalog says"):
@@ -187,9 +193,11 @@ def test_packed_sources_do_not_ignore_a_changed_catalog(tmp_path: Path, change: 
     assert hashes(tmp_path / "out") == before
 
 
-def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
-    build_all(raw, tmp_path / "out")
+def test_a_source_is_removed_from_a_set_only_on_request(
+    raw: Path, data: Path, tmp_path: Path
+) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    shutil.copytree(data, tmp_path / "out")
     assert "synthetic" not in read_index(tmp_path / "out/old")["sources"]["beta"]
     text = (raw / "catalog.toml").read_text()
     own = '[sources.beta]\ntitle = "cats"\nsynthetic = true\n'
@@ -208,10 +216,10 @@ def test_a_source_is_removed_from_a_set_only_on_request(tmp_path: Path) -> None:
 
 
 def test_a_set_to_which_no_image_goes_any_more_stops_the_build(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its images would be in two sets."""
-    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    raw, out = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out"
     path = raw / "catalog.toml"
     path.write_text(CATALOG.replace("set = { new = 0.8, val = 0.2 }", 'set = "val"'))
     before = hashes(build_all(raw, out))
@@ -226,10 +234,10 @@ def test_a_set_to_which_no_image_goes_any_more_stops_the_build(
 
 
 def test_a_set_whose_raw_files_were_deleted_stays(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing moved to another set, and its images cannot be packed again."""
-    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    raw, out = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out"
     fakes = 'folder = "fake", generator = "diffusion"'
     text = CATALOG.replace("set = { new = 0.8, val = 0.2 }", 'set = "new"')
     (raw / "catalog.toml").write_text(text.replace(fakes, f'{fakes}, set = "val"'))
@@ -241,9 +249,9 @@ def test_a_set_whose_raw_files_were_deleted_stays(
     assert kept and all(after[name] == before[name] for name in kept)
 
 
-def test_a_set_of_another_catalog_stays(tmp_path: Path) -> None:
-    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
-    build_all(raw, out)
+def test_a_set_of_another_catalog_stays(raw: Path, data: Path, tmp_path: Path) -> None:
+    raw, out = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out"
+    shutil.copytree(data, out)
     text = (raw / "catalog.toml").read_text()
     (raw / "catalog.toml").write_text(text[: text.index("[sources.gamma]")])
     build_all(raw, out)
@@ -270,7 +278,7 @@ def test_a_build_restarted_after_a_kill_writes_the_same_bytes(
     assert hashes(tmp_path) == hashes(data)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("keep", [0.0, 0.6])
 def test_a_partial_tar_is_never_taken_for_a_whole_one(
     raw: Path, data: Path, tmp_path: Path, keep: float
 ) -> None:
@@ -295,8 +303,8 @@ def build_one(raw: Path, out: Path, name: str, max_bad: float = 0.01):
     return built
 
 
-def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
+def test_bad_files_are_quarantined_with_their_reason(raw: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
     victim = raw / "alpha/real/004.jpg"
     victim.write_bytes(victim.read_bytes()[:-200])
     built = build_one(raw, tmp_path / "out", "old", max_bad=0.05)
@@ -307,8 +315,8 @@ def test_bad_files_are_quarantined_with_their_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_images_that_the_catalog_excludes_by_hash_are_in_no_set(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
+def test_images_that_the_catalog_excludes_by_hash_are_in_no_set(raw: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
     names = ["alpha/real/004.jpg", "alpha/fake/003.jpg"]
     digests = [hashlib.sha256((raw / name).read_bytes()).hexdigest() for name in names]
     path = raw / "catalog.toml"
@@ -322,8 +330,8 @@ def test_images_that_the_catalog_excludes_by_hash_are_in_no_set(tmp_path: Path) 
     assert sorted(rows) == sorted(f"alpha,{name},{reason}," for name in names)
 
 
-def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
+def test_too_many_bad_files_fail_the_build(raw: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
     for number in (0, 4, 8):
         (raw / f"alpha/real/{number:03d}.jpg").write_bytes(b"<html>")
     with pytest.raises(ShardError, match="3 of 80 images of set old cannot be read, more than 1 %"):
@@ -331,8 +339,8 @@ def test_too_many_bad_files_fail_the_build(tmp_path: Path) -> None:
     assert not (tmp_path / "out/old/index.json").exists()
 
 
-def test_one_bad_file_passes_unless_none_may(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
+def test_one_bad_file_passes_unless_none_may(raw: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
     (raw / "alpha/real/000.jpg").write_bytes(b"<html>")
     with pytest.raises(ShardError, match="1 of 80 images of set old cannot be read, more than 0 %"):
         build_one(raw, tmp_path / "out", "old", max_bad=0)
@@ -378,9 +386,11 @@ def test_a_table_of_another_set_or_version_is_refused(data: Path, tmp_path: Path
         open_shards([tmp_path / "out/val"])
 
 
-def test_an_inventory_of_another_version_is_made_again_or_refused(tmp_path: Path) -> None:
+def test_an_inventory_of_another_version_is_made_again_or_refused(
+    raw: Path, tmp_path: Path
+) -> None:
     """The inventory can be made again only if the raw files still exist."""
-    raw, out = write_raw(tmp_path / "raw"), tmp_path / "out"
+    raw, out = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out"
     build_one(raw, out, "old")
     path = out / ".build/inventory/alpha.parquet"
     table = pq.read_table(path)
@@ -402,8 +412,8 @@ def test_an_inventory_of_another_version_is_made_again_or_refused(tmp_path: Path
         build_one(raw, out, "old")
 
 
-def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
+def test_a_rule_that_matches_no_file_stops_the_build(raw: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
     text = (raw / "catalog.toml").read_text()
     entry = '{ folder = "real", generator = "camera" }'
     for extra in ('{ folder = "raels" }', '{ folder = "real", name = "*.tif" }'):
@@ -413,14 +423,8 @@ def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
         ):
             build_one(raw, tmp_path / "out", "old")
         catalog = read_catalog([raw / "catalog.toml"])
-        build(
-            catalog,
-            raw,
-            tmp_path / "flag",
-            only=["old"],
-            jobs=1,
-            tolerance=Tolerance(allow_incomplete=True),
-        )
+        build(catalog, raw, tmp_path / "flag", only=["old"], jobs=1,
+              tolerance=Tolerance(allow_incomplete=True))  # fmt: skip
         optional = extra.replace(" }", ", optional = true }")
         (raw / "catalog.toml").write_text(text.replace(entry, f"{entry}, {optional}", 1))
         build_one(raw, tmp_path / "out", "old")
@@ -431,9 +435,9 @@ def test_a_rule_that_matches_no_file_stops_the_build(tmp_path: Path) -> None:
         build_one(raw, tmp_path / "out", "old")
 
 
-def test_optional_rules_of_which_none_matches_stop_the_build(tmp_path: Path) -> None:
+def test_optional_rules_of_which_none_matches_stop_the_build(raw: Path, tmp_path: Path) -> None:
     """Optional rules of one class are alternatives: at least one must match."""
-    raw = write_raw(tmp_path / "raw")
+    raw = shutil.copytree(raw, tmp_path / "raw")
     text = (raw / "catalog.toml").read_text()
     entry = '{ folder = "real", generator = "camera" }'
     choices = '{ folder = "a", optional = true }, { folder = "b", optional = true }'
@@ -442,8 +446,8 @@ def test_optional_rules_of_which_none_matches_stop_the_build(tmp_path: Path) -> 
         build_one(raw, tmp_path / "out", "old")
 
 
-def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
+def test_a_training_set_of_one_class_stops_the_build(raw: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
     for source in ("alpha", "beta"):
         shutil.rmtree(raw / source)
     with pytest.raises(
@@ -452,14 +456,8 @@ def test_a_training_set_of_one_class_stops_the_build(tmp_path: Path) -> None:
         build_one(raw, tmp_path / "out", "old")
     assert not (tmp_path / "out/old/index.json").exists()
     catalog = read_catalog([raw / "catalog.toml"])
-    build(
-        catalog,
-        raw,
-        tmp_path / "out",
-        only=["old"],
-        jobs=1,
-        tolerance=Tolerance(allow_incomplete=True),
-    )
+    build(catalog, raw, tmp_path / "out", only=["old"], jobs=1,
+          tolerance=Tolerance(allow_incomplete=True))  # fmt: skip
     text = (raw / "catalog.toml").read_text().replace('old = "train"', 'old = "test"')
     (raw / "catalog.toml").write_text(text)
     build_one(raw, tmp_path / "test", "old")

@@ -11,7 +11,7 @@ from sharding.build import build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, read_index
 from sharding.inventory import item_table, missing_chunks
-from tests.builders import build_all, hashes, write_raw
+from tests.builders import build_all, hashes
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def test_an_unfinished_set_of_another_catalog_is_not_lost(raw: Path, built: Path
     assert hashes(built) == before
 
 
-def test_files_of_a_removed_source_are_deleted(tmp_path: Path) -> None:
-    raw = write_raw(tmp_path / "raw")
-    build_all(raw, tmp_path / "out")
+def test_files_of_a_removed_source_are_deleted(raw: Path, data: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    shutil.copytree(data, tmp_path / "out")
     shutil.rmtree(raw / "dummy")
     (tmp_path / "out/.build/inventory/dummy.parquet").unlink()
     build_all(raw, tmp_path / "out")
