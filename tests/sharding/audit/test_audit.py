@@ -50,7 +50,7 @@ PLAN: dict[str, dict[str, tuple[MakeImage, int, int]]] = {
     "planted": {"mixed": (planted, 40, 40), "few": (planted, 20, 12)},
     "clean": {"even": (clean, 120, 120)},
     "partly": {"half": (partly, 150, 150)},
-    "single": {"cameras": (planted, 60, 0), "generator": (planted, 0, 60)},
+    "single": {"cameras": (planted, 35, 0), "generator": (planted, 0, 35)},
     "videos": {"clips": (grouped, 180, 180)},
     "lonely": {"fakes": (planted, 0, 10)},
     "apart": {"sorted": (planted, 24, 36)},
@@ -361,7 +361,7 @@ def test_the_command_writes_reports_and_histograms(reported: tuple[Result, Path]
     assert report["audit_version"] == audit.AUDIT_VERSION
     assert list(report["sets"]) == ["handful", LONG]
     assert report["sets"]["handful"]["match"] is None
-    pictures = list(out.glob("*.png"))
+    pictures = [path for path in out.iterdir() if path.name != "report.json"]
     assert len(pictures) == 2 and out / "handful.png" in pictures
     for picture in pictures:
         with Image.open(picture) as image:
@@ -373,6 +373,7 @@ def test_the_command_writes_reports_and_histograms(reported: tuple[Result, Path]
         assert (real > 5_000) == (picture.name == "handful.png")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_writes_a_sample_list(sets: Path, tmp_path: Path, matched: match.Match) -> None:
     out, listed = tmp_path / "out", tmp_path / "lists" / "partly.csv"
     result = run(sets / "partly", "--out", out, "--match", listed)
@@ -390,7 +391,6 @@ def test_the_command_writes_a_sample_list(sets: Path, tmp_path: Path, matched: m
     assert rows == [["partly", key] for key in keys]  # the same in each run
     said = result.output.split("to score it: ")[1].splitlines()[0]
     assert said.endswith(f"evaluate.py --data {sets} --subset {listed}")
-    assert {path.name for path in out.iterdir()} == {"partly.png", "report.json"}
 
 
 def test_sets_in_several_folders_are_scored_by_a_command_each(sets: Path) -> None:

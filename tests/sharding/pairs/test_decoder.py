@@ -72,19 +72,24 @@ def test_pickles_other_classes_and_missing_files_are_refused(kl: Path, tmp_path:
 
 
 def test_only_two_files_are_downloaded_from_the_hub(
-    monkeypatch: pytest.MonkeyPatch, kl: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """The files are not read before the decoder is loaded."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
     asked: list[tuple] = []
+    vae = tmp_path / "My KL" / "vae"
+    vae.mkdir(parents=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        (vae / file).touch()
 
     def download(repository: str, *, allow_patterns: list[str]) -> str:
         asked.append((repository, *allow_patterns))
-        return str(kl.parent)
+        return str(vae.parent)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_decoder("owner/name/vae") == kl
+    assert find_decoder("owner/name/vae") == vae
     assert asked == [("owner/name", f"vae/{CONFIG_FILE}", f"vae/{WEIGHTS_FILE}")]
     with pytest.raises(DecoderError, match="has no folder other"):
         find_decoder("owner/name/other")
