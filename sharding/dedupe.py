@@ -238,6 +238,8 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
             distance += 1
             active = active[active + distance < len(key)]
             active = active[key[active] == key[active + distance]]
+            if not len(active):  # saves most of the time if there are few images
+                break
             a, b = order[active], order[active + distance]
             differing = hashes[a] ^ hashes[b]
             bits = np.bitwise_count(differing)
