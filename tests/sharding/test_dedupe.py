@@ -280,7 +280,7 @@ def test_the_search_finds_every_pair_of_an_exhaustive_comparison(n: int) -> None
 def test_the_search_of_similar_frames_needs_little_memory() -> None:
     """Frames of a video agree in many choices of bands; each pair is kept once."""
     rng = np.random.default_rng(5)
-    frames = np.repeat(rng.integers(0, 2**63, 10, dtype=np.uint64), 100)
+    frames = np.repeat(rng.integers(0, 2**63, 25, dtype=np.uint64), 40)
     flips = [np.uint64(sum(1 << int(b) for b in rng.permutation(64)[:3])) for _ in range(1000)]
     hashes = frames ^ np.array(flips, np.uint64)
     thumbnails = np.zeros((1000, 256), np.uint8)
