@@ -68,6 +68,14 @@ MOST_POINTS = 400
 BINS = 10
 """Number of bins of the reliability diagram."""
 
+_LEFT, _RIGHT, _BOTTOM, _TOP = 0.5, 0.1, 0.43, 0.08
+"""Margins around the axes, in inches, for two digits and a label at each axis. Matplotlib's own
+layout would measure all texts, which takes longer than drawing them.
+"""
+
+_DIGIT = 0.08
+"""Width of a digit in inches."""
+
 
 def roc_chart(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> Markup:
     """Draw the ROC curve with a dot at `threshold`. The x axis has a square-root scale, which
@@ -122,15 +130,18 @@ def histogram_chart(reals: np.ndarray, fakes: np.ndarray, band: Sequence[float])
     """Draw histograms of the probabilities of the real and fake images of one source, over the
     uncertain band (low, high).
     """
-    figure, axes = _figure(width=2.3, height=1.2)
     edges = np.linspace(0, 1, 26)
+    counts = [np.histogram(values, edges)[0] for values in (reals, fakes)]
+    digits = len(str(max(counts[0].max(), counts[1].max())))
+    figure, axes = _figure(2.3, 1.2, left=0.12 + _DIGIT * digits, bottom=0.22)
     low, high = band
     axes.axvspan(low, high, color=BAND, lw=0) if high > low else axes.axvline(
         high, color=MUTED, lw=0.8, ls=_DASHED
     )
-    for values, color in ((reals, REAL), (fakes, FAKE)):
-        if len(values):
-            axes.hist(values, edges.tolist(), color=color, alpha=0.75)
+    for of_class, color in zip(counts, (REAL, FAKE), strict=True):
+        if of_class.any():
+            axes.stairs(of_class, edges, fill=True, color=color, alpha=0.75)
+    axes.set_ylim(0, None)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(2, integer=True))
@@ -170,10 +181,15 @@ def robustness_chart(
     return _svg(figure, f"Fakes found and false positives by {xlabel}")
 
 
-def _figure(width: float = 3.4, height: float = 2.6) -> tuple[Figure, Axes]:
+def _figure(
+    width: float = 3.4, height: float = 2.6, left: float = _LEFT, bottom: float = _BOTTOM
+) -> tuple[Figure, Axes]:
+    """Make a figure with one pair of axes; all lengths are in inches."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
+        figure = Figure(figsize=(width, height))
+        inside = (width - left - _RIGHT, height - bottom - _TOP)
+        place = (left / width, bottom / height, inside[0] / width, inside[1] / height)
+        return figure, figure.add_axes(place)
 
 
 def _svg(figure: Figure, label: str) -> Markup:

@@ -23,6 +23,7 @@ of a set, which are always shown together; `rates_of()` makes them. `percent()`,
 `signed()` format a number as text, `NOTHING` if it is None.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +156,18 @@ def render(
 
 def rendered(template: str, **values: Any) -> str:
     """Render a template of this folder with the shared style sheet."""
-    folder = Path(__file__).parent
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    return _environment().get_template(template).render(style=style, **values)
+
+
+_FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return the settings of the templates, which keep the compiled ones for further pages."""
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -165,8 +175,7 @@ def rendered(template: str, **values: Any) -> str:
     )
     environment.filters |= {"percent": percent, "figure": figure, "number": "{:,}".format,
                             "signed": signed}  # fmt: skip
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(style=style, **values)
+    return environment
 
 
 def percent(value: float | None) -> str:
