@@ -1,10 +1,14 @@
 """Faster imports: the same functions, and whole packages for whoever imports them later."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from model.lean_import import import_part
 from tests.builders import ROOT
 
 PART = "torchmetrics.functional.classification"
@@ -17,9 +21,37 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_metrics_load_neither_texts_nor_sounds_nor_the_compiler() -> None:
-    code = "import sys, model.metrics; print(*sys.modules, sep='\\n')"
-    loaded = run(code).split()
+@pytest.fixture(scope="module")
+def printed() -> dict[str, Any]:
+    """What one new process prints of its modules and optimizers: torch loads slowly."""
+    code = """
+import json, sys, model.metrics
+with_metrics = [*sys.modules]
+import torch
+from model.lean_import import lean_import
+weight = torch.ones(3, requires_grad=True)
+with lean_import():
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    solver = torch.optim.LBFGS([weight])
+weight.sum().backward()
+solver.step(lambda: weight.square().sum())
+with_optimizers = [*sys.modules]
+optimizer.step()
+double = torch.compile(lambda x: 2 * x, backend="eager")
+print(json.dumps({
+    "with_metrics": with_metrics,
+    "with_optimizers": with_optimizers,
+    "doubled": double(torch.ones(2)).tolist(),
+    "after_compile": [*sys.modules],
+    "later_lr": torch.optim.AdamW([torch.ones(3, requires_grad=True)]).param_groups[0]["lr"],
+    "steps": optimizer.state[weight]["step"].item(),
+}))
+"""
+    return json.loads(run(code))
+
+
+def test_metrics_load_neither_texts_nor_sounds_nor_the_compiler(printed: dict[str, Any]) -> None:
+    loaded = printed["with_metrics"]
     assert "torch" in loaded and "model.metrics" in loaded
     unwanted = {"transformers", "scipy.signal", "torch._dynamo", "torchvision", "torchmetrics"}
     assert not unwanted & set(loaded)
@@ -47,36 +79,44 @@ def test_a_loaded_package_is_used_as_it_is() -> None:
     assert run(code) == f"{PART} True"
 
 
-@pytest.mark.parametrize(("package", "part"), [("email", "mime.text"), ("email", "nothing.here")])
-def test_a_part_of_another_package(package: str, part: str) -> None:
-    code = f"""
-import sys
-from model.lean_import import import_part
-for key in [key for key in sys.modules if key.startswith("{package}")]:
-    del sys.modules[key]
-try:
-    print(import_part("{package}", "{part}").__name__)
-except ImportError as error:
-    print("no", error.name)
-"""
-    assert run(code) == {"mime.text": "email.mime.text", "nothing.here": "no email.nothing"}[part]
+def test_a_part_is_imported_without_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the part, no half-made package is left for other imports."""
+    inner = tmp_path / "outer_package" / "inner"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("raise AssertionError('the package was imported')")
+    (inner / "__init__.py").write_text("raise AssertionError('the package was imported')")
+    (inner / "part.py").write_text("from outer_package.inner import other\n")
+    (inner / "other.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    part = import_part("outer_package", "inner.part")
+    assert (part.__name__, part.other.__name__) == (
+        "outer_package.inner.part", "outer_package.inner.other",
+    )  # fmt: skip
+    assert not [name for name in sys.modules if name.startswith("outer_package")]
 
 
-def test_an_optimizer_does_not_load_the_compiler_and_torch_compile_works_later() -> None:
-    code = """
-import sys, torch
-from model.lean_import import lean_import
-weight = torch.ones(3, requires_grad=True)
-with lean_import():
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    solver = torch.optim.LBFGS([weight])
-weight.sum().backward()
-solver.step(lambda: weight.square().sum())
-assert "torch._dynamo" not in sys.modules
-optimizer.step()
-double = torch.compile(lambda x: 2 * x, backend="eager")
-assert double(torch.ones(2)).tolist() == [2, 2] and "torch._dynamo" in sys.modules
-other = torch.optim.AdamW([torch.ones(3, requires_grad=True)])
-print(other.param_groups[0]["lr"], optimizer.state[weight]["step"].item())
-"""
-    assert run(code) == "0.001 1.0"
+def test_a_part_that_cannot_be_imported_alone_is_imported_as_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "whole_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("needed = 1")
+    (package / "part.py").write_text("from whole_package import needed")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError) as caught:
+        import_part("whole_package", "nothing.here")
+    assert caught.value.name == "whole_package.nothing"
+    del sys.modules["whole_package"]
+    part = import_part("whole_package", "part")
+    assert part.needed == 1 and sys.modules.pop("whole_package.part") is part
+    del sys.modules["whole_package"]
+
+
+def test_an_optimizer_does_not_load_the_compiler_and_torch_compile_works_later(
+    printed: dict[str, Any],
+) -> None:
+    assert "torch._dynamo" not in printed["with_optimizers"]
+    assert printed["doubled"] == [2, 2] and "torch._dynamo" in printed["after_compile"]
+    assert (printed["later_lr"], printed["steps"]) == (0.001, 1.0)
