@@ -1,8 +1,11 @@
 """Import directions: a stage may import the stages that produce its input, never later stages."""
 
+import ast
+import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -70,17 +73,76 @@ def test_imports_point_upstream(owner: str) -> None:
             )
 
 
+USERS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("evaluation", "inference", "export", "adapters")
+    for path in files_of(f"model/{package}")
+    if path.stem != "__init__"
+]
+"""Modules that use a detector."""
+
+TRAINER = ("model.training.", "model.launch.")
+
+
+def file_of(module: str) -> Path | None:
+    """Return the file of a module of this project; None for other modules and for functions."""
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def is_run_later(node: ast.AST) -> bool:
+    """Return whether the import of a file does not run the statements inside of `node`. That of a
+    name may call `__getattr__` of its package.
+    """
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "__getattr__"
+
+
+@functools.cache
+def imported_at_once(path: Path) -> frozenset[str]:
+    """Return the dotted names of what a file imports when it is imported itself."""
+    names, nodes = set(), [ast.parse(path.read_text())]
+    for node in nodes:  # the list grows
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not is_run_later(node):
+            nodes += ast.iter_child_nodes(node)
+    return frozenset(names)
+
+
+def loaded_with(modules: Iterable[str]) -> set[str]:
+    """Return the modules of this project that an import of `modules` loads, with themselves."""
+    waiting, loaded = [*modules], set()
+    while waiting:
+        parts = waiting.pop().split(".")
+        for name in (".".join(parts[: end + 1]) for end in range(len(parts))):
+            path = file_of(name)
+            if path and name not in loaded:
+                loaded.add(name)
+                waiting += imported_at_once(path)
+    return loaded
+
+
 def test_what_uses_a_detector_does_not_load_the_trainer() -> None:
-    """Checked in a fresh process: an import of another module may bring the trainer."""
-    names = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for package in ("evaluation", "inference", "export", "adapters")
-        for path in files_of(f"model/{package}")
-        if path.stem != "__init__"
-    ]
+    """Not through an import of another module either."""
+    assert not [name for name in loaded_with(USERS) if name.startswith(TRAINER)]
+
+
+def test_modules_that_are_loaded_indirectly_are_found() -> None:
+    assert {"model.checkpoint", "model.network", "storage"} <= loaded_with(["model.export.onnx"])
+    assert "model.inference.detector" in loaded_with(["model.load_detector"])
+    assert {"model.training", "model.training.step"} <= loaded_with(["model.training.run"])
+    assert not loaded_with(["torch.nn"])
+
+
+@pytest.mark.slow
+def test_in_a_new_process_what_uses_a_detector_does_not_load_the_trainer() -> None:
     code = (
-        f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
-        "print([m for m in sys.modules if m.startswith(('model.training.', 'model.launch.'))])"
+        f"import importlib, sys\nfor name in {USERS}: importlib.import_module(name)\n"
+        f"print([m for m in sys.modules if m.startswith({TRAINER})])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
