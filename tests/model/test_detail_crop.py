@@ -92,23 +92,31 @@ def test_timms_own_head_cannot_read_two_crops() -> None:
         replace(VIT, crops=3)
 
 
-def test_it_predicts_the_same_from_files_pixels_and_the_exported_graph(
-    saved: Path, tmp_path: Path
-) -> None:
+FILES = [encode(photo(n, 90 + 11 * n, 70), kind) for n, kind in enumerate(("JPEG", "PNG"))]
+
+
+def test_it_predicts_the_same_from_files_and_pixels(saved: Path) -> None:
     detector = load_detector(saved, backend="pil")
     assert detector.preprocess.shape == (2 * SIZE, SIZE)
-    files = [encode(photo(n, 90 + 11 * n, 70), kind) for n, kind in enumerate(("JPEG", "PNG"))]
-    by_file = [prediction.probability for prediction in detector.predict(files)]
-    pixels = np.stack([detector.preprocess_file(file) for file in files])
+    by_file = [prediction.probability for prediction in detector.predict(FILES)]
+    pixels = np.stack([detector.preprocess_file(file) for file in FILES])
     np.testing.assert_allclose(detector.score(pixels), by_file, rtol=1e-6)
-    by_dali = load_detector(saved, backend="dali").predict(files)
+    by_dali = load_detector(saved, backend="dali").predict(FILES)
     np.testing.assert_allclose([p.probability for p in by_dali], by_file, atol=0.02)
     swapped = np.concatenate([pixels[:, SIZE:], pixels[:, :SIZE]], 1)
     assert np.abs(detector.score(swapped) - by_file).min() > 1e-4  # the order of the crops counts
 
+
+@pytest.mark.parametrize(
+    "saved",
+    [pytest.param(VIT, marks=pytest.mark.slow, id="class_tokens"), pytest.param(CONV, id="stages")],
+    indirect=True,
+)
+def test_the_exported_graph_predicts_the_same(saved: Path, tmp_path: Path) -> None:
+    by_file = [one.probability for one in load_detector(saved, backend="pil").predict(FILES)]
     export.export_onnx(saved, tmp_path / "onnx")
     exported = onnx_detector.load_onnx(tmp_path / "onnx/detector.onnx", device="cpu")
-    by_onnx = [prediction.probability for prediction in exported.predict(files)]
+    by_onnx = [prediction.probability for prediction in exported.predict(FILES)]
     np.testing.assert_allclose(by_onnx, by_file, atol=1e-2)
     assert "(batch, 64, 32, 3)" in exported.meta["input"]
     assert "not resized" in exported.meta["input"]

@@ -245,7 +245,9 @@ def test_a_damaged_weights_file_is_refused_in_one_line(
         read(net, path)
 
 
-def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
+@pytest.fixture
+def with_stage_head(tmp_path: Path) -> tuple[Detector, Path]:
+    """A network with a stage head, and its checkpoint."""
     torch.manual_seed(2)
     net = build(STAGES, pretrained=False).eval()
     torch.nn.init.normal_(net.backbone.stage_head.fc.weight)
@@ -258,14 +260,25 @@ def test_a_stage_head_is_saved_exported_and_explained(tmp_path: Path) -> None:
             step=1, epoch=1, metrics={}, selection=0.5, data={"train": [], "replay": []}
         ),
     )
-    detector = load_detector(tmp_path)
+    return net, tmp_path / "step_0000001"
+
+
+@pytest.mark.slow
+def test_a_stage_head_is_exported(with_stage_head: tuple[Detector, Path], tmp_path: Path) -> None:
+    report = export_onnx(with_stage_head[1], tmp_path / "onnx")
+    assert max(file["same_pixels"]["max"] for file in report["files"][:1]) < 1e-4
+
+
+def test_a_stage_head_is_saved_and_explained(
+    with_stage_head: tuple[Detector, Path], tmp_path: Path
+) -> None:
+    net, saved = with_stage_head
+    detector = load_detector(saved)
     images, image = noise(size=PREPROCESS.crop_size), encode(photo(1), "PNG")
     with torch.inference_mode():
         assert torch.equal(detector.net(images), net(images))
-    report = export_onnx(tmp_path / "step_0000001", tmp_path / "onnx")
-    assert max(file["same_pixels"]["max"] for file in report["files"][:1]) < 1e-4
     expected = [p.probability for p in detector.predict([image])]
-    folder = write_hub(tmp_path / "step_0000001", tmp_path / "hub")
+    folder = write_hub(saved, tmp_path / "hub")
     assert [p.probability for p in load_detector(folder).predict([image])] == expected
     card = (folder / "README.md").read_text()
     assert "load_detector" in card and "library_name" not in card and "timm.create" not in card
