@@ -15,6 +15,7 @@ from benchmarks import loader
 from benchmarks.gpu_day import ROOT, Stage, done_in, main, pack, run, stages_of
 from benchmarks.images import write_images
 from sharding.format import open_shards
+from tests import conftest, failures
 
 
 def stage(code: str, name: str = "stage") -> Stage:
@@ -134,12 +135,13 @@ def test_the_gpu_tests_say_what_failed_although_they_are_stopped(tmp_path: Path)
         "@pytest.mark.gpu\ndef test_wrong():\n    assert 1 == 2, 'this reason'\n"
         "@pytest.mark.gpu\ndef test_killed():\n    os.kill(os.getpid(), 9)\n"
     )
-    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_logreport\n")
+    (tmp_path / "conftest.py").write_text("from tests.failures import pytest_runtest_logreport\n")
     own = [str(test) if word == "tests/pipeline" else word for word in command]
     folder.mkdir()
     assert run(replace(stages["gpu-tests"], command=tuple(own)), folder, 300, cpu=False) == -9
     text = (folder / "log.txt").read_text()
     assert "test_it.py::test_wrong" in text and "this reason" in text
+    assert conftest.pytest_runtest_logreport is failures.pytest_runtest_logreport
 
 
 @pytest.mark.slow
