@@ -64,7 +64,8 @@ def binding_functions(name: str) -> list[str]:
         f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
         for pattern in PRODUCT
         for path in sorted(ROOT.glob(pattern))
-        for function in functions_of(ast.parse(path.read_text(encoding="utf-8")))
+        if name in (text := path.read_text(encoding="utf-8"))  # else no function can bind it
+        for function in functions_of(ast.parse(text))
         if binds(function, name)
     ]
 

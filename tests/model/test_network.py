@@ -55,13 +55,18 @@ def test_the_stage_head_is_linear_in_scaled_means_and_deviations() -> None:
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "convnextv2_atto", "vit_tiny_patch16_224"])
 def test_features_then_classify_equals_forward(name: str, head: str) -> None:
     """For a trainable network and for one with a frozen backbone."""
-    size = 224 if name.startswith("vit") else 64
+    size = 64
+    options = {"img_size": size, "depth": 3} if name.startswith("vit") else {}
     torch.manual_seed(5)
-    whole = build(Network(name=name, pretrained=False, head=head), pretrained=False).eval()
+    whole = build(
+        Network(name=name, pretrained=False, head=head, options=options), pretrained=False
+    ).eval()
     for parameter in whole.backbone.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    frozen = build(Network(name=name, head=head, freeze_backbone=True), pretrained=False).eval()
+    frozen = build(
+        Network(name=name, head=head, freeze_backbone=True, options=options), pretrained=False
+    ).eval()
     frozen.load_state_dict(whole.state_dict())
     images = noise(3, size)
     with torch.inference_mode():

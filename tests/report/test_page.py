@@ -150,7 +150,8 @@ def test_names_are_escaped() -> None:
 def test_the_page_fetches_nothing_and_has_all_parts() -> None:
     document, scores = made(rows("val", 60, 60), "val")
     document["sets"]["val"]["robustness"] = robustness()
-    text = Text(page_of(document, scores))
+    page = page_of(document, scores)
+    text = Text(page)
     assert not [link for link in text.links if not link.startswith(("#", "data:"))]
     assert not {"script", "iframe", "object"} & set(text.tags)
     said = " ".join(" ".join(text.words).split())
@@ -161,7 +162,7 @@ def test_the_page_fetches_nothing_and_has_all_parts() -> None:
         "Details of the run", "python evaluate.py --shards val", "runs/a/step_1",
     ):  # fmt: skip
         assert expected in said, expected
-    ids = page_of(document, scores).split(' id="')[1:]
+    ids = page.split(' id="')[1:]
     own = [i.split('"')[0] for i in ids if i.startswith("set-") or i.startswith("run")]
     assert len(own) == len(set(own)) == 2
 
