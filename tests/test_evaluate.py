@@ -142,7 +142,7 @@ def test_scores_do_not_depend_on_ranks_and_batch_size(
 ) -> None:
     """The sets have 35, 35 and 70 samples, not divisible by these world and batch sizes."""
     outputs = {}
-    for world_size, batch_size in ((1, 32), (2, 6), (3, 4), (1, 13)):
+    for world_size, batch_size in ((1, 32), (2, 6), (3, 13)):
         out = tmp_path / f"{world_size}-{batch_size}"
         report = evaluate_on(world_size, batch_size, data, runs, out)
         assert report["sets"]["evalgen"]["overall"]["count"] == 35
