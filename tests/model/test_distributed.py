@@ -1,6 +1,5 @@
 """Ranks that wait for rank 0, and end when another one fails."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -20,9 +19,8 @@ from model.distributed import (
     init_distributed,
     on_main,
 )
+from tests.forked import FORK
 from tests.servers import HANG_S
-
-FORK = multiprocessing.get_context("forkserver")
 
 
 def one_rank(rank: int, port: int, body: Callable[[DistEnv], object], said: Connection) -> None:

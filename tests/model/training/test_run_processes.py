@@ -271,6 +271,7 @@ def test_two_ranks_learn_as_one_with_the_same_batch(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = ["network.drop_path_rate=0", "run.log_every=1", "optim.clip_grad_norm=0.5"]
+    settings.append("run.epochs=1")
     train(recipes.load(Recipe, tiny_recipe, settings), data, tmp_path / "one")
     two = command(tiny_recipe, data, tmp_path / "two", *settings, "loading.batch_size=8")
     ended = [running.wait() for running in forked.start_ranks(2, two, tmp_path)]
