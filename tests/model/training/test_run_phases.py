@@ -58,9 +58,12 @@ class Died(Exception):
     """Simulates SIGKILL: nothing runs after it."""
 
 
-@pytest.mark.parametrize("phase", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_run_killed_at_ten_random_steps_ends_as_the_uninterrupted_one(
-    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int,
+@pytest.mark.parametrize(
+    ("phase", "kills"),
+    [(2, 3), *(pytest.param(phase, 10, marks=pytest.mark.slow) for phase in (1, 2))],
+)
+def test_a_run_killed_at_random_steps_ends_as_the_uninterrupted_one(
+    tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int, kills: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Bit for bit, with old samples replayed in phase 2 and a save at every third step. Each time
@@ -83,7 +86,7 @@ def test_a_run_killed_at_ten_random_steps_ends_as_the_uninterrupted_one(
     steps = rows_of(whole)[-1]["step"]
     rng = np.random.default_rng(phase)
     real_step = run.train_step
-    for last in sorted(rng.choice(np.arange(1, steps), 10, replace=False).tolist()):
+    for last in sorted(rng.choice(np.arange(1, steps), kills, replace=False).tolist()):
 
         def dying(*arguments: object, step: int, last: int = last, **options: object):
             loss = real_step(*arguments, step=step, **options)
@@ -135,21 +138,21 @@ def test_the_replay_ratio_is_the_one_that_is_set(phase2: Path, data: Path, ratio
 
 def test_accumulation_changes_only_memory(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
     losses = {}
-    for pieces in (1, 2, 5, 16):
+    for pieces in (1, 5, 16):
         settings = [
             "network.drop_path_rate=0", "run.log_every=1", f"run.grad_accum_steps={pieces}",
         ]  # fmt: skip
         recipe = recipes.load(Recipe, tiny_recipe, settings)
-        train(recipe, data, tmp_path / str(pieces), stop_at=4)
+        train(recipe, data, tmp_path / str(pieces), stop_at=3)
         losses[pieces] = losses_of(tmp_path / str(pieces) / "tiny")
-    for pieces in (2, 5, 16):
+    for pieces in (5, 16):
         np.testing.assert_allclose(losses[pieces], losses[1], rtol=1e-3, err_msg=str(pieces))
 
 
 def test_averaged_weights_are_saved_and_the_run_resumes_from_the_current_ones(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema_decay=0.9", "run.epochs=2"])
+    recipe = recipes.load(Recipe, tiny_recipe, ["optim.ema_decay=0.9", "run.epochs=1"])
     whole = train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at=3)
     half = last_of(tmp_path / "parts/tiny")
@@ -165,7 +168,7 @@ def test_averaged_weights_are_saved_and_the_run_resumes_from_the_current_ones(
 def test_phase_2_reports_forgetting_and_records_replayed_samples(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
 ) -> None:
-    train(recipes.load(Recipe, tiny_recipe, ["run.epochs=4"]), data, tmp_path)
+    train(recipes.load(Recipe, tiny_recipe, ["run.epochs=1"]), data, tmp_path)
     result = CliRunner().invoke(
         command.main, ["--recipe", str(phase2), "--data", str(data), "--runs", str(tmp_path)]
     )
@@ -194,8 +197,9 @@ def test_phase_2_reports_forgetting_and_records_replayed_samples(
 def test_the_gate_marks_and_keeps_what_it_refuses(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path
 ) -> None:
-    train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
-    recipe = recipes.load(Recipe, phase2, ["gate.max_fpr=0.0", "optim.lr=1e-2"])
+    train(recipes.load(Recipe, tiny_recipe, ["run.epochs=1"]), data, tmp_path)
+    settings = ["gate.max_fpr=0.0", "optim.lr=1e-2", "run.epochs=1"]
+    recipe = recipes.load(Recipe, phase2, settings)
     with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
         train(recipe, data, tmp_path)
     best = checkpoint.best_of(tmp_path / "tiny2")
@@ -204,8 +208,8 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
     result = CliRunner().invoke(
         command.main,
         ["--recipe", str(phase2), "--data", str(data), "--runs", str(tmp_path / "again"),
-         "--init-from", str(checkpoint.best_of(tmp_path / "tiny")), "--set", "gate.max_fpr=0.0",
-         "--set", "optim.lr=1e-2"],
+         "--init-from", str(checkpoint.best_of(tmp_path / "tiny")),
+         *(word for setting in settings for word in ("--set", setting))],
     )  # fmt: skip
     assert result.exit_code == 1
     assert "The checkpoint and the one that the run started from are kept" in result.output
@@ -216,7 +220,8 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
 def test_the_gate_limits_false_positives_also_of_a_first_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = recipes.load(Recipe, tiny_recipe, ["gate.max_fpr=0.0", "optim.lr=1e-2"])
+    settings = ["gate.max_fpr=0.0", "optim.lr=1e-2", "run.epochs=1"]
+    recipe = recipes.load(Recipe, tiny_recipe, settings)
     for _ in range(2):  # a finished run is refused again
         with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
             train(recipe, data, tmp_path)
@@ -235,7 +240,7 @@ def test_stated_error_rates_hold_on_validation_sets(
     monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
     monkeypatch.setattr("model.training.validation.calibrate_by", noted)
     for name, changes in (("a", []), ("b", ["calibration.max_fpr=0.01"])):
-        recipe = recipes.load(Recipe, tiny_recipe, [f'name="{name}"', *changes])
+        recipe = recipes.load(Recipe, tiny_recipe, [f'name="{name}"', "run.epochs=1", *changes])
         train(recipe, data, tmp_path)
     assert rules == ["auto", recipe.calibration]
     assert recipe.calibration.max_fpr == 0.01
@@ -397,7 +402,7 @@ def test_the_last_table_uses_the_calibrated_threshold(
     monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
     monkeypatch.setattr("model.training.validation.calibrate_by", in_the_middle)
     arguments = ["--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path)]
-    result = CliRunner().invoke(command.main, arguments)
+    result = CliRunner().invoke(command.main, [*arguments, "--set", "run.epochs=1"])
     assert result.exit_code == 0, result.output
     best = checkpoint.best_of(tmp_path / "tiny")
     meta = checkpoint.read_meta(best)
