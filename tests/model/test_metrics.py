@@ -75,7 +75,7 @@ def cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return labels and probabilities, random and degenerate."""
     rng = np.random.default_rng(5)
     by_name = {}
-    for seed in range(12):
+    for seed in range(5):
         labels = rng.integers(0, 2, 150)
         labels[:2] = 0, 1
         noise = rng.normal(0, 1 + seed, 150)
@@ -141,12 +141,13 @@ def test_metrics_equal_those_of_scikit_learn(name: str) -> None:
     labels, fake = cases()[name]
     for threshold in (0.5, 0.3):
         figures = asdict(measure(labels, fake, threshold))
-        for metric, wanted in by_scikit_learn(labels, fake, threshold).items():
+        expected = by_scikit_learn(labels, fake, threshold)
+        for metric, wanted in expected.items():
             if metric == "nll" and wanted is None:
                 assert 0 <= figures["nll"] < 37  # finite for every probability
             else:
                 assert figures[metric] == pytest.approx(wanted, abs=1e-6), metric
-        missing = figures.keys() - by_scikit_learn(labels, fake, threshold).keys()
+        missing = figures.keys() - expected.keys()
         assert all(figures[metric] is None for metric in missing)
 
 

@@ -241,14 +241,14 @@ def test_accuracy_of_few_large_groups_of_fakes_has_the_stated_coverage(prompts: 
     hits = np.zeros(2)
     fakes = 20 * prompts / len(labels)
     truth = np.array([fakes * 0.7 + (1 - fakes) * 0.9, 0.8])
-    for repeat in range(200):
+    for repeat in range(100):
         fake = (rng.uniform(size=100 + prompts) < np.repeat([0.1, 0.7], [100, prompts]))[prompt]
         values = resample(fake.astype(float), {"": images}, groups, 0.5, resamples=100, seed=repeat)
         bounds = intervals(images, groups, values[""])
         for index, name in enumerate(("accuracy", "balanced_accuracy")):
             low, high = bounds.get(name, (np.nan, np.nan))
             hits[index] += low <= truth[index] <= high
-    assert (hits / 200 > 0.9).all(), hits / 200
+    assert (hits / 100 > 0.9).all(), hits / 100
 
 
 def test_accuracy_of_groups_of_both_classes_is_not_widened() -> None:

@@ -90,7 +90,7 @@ def settings(*more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("views", [0, 1])
 def test_a_head_from_stored_features_equals_one_from_pixels(
     views: int, tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_head_from_stored_features_equals_one_from_pixels(
         runs = tmp_path / stored
         features = [
             f"features.views={views}", f"features.stored={stored}",
-            f'features.store="{tmp_path / "store"}"',
+            f'features.store="{tmp_path / "store"}"', "run.epochs=2",
         ]  # fmt: skip
         first = recipes.load(Recipe, tiny_recipe, settings(*features))
         start = train(first, data, runs, init_from=weights)

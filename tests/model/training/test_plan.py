@@ -25,12 +25,15 @@ from pipeline.loader import LoadError
 from pipeline.order import OrderError
 from sharding.format import ShardError, content_sha256
 from storage import sha256_of
-from tests.builders import PREPROCESS, TINY, small_recipe
+from tests.builders import PREPROCESS, TINY, TINY_RECIPE, small_recipe
 from tests.checkpoints import last_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 Load = Callable[..., Recipe]
+
+SAVED_TWICE = ["run.epochs=1", "run.save_every=1"]
+"""Settings of the run in `saved_twice`."""
 
 DISTILLED = ['replay.sets=["new"]', "replay.ratio=1:8", "replay.distill_weight=1"]
 
@@ -50,6 +53,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         record=checkpoint.Record(step=3, epoch=1, metrics={}, selection=0.5, data=seen),
     )
     return runs
+
+
+@pytest.fixture(scope="module")
+def saved_twice(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Return the folder of a run that stopped at step 3, with the checkpoint of step 2 kept."""
+    runs = tmp_path_factory.mktemp("saved_twice")
+    recipe = recipes.load(Recipe, TINY_RECIPE, SAVED_TWICE)
+    train(recipe, data, runs, stop_at=2)
+    older = shutil.copytree(runs / "tiny/step_0000002", runs / "older")
+    train(recipe, data, runs, stop_at=3)
+    older.rename(runs / "tiny/step_0000002")
+    return runs / "tiny"
 
 
 def files_below(*folders: Path) -> dict[Path, int]:
@@ -365,13 +380,10 @@ def test_a_run_of_another_recipe_order_or_without_state_is_refused(
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "meta.json"])
 def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_resumes(
-    load: Load, data: Path, tmp_path: Path, name: str, logged: list[str]
+    saved_twice: Path, data: Path, tmp_path: Path, name: str, logged: list[str]
 ) -> None:
-    recipe = load("run.epochs=1", "run.save_every=1")
-    train(recipe, data, tmp_path, stop_at=2)
-    older = shutil.copytree(tmp_path / "tiny/step_0000002", tmp_path / "older")
-    train(recipe, data, tmp_path, stop_at=3)
-    older = older.rename(tmp_path / "tiny/step_0000002")
+    recipe = recipes.load(Recipe, TINY_RECIPE, SAVED_TWICE)
+    older = shutil.copytree(saved_twice, tmp_path / "tiny") / "step_0000002"
     path = tmp_path / "tiny/step_0000003" / name
     data_of = bytearray(path.read_bytes())
     data_of[len(data_of) // 2] ^= 1
@@ -387,13 +399,10 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_resumes(
 
 
 def test_a_checkpoint_without_its_state_is_not_resumed_from(
-    load: Load, data: Path, tmp_path: Path
+    saved_twice: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = load("run.epochs=1", "run.save_every=1")
-    train(recipe, data, tmp_path, stop_at=2)
-    older = shutil.copytree(tmp_path / "tiny/step_0000002", tmp_path / "older")
-    train(recipe, data, tmp_path, stop_at=3)
-    older = older.rename(tmp_path / "tiny/step_0000002")
+    recipe = recipes.load(Recipe, TINY_RECIPE, SAVED_TWICE)
+    older = shutil.copytree(saved_twice, tmp_path / "tiny") / "step_0000002"
     last = tmp_path / "tiny/step_0000003"
     checkpoint.annotate(last, {"selection": 1.0})
     (last / "state.pt").unlink()
