@@ -31,7 +31,6 @@ WebP compression with which some augmentations end. Files that DALI does not dec
 `imaging/decode.py`.
 """
 
-import gc
 import os
 import queue
 import re
@@ -86,21 +85,12 @@ class DaliBackend:
         """Yield the pixels of each request, uint8 (B, *shape, 3) on the device. The first
         request is that of step `start`.
         """
-        try:
-            with without_chatter():
-                yield from self._run(requests, start)
-        finally:
-            # A DALI pipeline is part of a reference cycle: if it is not used again, it would keep
-            # its memory, on the GPU too, until Python's next garbage collection.
-            if self._idle is None:
-                gc.collect()
+        with without_chatter():
+            yield from self._run(requests, start)
 
     def close(self) -> None:
         """Free the pipelines that are kept for later runs, and their memory on the GPU."""
-        if self._idle is None and self._repair is None:
-            return
         self._idle = self._repair = None
-        gc.collect()  # see `run`
 
     def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
         fed: queue.Queue[Request] = queue.Queue()

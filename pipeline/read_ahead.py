@@ -18,6 +18,7 @@ number of batches that wait, already read (the end counts as one). The end of th
 the thread and waits for it for at most 5 seconds.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterable
@@ -54,6 +55,11 @@ class ReadAhead:
     def __exit__(self, *_error: object) -> None:
         self._stopped.set()
         self._thread.join(5)  # seconds; a read may hang forever
+        # An error that stays here would be part of a reference cycle: its traceback has the frames
+        # of `next` and of its caller, whose pipeline would wait for Python's garbage collector.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
 
     @property
     def ready(self) -> int:
@@ -73,7 +79,10 @@ class ReadAhead:
             raise StallError(stalled(self._stall_error_s, self._status.describe())) from None
         if isinstance(item, BaseException):
             self._put(item)  # for the graph, which may call `next` again while it drains
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # else this frame, which is in its traceback, would keep it: a cycle
         return item
 
     def _read(self) -> None:

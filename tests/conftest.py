@@ -216,8 +216,8 @@ def make_stream(data: Path) -> Callable[..., Stream]:
 
 @pytest.fixture
 def pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], object]]]:
-    """Weak references to the DALI pipelines that the test builds. Python collects no garbage by
-    itself: a pipeline that was dropped stays until the program collects it.
+    """Weak references to the DALI pipelines that the test builds. Python collects no garbage: a
+    dropped pipeline stays if it is part of a reference cycle.
     """
     from pipeline.dali import DaliBackend  # the other tests must run without DALI
 

@@ -1,6 +1,7 @@
 """Runs of the DALI backend: which errors end one, and the pipeline that later runs use again."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch
 from pipeline.augment import AugmentParams, stack
 from pipeline.batch import Pixels, Request
 from pipeline.dali import DaliBackend, _reason
+from pipeline.monitor import StallError
 from pipeline.stream import Stream, evaluation_batches
 from tests.builders import KINDS, encode, photo
+from tests.servers import HANG_S
 
 SIZE = 64
 CPU = torch.device("cpu")
@@ -99,14 +102,35 @@ def test_later_runs_use_the_same_pipeline(pipelines: list) -> None:
     assert len(pipelines) == 3
 
 
-def test_a_run_that_is_stopped_early_leaves_its_batches_to_no_other() -> None:
+def test_a_run_that_is_stopped_early_leaves_its_batches_to_no_other(pipelines: list) -> None:
     backend = DaliBackend((SIZE, SIZE), 8, CPU, threads=1)
     stopped = backend.run([request()] * 6)
     next(stopped)
     inside = backend.run([request(3)] * 2)  # while the first one is not finished
     assert [len(pixels.images) for pixels in inside] == [3, 3]
     stopped.close()
+    assert pipelines[0]() is None
     assert [len(pixels.images) for pixels in backend.run([request(5)] * 4)] == [5] * 4
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, StallError])
+def test_a_run_that_an_error_ends_frees_its_pipeline(pipelines: list, error: type) -> None:
+    """Also if the error stays in the queue of the reader's thread, for a graph that asks again."""
+
+    def failing() -> Iterator[Request]:
+        yield request()
+        if error is StallError:
+            time.sleep(0.5)
+        raise error("gone")
+
+    stall_error_s = 0.1 if error is StallError else HANG_S
+    backend = DaliBackend((SIZE, SIZE), 8, CPU, threads=1, stall_error_s=stall_error_s)
+    with pytest.raises(error) as caught:
+        for _ in backend.run(failing()):
+            pass
+    assert pipelines[0]() is not None  # in the frames of the traceback
+    del caught
+    assert pipelines[0]() is None
 
 
 def test_the_epochs_of_a_loader_use_one_pipeline(
