@@ -1,6 +1,7 @@
 """Loading processes: shared memory, stop signals, and a batch that never comes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from pipeline import workers
 from pipeline.loader import LoadError
+from pipeline.monitor import stalled
 from pipeline.read import ShardReader
 from pipeline.workers import fitting_workers, free_shared_memory
 from tests.builders import ROOT, can_mount
@@ -100,13 +102,21 @@ def test_a_container_with_little_shared_memory_loads_or_gives_the_reason(
 def test_a_batch_that_never_comes_ends_the_run(
     make_stream: Callable, backend: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ended = multiprocessing.Event()  # a forked worker has it, too
+
     def hang(self: ShardReader, samples):
-        time.sleep(8)
+        ended.wait(HANG_S)
+
+    def noted(*arguments: object) -> str:
+        ended.set()  # else the run waits 5 s for its reader
+        return stalled(*arguments)
 
     monkeypatch.setattr(ShardReader, "read", hang)
-    stream = make_stream(backend=backend, num_workers=workers, stall_error_s=0.5)
+    monkeypatch.setattr("pipeline.loader.stalled", noted)
+    monkeypatch.setattr("pipeline.read_ahead.stalled", noted)
+    stream = make_stream(backend=backend, num_workers=workers, stall_error_s=2)
     name = "worker 0" if backend == "pil" else "reader"
-    with pytest.raises(LoadError, match=rf"no batch for 0\.5 s .*{name} reading step 0"):
+    with pytest.raises(LoadError, match=rf"no batch for 2 s .*{name} reading step 0"):
         next(stream.batches(0, 1))
 
 

@@ -30,7 +30,9 @@ KEPT = {name: body for name, body in IMAGES.items() if name.startswith("keep/")}
 
 
 @pytest.fixture
-def kaggle(server: Server) -> Server:
+def kaggle(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    # It looks through all modules for each function on the call stack, which takes seconds here.
+    monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "kagglehub")
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, body in IMAGES.items():
