@@ -51,13 +51,12 @@ def test_a_batch_has_the_documented_shapes_and_dtypes(make_stream: Callable, bac
     assert batch.valid.all()
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_number_of_workers_does_not_change_batches(make_stream: Callable, backend: str) -> None:
     expected = all_facts(make_stream(backend=backend, num_workers=0))
     assert len(expected) == 2 * make_stream().steps_per_epoch
-    for workers in (1, 4):
-        assert all_facts(make_stream(backend=backend, num_workers=workers)) == expected
+    assert all_facts(make_stream(backend=backend, num_workers=3)) == expected
 
 
 def test_spawned_workers_make_the_same_batches(make_stream: Callable) -> None:
@@ -71,11 +70,11 @@ def test_spawned_workers_make_the_same_batches(make_stream: Callable) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ranks_share_the_batches_of_one(make_stream: Callable, backend: str) -> None:
-    whole = list(make_stream(backend=backend, num_workers=0, batch_size=8).batches(0, 2))
+    whole = list(make_stream(backend=backend, num_workers=0, batch_size=8).batches(0, 1))
     ranks = [
         list(
             make_stream(backend=backend, num_workers=0, batch_size=4, rank=r, world_size=2).batches(
-                0, 2
+                0, 1
             )
         )
         for r in (0, 1)
@@ -89,7 +88,7 @@ def test_two_ranks_share_the_batches_of_one(make_stream: Callable, backend: str)
 @pytest.mark.parametrize(
     ("backend", "every"),
     [
-        ("pil", 5),
+        ("pil", 12),
         pytest.param("dali", 8, marks=pytest.mark.slow),
         *(pytest.param(b, 1, marks=pytest.mark.slow) for b in BACKENDS),
     ],
@@ -387,7 +386,7 @@ def test_the_backend_is_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 def test_iteration_may_stop_in_the_middle_of_an_epoch(old: ShardSet, backend: str) -> None:
     loading = Loading(batch_size=4, backend=backend, num_workers=1)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
-    for _ in range(3):
+    for _ in range(2):
         batches = evaluation_batches(loader)
         assert next(batches).samples.tolist() == [0, 1, 2, 3]
         batches.close()

@@ -17,16 +17,10 @@ from pipeline.loading import Loading
 from pipeline.subset import choose_samples, read_subset
 from sharding.__main__ import main as sharding
 from sharding.format import ShardSet, open_shards
-from tests.builders import partly, train_tiny, write_shards
+from tests.builders import partly, write_shards
 
 # TensorBoard's use of protobuf and numpy causes these warnings.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of runs, with a run `tiny` that has a checkpoint."""
-    return train_tiny(data, tmp_path_factory.mktemp("runs"))
 
 
 def keys_of(shards: ShardSet) -> list[str]:
@@ -56,13 +50,13 @@ def test_a_part_of_a_set_is_a_set(old: ShardSet) -> None:
 
 @pytest.mark.parametrize("backend", ["pil", "dali"])
 def test_the_listed_samples_score_as_in_the_whole_set(
-    old: ShardSet, data: Path, runs: Path, tmp_path: Path, backend: str
+    old: ShardSet, data: Path, small_runs: Path, tmp_path: Path, backend: str
 ) -> None:
     wanted = [("old", key) for key in keys_of(old)[60:5:-3]]
     subset = read_subset(write_list(tmp_path / "some.csv", wanted))
     part = choose_samples(old, "old", subset)
     assert sorted(keys_of(part)) == sorted(key for _set, key in wanted)
-    net, preprocess, _meta = load_network(find(runs, None))
+    net, preprocess, _meta = load_network(find(small_runs, None))
     logits = []
     for shards in (old, part):
         loader = open_loader(
@@ -84,11 +78,13 @@ def test_a_set_may_be_listed_by_the_last_part_of_its_name(old: ShardSet, tmp_pat
         choose_samples(old, "folders/new", subset)
 
 
-def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_path: Path) -> None:
+def test_the_report_names_the_list(
+    data: Path, small_runs: Path, old: ShardSet, tmp_path: Path
+) -> None:
     val = open_shards([data / "val"])
     rows = [("old", key) for key in keys_of(old)[::4]] + [("val", key) for key in keys_of(val)[:5]]
     listed = write_list(tmp_path / "few.csv", rows)
-    result = run(data, runs, "--subset", listed)
+    result = run(data, small_runs, "--subset", listed)
     assert result.exit_code == 0, result.output
     assert f"Only the {len(rows)} samples listed in few.csv were scored." in result.output
     path = Path(result.output.split("report: ")[1].splitlines()[0])
@@ -101,12 +97,12 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     }
     assert report["sets"]["old"]["overall"]["count"] == len(rows) - 5
     assert report["sets"]["old"]["index_sha256"] == old.sha256
-    only = run(data, runs, "--subset", listed, "--shards", "val", "--out", tmp_path / "val")
+    only = run(data, small_runs, "--subset", listed, "--shards", "val", "--out", tmp_path / "val")
     assert only.exit_code == 0, only.output
     report = json.loads((tmp_path / "val" / "report.json").read_text())
     assert report["subset"]["samples"] == report["sets"]["val"]["overall"]["count"] == 5
     assert list(report["sets"]) == ["val"]
-    whole = run(data, runs, "--shards", "val", "--out", tmp_path / "whole")
+    whole = run(data, small_runs, "--shards", "val", "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     reports = [tmp_path / name / "report.json" for name in ("val", "whole")]
     assert json.loads(reports[1].read_text())["subset"] is None
@@ -139,11 +135,11 @@ def test_the_report_names_the_list(data: Path, runs: Path, old: ShardSet, tmp_pa
     ],
 )  # fmt: skip
 def test_a_list_that_does_not_fit_the_sets_is_one_clear_error(
-    data: Path, runs: Path, tmp_path: Path, rows: list[tuple[str, str]], header: str,
+    data: Path, small_runs: Path, tmp_path: Path, rows: list[tuple[str, str]], header: str,
     arguments: list[str], said: str,
 ) -> None:  # fmt: skip
     listed = write_list(tmp_path / "list.csv", rows, header)
-    result = run(data, runs, "--subset", listed, *arguments)
+    result = run(data, small_runs, "--subset", listed, *arguments)
     assert result.exit_code == 1
     assert said in result.output
     assert len([line for line in result.output.splitlines() if "Error" in line]) == 1
@@ -166,7 +162,7 @@ def test_a_file_that_is_no_list_is_an_error_with_the_cause(
 
 
 @pytest.mark.slow
-def test_evaluate_takes_the_list_of_audit_match(runs: Path, tmp_path: Path) -> None:
+def test_evaluate_takes_the_list_of_audit_match(small_runs: Path, tmp_path: Path) -> None:
     sets = write_shards(tmp_path, {"half": {"half": (partly, 150, 150)}})
     listed = tmp_path / "matched.csv"
     out = tmp_path / "audit"
@@ -176,7 +172,7 @@ def test_evaluate_takes_the_list_of_audit_match(runs: Path, tmp_path: Path) -> N
     assert made.exit_code == 0, made.output
     matched = json.loads((out / "report.json").read_text())["sets"]["half"]["match"]
     assert matched["auroc_after"]["low"] <= 0.5 < 0.6 < matched["auroc_before"]["low"]
-    result = run(sets, runs, "--subset", listed, "--out", tmp_path / "report")
+    result = run(sets, small_runs, "--subset", listed, "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     overall = json.loads((tmp_path / "report/report.json").read_text())["sets"]["half"]["overall"]
     assert overall["reals"] == overall["fakes"] == matched["per_class"]
