@@ -34,7 +34,7 @@ demo: setup ## pack, train twice, evaluate and predict on synthetic images (4 mi
 	@echo "raw images: $(DEMO)/raw   shards: $(DEMO)/shards   checkpoints and curves: $(DEMO)/runs"
 
 test: setup ## run the tests that are not slow (5 minutes on two cores)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile  # a worker per core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## run every test
 	$(RUN) -m pytest

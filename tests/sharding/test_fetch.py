@@ -47,8 +47,6 @@ from tests.servers import (
     source,
 )
 
-# Time limit for the error of a missing network; a refused connection takes milliseconds.
-
 
 # --- plain addresses ------------------------------------------------------------------------------
 
