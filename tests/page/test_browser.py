@@ -160,7 +160,7 @@ def test_a_refusal_is_one_clear_line(visit, name: str, content: bytes, said: str
     assert page.locator(".card.refused").count() == 1
     assert page.locator(".card.refused").inner_text().count(said) == 1
     reason = said.rpartition(": ")[2]
-    assert reason in page.locator(".for-readers[role=status]").text_content()
+    page.locator(".for-readers[role=status]", has_text=reason).wait_for(state="attached")
     assert page.get_by_role("slider").count() == 0
     browse(page, file_of("fine.png", OTHER))
     wait_for(page, "2 images", "1 unreadable")
