@@ -388,6 +388,11 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     with open_image(data) as image:
         if image.width < 1 or image.height < 1:
             raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
+        if _is_raw(image, data):
+            raise DecodeError(
+                "a camera RAW (such as DNG, NEF or CR2), of which only a preview of "
+                f"{image.width} x {image.height} pixels can be read; export it as JPEG"
+            )
         if (pixels := work_pixels(image, data)) > MAX_PIXELS:
             raise DecodeError(_too_large(pixels))
         slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
@@ -395,6 +400,16 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             raise DecodeError(_too_large(image.width * image.height, MAX_SLOW_PIXELS))
         with boundary(_name_of(image)):
             yield image
+
+
+def _is_raw(image: Image.Image, data: bytes) -> bool:
+    """Return whether a TIFF is a camera RAW. Pillow decodes its first picture, a preview."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    kind = image.tag_v2.get(_SUBFILE_TYPE)
+    is_reduced = isinstance(kind, int) and bool(kind & 1)
+    is_preview = is_reduced and TiffImagePlugin.SUBIFD in image.tag_v2
+    return is_preview or _DNG_VERSION in image.tag_v2 or data[8:12] == b"CR\2\0"
 
 
 def work_pixels(image: Image.Image, data: bytes) -> int:
@@ -411,6 +426,7 @@ def work_pixels(image: Image.Image, data: bytes) -> int:
     return pixels
 
 
+_SUBFILE_TYPE, _DNG_VERSION = 254, 50706
 _TILE_SIDES = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
 
 _MENDED = "mended"

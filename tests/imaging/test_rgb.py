@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from imaging import rgb
-from imaging.decode import DecodeError, decode, prepare
+from imaging.decode import DecodeError, as_is, decode, prepare
 from tests.builders import encode, photo
 
 RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
@@ -36,6 +36,21 @@ def test_a_float_tiff_is_scaled_by_its_finite_values(bad: list[float]) -> None:
 def test_a_float_tiff_without_a_finite_value_is_refused() -> None:
     with pytest.raises(DecodeError, match="no pixel has a finite value"):
         decode(tiff(np.full((8, 8), np.nan, np.float32)))
+
+
+def test_a_camera_raw_is_refused_and_not_read_as_its_preview() -> None:
+    """A RAW is a TIFF whose first picture is small, and whose other directories Pillow ignores."""
+    values = photo(1, 16, 12)
+    dng, nef = tiff(values, tag50706=b"\1\4\0\0"), tiff(values, tag254=1, tag330=8)
+    plain = tiff(values)  # a directory of 126 bytes at byte 8, where a CR2 has its signature
+    start = len(plain).to_bytes(4, "little")
+    cr2 = plain[:4] + start + b"CR\2\0" + plain[12:] + plain[8:134]
+    for data in (dng, nef, cr2):
+        for read in (decode, prepare, as_is):
+            with pytest.raises(DecodeError, match=r"RAW .* a preview of 16 x 12 .* export it"):
+                read(data)
+    for data in (plain, tiff(values, tag254=1), tiff(values, tag254=0, tag330=8)):
+        np.testing.assert_array_equal(decode(data), values)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
