@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from model.mistakes.keep import Label
     from pipeline.loading import Backend
 
+MOST_REASONS = 12
+"""Number of reasons for skipping files to print: each extension is one."""
+
 CONFLICTS = {
     "threshold": ("max_fpr", "max_miss"),
     "onnx": ("checkpoint", "detector", "heatmap", "trust", "fake_labels"),
@@ -362,8 +365,11 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
     from model.inference.prediction import UNREADABLE
     from model.verdict import VERDICTS
 
-    for reason, count in run.excluded.items():
+    reasons = run.excluded.most_common(MOST_REASONS)
+    for reason, count in reasons:
         console.log.info("%s skipped: %s", console.counted(count, "file"), reason)
+    if rest := run.excluded.total() - sum(count for _, count in reasons):
+        console.log.info("%s skipped for other reasons", console.counted(rest, "file"))
     if not run.done and not run.skipped and not watch:
         raise _no_image(paths)
     if run.out:

@@ -2,16 +2,22 @@
 
 `is_hidden(name)` and `leaves_archive(name)` (the path would lead out of the target folder) return a
 bool. `kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns the reason for not
-reading it. `utf8_name(name)` returns the name with escapes for bytes that are not UTF-8. `HIDDEN`
-and `LINK` are reasons why a file is not read.
+reading it. `no_image(name)` returns the reason for not reading a file whose name is not that of an
+image. `utf8_name(name)` returns the name with escapes for bytes that are not UTF-8. `HIDDEN`,
+`LINK` and `NESTED` are reasons why a file is not read.
 """
 
+import posixpath
 import re
 import stat
 from pathlib import PurePosixPath
 
 HIDDEN = "hidden"
 LINK = "a symbolic link, which is not followed"
+NESTED = "an archive in an archive, which is not read; unpack it"
+
+# An extension by which files are counted: not a number after a dot, which differs per file.
+_EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
 
 
 def is_hidden(name: str) -> bool:
@@ -20,6 +26,13 @@ def is_hidden(name: str) -> bool:
         part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
     )
+
+
+def no_image(name: str) -> str:
+    """Return the reason for not reading a file that is no image by its name, with its extension."""
+    suffix = posixpath.splitext(name)[1].lower()
+    kind = suffix if _EXTENSION.fullmatch(suffix) else "no extension"
+    return f"not an image by its name ({kind})"
 
 
 def utf8_name(name: str) -> str:

@@ -41,7 +41,7 @@ from pathlib import Path, PurePosixPath
 
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.names import utf8_name
+from imaging.names import NESTED, no_image, utf8_name
 from sharding.catalog import (
     LONGEST_NAME,
     SHIPPED,
@@ -62,8 +62,9 @@ WORDS = (
 """Words that indicate a class, by label."""
 
 CONTAINERS = frozenset(
-    ["", *".tar .tgz .gz .bz2 .xz .zst .7z .rar .parquet .arrow .tfrecord .mdb .h5 .hdf5".split(),
-     *".npy .npz .jxl .hif .heif .raw .dng .mp4 .mov .avi .mkv .webm".split()]
+    ["", *".zip .tar .tgz .gz .bz2 .xz .zst .7z .rar .parquet .arrow .tfrecord .mdb .h5".split(),
+     *".hdf5 .npy .npz .jxl .hif .raw .dng .nef .cr2 .cr3 .arw .raf .rw2 .orf .mpo .psd".split(),
+     *".pdf .mp4 .mov .avi .mkv .webm".split()]
 )  # fmt: skip
 """Suffixes of files that are not read but may hold images."""
 
@@ -113,17 +114,19 @@ def describe(folder: Path) -> Description:
     for file in walk(folder.parent, folder.name):
         suffix = PurePosixPath(file.inside.lower()).suffix
         if suffix not in IMAGE_SUFFIXES:
-            if suffix in CONTAINERS:
-                unread[f"not an image by its name ({suffix or 'no extension'})"] += 1
+            if suffix in CONTAINERS:  # a zip archive only if it is in another one, or excluded
+                reason = NESTED if suffix == ".zip" else no_image(file.inside)
+                unread[file.excluded or reason] += 1
             continue
         if file.excluded:
             unread[file.excluded] += 1
         else:
             images[nfc(file.inside.rpartition("/")[0])] += 1
     if not images:
+        there = [f"{counted(count, 'file')}: {reason}" for reason, count in unread.items()]
         raise CatalogError(
             f"no image below {folder}; expected files such as .jpg, .png or .webp in folders or "
-            "zip archives"
+            f"zip archives{', found ' if there else ''}{'; '.join(there)}"
         )
     folders: dict[str, tuple[str, int]] = {}
     holding: dict[str, list[str]] = {}

@@ -47,7 +47,7 @@ import pyarrow.parquet as pq
 
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.names import LINK, utf8_name
+from imaging.names import LINK, no_image, utf8_name
 from sharding.catalog import CatalogError, Rule, Source, Table, shares
 from sharding.format import CLASSES
 from sharding.raw import VOLUME, RawError, RawFile, nfc, walk
@@ -141,9 +141,6 @@ class _Grouping:
 
 _PACKED_TABLE = "a table in an archive, which is not read; unpack it"
 
-# An extension by which files are counted: not a number after a dot, which differs per file.
-_EXTENSION = re.compile(r"\.[a-z][a-z0-9_-]{0,9}")
-
 
 def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     """List all images of a source, sorted by path.
@@ -196,8 +193,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
             images += 1
             _list_cells(name, source, raw, file, _fitting(on_cells, inside, base), listing)
         elif suffix not in IMAGE_SUFFIXES:
-            kind = suffix if _EXTENSION.fullmatch(suffix) else "no extension"
-            listing.exclude(f"not an image by its name ({kind})", file.inside)
+            listing.exclude(no_image(base), file.inside)
         else:
             images += 1
             _list_file(name, source, file, claims, table, groups, listing, used)

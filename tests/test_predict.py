@@ -111,8 +111,13 @@ def test_skipped_files_of_a_folder_are_counted(ask: Callable[..., Result], photo
     result = ask(photos)
     assert result.exit_code == 0, result.output
     assert "4 images" in result.stderr and "1 file skipped: hidden" in result.stderr
-    for said in ("hidden", "not an image by its name", "an archive (name", "a link to a folder"):
+    for said in ("hidden", "its name (.txt)", "an archive (name", "a link to a folder"):
         assert said in result.stderr
+    for number in range(20):
+        (photos / f"a.x{number}").touch()
+    lines = ask(photos).stderr.splitlines()
+    assert sum(" skipped: " in line for line in lines) == 12
+    assert any(line.endswith("12 files skipped for other reasons") for line in lines)
 
 
 def test_a_large_folder_is_read_in_parts_without_loss(

@@ -51,15 +51,13 @@ from typing import NamedTuple, NoReturn
 
 from imaging import tar, zip
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, read_file
-from imaging.names import HIDDEN, is_hidden
+from imaging.names import HIDDEN, NESTED, is_hidden, no_image
 
 RUN = 10_000
 """Entries of a folder that are sorted at a time. A larger folder is listed in sorted runs."""
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
-
-NO_IMAGE = "not an image by its name"
 
 
 def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -206,7 +204,7 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         elif entry.name.lower().endswith(ARCHIVES):
             excluded["an archive (name it to look inside)"] += 1
         else:
-            excluded[NO_IMAGE] += 1
+            excluded[no_image(entry.name)] += 1
 
 
 def _shards_of(index: str) -> frozenset[str] | None:
@@ -235,6 +233,11 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
         yield _unreadable(folder, error.strerror or str(error))
 
 
+def _no_image_inside(name: str) -> str:
+    """Return the reason for not reading a member of an archive, by its name."""
+    return NESTED if name.lower().endswith(ARCHIVES) else no_image(name)
+
+
 def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     try:
         version = str(Path(path).stat().st_mtime_ns)
@@ -243,7 +246,7 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             if member.excluded == HIDDEN:
                 excluded[HIDDEN] += 1
             elif not is_image(member.name):
-                excluded[NO_IMAGE] += 1
+                excluded[_no_image_inside(member.name)] += 1
             elif member.excluded:
                 yield _unreadable(name, member.excluded)
             else:
@@ -258,7 +261,7 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             excluded[HIDDEN] += 1
             return False
         if not is_image(name):
-            excluded[NO_IMAGE] += 1
+            excluded[_no_image_inside(name)] += 1
             return False
         return True
 

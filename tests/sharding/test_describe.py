@@ -6,9 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
-from sharding.catalog import read_catalog
+from sharding.catalog import CatalogError, read_catalog
 from sharding.describe import describe
 from sharding.listing import list_source
+from tests.builders import write_zip
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -79,8 +80,17 @@ def test_what_is_ignored_with_an_undecided_folder_is_counted(tmp_path: Path) -> 
 
 
 def test_files_that_may_hold_images_are_counted(tmp_path: Path) -> None:
-    touch(tmp_path / "d", "real/a.png", "fake.tar", "train.parquet", "notes.txt", "a", "b")
+    touch(tmp_path / "d", "fake.tar", "train.parquet", "notes.txt", "a", "b", "c.NEF")
+    write_zip(tmp_path / "d/fake.zip", {"inner.zip": b"", "deep/inner.ZIP": b""})
+    (tmp_path / "d/real").symlink_to(tmp_path)
+    found = r"no image .*, found 2 files: not .* \(no extension\); .* 2 files: an archive in an arc"
+    with pytest.raises(CatalogError, match=found):
+        describe(tmp_path / "d")
+    touch(tmp_path / "d", "photos/a.png")
     assert describe(tmp_path / "d").unread == {
+        "an archive in an archive, which is not read; unpack it": 2,
+        "a symbolic link, which is not followed": 1,
+        "not an image by its name (.nef)": 1,
         "not an image by its name (no extension)": 2,
         "not an image by its name (.tar)": 1,
         "not an image by its name (.parquet)": 1,

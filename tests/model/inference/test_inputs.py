@@ -16,7 +16,7 @@ import pytest
 from imaging.decode import DecodeError
 from model import load_detector
 from model.inference import inputs
-from tests.builders import encode, photo, write_tar
+from tests.builders import encode, photo, write_tar, write_zip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -217,11 +217,29 @@ def test_an_empty_path_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_not_skipped_is_not_counted(tmp_path: Path) -> None:
-    for names, skipped in ((("a.jpg", "b.png"), {}), (("a.jpg", "b.txt"), {inputs.NO_IMAGE: 1})):
+    text = {"not an image by its name (.txt)": 1}
+    for names, skipped in ((("a.jpg", "b.png"), {}), (("a.jpg", "b.txt"), text)):
         excluded = Counter[str]()
         path = write_tar(tmp_path / "x.tar", dict.fromkeys(names, encode(photo(1))))
         assert len(list(inputs.find_images([str(path)], excluded))) == 2 - len(skipped)
         assert dict(excluded) == skipped
+
+
+def test_camera_raws_and_archives_in_archives_are_named_by_what_they_are(tmp_path: Path) -> None:
+    for name in ("IMG.DNG", "b.dng", "notes.txt", "c"):
+        (tmp_path / name).touch()
+    inner = dict.fromkeys(("x.zip", "x.tar.gz", "x.nef"), b"")
+    archives = write_zip(tmp_path / "a.zip", inner), write_tar(tmp_path / "a.tar", inner)
+    excluded = Counter[str]()
+    assert not list(inputs.find_images([str(tmp_path), *map(str, archives)], excluded))
+    assert excluded == {
+        "an archive (name it to look inside)": 2,
+        "an archive in an archive, which is not read; unpack it": 4,
+        "not an image by its name (.dng)": 2,
+        "not an image by its name (.nef)": 2,
+        "not an image by its name (.txt)": 1,
+        "not an image by its name (no extension)": 1,
+    }
 
 
 @pytest.mark.parametrize("pattern", ["**", "p/**", "p", "**/p", "p/**/", "p/**/**"])
@@ -235,7 +253,7 @@ def test_a_pattern_yields_each_image_once(
     excluded = Counter[str]()
     names = [os.path.normpath(file.name) for file in inputs.find_images([pattern], excluded)]
     assert sorted(names) == ["p/a/p/z.png", "p/a/y.jpg", "p/x.jpg"]
-    assert excluded == {inputs.NO_IMAGE: 1}
+    assert excluded == {"not an image by its name (.txt)": 1}
 
 
 def test_a_link_loop_and_a_name_that_is_too_long_end_no_run(tmp_path: Path) -> None:
