@@ -328,6 +328,10 @@ def describe_command(folder: Path, out: Path) -> None:
     write_text(out, description.text)
     for reason, count in description.unread.items():
         console.say(f"excluded: {console.counted(count, 'file')}: {reason}")
+    kinds = {kind for kind, _count in description.folders.values()}
+    if len(kinds) == 1:
+        (missing,) = {"real", "fake"} - kinds
+        console.say(f"no folder of {missing} images by its name: training needs both classes")
     if description.undecided:
         folders = console.counted(len(description.undecided), "folder")
         console.say(f"{folders} without a class: uncomment a line for each, real or fake, in {out}")

@@ -23,7 +23,9 @@ path of a folder are read from the deepest to the top. The first name with words
 decides, but not a word for content, such as "human", below a name that is exactly that of fakes.
 If another name in the path has a word of the other class, it decides only if the deepest name that
 is exactly that of a class (`EXACT`, such as "0_real"; "nature" beside "ai") agrees. A name such as
-"non_ai" decides nothing, nor do the names above it.
+"non_ai" decides nothing, nor do the names above it. Two words may also mean photographs: "sd" in a
+path with a word of memory cards, such as "SD Card/DCIM", and "imagen" in a name without a digit or
+a word of fakes in `EXACT`.
 
 If no name decides, the folder is undecided. The catalog has two lines for it, one under each class,
 both commented out; a person removes the `#` of the right one. Such a line also labels the undecided
@@ -73,6 +75,9 @@ EXACT = (
     frozenset("fake fakes ai aigc synthetic generated artificial deepfake deepfakes".split()),
 )
 """Words that may be the whole name of a folder of one class, by label; digits do not count."""
+
+_CARD = frozenset("card cards karte carte tarjeta dcim".split())
+"""Words in a path in which `sd` names a memory card, not Stable Diffusion."""
 
 _NEUTRAL = frozenset({"", "image", "images"})
 
@@ -162,7 +167,8 @@ def _class_of(inside: str, folders: Set[str]) -> tuple[int | None, str]:
     `folders` are the lower-case paths of all folders.
     """
     parts = inside.lower().split("/") if inside else []
-    names = [_Name(part) for part in parts]
+    on_card = not _CARD.isdisjoint(re.split(r"[^a-z]+", inside.lower()))
+    names = [_Name(part, on_card) for part in parts]
     for depth, part in enumerate(parts):
         above = "/".join(parts[:depth])
         beside = [str(PurePosixPath(above, other)) for other in ("ai", "fake")]
@@ -185,9 +191,11 @@ def _class_of(inside: str, folders: Set[str]) -> tuple[int | None, str]:
 
 
 class _Name:
-    """Name of a folder: its words, the labels that they indicate, and the one that is its name."""
+    """Name of a folder: its words, the labels that they indicate, and the one that is its name.
+    A word of two meanings indicates both.
+    """
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, on_card: bool) -> None:
         words = re.split(r"[^a-z]+", part)
         self.words = set(words)
         self.labels = {label for label, known in enumerate(WORDS) if self.words & known}
@@ -197,7 +205,9 @@ class _Name:
         self.negated = any(
             word in _NEGATIONS and known.intersection(words[at:]) for at, word in enumerate(words)
         )
-        if self.negated:
+        is_generator = re.search(r"\d", part) or not EXACT[1].isdisjoint(words)
+        is_spanish = "imagen" in words and not is_generator  # for image
+        if self.negated or is_spanish or (on_card and "sd" in words):
             self.labels = {0, 1}
 
 

@@ -31,6 +31,8 @@ def touch(folder: Path, *names: str) -> None:
         ("real_vs_fake/photos", "?"), ("real and fake", "?"),
         ("Human Faces/AI-Generated Images", "fake"), ("fake/human", "fake"),
         ("fake/flux portraits/human", "fake"), ("ai art/flux", "fake"), ("My Photos/2019", "real"),
+        ("SD Card/DCIM", "?"), ("sd-karte", "?"), ("sd_1.5", "fake"), ("sd", "fake"),
+        ("imagen", "?"), ("imagen3", "fake"), ("fake/imagen", "fake"), ("photos/imagen", "?"),
         ("photo_no_3", "real"), ("nature", "real"), ("misc", "?"),
     ],
 )  # fmt: skip
@@ -107,3 +109,10 @@ def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
     assert ["", "sdxl", "fake", "3", "., a, b", ""] in rows
     assert ["", "flux", "fake", "9", "0, 1, 2 and 6 more", ""] in rows
     assert ["", "real", "real", "1", ".", ""] in rows
+    assert "by its name: training" not in result.output
+    arguments = ["describe", str(tmp_path / "d/real"), "--out", str(tmp_path / "o2")]
+    assert "without a class" in CliRunner().invoke(main, arguments).output
+    touch(tmp_path / "d/real", "photos/1.png")
+    arguments[-1] += ".toml"
+    output = CliRunner().invoke(main, arguments).output
+    assert "no folder of fake images by its name: training needs both classes" in output
