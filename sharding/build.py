@@ -7,23 +7,24 @@ Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolera
   unreadable images; whether a catalog rule may match no image and a training set lack a class.
 - `progress(label, images)`: optional; a context manager that yields `done(images since last call)`.
 It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns a `SourceScan`
-(`missing`: sources without images) and a list of `BuiltSet` (`name`; `index`, the dict of
-index.json; `shards_written` by this call), empty if no source has images. `CatalogError`: files
-contradict the catalog. `RawError`: broken file. `ShardError`: bad images, no class, raw file or
-catalog entry of packed images gone, `only` names a set without images, unknown files in a set, or
-an image or its duplicate would be in a set that is built and in one that is not. `ChangedError` (a
-`ShardError`): raw file just changed. `ValueError`: no Ray, too many `jobs`, a link out of `out`.
-`OSError`: no access, other build.
+(`missing`: sources without images; `lacking`: classes that no image of a set has) and a list of
+`BuiltSet` (`name`; `index`, the dict of index.json; `shards_written` by this call; `excluded`, a
+list of `Excluded`), empty if no source has images. `CatalogError`: files contradict the catalog.
+`RawError`: broken file. `ShardError`: bad images, no class, raw file or catalog entry of packed
+images gone, `only` names a set without images, unknown files in a set, or an image or its duplicate
+would be in a set that is built and in one that is not. `ChangedError` (a `ShardError`): raw file
+just changed. `ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, or
+another build.
 """
 
 import contextlib
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -101,13 +102,36 @@ def image_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+class Excluded(NamedTuple):
+    """Image that is in no set, by its origin, and the image that it conflicts with, or ""."""
+
+    source: str
+    origin: str
+    reason: str
+    conflicts_with: str
+    label: int
+
+    def __str__(self) -> str:
+        other = f": {self.conflicts_with}" if self.conflicts_with else ""
+        return f"{self.origin} ({self.reason}{other})"
+
+
+def why_lacking(excluded: Sequence[Excluded], label: int) -> str:
+    """Return the end of a sentence on a missing class that names an excluded image of it, or ""."""
+    rows = [row for row in excluded if row.label == label]
+    return f": {counted(len(rows), 'image')} excluded, such as {rows[0]}" if rows else ""
+
+
 @dataclass(frozen=True)
 class BuiltSet:
-    """Result of building one set: its index, and the number of shards that this run wrote."""
+    """Result of building one set: its index, the number of shards that this run wrote, and the
+    excluded images, sorted by source and origin.
+    """
 
     name: str
     index: dict[str, Any]
     shards_written: int
+    excluded: Sequence[Excluded] = ()
 
 
 def build(
@@ -179,6 +203,7 @@ def build(
                 for name, written in run_all(_write_one, tasks, engine, jobs):
                     builds[name].done[written.name] = written
                     advance(written.samples)
+        scan.lacking = _lacking(inventory, samples, only)
         return scan, [one.finish() for one in builds.values()]
 
 
@@ -190,6 +215,28 @@ def _sets_of(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> list[st
     for source in scan.packed_only:
         names.update(*catalog.sources[source].destinations())
     return sorted(name for name in names if not only or name in only)
+
+
+def _lacking(
+    inventory: pa.Table, samples: Mapping[str, pa.Table], only: Sequence[str]
+) -> dict[str, list[str]]:
+    """Map sets to the classes of which they have no image, though a source gives them a share."""
+    rows = inventory.select(["destination", "label"]).group_by(["destination", "label"])
+    expected = {
+        (name, row["label"])
+        for row in rows.aggregate([]).to_pylist()
+        for name in parse_json(row["destination"])
+        if not only or name in only
+    }
+    packed = {
+        (name, label)
+        for name, table in samples.items()
+        for label in table.column("label").unique().to_pylist()
+    }
+    lacking: dict[str, list[str]] = {}
+    for name, label in sorted(expected - packed):
+        lacking.setdefault(name, []).append(CLASSES[label])
+    return lacking
 
 
 def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
@@ -287,16 +334,17 @@ class _SetBuild:
         """Raise an error for a training set that lacks a class: no classifier can be trained."""
         labels = self.samples.column("label").unique().to_pylist()
         if self.split == "train" and not labels:
-            _source, origin, reason, _other = self.excluded[0]
             raise ShardError(
                 f"training set {self.name} would be empty: all of its images are excluded, such as "
-                f"{origin} ({reason}); add other images, or pass --allow-incomplete"
+                f"{self.excluded[0]}; add other images, or pass --allow-incomplete"
             )
         if self.split == "train" and len(labels) == 1:
             kind, other = CLASSES[labels[0]], CLASSES[1 - labels[0]]
+            why = why_lacking(self.excluded, 1 - labels[0])
+            advice = f"correct the labels or add other {other}" if why else f"add {other}"
             raise ShardError(
                 f"training set {self.name} has {counted(len(self.samples), f'{kind} image')} and "
-                f"no {other} images; add {other} images, or pass --allow-incomplete"
+                f"no {other} images{why}; {advice} images, or pass --allow-incomplete"
             )
 
     def plan(self, out: AnyPath) -> None:
@@ -370,7 +418,7 @@ class _SetBuild:
             "totals": _totals(table),
             "sources": {name: self._about(name) for name in sources},
             "quarantined": sorted(quarantined, key=lambda entry: entry["path"]),
-            "excluded": dict(sorted(Counter(reason for *_, reason, _ in self.excluded).items())),
+            "excluded": dict(sorted(Counter(row.reason for row in self.excluded).items())),
             "excluded_sha256": sha256_of(folder / EXCLUDED_FILE),
         }
         index["content_sha256"] = content_sha256(index)
@@ -380,7 +428,7 @@ class _SetBuild:
         # If shards were written, their workers have deleted the index: see `write_shard`.
         if self.todo or not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
             write_text(folder / INDEX_FILE, text)
-        return BuiltSet(self.name, index, len(self.todo))
+        return BuiltSet(self.name, index, len(self.todo), self.excluded)
 
     def _about(self, name: str) -> dict[str, Any]:
         """Return the entry of a source in the index."""
@@ -401,22 +449,21 @@ class _SetBuild:
         with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(["source", "origin", "reason", "conflicts_with"])
-            writer.writerows(self.excluded)
+            writer.writerows(row[:4] for row in self.excluded)
 
 
-def _excluded(
-    inventory: pa.Table, decision: Decision, rows: np.ndarray
-) -> list[tuple[str, str, str, str]]:
-    """List excluded images: (source, origin, reason, origin of the image kept instead or "")."""
+def _excluded(inventory: pa.Table, decision: Decision, rows: np.ndarray) -> list[Excluded]:
+    """List the excluded images, with the origin of the image kept instead, sorted by source."""
     others = decision.other[rows]
     origins = inventory.column("origin").take(np.maximum(others, 0)).to_pylist()
-    columns = [
+    columns: list[list[Any]] = [
         inventory.column("source").take(rows).to_pylist(),
         inventory.column("origin").take(rows).to_pylist(),
         decision.reasons[rows].tolist(),
         [origin if row >= 0 else "" for origin, row in zip(origins, others.tolist(), strict=True)],
+        inventory.column("label").take(rows).to_pylist(),
     ]
-    return sorted(zip(*columns, strict=True))
+    return sorted(map(Excluded, *columns))
 
 
 def _totals(table: pa.Table) -> dict[str, dict[str, int]]:

@@ -18,7 +18,8 @@ A `Decision` has five NumPy arrays with one value per row:
 - `sets`: its final set, or "" if it is excluded.
 - `reasons`: why it is excluded, or "" if it is not.
 - `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real in
-  one row and fake in another, all rows with these bytes are excluded, and it is another of them.
+  one row and fake in another, all rows with these bytes are excluded, and it is the first one of
+  the other label.
 - `groups`: the name of its group.
 
 A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.
@@ -66,8 +67,8 @@ class Decision:
 
     `wanted` is the set of an image before duplicates are removed. `sets` is its final set, or "" if
     the image is excluded for the reason in `reasons`. `other` is the row of the image that is kept
-    instead, or -1 (for bytes labeled real and fake, another row with these bytes). `groups` is the
-    name of its group after merging.
+    instead, or -1 (for bytes labeled real and fake, a row with these bytes of the other label).
+    `groups` is the name of its group after merging.
     """
 
     wanted: np.ndarray  # object
@@ -147,7 +148,8 @@ def _exclude_both_labels(
     for run in _runs(sha, np.flatnonzero(good)):
         if len(set(labels[run].tolist())) > 1:
             both[run] = True
-            decision.other[run] = np.roll(run, 1)
+            for label in (0, 1):
+                decision.other[run[labels[run] == label]] = run[labels[run] != label][0]
     decision.sets[both] = ""
     decision.reasons[both] = "the same bytes are labeled real and fake"
     return both

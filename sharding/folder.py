@@ -53,7 +53,7 @@ from pathlib import Path
 import recipes
 from console import counted
 from imaging.names import utf8_name
-from sharding.build import Progress, Tolerance, build, no_progress
+from sharding.build import Progress, Tolerance, build, no_progress, why_lacking
 from sharding.catalog import (
     BUILT_IN,
     LONGEST_NAME,
@@ -135,11 +135,13 @@ def pack_folder(
         [labels.get(set_name, {}).get(kind, 0) for kind in CLASSES]
         for set_name in (name, f"{name}-val")
     )
-    for kind, of_train, of_val in zip(CLASSES, train, validate, strict=True):
+    excluded = [row for one in built for row in one.excluded]
+    for label, (of_train, of_val) in enumerate(zip(train, validate, strict=True)):
         if not (of_train and of_val):
             raise CatalogError(
-                f"{kind} images in {folder} without duplicates: {of_train} for training and "
-                f"{of_val} for validation, expected at least 1 of each; add images that differ"
+                f"{CLASSES[label]} images in {folder} without duplicates: {of_train} for training "
+                f"and {of_val} for validation, expected at least 1 of each"
+                f"{why_lacking(excluded, label)}; add images that differ"
             )
     return PackedFolder(
         name=name,

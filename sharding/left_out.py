@@ -8,25 +8,41 @@ part that is about files which no set was made of.
 from collections.abc import Sequence
 
 from console import counted
-from sharding.build import BuiltSet
-from sharding.format import INDEX_FILE
+from sharding.build import BuiltSet, Excluded
+from sharding.format import EXCLUDED_FILE, INDEX_FILE
 from sharding.scan import SourceScan
 from storage import AnyPath
 
 
 def left_out(built: Sequence[BuiltSet], scan: SourceScan, out: AnyPath) -> list[str]:
-    """Return a line per unreadable image, reason and set, and per source and reason."""
+    """Return a line per unreadable image, reason and set, per source and reason, and per set that
+    got no image, or none of a class.
+    """
     lines = []
     for built_set in built:
         quarantined = built_set.index["quarantined"]
         lines += [f"quarantined: {entry['path']}: {entry['reason']}" for entry in quarantined[:5]]
         if len(quarantined) > 5:
             lines.append(f"... and more: see quarantined in {out / built_set.name / INDEX_FILE}")
-        lines += [
-            f"excluded from {built_set.name}: {counted(count, 'image')}: {reason}"
-            for reason, count in built_set.index["excluded"].items()
-        ]
-    return lines + files_left_out(scan)
+        by_reason: dict[str, list[Excluded]] = {}
+        for row in built_set.excluded:
+            by_reason.setdefault(row.reason, []).append(row)
+        for reason, rows in sorted(by_reason.items()):
+            first = " and ".join(filter(None, (rows[0].origin, rows[0].conflicts_with)))
+            rest = f"; all: {out / built_set.name / EXCLUDED_FILE}" if len(rows) > 1 else ""
+            images = counted(len(rows), "image")
+            lines.append(
+                f"excluded from {built_set.name}: {images}: {reason} (first: {first}{rest})"
+            )
+    lines += files_left_out(scan)
+    packed = {built_set.name for built_set in built if built_set.index["samples"]}
+    for name, kinds in scan.lacking.items():
+        what = f"{kinds[0]} image" if name in packed else "image"
+        lines.append(
+            f"no {what} went to set {name}; add images, or raise the share of the set in the "
+            "catalog"
+        )
+    return lines
 
 
 def files_left_out(scan: SourceScan) -> list[str]:

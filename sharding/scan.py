@@ -39,7 +39,8 @@ class SourceScan:
 
     `items` and `listings` contain the sources with raw images. `packed_only` names the sources that
     an earlier build packed and whose raw files are gone. `missing` names the sources that have no
-    images at all. `empty` contains those of `missing` whose folder exists.
+    images at all. `empty` contains those of `missing` whose folder exists. `lacking` maps a set of
+    which a build has no image of a class, though it could have got some, to these classes.
     """
 
     items: dict[str, pa.Table] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class SourceScan:
     packed_only: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     empty: dict[str, Listing] = field(default_factory=dict)
+    lacking: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
 from sharding.format import ShardError, open_shards
+from sharding.left_out import left_out
 from sharding.verify import sets_in, verify
 from tests.builders import encode, hashes, photo
 
@@ -50,6 +51,37 @@ def refused(tmp_path: Path, said: str, text: str, *only: str) -> None:
 
 def consistent(tmp_path: Path) -> bool:
     return verify(sets_in(tmp_path / "out"), jobs=1) == []
+
+
+def test_a_set_without_images_and_a_set_without_a_class_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    put(tmp_path / "raw/a/fake", range(10, 12))
+    put(tmp_path / "raw/b/real", range(20, 22))
+    text = catalog(("a", "a", "{ tr = 0.998, te = 0.001, te2 = 0.001 }", f"{REAL}\n{FAKE}"),
+                   ("b", "b", '"te2"', REAL))  # fmt: skip
+    (tmp_path / "c.toml").write_text(text)
+    place = read_catalog([tmp_path / "c.toml"]), tmp_path / "raw", tmp_path / "out"
+    scan, built = build(*place, jobs=1)
+    assert scan.lacking == {"te": ["real", "fake"], "te2": ["fake"]}
+    lines = left_out(built, scan, tmp_path / "out")
+    assert [line.partition(";")[0] for line in lines] == [
+        "no image went to set te", "no fake image went to set te2",
+    ]  # fmt: skip
+    assert build(*place, only=["tr"], jobs=1)[0].lacking == {}
+
+
+def test_a_class_that_is_lost_to_contradictory_labels_is_not_called_missing(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(2))
+    put(tmp_path / "raw/a/imagen", range(2))
+    put(tmp_path / "raw/a/fake", range(10, 12))
+    text = catalog(("a", "a", '"tr"', f'{REAL}\nfake = ["fake", "imagen"]'))
+    (tmp_path / "c.toml").write_text(text)
+    said = (
+        r"2 fake images and no real images: 2 images excluded, such as a/real/0\.png \(the same "
+        r"bytes are labeled real and fake: a/imagen/0\.png\); correct the labels or add other real"
+    )
+    with pytest.raises(ShardError, match=said):
+        build(read_catalog([tmp_path / "c.toml"]), tmp_path / "raw", tmp_path / "out", jobs=1)
 
 
 def test_changed_shares_do_not_put_images_of_a_set_that_is_not_built_into_another(

@@ -252,6 +252,11 @@ def test_the_image_named_instead_is_kept(
     assert {r for r in decision.reasons if r.startswith(("near", "belongs"))} == ({of} - {None})
 
 
+def test_bytes_of_both_labels_conflict_with_a_row_of_the_other_label() -> None:
+    decision = decided(*(("first", b"a", 0, label, "x") for label in (0, 0, 1)))
+    assert decision.reasons.tolist() == [BOTH] * 3 and decision.other.tolist() == [2, 2, 0]
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3000])
 def test_the_search_finds_every_pair_of_an_exhaustive_comparison(n: int) -> None:
     rng = np.random.default_rng(n)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -157,8 +158,11 @@ def test_what_is_left_out_is_named_as_a_build_names_it(mine: Path, tmp_path: Pat
     packed = pack(mine, tmp_path / "shards")
     lines = "\n".join(packed.left_out)
     assert "quarantined: My Photos/REAL/0.jpg: " in lines
-    assert "3 images: the same bytes are labeled real and fake" in lines
-    assert "1 image: the same bytes as an image of my_photos" in lines
+    both = "3 images: the same bytes are labeled real and fake (first: My Photos/"
+    (line,) = [line for line in packed.left_out if both in line]
+    assert "REAL/" in line and " and My Photos/" in line and "1_fake/both.jpg" in line
+    assert re.search(r"; all: \S+/my_photos(-val)?/excluded\.csv\)$", line)
+    assert re.search(r"1 image: the same bytes as an image of my_photos\S* \(first: .* and ", lines)
     assert "excluded: my_photos: 1 file: not an image by its name (.tar) (first: 1_fake/m" in lines
     assert "2 files: not an image by its name (no extension) (first: 1_fake/flux/a)" in lines
     assert len(packed.left_out) == 5
@@ -197,6 +201,7 @@ def test_copies_of_one_image_are_too_few(tmp_path: Path) -> None:
     for number in range(25):
         (mine / "fake" / f"{number}.jpg").write_bytes(encode(photo(500, 40, 40)))
     with pytest.raises(
-        CatalogError, match=r"fake images in .* without dupl.* add images that differ"
+        CatalogError,
+        match=r"fake images in .*: 24 images excluded, such as mine/fake/1\.jpg \(the ",
     ):
         pack(mine, tmp_path / "shards")
