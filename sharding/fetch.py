@@ -246,12 +246,17 @@ def _alone(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            for left in target.glob("*.partial"):
-                if whole_name(left.name) in (BEGUN, MARK):  # each process wrote its own
-                    left.unlink(missing_ok=True)
+            _remove_partial(target)
             yield
     except filelock.Timeout:
         raise FetchError(f"another fetch is writing {target}; wait for it to end") from None
+
+
+def _remove_partial(folder: Path) -> None:
+    """Delete partial files of BEGUN and MARK: each killed process left its own."""
+    for left in folder.glob("*.partial"):
+        if whole_name(left.name) in (BEGUN, MARK):
+            left.unlink(missing_ok=True)
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -288,11 +293,8 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
     Complete files are kept. A new process starts incomplete files again, because the hub library
     keeps no parts of them.
     """
-    from huggingface_hub import (
-        HfApi,
-        constants,
-        snapshot_download,
-    )  # the import takes most of a second
+    # The import takes most of a second.
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError
 
     before = _read(target / BEGUN) or _read(target / MARK)
@@ -403,9 +405,14 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
     )
     with explained, _kaggle_cache(work):
         folder = Path(kagglehub.dataset_download(fetch.kaggle))
+        earlier = (_read(folder / BEGUN) or _read(folder / MARK)).get("fetch", {}).get("files")
+        if earlier and earlier != fetch.files:  # an earlier try deleted all others
+            folder = Path(kagglehub.dataset_download(fetch.kaggle, force_download=True))
+    _remove_partial(folder)
     inside = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    names = _matching(inside, fetch.files, f"{fetch.kaggle} on Kaggle")
-    for name in inside.keys() - names:
+    names = _matching(inside.keys() - {MARK, BEGUN}, fetch.files, f"{fetch.kaggle} on Kaggle")
+    _begin(folder, fetch, {})
+    for name in inside.keys() - {*names, MARK, BEGUN}:
         inside[name].unlink()
     _finish(folder, fetch, names, revision=folder.name)
     publish(folder, target)

@@ -46,7 +46,7 @@ from escape import without_secrets
 from sharding.downloads import FetchError
 from sharding.fetch_spec import Git
 from sharding.http import Progress
-from storage import check_inside, naming, partial_of
+from storage import check_inside, naming, partial_of, whole_name
 
 BATCH = 2000
 """Blobs per request: an interrupted download keeps the finished batches."""
@@ -150,6 +150,7 @@ def extract(
     `mirror` is searched first for a local copy (`find_mirror`). Otherwise the objects are
     downloaded to the Git directory `work`, which a later call uses to resume. Files in `folder`
     that already have the right bytes are kept. The sizes of the others are given to `begin` first.
+    Partial files that killed calls left are deleted: `folder` must have one writer at a time.
 
     Raises:
         FetchError: git is missing, the network fails, the commit does not exist, or the files are
@@ -169,6 +170,7 @@ def extract(
     )
     for parent in {(folder / entry.path).parent for entry in entries}:
         check_inside(parent, folder)
+        _remove_partial(parent)
     lacking = [entry for entry in entries if not _has_blob(folder / entry.path, entry.blob)]
     absent = _missing(repository, git.commit) & {entry.blob for entry in lacking}
     if not local:
@@ -393,6 +395,13 @@ def _read_blob(process: subprocess.Popen[bytes], entry: Entry, place: str) -> It
         left -= len(piece)
         yield piece
     process.stdout.read(1)
+
+
+def _remove_partial(folder: Path) -> None:
+    """Delete the partial files of `_write_blob` that killed processes left in a folder."""
+    for left in folder.glob(".*.partial"):
+        if re.fullmatch(r"\.[0-9a-f]{40}", whole_name(left.name) or ""):
+            left.unlink()
 
 
 def _write_blob(path: Path, entry: Entry, pieces: Iterator[bytes]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sharding import fetch
 from sharding.fetch import MARK
 from tests.servers import (
     BODY,
@@ -78,6 +79,58 @@ def test_an_interrupted_kaggle_download_resumes(kaggle: Server, tmp_path: Path) 
     assert fetched(tmp_path, **KAGGLE).status == "downloaded"
     assert files_of(tmp_path / "s") == KEPT
     assert f"bytes={2**21}-" in [of for _, of in kaggle.got("/blob/")]
+
+
+SMALL = {"keep/1.png": b"1", "rest/2.png": b"22"}
+
+
+@pytest.fixture
+def small(kaggle: Server) -> Server:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, body in SMALL.items():
+            archive.writestr(name, body)
+    kaggle.bodies["/blob/archive.zip"] = stream.getvalue()
+    kaggle.headers["/blob/archive.zip"] = {"Content-Type": "application/zip"}
+    return kaggle
+
+
+def killed_in(monkeypatch: pytest.MonkeyPatch, function: str, raw: Path, **entry: object) -> None:
+    def interrupted(*_: object, **_facts: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fetch, function, interrupted)
+        fetched(raw, **entry)
+
+
+def test_a_kaggle_download_that_is_killed_at_its_end_is_complete_after_the_next(
+    small: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_in(monkeypatch, "publish", tmp_path, kaggle="owner/set")
+    small.asked.clear()
+    assert fetched(tmp_path, kaggle="owner/set").status == "downloaded"
+    assert small.got("/blob/") == []
+    assert fetched(tmp_path, kaggle="owner/set").status == "complete"
+
+
+@pytest.mark.parametrize("function", ["_finish", "publish"])
+def test_files_that_a_killed_kaggle_download_left_out_are_fetched_when_they_are_named(
+    small: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    killed_in(monkeypatch, function, tmp_path, **KAGGLE)
+    assert fetched(tmp_path, kaggle="owner/set", files=["*/*"]).status == "downloaded"
+    assert files_of(tmp_path / "s") == SMALL
+    assert fetched(tmp_path, kaggle="owner/set", files=["*/*"]).status == "complete"
+
+
+def test_a_wrong_hash_in_the_catalog_is_corrected_without_another_kaggle_download(
+    small: Server, tmp_path: Path
+) -> None:
+    assert fetched(tmp_path, **KAGGLE, sha256={"keep/1.png": "0" * 64}).status == "failed"
+    small.asked.clear()
+    assert fetched(tmp_path, **KAGGLE).status == "downloaded"
+    assert small.got("/blob/") == []
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

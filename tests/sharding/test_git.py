@@ -172,13 +172,15 @@ def test_files_of_an_earlier_commit_are_removed(tmp_path: Path) -> None:
     first = make(repository)
     assert fetch_source("s", source(repository, first), tmp_path / "raw").status == "downloaded"
     (target / "art/own.png").write_bytes(b"mine")
+    (target / "art" / f".{'1' * 40}.4711.partial").write_bytes(b"of a killed fetch")
+    (target / "art/.own.4711.partial").write_bytes(b"mine, too")
     _gone, changed, *kept = sorted(IMAGES)
     (target / changed).write_bytes(b"changed")
     entries = [("100644", name[4:].encode(), blob_of(repository, IMAGES[name])) for name in kept]
     art = tree_of(repository, entries)
     later = commit_of(repository, tree_of(repository, [("40000", b"art", art)]))
     assert fetch_source("s", source(repository, later), tmp_path / "raw").status == "downloaded"
-    assert files_of(target).keys() == {changed, "art/own.png", *kept}
+    assert files_of(target).keys() == {changed, "art/own.png", "art/.own.4711.partial", *kept}
     assert json.loads((target / MARK).read_text())["files"].keys() == set(kept)
 
 
