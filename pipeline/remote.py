@@ -15,7 +15,8 @@ at once. (On https://, only status 404 does so; every other error counts as no a
 also raised if the cache cannot be written.
 
 Shards are fetched in pieces of `PIECE` bytes, one file per piece in the cache's folder. All
-processes of this machine share them; the pieces used longest ago are deleted.
+processes of this machine share them; the pieces used longest ago are deleted. A piece whose file
+has not the expected size is fetched again.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from filelock import FileLock
 
 from escape import reason_of
 from sharding.format import ShardSet
-from storage import write_bytes
+from storage import remove_left, size_of, write_bytes
 
 log = logging.getLogger("ai_images_detector")
 
@@ -79,6 +80,8 @@ class RemoteShards:
         # A tar that was built again has other bytes, so its pieces need other names.
         self._sha256 = shards.shard_sha256
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
+        with contextlib.suppress(PermissionError):  # some may be of another user
+            remove_left(cache.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_systems": {}}
@@ -99,23 +102,30 @@ class RemoteShards:
 
     def _part(self, code: int, index: int, start: int, size: int) -> bytes:
         """Return `size` bytes of one piece from `start` on. The piece is fetched first if it is not
-        cached.
+        cached, or if its file is damaged: if it has another size.
         """
         text = f"{self._sha256[code]} {self._names[code]} {index}"
         path = self.cache.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.piece"
         while True:
             try:
                 with path.open("rb") as stream:
-                    with contextlib.suppress(OSError):  # the file may be of another user
-                        os.utime(stream.fileno())  # time of the last use, for `_make_room`
-                    return os.pread(stream.fileno(), size, start)
+                    if os.fstat(stream.fileno()).st_size == self._size(code, index):
+                        with contextlib.suppress(OSError):  # the file may be of another user
+                            os.utime(stream.fileno())  # time of the last use, for `_make_room`
+                        return os.pread(stream.fileno(), size, start)
+                log.warning("%s is damaged; it is fetched again", path)
             except FileNotFoundError:  # not fetched yet, or deleted by another process
-                self._fetch(code, index, path)
+                pass
+            self._fetch(code, index, path)
+
+    def _size(self, code: int, index: int) -> int:
+        """Return the size of one piece in bytes: the last piece of a tar is shorter."""
+        return min(PIECE, self._bytes[code] - index * PIECE)
 
     def _fetch(self, code: int, index: int, path: Path) -> None:
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if path.exists():  # another worker fetched it meanwhile
+            if size_of(path) == self._size(code, index):  # another worker fetched it meanwhile
                 return
             data = self._ask(code, index)
             self._make_room(len(data))
@@ -125,7 +135,8 @@ class RemoteShards:
 
     def _ask(self, code: int, index: int) -> bytes:
         """Fetch one piece from the remote. Failed tries are repeated after `DELAYS_S`."""
-        start, end = index * PIECE, min((index + 1) * PIECE, self._bytes[code])
+        start = index * PIECE
+        end = start + self._size(code, index)
         started = time.monotonic()
         for delay in (*DELAYS_S, None):
             try:

@@ -4,6 +4,7 @@ fails on purpose.
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -259,6 +260,27 @@ def test_the_cache_stays_below_its_limit(web: Callable, old: ShardSet, tmp_path:
             assert held <= limit + 4 * remote.PIECE  # each thread may add one piece at a time
     pieces = sum(-(-size // remote.PIECE) for size in shards.shard_bytes)
     assert web.handler.asked > pieces  # some pieces were deleted and fetched again
+
+
+def test_a_damaged_piece_is_fetched_again(
+    web: Callable, old: ShardSet, tmp_path: Path, logged: list[str]
+) -> None:
+    reader = ShardReader(web(), cache=Cache(folder=tmp_path))
+    expected = reader.read([0])
+    (piece,) = tmp_path.glob("*.piece")
+    for size in (0, piece.stat().st_size - 1):
+        os.truncate(piece, size)
+        assert reader.read([0]) == expected
+    assert web.handler.asked == 3
+    assert sum("is damaged" in line for line in logged) == 2
+
+
+def test_temporary_files_of_killed_processes_leave_the_cache(web: Callable, tmp_path: Path) -> None:
+    for name in ("a.piece.17.partial", "b.piece.17.partial"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "a.piece.17.partial", (1, 1))  # nobody writes it any more
+    ShardReader(web(), cache=Cache(folder=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["b.piece.17.partial"]
 
 
 def test_other_selections_of_a_set_use_the_same_pieces(web: Callable, tmp_path: Path) -> None:
