@@ -41,6 +41,7 @@ import glob
 import itertools
 import os
 import re
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -296,18 +297,24 @@ class Look(NamedTuple):
 def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
     """Yield, every `POLL_S` without end, the complete images below `folder` that are new or changed
     since the last scan. The first scan yields all complete images. Archives are skipped.
+
+    The images of a folder that is missing for some scans, as those of a network share may be, are
+    not new when it is back.
     """
     first_seen: dict[str, tuple[tuple[int, int], float]] = {}
     given: dict[str, tuple[int, int]] = {}
     is_first_scan = True
     while True:
         now, until, stamps, ready = time.monotonic(), time.time(), {}, []
+        is_whole = True
         excluded.clear()
         for file in _in_folder(folder, excluded):
             try:
                 facts = os.stat(file.name)  # noqa: PTH116  strings, as in the folder
-            except OSError:  # deleted since, or a member of a tar
+            except OSError:  # deleted since, a member of a tar, or a folder that is missing
+                is_whole = False
                 continue
+            is_whole &= not stat.S_ISDIR(facts.st_mode)  # a folder that could not be listed
             stamp = facts.st_size, facts.st_mtime_ns
             before, since = first_seen.get(file.name, (stamp, now))
             stamps[file.name] = stamp, since if stamp == before else now
@@ -323,6 +330,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
             else:
                 until = min(until, facts.st_ctime)
         first_seen, is_first_scan = stamps, False
-        given = {name: stamp for name, stamp in given.items() if name in stamps}
+        if is_whole and stamps:  # a share that is not mounted is an empty folder
+            given = {name: stamp for name, stamp in given.items() if name in stamps}
         yield Look(ready, until)
         time.sleep(POLL_S)

@@ -87,6 +87,37 @@ def test_a_watched_folder_yields_each_complete_file_once(
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
 
 
+@pytest.mark.parametrize("fault", ["gone", "empty", "not listed", "cut short"])
+def test_images_of_a_folder_that_drops_out_are_not_yielded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Such as a network share: its folder is missing, an empty mount point, or fails."""
+    clock = [1000.0]
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(inputs.time, "sleep", lambda _seconds: clock.__setitem__(0, clock[0] + 1))
+    share, away = tmp_path / "share", tmp_path / "away"
+    share.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (share / name).write_bytes(b"12")
+        os.utime(share / name, (1, 1))
+    looks = inputs.watch(str(share), Counter())
+    assert len(next(looks).files) == 2
+    with monkeypatch.context() as patch:
+        if fault in ("gone", "empty"):
+            share.rename(away)
+        if fault == "empty":
+            share.mkdir()
+        if fault in ("not listed", "cut short"):
+            listed = [entry for entry in os.scandir(share) if entry.name == "a.jpg"]
+            failed = inputs._unreadable(str(share), "Input/output error")
+            found = [*(listed if fault == "cut short" else []), failed]
+            patch.setattr(inputs, "_entries", lambda _folder: iter(found))
+        assert next(looks).files == []
+    if away.exists():
+        away.rename(share)
+    assert [next(looks).files for _ in range(4)] == [[]] * 4
+
+
 def test_a_look_says_up_to_when_all_changes_are_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
