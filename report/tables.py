@@ -8,7 +8,7 @@ folder. It writes these files and returns a list of their paths:
   those of its fakes together with the real images of the reference set. Also the metrics of each
   class, source and generator.
 - `robustness.csv`, only if perturbations were measured: the metrics after each perturbation and
-  codec swap.
+  codec swap. If none were, such a file of an earlier report is deleted.
 
 Values are not rounded; missing ones are empty. OSError is raised if a file cannot be written.
 
@@ -37,11 +37,14 @@ _METRICS = [field.name for field in fields(Metrics) if field.name not in _COUNTS
 
 def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write `figures.csv`, and `robustness.csv` if perturbations were measured; returns the paths.
-    Values are those of `report.json`, not rounded; missing values are empty cells.
+    Else a `robustness.csv` of an earlier report is deleted. Values are those of `report.json`, not
+    rounded; missing values are empty cells.
     """
     tables = {FIGURES_FILE: figures_csv(report)}
     if any(set_report["robustness"] for set_report in report["sets"].values()):
         tables[ROBUSTNESS_FILE] = robustness_csv(report)
+    else:
+        (folder / ROBUSTNESS_FILE).unlink(missing_ok=True)
     for name, text in tables.items():
         write_text(folder / name, text)
     return [folder / name for name in tables]

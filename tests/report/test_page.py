@@ -225,7 +225,9 @@ def test_thumbnails_are_made_of_the_given_mistakes(new: ShardSet) -> None:
 
 def test_tables(tmp_path: Path) -> None:
     document, _scores = made(rows("val", 60, 60), "val")
+    (tmp_path / "robustness.csv").write_text("of an earlier report\n")
     assert [path.name for path in write_tables(document, tmp_path)] == ["figures.csv"]
+    assert not (tmp_path / "robustness.csv").exists()
     lines = list(csv.DictReader(io.StringIO(figures_csv(document))))
     assert [line["what"] for line in lines].count("generator") == 7
     overall = document["sets"]["val"]["overall"]
