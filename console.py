@@ -11,25 +11,24 @@ out, the first one first. `progress(label, total, shown)` is a context manager t
 standard error (`total` None: unknown; `shown` false: none). It yields `advance(done=1, note="",
 total=None)`. This counts `done` more, shows `note` and sets a given `total`. `log` is the logger.
 
-Types of options: `LocalPath` (a path on this machine; keywords of click.Path), `AnyAddress` (a
-folder or an address like s3://; `writes=True` refuses one that can only be read), `FiniteRange(min,
-max)` and `Device` (auto, cpu, cuda or cuda:N). `Command` and `Group` use `plain_errors()`, a
-context manager; `one_line(error)` is the line that it prints. `given(name)` is whether an option
-was typed, `counted(2, "image")` is "2 images", `address("::1", 80)` is "http://[::1]:80".
+Types of options: `LocalPath` (a path on this machine; keywords of click.Path, and `writes=True` for
+a file to write: a link is followed), `AnyAddress` (a folder or an address like s3://; `writes=True`
+refuses one that can only be read), `FiniteRange(min, max)` and `Device` (auto, cpu, cuda or
+cuda:N). `Command` and `Group` use `plain_errors()`, a context manager; `one_line(error)` is the
+line that it prints. `note(text)` prints a line on standard error, if it can be written.
+`given(name)` is whether an option was typed, `counted(2, "image")` is "2 images",
+`address("::1", 80)` is "http://[::1]:80".
 """
 
 import contextlib
-import errno
+import io
 import logging
 import math
-import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import gettempdir
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 from rich.cells import cell_len
@@ -40,7 +39,7 @@ from rich.text import Text
 
 import storage
 from devices import parse_device
-from escape import printable, without_secrets
+from escape import one_line, printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
@@ -48,24 +47,49 @@ log = logging.getLogger("ai_images_detector")
 _WIDE = 100_000
 
 
+class _StandardError(io.TextIOBase):
+    """Standard error, looked up again at each call. A text that cannot be written is dropped: a
+    full disk, or a pipe without a reader, must not end a training.
+    """
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal."""
+        return sys.stderr.isatty()
+
+    def write(self, text: str) -> int:
+        """Write a text at once, or drop it."""
+        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # under a progress bar
+        with contextlib.suppress(OSError):
+            stream.write(text)
+            stream.flush()
+        return len(text)
+
+
 def _console(stderr: bool) -> Console:
     """Return a rich console for standard output (results), or for standard error (progress and log
-    lines), so that results can be piped. The stream is looked up again at each print.
+    lines), so that results can be piped.
     """
-    stream = sys.stderr if stderr else sys.stdout
+    stream = cast(TextIO, _StandardError()) if stderr else sys.stdout
     width = None if stream.isatty() else _WIDE
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
 ERR = _console(stderr=True)
 
 
+def note(text: str) -> None:
+    """Print a line on standard error, above a running progress bar and without wrapping. Control
+    characters are escaped and secrets removed. A line that cannot be written is dropped.
+    """
+    ERR.print(_shown(text), soft_wrap=True)
+
+
 class _LogHandler(logging.Handler):
-    """Print log lines above a running progress bar, without wrapping."""
+    """Print log lines by `note`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record with control characters escaped and secrets removed."""
-        ERR.print(_shown(self.format(record)), soft_wrap=True)
+        """Print one record."""
+        note(self.format(record))
 
 
 def _shown(text: str) -> str:
@@ -84,7 +108,7 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt as error:  # its text is the name of another signal than Ctrl-C
-        click.echo(f"stopped by {str(error) or 'Ctrl-C'}", err=True)
+        note(f"stopped by {str(error) or 'Ctrl-C'}")
         raise SystemExit(128 + signal.SIGINT) from None
     except click.ClickException as error:
         # click prints this attribute, but its type hints mark the attribute as final
@@ -93,32 +117,6 @@ def plain_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         log.debug("traceback", exc_info=True)
         raise click.ClickException(_shown(one_line(error))) from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line; for an `OSError`, the file and the reason."""
-    if isinstance(error, OSError) and error.strerror:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
-            return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
-        if isinstance(error, ConnectionError | TimeoutError):
-            return f"{error.strerror}; check the address and the network"
-        if error.filename is None:
-            return error.strerror
-        name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
-        # Not `path.exists()`: it raises an error below a folder that cannot be searched.
-        if isinstance(error, FileNotFoundError) and not os.path.isdir(path.parent):  # noqa: PTH112
-            return f"there is no folder {_name_of(path.parent)}; create it, or name another folder"
-        there = os.path.exists(path)  # noqa: PTH110
-        if isinstance(error, PermissionError) and there and not os.access(path, os.R_OK):
-            mode = stat.S_IMODE(path.stat().st_mode)
-            return f"{name}: not readable by this user (mode {mode:o})"
-        return f"{name}: {error.strerror}"
-    return str(error) or type(error).__name__
-
-
-def _name_of(filename: object) -> str:
-    name = os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
-    return name if len(name) <= 500 else f"{name[:200]}...{name[-50:]}"
 
 
 class Command(click.Command):
@@ -156,21 +154,23 @@ class LocalPath(click.Path):
     """Option type for a path of this machine, given as `Path`. Takes the keywords of `click.Path`.
 
     Refused are addresses such as s3://, and anything that is neither a file nor a folder: reading
-    a pipe could block forever, and writing would replace a device.
+    a pipe could block forever, and writing would replace a device. With `writes`, a link becomes
+    the path that it names: an atomic write would replace the link.
     """
 
-    def __init__(self, **keywords: Any) -> None:
+    def __init__(self, *, writes: bool = False, **keywords: Any) -> None:
         super().__init__(**{"path_type": Path, **keywords})
+        self._writes = writes
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: Any, context: Any) -> Any:
         """Check one value and convert it to a `Path`."""
         try:
             path = storage.local_path(value)
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
-        except (ValueError, OSError) as error:
+            if self._writes and path.is_symlink():
+                path = path.resolve()
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
             self.fail(one_line(error), param, context)
         return super().convert(path, param, context)
 
@@ -185,9 +185,7 @@ class AnyAddress(click.ParamType):
     def __init__(self, *, writes: bool = False) -> None:
         self._parse = storage.writable_path if writes else storage.any_path
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> storage.AnyPath:
+    def convert(self, value: Any, param: Any, context: Any) -> storage.AnyPath:
         """Check one value and convert it to a path, without any network access."""
         try:
             path = self._parse(value)
@@ -201,9 +199,7 @@ class AnyAddress(click.ParamType):
 class FiniteRange(click.FloatRange):
     """Option type for a finite number in a range. `click.FloatRange` alone accepts NaN."""
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> float:
+    def convert(self, value: Any, param: Any, context: Any) -> float:
         """Check one value and convert it to a float."""
         converted = super().convert(value, param, context)
         if not math.isfinite(converted):
@@ -216,9 +212,7 @@ class Device(click.ParamType):
 
     name = "device"
 
-    def convert(
-        self, value: str, param: click.Parameter | None, context: click.Context | None
-    ) -> str:
+    def convert(self, value: str, param: Any, context: Any) -> str:
         """Check the spelling of one device name."""
         try:
             parse_device(value)
@@ -360,12 +354,12 @@ def say(text: str = "") -> None:
     """Print a result on standard output, never wrapped, and above a running progress bar.
     On a terminal, control characters are escaped.
     """
-    if not sys.stdout.isatty():
-        click.echo(_encodable(text))
-    elif ERR.is_terminal:
-        ERR.print(printable(text), soft_wrap=True)
+    is_terminal = sys.stdout.isatty()
+    text = printable(text) if is_terminal else text
+    if is_terminal and ERR.is_terminal:
+        ERR.print(text, soft_wrap=True)
     else:
-        click.echo(_encodable(printable(text)))
+        click.echo(_encodable(text))
 
 
 def say_data(text: str) -> None:

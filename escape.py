@@ -10,14 +10,21 @@ addresses do not become links; all words stay readable. (A text that is only a n
 stop, such as `7.`, is not escaped: it can show as a list item.) `without_secrets()` replaces the
 logins, queries and fragments of web addresses (passwords, tokens, signatures) by `***`.
 `reason_of(error)` returns the message of an exception as one line, without secrets, and
-`typed_reason_of(error)` puts the name of its type before it.
+`typed_reason_of(error)` puts the name of its type before it. `one_line(error)` returns a message
+for the user: for an `OSError`, the file and the reason. `text_fault(error)` describes an error of
+reading a text or JSON file.
 `without_paths(value)` takes a record (a dict, a list, or any value in one) and returns it without
 private paths and secrets.
 """
 
+import errno
+import json
+import os
 import re
+import stat
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
+from tempfile import gettempdir
 from typing import Any
 
 # First characters of a formula by OWASP's page "CSV Injection", and their full-width forms, which
@@ -94,11 +101,47 @@ def reason_of(error: BaseException, longest: int = 300) -> str:
     return without_secrets(" ".join(str(error).split()))[:longest] or type(error).__name__
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line; for an `OSError`, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
+        if isinstance(error, ConnectionError | TimeoutError):
+            return f"{error.strerror}; check the address and the network"
+        if error.filename is None:
+            return error.strerror
+        name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
+        # Not `path.exists()`: it raises an error below a folder that cannot be searched.
+        if isinstance(error, FileNotFoundError) and not os.path.isdir(path.parent):  # noqa: PTH112
+            return f"there is no folder {_name_of(path.parent)}; create it, or name another folder"
+        there = os.path.exists(path)  # noqa: PTH110
+        if isinstance(error, PermissionError) and there and not os.access(path, os.R_OK):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            return f"{name}: not readable by this user (mode {mode:o})"
+        return f"{name}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _name_of(filename: object) -> str:
+    name = os.fsdecode(filename) if isinstance(filename, bytes) else str(filename)
+    return name if len(name) <= 500 else f"{name[:200]}...{name[-50:]}"
+
+
 def typed_reason_of(error: BaseException) -> str:
     """Return the type and the message of `error`, for errors of other programs: messages such as
     that of a KeyError say nothing alone.
     """
     return f"{type(error).__name__}: {reason_of(error)}"
+
+
+def text_fault(error: Exception) -> str:
+    """Describe why a text or JSON file cannot be used: the bad byte, the line, or the error."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        place = f"{error.msg} in line {error.lineno}, column {error.colno}"
+        return place if error.doc.strip() else "the file is empty"
+    return reason_of(error) if isinstance(error, ValueError) else repr(error)[:200]
 
 
 _PATH = re.compile(

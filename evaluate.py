@@ -406,7 +406,7 @@ def calibrate(
 @click.option("--intersection", is_flag=True, help="Compare only the images that all runs scored.")
 @click.option(
     "--flips",
-    type=console.LocalPath(dir_okay=False),
+    type=console.LocalPath(dir_okay=False, writes=True),
     help="CSV file to write: every image whose verdict changed between the two runs.",
 )
 @click.option(

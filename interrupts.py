@@ -14,8 +14,6 @@ import signal
 import threading
 from collections.abc import Iterator
 
-import click
-
 import console
 
 
@@ -49,7 +47,7 @@ def resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         by = str(error) or "Ctrl-C"
-        click.echo(f"stopped by {by}; run the same command again to resume", err=True)
+        console.note(f"stopped by {by}; run the same command again to resume")
         raise SystemExit(128 + signal.SIGINT) from None
 
 

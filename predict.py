@@ -87,7 +87,7 @@ class NotStarted(click.ClickException):
 )
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False),
+    type=console.LocalPath(dir_okay=False, writes=True),
     help="File to write results to. Its name ends in .partial until it is complete.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted --out file.")
@@ -356,7 +356,7 @@ def _stopped(run: Run) -> None:
         place = partial if partial.exists() else run.out.path
         if place.exists():
             hint = f"; the rows so far are in {place}{run.out.go_on}"
-    click.echo(f"stopped after {console.counted(run.done, 'image')}{hint}", err=True)
+    console.note(f"stopped after {console.counted(run.done, 'image')}{hint}")
     raise SystemExit(128 + signal.SIGINT)
 
 
@@ -390,9 +390,9 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         total = run.done + (len(run.out.names) if run.out else 0)
         again = "; those with a row are not read again: score them into another --out"
         again = again if run.out and run.out.unreadable else ""
-        click.echo(f"{unreadable:,} of {total:,} images could not be read{again}", err=True)
+        console.note(f"{unreadable:,} of {total:,} images could not be read{again}")
     if run.undrawn:
-        click.echo(f"heatmaps that could not be written: {run.undrawn:,}", err=True)
+        console.note(f"heatmaps that could not be written: {run.undrawn:,}")
     if unreadable or run.undrawn:
         raise SystemExit(1)
 

@@ -158,7 +158,7 @@ def main(
             best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
         except Interrupted as stopped:
             if dist.is_main:
-                console.say(f"{stopped}; run the same command again to resume")
+                console.note(f"{stopped}; run the same command again to resume")
             raise SystemExit(130) from None
     if dist.is_main:
         meta = checkpoint.read_meta(best)

@@ -223,7 +223,7 @@ def embed_command(
 @click.argument("run", type=console.LocalPath())
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False),
+    type=console.LocalPath(dir_okay=False, writes=True),
     default=Path("curves.png"),
     show_default=True,
     help="PNG to write.",

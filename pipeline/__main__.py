@@ -40,7 +40,7 @@ def main() -> None:
 @click.argument("shards", type=console.AnyAddress())
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False),
+    type=console.LocalPath(dir_okay=False, writes=True),
     default=Path("grid.png"),
     show_default=True,
     help="PNG to write.",

@@ -305,7 +305,7 @@ def diff(before: AnyPath, after: AnyPath) -> None:
 @click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False),
+    type=console.LocalPath(dir_okay=False, writes=True),
     default=Path("my-catalog.toml"),
     show_default=True,
     help="Catalog to write; an existing file is not overwritten.",
@@ -351,7 +351,7 @@ def describe_command(folder: Path, out: Path) -> None:
 @click.option(
     "--match",
     "sample_file",
-    type=console.LocalPath(dir_okay=False),
+    type=console.LocalPath(dir_okay=False, writes=True),
     help="CSV file to write: samples whose metadata does not separate real from fake.",
 )
 @click.option(

@@ -1,5 +1,6 @@
 """Terminal output: escaped file names, tables that are never cut, errors of one line."""
 
+import contextlib
 import io
 import logging
 import os
@@ -190,6 +191,29 @@ def test_ctrl_c_says_that_the_command_can_resume() -> None:
     result = run(action)
     assert result.exit_code == 130
     assert result.stderr == "stopped by Ctrl-C; run the same command again to resume\n"
+
+
+@pytest.mark.parametrize("fault", ["no reader", "full disk"])
+def test_a_line_that_cannot_be_written_does_not_end_a_training(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the one of the signal handler, in `train.py 2>&1 | tee log`. Results do fail."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    broken = os.fdopen(writes, "w", 1) if fault == "no reader" else Path("/dev/full").open("w", 1)
+    monkeypatch.setattr(sys, "stderr", broken)
+    monkeypatch.setattr(console.log, "handlers", [console._LogHandler()])
+    with interrupts.stop_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+    with pytest.raises(SystemExit) as caught, interrupts.resumable():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    monkeypatch.setattr(sys, "stdout", broken)
+    with pytest.raises(OSError):
+        console.say("a result")
+    with contextlib.suppress(OSError):
+        broken.close()
 
 
 def test_a_stop_by_sigterm_is_called_one() -> None:

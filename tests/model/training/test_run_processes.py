@@ -58,7 +58,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     os.kill(running.process.pid, number)
     ended = running.wait()
     assert ended.status == 130
-    assert f"stopped by {number.name} at step" in ended.stdout
+    assert f"stopped by {number.name} at step" in ended.stderr
     last = last_of(tmp_path / "runs/tiny")
     step = checkpoint.read_meta(last)["step"]
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=300"])
@@ -82,7 +82,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     os.killpg(running.process.pid, number)
     ended = running.wait()
     assert ended.status == 130, ended
-    assert f"stopped by {number.name} at step" in ended.stdout
+    assert f"stopped by {number.name} at step" in ended.stderr
     last = last_of(tmp_path / "runs/tiny")
     assert checkpoint.read_meta(last)["step"] > 0
     deadline = time.monotonic() + HANG_S
