@@ -18,16 +18,12 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
   folder to fill, and publishes it as `path` if the block ends without an error.
 - `publish(partial, path, *, replace=False)` takes two `Path`s. It syncs the file or folder
   `partial` to the disk and renames it to `path`. A file replaces an older file. A folder replaces
-  an empty folder, and with `replace` any folder: the old one is renamed away just before, and
-  removed at the end. If the process is killed between the two renames, there is no folder at
-  `path`, and the old one has the name `<name>.old.<number>.partial`. Without `replace`, a folder
-  with files at `path` is kept, and `OSError` is raised (by `atomic_folder()` at the end of its
-  block).
+  an empty folder; a folder with files is kept, and `OSError` is raised (by `atomic_folder()` at the
+  end of its block). With `replace` it gets the name `<name>.old.<number>.partial` just before, and
+  is removed at the end; a kill in between leaves it so.
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
-  removes it at the end. At the start it removes the older temporary folders of `path`, which killed
-  processes left: `<name>.<number>.partial` and `<name>.old.<number>.partial`. If there is nothing
-  at `path`, the `.old.` folder is not removed but renamed to `path`. So `path` must have one writer
-  at a time, also for `atomic_folder()`.
+  removes it at the end. First it removes those that killed processes left, or renames an `.old.`
+  one to `path`. It and `atomic_folder()` raise `BlockingIOError` if another one writes `path`.
 
 `partial_of(path)` takes a `Path` and returns its temporary path. `whole_name(name)` is the reverse,
 for the writes of any process: the final name, or None if `name` is not a temporary one.
@@ -35,19 +31,20 @@ for the writes of any process: the final name, or None if `name` is not a tempor
 a context manager that adds the path to the error of a full disk. `check_reachable(path)` raises
 `OSError` if an address does not answer. `remote_errors(path, fault)` is a context manager that
 raises `OSError` for errors of an address's client. `check_inside(path, folder)` raises `ValueError`
-if the path is outside the folder.
-`read_plain(path, most)` returns the bytes of a whole file, `read_text(path, most)` its UTF-8 text.
-Both raise `RefusedFileError` (an `OSError`) for pipes, devices and more than `most` bytes.
-`open_plain(path)` is a context manager that opens a file, but no pipe and no device.
-`size_of(path)` returns bytes, or None if there is no file. `parse_json(text)` returns the value of
-a JSON text; it raises `ValueError`, also for one that is nested too deeply. `text_fault(error)`
-takes this error, or that of reading a text file, and describes it in words. `cores()` returns the
-number of processor cores that this process may use, `cache_folder()` the folder for downloaded
-weights (the variable `DETECTOR_CACHE`, or a folder in the user's cache).
+if the path is outside the folder. `read_plain(path, most)` returns the bytes of a whole file,
+`read_text(path, most)` its UTF-8 text. Both raise `RefusedFileError` (an `OSError`) for pipes,
+devices and more than `most` bytes. `open_plain(path)` is a context manager that opens a file, but
+no pipe and no device. `size_of(path)` returns bytes, or None if there is no file.
+`parse_json(text)` returns the value of a JSON text; it raises `ValueError`, also for one that is
+nested too deeply. `text_fault(error)` takes this error, or that of reading a text file, and
+describes it in words. `cores()` returns the number of processor cores that this process may use,
+`cache_folder()` the folder for downloaded weights (the variable `DETECTOR_CACHE`, or a folder in
+the user's cache).
 """
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -66,13 +63,13 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from escape import reason_of
+from escape import text_fault as text_fault
 from installed import install_extra
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
 AnyPath = Path | UPath
-
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _READ_ONLY = ("http", "https")
@@ -273,8 +270,24 @@ def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: from `write`, or an upload failed; if the disk is full, the message names `path`.
     """
-    with naming(path):
-        _write_atomically(path, write)
+    if not is_local(path):
+        with naming(path), tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / path.name
+            write(partial)
+            # An object store shows an object only when its upload is complete.
+            with remote_errors(path, "could not be written"):
+                path.fs.put_file(str(partial), path.path)
+        return
+    partial = partial_of(path)
+    try:
+        with naming(path):
+            partial.write_bytes(b"")
+            mode = partial.stat().st_mode
+            write(partial)
+            partial.chmod(mode)  # some libraries write files that only their owner may read
+            publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -289,27 +302,6 @@ def naming(path: AnyPath) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-def _write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
-    if not is_local(path):
-        with tempfile.TemporaryDirectory() as folder:
-            partial = Path(folder) / path.name
-            write(partial)
-            # An object store shows an object only when its upload is complete.
-            with remote_errors(path, "could not be written"):
-                path.fs.put_file(str(partial), path.path)
-        return
-    partial = partial_of(path)
-    try:
-        partial.unlink(missing_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
-        write(partial)
-        partial.chmod(mode)  # some libraries write files that only their owner may read
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write bytes to a file by `write_atomically`."""
     write_atomically(path, lambda partial: partial.write_bytes(data))
@@ -322,24 +314,42 @@ def write_text(path: AnyPath, text: str) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `path` and remove it when the block ends. Temporary folders
-    that killed processes left for `path` are removed first: `path` must have one writer at a time.
-    An old folder that such a process had renamed away, and not replaced, gets its name back.
+    """Create a temporary folder next to `path`, lock it, and remove it when the block ends.
+    Temporary folders that killed processes left for `path` are removed first. An old folder that
+    such a process had renamed away, and not replaced, gets its name back.
+
+    Raises:
+        BlockingIOError: another process is writing `path`.
     """
-    partial = partial_of(path)
     own = re.compile(rf"{re.escape(path.name)}\.(old\.)?\d+\.partial")
-    for left in path.parent.glob("*.partial"):
-        if (match := own.fullmatch(left.name)) is None:
-            continue
+    left = {each: m for each in path.parent.glob("*.partial") if (m := own.fullmatch(each.name))}
+    for folder in left:
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # removed, or another user's
+            os.close(_lock(folder, path))
+    for folder, match in left.items():
         if match[1] and not path.exists():  # killed between the two renames of `publish`
-            left.rename(path)
+            folder.rename(path)
         else:
-            shutil.rmtree(left, ignore_errors=True)
-    try:
+            shutil.rmtree(folder, ignore_errors=True)
+    partial = partial_of(path)
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(shutil.rmtree, partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        at_end.callback(os.close, _lock(partial, path))
         yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lock(folder: Path, path: Path) -> int:
+    """Lock the temporary `folder` of `path` until the returned descriptor is closed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(f"another process is writing {path}; wait for it to end") from None
+    except OSError:  # some network file systems cannot lock a folder
+        pass
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -470,16 +480,6 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
         return json.loads(text, strict=strict)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def text_fault(error: Exception) -> str:
-    """Describe why a text or JSON file cannot be used: the bad byte, the line, or the error."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8"
-    if isinstance(error, json.JSONDecodeError):
-        place = f"{error.msg} in line {error.lineno}, column {error.colno}"
-        return place if error.doc.strip() else "the file is empty"
-    return reason_of(error) if isinstance(error, ValueError) else repr(error)[:200]
 
 
 CACHE_VARIABLE = "DETECTOR_CACHE"

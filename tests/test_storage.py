@@ -198,6 +198,20 @@ def test_temporary_folders_of_killed_writers_are_removed(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", *others]
 
 
+def test_a_folder_that_another_process_is_writing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.old.12345.partial").mkdir()
+    with atomic_folder(tmp_path / "a") as partial:
+        (partial / "b").write_text("first")
+        (tmp_path / "a.old.12345.partial").mkdir()  # its second writer must not touch anything
+        with (
+            pytest.raises(BlockingIOError, match=r"another process is writing .*a; wait for it"),
+            atomic_folder(tmp_path / "a"),
+        ):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.old.12345.partial"]
+    assert (tmp_path / "a/b").read_text() == "first"
+
+
 def test_an_old_folder_without_its_successor_gets_its_name_back(tmp_path: Path) -> None:
     (tmp_path / "a.old.12345.partial").mkdir()
     (tmp_path / "a.old.12345.partial/b").write_text("old")
