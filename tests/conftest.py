@@ -100,6 +100,14 @@ def streamlit_leaves_nothing() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_training_goes_on() -> Iterator[None]:
+    """End the trainings that a failed test left running."""
+    yield
+    if "tests.forked" in sys.modules:
+        sys.modules["tests.forked"].kill_started()
+
+
+@pytest.fixture(autouse=True)
 def no_trust_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide a C2PA trust list of this machine, so that tests do not depend on it."""
     monkeypatch.setattr("model.c2pa.signatures.CACHED", "no list")

@@ -102,11 +102,29 @@ def start_on_image(image: Path, disk: Path, arguments: Sequence[object], answer:
     return _forked(_train_on_image, answer, image, disk, [str(a) for a in arguments])
 
 
+_STARTED: list[BaseProcess] = []
+"""Processes of the current test."""
+
+
+def start_process(function: Callable, *arguments: object) -> BaseProcess:
+    """Call a function in a new process, which is killed if it is still there after the test."""
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    _STARTED.append(process)
+    return process
+
+
 def _forked(function: Callable, answer: Path, *arguments: object) -> Running:
     answer.unlink(missing_ok=True)
-    process = FORK.Process(target=function, args=(answer, *arguments))
-    process.start()
-    return Running(process, answer)
+    return Running(start_process(function, answer, *arguments), answer)
+
+
+def kill_started() -> None:
+    """Kill the processes that a failed test left: pytest would wait for them at its end."""
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.join()
 
 
 def _train(answer: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:

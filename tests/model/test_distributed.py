@@ -19,7 +19,7 @@ from model.distributed import (
     init_distributed,
     on_main,
 )
-from tests.forked import FORK
+from tests.forked import FORK, start_process
 from tests.servers import HANG_S
 
 
@@ -39,11 +39,7 @@ def two_ranks(body: Callable[[DistEnv], object]) -> list[object]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
-    ranks = [
-        FORK.Process(target=one_rank, args=(rank, port, body, pipes[rank][1])) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
+    ranks = [start_process(one_rank, rank, port, body, pipes[rank][1]) for rank in range(2)]
     results = [pipe.recv() if pipe.poll(60) else "nothing in 60 s" for pipe, _ in pipes]
     for process in ranks:
         process.join(HANG_S)
