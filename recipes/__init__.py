@@ -82,8 +82,9 @@ def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collect
         RecipeError: an unknown or missing key, a wrong type, a value out of range or not finite.
     """
     _refuse_unknown(kind, values, where, prefix="")
+    plain: type = kind  # mypy does not take `type[T]` as hashable
     try:
-        built = _checks_of(kind).validate_python(values)
+        built = _checks_of(plain).validate_python(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed)}") from error
     _refuse_misread(built, values, where, prefix="")
