@@ -52,8 +52,12 @@ class _StandardError(io.TextIOBase):
     full disk, or a pipe without a reader, must not end a training.
     """
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Return its encoding: rich draws bars of ASCII if it is not UTF-8."""
+        return sys.stderr.encoding or "utf-8"
+
     def isatty(self) -> bool:
-        """Return whether it is a terminal."""
         return sys.stderr.isatty()
 
     def write(self, text: str) -> int:
@@ -169,7 +173,9 @@ class LocalPath(click.Path):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
             if self._writes and path.is_symlink():
-                path = path.resolve()
+                link, path = path, path.resolve()
+                if link.suffix != path.suffix:  # it may decide the format
+                    raise ValueError(f"{link} is a link to {path}, of another suffix; name {path}")
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
             self.fail(one_line(error), param, context)
         return super().convert(path, param, context)

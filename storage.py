@@ -36,15 +36,12 @@ if the path is outside the folder. `read_plain(path, most)` returns the bytes of
 devices and more than `most` bytes. `open_plain(path)` is a context manager that opens a file, but
 no pipe and no device. `size_of(path)` returns bytes, or None if there is no file.
 `parse_json(text)` returns the value of a JSON text; it raises `ValueError`, also for one that is
-nested too deeply. `text_fault(error)` takes this error, or that of reading a text file, and
-describes it in words. `cores()` returns the number of processor cores that this process may use,
-`cache_folder()` the folder for downloaded weights (the variable `DETECTOR_CACHE`, or a folder in
-the user's cache).
+nested too deeply. `cores()` returns the number of processor cores that this process may use,
+`cache_folder()` the folder for downloaded weights (of the variable `DETECTOR_CACHE`).
 """
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -63,7 +60,6 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from escape import reason_of
-from escape import text_fault as text_fault
 from installed import install_extra
 
 if TYPE_CHECKING:
@@ -341,6 +337,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 def _lock(folder: Path, path: Path) -> int:
     """Lock the temporary `folder` of `path` until the returned descriptor is closed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        return os.open(os.devnull, os.O_RDONLY)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

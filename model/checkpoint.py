@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import recipes
-from escape import reason_of
+from escape import reason_of, text_fault
 from installed import DEMO, command, git_commit
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
@@ -53,7 +53,6 @@ from storage import (
     parse_json,
     read_text,
     sha256_of,
-    text_fault,
     write_text,
 )
 

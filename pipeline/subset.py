@@ -26,8 +26,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from escape import text_fault
 from sharding.format import ShardSet
-from storage import text_fault
 
 
 @dataclass(frozen=True)

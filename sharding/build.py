@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 import console
 from console import counted, log
 from sharding.catalog import Catalog
-from sharding.dedupe import Decision, decide
+from sharding.dedupe import BOTH_LABELS, Decision, decide
 from sharding.executor import Engine, run_all
 from sharding.format import (
     CLASSES,
@@ -341,7 +341,9 @@ class _SetBuild:
         if self.split == "train" and len(labels) == 1:
             kind, other = CLASSES[labels[0]], CLASSES[1 - labels[0]]
             why = why_lacking(self.excluded, 1 - labels[0])
-            advice = f"correct the labels or add other {other}" if why else f"add {other}"
+            advice = f"add other {other}" if why else f"add {other}"
+            if BOTH_LABELS in why:
+                advice = f"correct the labels or {advice}"
             raise ShardError(
                 f"training set {self.name} has {counted(len(self.samples), f'{kind} image')} and "
                 f"no {other} images{why}; {advice} images, or pass --allow-incomplete"

@@ -55,6 +55,7 @@ MAX_DIFFERENCE = 8.0
 with MAX_BITS, at least 98.9 % of re-encoded and resized copies are found, and none of 72,000 pairs
 of different images (docs/log.md)."""
 
+BOTH_LABELS = "the same bytes are labeled real and fake"
 EXCLUDED_BY_CATALOG = "its SHA-256 stands in a list that the catalog excludes"
 
 SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
@@ -151,7 +152,7 @@ def _exclude_both_labels(
             for label in (0, 1):
                 decision.other[run[labels[run] == label]] = run[labels[run] != label][0]
     decision.sets[both] = ""
-    decision.reasons[both] = "the same bytes are labeled real and fake"
+    decision.reasons[both] = BOTH_LABELS
     return both
 
 

@@ -52,7 +52,7 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.format import CLASSES
+from sharding.format import CLASSES, UNKNOWN
 from sharding.raw import nfc, walk
 
 WORDS = (
@@ -297,4 +297,4 @@ def _generator(path: str) -> str:
         words = [word for word in re.split(r"[^a-z0-9.]+", part) if word not in {"", *_GENERIC}]
         if words:
             return "-".join(words)
-    return "unknown"
+    return UNKNOWN

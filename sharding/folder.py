@@ -62,7 +62,7 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.format import CLASSES
+from sharding.format import CLASSES, UNKNOWN
 from sharding.left_out import left_out
 from sharding.listing import links_in, list_source
 from storage import AnyPath, make_folder, write_text
@@ -200,7 +200,7 @@ def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
             if kind == "fake":  # a subfolder names the generator
                 within = toml_string(f"{path}/<generator>")
                 lines.append(f"    {{ folder = {within}, optional = true }},")
-            generator = "unknown" if kind == "fake" else "camera"
+            generator = UNKNOWN if kind == "fake" else "camera"
             rule = f'folder = {toml_string(path)}, generator = "{generator}"'
             lines.append(f"    {{ {rule}, optional = true }},")
         lines.append("]")

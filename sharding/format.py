@@ -53,7 +53,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from escape import reason_of
+from escape import reason_of, text_fault
 from installed import DEMO
 from storage import (
     MAX_TABLE_BYTES,
@@ -63,12 +63,14 @@ from storage import (
     read_plain,
     read_text,
     remote_fault,
-    text_fault,
 )
 
 FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
 """Class names; a label is an index into this tuple: 0 real, 1 fake."""
+
+UNKNOWN = "unknown"
+"""Generator of fakes of which nobody has named it."""
 
 IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Image formats allowed in a shard, with the file extension of their members."""
@@ -223,12 +225,12 @@ class ShardSet:
         return [names[code] for code in codes[samples]]
 
     def generators(self) -> list[str]:
-        """Return the generators of the fakes, sorted. A fake whose generator the catalog does not
-        name has its class as generator, which is left out.
+        """Return the generators of the fakes, sorted, without those that have no name: their class,
+        or `UNKNOWN`, stands for it.
         """
         codes, names = self.codes("generator")
         of_fakes = np.unique(codes[self.column("label") == 1])
-        return sorted({names[code] for code in of_fakes} - {*CLASSES})
+        return sorted({names[code] for code in of_fakes} - {*CLASSES, UNKNOWN})
 
     def text(self, name: str, sample: int) -> str:
         """Return one value of a text column."""

@@ -8,8 +8,8 @@ part that is about files which no set was made of.
 from collections.abc import Sequence
 
 from console import counted
-from sharding.build import BuiltSet, Excluded
-from sharding.format import EXCLUDED_FILE, INDEX_FILE
+from sharding.build import BuiltSet, Excluded, why_lacking
+from sharding.format import CLASSES, EXCLUDED_FILE, INDEX_FILE
 from sharding.scan import SourceScan
 from storage import AnyPath
 
@@ -35,13 +35,14 @@ def left_out(built: Sequence[BuiltSet], scan: SourceScan, out: AnyPath) -> list[
                 f"excluded from {built_set.name}: {images}: {reason} (first: {first}{rest})"
             )
     lines += files_left_out(scan)
-    packed = {built_set.name for built_set in built if built_set.index["samples"]}
+    of_name = {built_set.name: built_set for built_set in built}
     for name, kinds in scan.lacking.items():
-        what = f"{kinds[0]} image" if name in packed else "image"
-        lines.append(
-            f"no {what} went to set {name}; add images, or raise the share of the set in the "
-            "catalog"
-        )
+        one = of_name.get(name)
+        what = f"{kinds[0]} image" if one and one.index["samples"] else "image"
+        why = why_lacking(one.excluded, CLASSES.index(kinds[0])) if one else ""
+        is_lost = why or (one and one.index["quarantined"])
+        advice = "" if is_lost else ", or raise the share of the set in the catalog"
+        lines.append(f"no {what} went to set {name}{why}; add images{advice}")
     return lines
 
 

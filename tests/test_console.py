@@ -52,6 +52,10 @@ def test_every_path_is_local_or_any_address(
         link, target = tmp_path / "link", tmp_path / "target"
         link.symlink_to("target")  # the file of a large or shared disk is replaced, not the link
         assert kind.convert(str(link), None, None) == target
+        table = tmp_path / "table.csv"
+        table.symlink_to("target")
+        with pytest.raises(click.BadParameter, match=r"a link to .*target, of another suffix"):
+            kind.convert(str(table), None, None)
     if isinstance(kind, console.LocalPath):
         assert "is an address" in said_of(kind, "s3://bucket/x")
         assert "empty path" in said_of(kind, "")

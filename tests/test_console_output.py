@@ -83,6 +83,14 @@ def test_a_table_is_never_cut() -> None:
     assert "recall: 0.944 (0.90-0.98)" in received  # of 40 columns
 
 
+def test_progress_bars_are_of_the_encoding_of_standard_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """rich takes lines of other characters where it is UTF-8."""
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    assert console.ERR.encoding == "latin-1"
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
 def test_standard_output_of_any_encoding_takes_every_name(encoding: str) -> None:
     code = (

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
+import escape
 import storage
 from storage import (
     atomic_folder,
@@ -425,7 +426,7 @@ def test_deeply_nested_json_is_a_value_error(deep: str) -> None:
 def test_text_fault_names_the_byte_or_the_place(data: bytes, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         json.loads(data.decode("utf-8"))
-    assert storage.text_fault(caught.value) == said
+    assert escape.text_fault(caught.value) == said
 
 
 def test_only_old_temporary_files_are_removed(tmp_path: Path) -> None:

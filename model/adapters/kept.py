@@ -29,9 +29,10 @@ from reprlib import repr as short
 from typing import Any
 
 import console
+from escape import text_fault
 from model.adapters.detector import DetectorError, OtherDetector
 from model.verdict import CALIBRATION_KEYS, calibration_fault
-from storage import parse_json, read_text, text_fault, write_text
+from storage import parse_json, read_text, write_text
 
 CALIBRATION_FILE = "calibration.json"
 

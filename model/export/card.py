@@ -239,19 +239,20 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
         f"{_names(calibration['fitted_on'])} ({calibration['reals']:,} real, "
         f"{calibration['fakes']:,} fake images)"
     )
-    half = {"bf16": "bfloat16", "fp16": "float16"}.get(meta["recipe"]["run"]["precision"])
-    computed = (
-        f" The scores were computed in {half}; in float32, as on a CPU, single verdicts near a "
-        "threshold differ, and with them the rates by up to a percent."
-        if half
-        else ""
-    )
     if left_out_sources(meta):
+        # Only these scores are surely of the precision of the recipe: of the stored features.
+        half = {"bf16": "bfloat16", "fp16": "float16"}.get(meta["recipe"]["run"]["precision"])
+        computed = (
+            f" The scores were computed in {half}; in float32, as on a CPU, single verdicts near a "
+            "threshold differ."
+            if half
+            else ""
+        )
         return (
             "Temperature and thresholds were fitted on the scores that heads gave to sources which "
             f"they had not seen, of {images}.{computed}"
         )
-    return f"Temperature and thresholds were fitted on {images}.{computed}"
+    return f"Temperature and thresholds were fitted on {images}."
 
 
 def _left_out(meta: Mapping[str, Any]) -> str:

@@ -306,15 +306,18 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
     is_first_scan = True
     while True:
         now, until, stamps, ready = time.monotonic(), time.time(), {}, []
-        is_whole = True
+        failed: list[str] = []
         excluded.clear()
         for file in _in_folder(folder, excluded):
             try:
                 facts = os.stat(file.name)  # noqa: PTH116  strings, as in the folder
-            except OSError:  # deleted since, a member of a tar, or a folder that is missing
-                is_whole = False
+            except NotADirectoryError:  # a member of a tar
                 continue
-            is_whole &= not stat.S_ISDIR(facts.st_mode)  # a folder that could not be listed
+            except OSError:  # deleted since, or a folder that is missing
+                failed.append(file.name)
+                continue
+            if stat.S_ISDIR(facts.st_mode):  # a folder that could not be listed
+                failed.append(file.name)
             stamp = facts.st_size, facts.st_mtime_ns
             before, since = first_seen.get(file.name, (stamp, now))
             stamps[file.name] = stamp, since if stamp == before else now
@@ -330,7 +333,9 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
             else:
                 until = min(until, facts.st_ctime)
         first_seen, is_first_scan = stamps, False
-        if is_whole and stamps:  # a share that is not mounted is an empty folder
-            given = {name: stamp for name, stamp in given.items() if name in stamps}
+        # What is below a folder that failed may come back. An unmounted share is an empty folder.
+        if stamps and str(Path(folder)) not in failed:
+            below = tuple(f"{name}{os.sep}" for name in failed)
+            given = {n: stamp for n, stamp in given.items() if n in stamps or n.startswith(below)}
         yield Look(ready, until)
         time.sleep(POLL_S)

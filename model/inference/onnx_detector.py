@@ -45,6 +45,7 @@ from PIL import Image
 
 import recipes
 from devices import parse_device
+from escape import text_fault
 from installed import install_extra
 from model.inference.prediction import (
     AnyDetector,
@@ -58,7 +59,7 @@ from model.verdict import calibration_fault
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
-from storage import parse_json, sha256_of, text_fault
+from storage import parse_json, sha256_of
 
 if TYPE_CHECKING:
     import onnxruntime

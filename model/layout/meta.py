@@ -211,7 +211,7 @@ class Meta(TypedDict):
     calibration: CalibrationEntry | None
     """Fitted temperature, thresholds and band. Null: not calibrated."""
     calibrated_metrics: ValidationEntry | None
-    """Figures of the validation sets at the calibrated threshold, in the precision of the run."""
+    """Figures of the validation sets at the calibrated threshold."""
     metrics: ValidationEntry
     """Figures of the validation sets at a threshold of 0.5. Empty without a validation at this
     step."""

@@ -42,10 +42,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from console import counted
+from escape import text_fault
 from model.mistakes.keep import MistakeError, Verdict, read_mistakes, verdict_from
 from model.mistakes.regressions import Regression, counts_of, measure_again
 from model.recipe import Gate
-from storage import parse_json, read_text, text_fault, write_text
+from storage import parse_json, read_text, write_text
 
 if TYPE_CHECKING:
     from model.inference.prediction import AnyDetector

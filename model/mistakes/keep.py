@@ -54,11 +54,12 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias, get_args
 
+from escape import text_fault
 from imaging.decode import IMAGE_SUFFIXES
 from installed import command
 from model.inference.prediction import DecisionRule
 from model.verdict import VERDICTS
-from storage import RefusedFileError, parse_json, read_text, text_fault, write_bytes, write_text
+from storage import RefusedFileError, parse_json, read_text, write_bytes, write_text
 
 Label: TypeAlias = Literal["real", "fake"]
 LABELS: tuple[Label, ...] = get_args(Label)

@@ -48,6 +48,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from escape import text_fault
 from model.calibrate import Calibration, ThresholdAt, calibrate_by, check_validation_sets
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
@@ -62,7 +63,7 @@ from model.verdict import probability
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
-from storage import AnyPath, parse_json, read_text, text_fault, write_text
+from storage import AnyPath, parse_json, read_text, write_text
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from devices import device_here, parse_device
-from escape import reason_of, typed_reason_of
+from escape import reason_of, text_fault, typed_reason_of
 from installed import install_extra
-from storage import parse_json, read_text, sha256_of, text_fault
+from storage import parse_json, read_text, sha256_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

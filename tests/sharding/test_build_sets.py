@@ -84,6 +84,23 @@ def test_a_class_that_is_lost_to_contradictory_labels_is_not_called_missing(tmp_
         build(read_catalog([tmp_path / "c.toml"]), tmp_path / "raw", tmp_path / "out", jobs=1)
 
 
+def test_images_that_are_copies_of_another_set_are_not_said_to_have_wrong_labels(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path / "raw/a/real", range(2))
+    put(tmp_path / "raw/a/fake", range(10, 12))
+    put(tmp_path / "raw/b/real", range(2))
+    text = catalog(("a", "a", '"tr"', f"{REAL}\n{FAKE}"), ("b", "b", '"te"', REAL))
+    (tmp_path / "c.toml").write_text(text)
+    place = read_catalog([tmp_path / "c.toml"]), tmp_path / "raw", tmp_path / "out"
+    with pytest.raises(ShardError, match=r"2 images excluded, such as .*; add other real images,"):
+        build(*place, jobs=1)
+    scan, built = build(*place, jobs=1, tolerance=Tolerance(allow_incomplete=True))
+    lines = left_out(built, scan, tmp_path / "out")
+    assert lines[-1].startswith("no real image went to set tr: 2 images excluded, such as a/real/")
+    assert lines[-1].endswith("; add images")
+
+
 def test_changed_shares_do_not_put_images_of_a_set_that_is_not_built_into_another(
     tmp_path: Path,
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_folder_becomes_two_sets_without_a_common_group(mine: Path, tmp_path: 
     groups = [set(shards.table.column("group").to_pylist()) for shards in (train, val)]
     assert not groups[0] & groups[1]
     assert set(train.codes("generator")[1]) == {"camera", "sdxl", "unknown"}
+    assert train.generators() == ["sdxl"]
     before = hashes(data)
     assert pack(mine, data).shards_written == 0
     assert hashes(data) == before

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -85,6 +85,34 @@ def test_a_watched_folder_yields_each_complete_file_once(
     assert look() == []
     growing.write_bytes(b"another")
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
+
+
+def test_a_file_that_is_put_back_beside_a_folder_that_always_fails_is_yielded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a folder of another user, or the tar of a shard set."""
+    clock = [1000.0]
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(inputs.time, "sleep", lambda _seconds: clock.__setitem__(0, clock[0] + 1))
+    (tmp_path / "closed").mkdir()
+    for name in ("a.jpg", "b.jpg", "set.tar"):
+        (tmp_path / name).write_bytes(b"12")
+        os.utime(tmp_path / name, (1, 1))
+    closed = inputs._unreadable(str(tmp_path / "closed"), "Permission denied")
+    member = inputs._unreadable(str(tmp_path / "set.tar/a.jpg"), "not of a file of its own")
+
+    def entries(_folder: str) -> Iterator[object]:
+        images = (entry for entry in os.scandir(tmp_path) if entry.name.endswith(".jpg"))
+        return iter([*images, closed, member])
+
+    monkeypatch.setattr(inputs, "_entries", entries)
+    looks = inputs.watch(str(tmp_path), Counter())
+    assert len(next(looks).files) == 2
+    (tmp_path / "a.jpg").rename(tmp_path / "away")
+    assert next(looks).files == []
+    (tmp_path / "away").rename(tmp_path / "a.jpg")
+    again = [Path(file.name).name for _ in range(4) for file in next(looks).files]
+    assert [name for name in again if name != "closed"] == ["a.jpg"]
 
 
 @pytest.mark.parametrize("fault", ["gone", "empty", "not listed", "cut short"])
