@@ -138,9 +138,9 @@ def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:
     """Return the result of one image as a sentence for screen readers."""
     probability = result.prediction.probability
     if probability is None:
-        return f"{result.name} was refused: {result.prediction.error}."
+        return f"{result.printable_name} was refused: {result.prediction.error}."
     return (
-        f"{result.name}: {capital(verdict)}. {capital(fitness.number(detector.meta))}: "
+        f"{result.printable_name}: {capital(verdict)}. {capital(fitness.number(detector.meta))}: "
         f"{percent(probability)}. {'The file itself names AI. ' if result.names_ai else ''}"
         f"{capital(fitness.proof(detector.meta))}."
     )

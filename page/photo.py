@@ -68,7 +68,7 @@ def photo_html(
         kind = "detail" if number else "whole" if whole else ""
         inside: Markup | str = ""
         if heatmaps:
-            name = f"Heatmap of {'the detail of ' if number else ''}{result.name}"
+            name = f"Heatmap of {'the detail of ' if number else ''}{result.printable_name}"
             inside = Markup('<img src="{}" alt="{}">').format(data_url(heatmaps[number]), name)
         elif busy and not number:
             inside = Markup('<span class="busy">Computing the heatmap</span>')
@@ -84,8 +84,9 @@ def photo_html(
         '<figure class="photo"><div class="picture"><img src="{}" alt="{}">{}</div>'
         "<figcaption><b>{}</b> The network sees {}, at {} x {} pixels{}.{}</figcaption></figure>"
     ).format(
-        data_url(result.preview), result.name, Markup("").join(frames), result.name, seen, size,
-        size, detail, Markup("<br>{}").format(gradcam.MEANING) if heatmaps else "",
+        data_url(result.preview), result.printable_name, Markup("").join(frames),
+        result.printable_name, seen, size, size, detail,
+        Markup("<br>{}").format(gradcam.MEANING) if heatmaps else "",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ files that are not in `files` are dropped.
 
 Fields of a `Scored`:
 
-- `name`: the file name.
+- `name`: the file name; `printable_name` is the text to show for it.
 - `prediction`: a `Prediction`: `probability` of fake (0 to 1), or None and the reason in `error`
   (else "").
 - `evidence`: the statements in the file about its origin, a sequence of `Evidence` of
@@ -40,7 +40,7 @@ import streamlit as st
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from escape import markdown
+from escape import markdown, printable
 from imaging.decode import ImageFile, decode
 from imaging.decode_lock import Busy, decode_lock, hold
 from model.c2pa import signatures
@@ -72,6 +72,13 @@ class Scored:
     size: tuple[int, int] = (0, 0)
     is_example: bool = False
     was_busy: bool = False  # it was not scored, because others were; it is tried again
+
+    @property
+    def printable_name(self) -> str:
+        """The name, in which marks that change the writing direction are visible: text next to it
+        would be shown backwards.
+        """
+        return printable(self.name)
 
     @property
     def names_ai(self) -> bool:

@@ -93,7 +93,7 @@ def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
     probability = result.prediction.probability
     return {
         "id": key,
-        "name": result.name,
+        "name": result.printable_name,
         "picture": data_url(result.thumbnail) if result.thumbnail else "",
         "verdict": capital(verdict),
         "kind": KINDS[verdict],

@@ -101,7 +101,7 @@ def _statement(item: Evidence) -> Markup:
 def refused_html(refused: Sequence[Scored]) -> Markup:
     """Return the card with the refused files and the reasons."""
     items = Markup().join(
-        Markup("<li><b>{}</b>: {}</li>").format(result.name, result.prediction.error)
+        Markup("<li><b>{}</b>: {}</li>").format(result.printable_name, result.prediction.error)
         for result in refused
     )
     return Markup('<div class="card refused">{}<ul>{}</ul></div>').format(icon("refused"), items)

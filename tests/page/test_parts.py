@@ -155,6 +155,19 @@ def test_file_names_and_reasons_are_escaped() -> None:
     assert "<img" not in html and "<i>" not in html and "&lt;i&gt;bad" in html
 
 
+def test_a_name_cannot_turn_the_text_beside_it_round(small_runs: Path) -> None:
+    name, detector = "photo\u202egpj.exe", load_detector(runs=small_runs)
+    prediction = Prediction(name="x", probability=0.4, verdict="uncertain")
+    refused = Prediction(name="x", probability=None, verdict=UNREADABLE, error="empty file")
+    judged = Scored(name, prediction, preview=JPEG, size=(400, 200))
+    shown = [
+        refused_html([Scored(name, refused)]), photo_html(judged, detector.preprocess, [JPEG]),
+        row("a", judged, "uncertain")["name"], sentence(detector, judged, "uncertain"),
+        sentence(detector, Scored(name, refused), UNREADABLE),
+    ]  # fmt: skip
+    assert all(r"photo\u202egpj.exe" in text and "\u202e" not in text for text in shown)
+
+
 def test_the_scale_shows_the_band_and_has_an_aria_label() -> None:
     html = scale_html(0.25, (0.4, 0.7))
     assert "width: 40.00%" in html and "width: 30.00%" in html and "left: 25.00%" in html
