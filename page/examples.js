@@ -9,7 +9,8 @@ export default function ({ parentElement, data }) {
     const text = Object.assign(document.createElement("span"), { textContent: title });
     button.type = "button";
     button.append(image, text);
-    button.onclick = async () => {
+    button.onclick = async (event) => {
+      if (event.detail > 1) return; // the second click of a double click
       const bytes = await (await fetch(source)).arrayBuffer();
       const file = new File([bytes], name, { type: "image/jpeg" });
       document.dispatchEvent(new CustomEvent("page-files", { detail: [file] }));

@@ -68,6 +68,7 @@ export default function ({ parentElement, data, setStateValue }) {
       setStateValue("chosen", row.id);
       data = { ...data, chosen: row.id };
       draw();
+      if (row.probability !== null) document.querySelector(".verdict")?.scrollIntoView({ block: "nearest" });
     };
     return tr;
   };

@@ -3,8 +3,9 @@
 Main entry: `uploads()` takes nothing, puts the uploader and its buttons on the page (Streamlit),
 and returns the list of uploaded files (Streamlit's `UploadedFile`), empty if there are none. The
 button "Paste from the clipboard" is shown if the browser allows it, "Remove all" while there are
-files. `announce(text)` makes screen readers speak a text, and returns nothing. Uploaded files stay
-in memory.
+files. Files that the uploader or the server rejected are listed with the reasons; they are not
+returned. `announce(text)` makes screen readers speak a text, and returns nothing. Uploaded files
+stay in memory.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from starlette.formparsers import MultiPartParser
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from imaging.decode import MAX_BYTES
+from page.html import icon
 from page.session import forget
 
 HERE = Path(__file__).parent
@@ -26,6 +28,13 @@ _paste = st.components.v2.component(
     html='<button type="button" class="plain" hidden>Paste from the clipboard</button>'
     '<span role="status"></span>',
     js=(HERE / "paste.js").read_text(encoding="utf-8"),
+    isolate_styles=False,
+)
+
+_rejected = st.components.v2.component(
+    "rejected",
+    html=f'<div class="card refused" hidden>{icon("refused")}<ul></ul></div>',
+    js=(HERE / "rejected.js").read_text(encoding="utf-8"),
     isolate_styles=False,
 )
 
@@ -53,6 +62,7 @@ def uploads() -> list[UploadedFile]:
         _paste(key="paste")
         if files:
             st.button("Remove all", on_click=forget, args=(files,))
+    _rejected(key="rejected")
     return files
 
 

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Locator, Page
     from streamlit.testing.v1 import AppTest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -92,6 +92,14 @@ def width_of(page: "Page") -> int:
         "Math.max(document.documentElement.scrollWidth,"
         " ...[...document.querySelectorAll('[data-testid=stMain]')]"
         ".map((part) => part.scrollWidth))"
+    )
+
+
+def in_window(part: "Locator") -> bool:
+    """Return whether all of the element is in the window, not below or above it."""
+    return part.evaluate(
+        "(part) => { const box = part.getBoundingClientRect();"
+        " return box.top >= 0 && box.bottom <= innerHeight; }"
     )
 
 

@@ -6,6 +6,7 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -23,11 +24,16 @@ from tests.browser import (
     file_of,
     holds,
     in_browser,
+    in_window,
     probability_shown,
+    violations,
     wait_for,
     width_of,
 )
 from tests.builders import encode, photo
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 
 def probability(detector: ImageDetector, data: bytes) -> str:
@@ -99,6 +105,12 @@ def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
     names = page.locator(".images td.name")
     assert names.all_inner_texts() == [*(f"{i}.img" for i in range(12)), "notes.jpg"]
     number = page.get_by_role("columnheader", name="Probability of AI")
+    verdict = page.locator(".verdict")
+    page.locator("h1").scroll_into_view_if_needed()
+    assert not in_window(verdict)
+    page.locator(".images tbody tr").nth(1).click()
+    page.get_by_role("img", name="1.img", exact=True).wait_for()
+    assert in_window(verdict) and in_window(page.locator(".images tbody tr").nth(1))
     number.get_by_role("button").click()
     ranked = sorted(range(12), key=lambda i: -predictions[i].probability)
     assert names.all_inner_texts() == [*(f"{i}.img" for i in ranked), "notes.jpg"]
@@ -200,8 +212,45 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(visit, address, t
     holds(address, 0)
     page = visit()
     browse(page, tmp_path / "huge.png")
-    wait_for(page, "50.0MB or smaller")
+    line = page.locator(".st-key-rejected li")
+    line.wait_for()  # in view, not in a tooltip
+    assert line.inner_text() == "huge.png: File must be 50.0MB or smaller."
     assert bytes_held(address) == 0
+
+
+@in_browser
+def test_every_upload_that_the_server_refuses_is_listed_with_the_reason(visit) -> None:
+    page = visit()
+    statuses = iter((503, 408, 503))
+
+    def refuse(route: "Route") -> None:
+        if route.request.method == "PUT":
+            route.fulfill(status=next(statuses))
+        else:
+            route.continue_()
+
+    page.route("**/_stcore/upload_file/**", refuse)
+    lines, name = page.locator(".st-key-rejected li"), "photo\u202egpj.jpg"
+    for number, added in enumerate((name, "two.jpg", "three.jpg"), 1):
+        browse(page, file_of(added, PHOTO))
+        lines.nth(number - 1).wait_for()
+    full = "the memory for images is full; remove images, or try again later"
+    late = "the upload was interrupted; remove the file and try again"
+    assert lines.all_inner_texts() == [
+        f"{name}: {full}", f"two.jpg: {late}", f"three.jpg: {full}",
+    ]  # fmt: skip
+    direction = "(part) => getComputedStyle(part).unicodeBidi"  # the reason is not turned round
+    assert lines.first.locator("b").evaluate(direction) == "isolate"
+    assert violations(page) == []
+    spoken = page.locator("[data-testid=stFileChip] [role=alert]")
+    assert sorted(spoken.all_text_contents()) == sorted([full, late, full])
+    page.unroute("**/_stcore/upload_file/**")
+    page.get_by_role("button", name="Remove two.jpg").click()
+    lines.nth(2).wait_for(state="detached")
+    browse(page, file_of("one.jpg", PHOTO))
+    wait_for(page, "What the file says")
+    page.get_by_role("button", name="Remove all").click()
+    lines.first.wait_for(state="detached")
 
 
 @in_browser

@@ -71,7 +71,7 @@ def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> 
     page = visit()
     for example in examples():
         page.get_by_role("button", name=example.title, exact=True).wait_for()
-    page.get_by_role("button", name="Drawn by a program", exact=True).click()
+    page.get_by_role("button", name="Drawn by a program", exact=True).dblclick()  # one file only
     page.get_by_role("img", name="dawn.jpg", exact=True).wait_for()
     wait_for(page, "algorithmicMedia", "Their verdicts do not show how good the detector is")
     assert page.get_by_text("Or try an example").count() == 0
@@ -79,3 +79,7 @@ def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> 
     status.filter(has_text="dawn.jpg: ").wait_for(state="attached")
     said = status.text_content()
     assert said.startswith("dawn.jpg: ") and said.endswith("A probability is not a proof.")
+    page.emulate_media(forced_colors="active")  # backgrounds are removed unless a part keeps them
+    for part in (".icon", ".scale i", ".scale b", ".stSlider div", ".stCheckbox div"):
+        kept = page.locator(part).first.evaluate("(e) => getComputedStyle(e).forcedColorAdjust")
+        assert kept == "none", part
