@@ -206,4 +206,4 @@ def test_a_server_that_cannot_write_shows_the_error(visit, claimed: tuple[bytes,
     open_control(page, claimed[0])
     page.get_by_role("button", name="Keep it").click()
     wait_for(page, "Not kept: ", "File too large")
-    assert page.locator(".card.refused").count() == 1
+    assert page.locator(".card.refused:visible").count() == 1
