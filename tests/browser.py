@@ -96,10 +96,12 @@ def width_of(page: "Page") -> int:
 
 
 def in_window(part: "Locator") -> bool:
-    """Return whether all of the element is in the window, not below or above it."""
+    """Return whether all of the element is in the window, but for part of a pixel: browsers scroll
+    by whole pixels.
+    """
     return part.evaluate(
         "(part) => { const box = part.getBoundingClientRect();"
-        " return box.top >= 0 && box.bottom <= innerHeight; }"
+        " return box.top > -1 && box.bottom < innerHeight + 1; }"
     )
 
 
