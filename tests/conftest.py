@@ -73,14 +73,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    """Exempt what is loaded so far (mostly modules) from garbage collection: Python's own full
-    collections took a tenth of the time of the tests.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def no_detector_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the detectors that ship, so that tests do not depend on them."""
