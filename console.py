@@ -14,8 +14,8 @@ total=None)`. This counts `done` more, shows `note` and sets a given `total`. `l
 Types of options: `LocalPath` (a path on this machine; keywords of click.Path, and `writes=True` for
 a file to write: a link is followed), `AnyAddress` (a folder or an address like s3://; `writes=True`
 refuses one that can only be read), `FiniteRange(min, max)` and `Device` (auto, cpu, cuda or
-cuda:N). `Command` and `Group` use `plain_errors()`, a context manager; `one_line(error)` is the
-line that it prints. `note(text)` prints a line on standard error, if it can be written.
+cuda:N). `Command` and `Group` use `plain_errors()`, a context manager that prints an error in one
+line. `note(text)` prints a line on standard error, if it can be written.
 `given(name)` is whether an option was typed, `counted(2, "image")` is "2 images",
 `address("::1", 80)` is "http://[::1]:80".
 """

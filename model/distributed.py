@@ -40,6 +40,7 @@ import torch
 from torch import distributed
 
 import console
+from escape import one_line
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ def on_main(dist: DistEnv, work: Callable[[], T]) -> T:
             result = work()
         except Exception as error:  # of any kind: the other ranks must not wait for a result
             failure = error
-    reason = failure and console.one_line(failure)
+    reason = failure and one_line(failure)
     result, reason = all_gather_object(dist, (result, reason))[0]
     if failure is not None:
         raise failure

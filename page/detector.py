@@ -31,6 +31,7 @@ import click
 import streamlit as st
 
 import console
+from escape import one_line
 from model import load_detector
 from model.c2pa import signatures
 from model.checkpoint import CheckpointError, NoCheckpointError
@@ -73,7 +74,7 @@ def why_not(error: Exception) -> str:
             "detector (python -m model fetch downloads its weights)."
         )
     if isinstance(error, ValueError | OSError):
-        return console.one_line(error)
+        return one_line(error)
     return f"the checkpoint cannot be loaded ({type(error).__name__}: {error})"
 
 

@@ -53,7 +53,7 @@ from markupsafe import Markup
 from streamlit import config
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-import console
+from escape import one_line
 from model.inference.detector import ImageDetector
 from model.mistakes.keep import Label, MistakeError, Verdict, keep_mistake, verdict_of
 from model.verdict import VERDICTS, capital
@@ -162,5 +162,5 @@ def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | No
 def refusal_html(error: Exception) -> Markup:
     """Return the reason why nothing was kept, as one line of HTML."""
     return Markup('<div class="card refused">{}<p>Not kept: {}</p></div>').format(
-        icon("refused"), console.one_line(error)
+        icon("refused"), one_line(error)
     )

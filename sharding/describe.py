@@ -128,10 +128,11 @@ def describe(folder: Path) -> Description:
         else:
             images[nfc(file.inside.rpartition("/")[0])] += 1
     if not images:
-        there = [f"{counted(count, 'file')}: {reason}" for reason, count in unread.items()]
+        counts = [f"{counted(count, 'file')}: {reason}" for reason, count in unread.items()]
+        there = f", found {'; '.join(counts)}" if counts else ""
         raise CatalogError(
             f"no image below {folder}; expected files such as .jpg, .png or .webp in folders or "
-            f"zip archives{', found ' if there else ''}{'; '.join(there)}"
+            f"zip archives{there}"
         )
     folders: dict[str, tuple[str, int]] = {}
     holding: dict[str, list[str]] = {}

@@ -402,7 +402,7 @@ def _list_cells(
         listing.exclude(_PACKED_TABLE, file.inside)
         return
     with naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
-        table = pq.ParquetFile(stream)
+        table = pq.ParquetFile(stream, pre_buffer=False)  # see raw.py: no threads, here and below
         conditions = {column for claim in claims for column in claim.compiled.rule.where}
         naming = {claim.compiled.rule.generator_column for claim in claims} - {""}
         names = conditions | naming | ({source.group_column} - {""})
@@ -412,7 +412,7 @@ def _list_cells(
                 f"{raw / file.path} has columns {', '.join(table.schema_arrow.names)}, but the "
                 f"catalog also expects {', '.join(sorted(missing))}"
             )
-        values = table.read(columns=sorted(names), use_threads=False)  # see raw.py
+        values = table.read(columns=sorted(names), use_threads=False)
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     total = sum(sizes)
     group_of = np.repeat(np.arange(len(sizes)), sizes)

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import console
+import escape
 import interrupts
 from tests.builders import ROOT
 
@@ -167,13 +168,13 @@ def test_a_missing_folder_and_an_unreadable_file_are_named(
 ) -> None:
     with pytest.raises(OSError) as caught:
         (tmp_path / "none" / "x.csv").write_text("")
-    said = console.one_line(caught.value)
+    said = escape.one_line(caught.value)
     assert said == f"there is no folder {tmp_path / 'none'}; create it, or name another folder"
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"")
     path.chmod(0o600)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root can read every file
-    said = console.one_line(PermissionError(13, "Permission denied", str(path)))
+    said = escape.one_line(PermissionError(13, "Permission denied", str(path)))
     assert said == f"{path}: not readable by this user (mode 600)"
 
 
@@ -186,7 +187,7 @@ def test_a_file_below_a_closed_folder_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Path, "stat", closed)
     monkeypatch.setattr(os, "stat", closed)
-    said = console.one_line(error)
+    said = escape.one_line(error)
     monkeypatch.undo()
     assert said == "closed/x: Permission denied"
 

@@ -141,10 +141,11 @@ class EvaluationPlan:
         the sources of training on purpose.
         """
         seen = {_letters(name) for name in generators_seen(self.meta)} - {""}
+        trained_on = self.trained_on
         return {
             name: [one for one in planned.shards.generators() if _letters(one) in seen]
             for name, planned in self.measured.items()
-            if planned.split == "test" and name not in self.trained_on
+            if planned.split == "test" and name not in trained_on
         }
 
     @property

@@ -55,6 +55,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePath
 
 import console
+from escape import one_line
 from imaging.decode import DecodeError, ImageFile
 from model.c2pa.signatures import TrustList
 from model.inference import inputs, results
@@ -220,7 +221,7 @@ class Run:
             if error.errno not in _OF_ONE_NAME:
                 raise
             self.undrawn += 1
-            console.log.warning("no heatmap of %s: %s", name, console.one_line(error))
+            console.log.warning("no heatmap of %s: %s", name, one_line(error))
 
 
 # Errors caused by a single name. Any other error, such as a full disk, ends the run.

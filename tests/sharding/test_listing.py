@@ -6,9 +6,11 @@ reversed labels, wrong extensions, missing files. Each test packs a copy and rea
 
 import io
 import json
+import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -445,3 +447,28 @@ def test_images_in_a_parquet_table_may_be_plain_bytes_or_missing(tmp_path: Path)
     path.write_bytes(stream.getvalue())
     rows = pack(tmp_path, max_bad=0.5)
     assert Counter(row.label for row in rows.values()) == {"real": 1, "fake": 1}
+
+
+def test_only_the_calling_thread_reads_a_parquet_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of Arrow may hold a Python stream for longer than the reader, and then free it."""
+    path = tmp_path / "raw/julienlucas/data/train-0.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"image": [image(), image()], "label": ["real", "fake"]}), path)
+    readers, open_path = set[int](), Path.open
+
+    class Stream(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes | None:
+            readers.add(threading.get_ident())
+            return super().read(size)
+
+    def opened(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".parquet":
+            return Stream(path)
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    source = read_catalog([BUILT_IN]).sources["julienlucas"]
+    assert len(list_source("julienlucas", source, tmp_path / "raw").items) == 2
+    assert readers == {threading.get_ident()}

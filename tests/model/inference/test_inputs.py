@@ -55,14 +55,16 @@ def test_an_index_or_a_listed_tar_that_is_a_pipe_or_a_device_is_not_waited_for(
         files["a.tar"].read()
 
 
-def test_a_watched_folder_yields_each_complete_file_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        inputs.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    )
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clock that only sleeping moves: looks at a folder follow each other at once."""
+    now = [1000.0]
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(inputs.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_watched_folder_yields_each_complete_file_once(tmp_path: Path) -> None:
     (tmp_path / "old.jpg").write_bytes(b"12")
     os.utime(tmp_path / "old.jpg", (1, 1))
     looks = inputs.watch(str(tmp_path), Counter())
@@ -87,13 +89,11 @@ def test_a_watched_folder_yields_each_complete_file_once(
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_file_that_is_put_back_beside_a_folder_that_always_fails_is_yielded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as a folder of another user, or the tar of a shard set."""
-    clock = [1000.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(inputs.time, "sleep", lambda _seconds: clock.__setitem__(0, clock[0] + 1))
     (tmp_path / "closed").mkdir()
     for name in ("a.jpg", "b.jpg", "set.tar"):
         (tmp_path / name).write_bytes(b"12")
@@ -115,14 +115,12 @@ def test_a_file_that_is_put_back_beside_a_folder_that_always_fails_is_yielded_ag
     assert [name for name in again if name != "closed"] == ["a.jpg"]
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("fault", ["gone", "empty", "not listed", "cut short"])
 def test_images_of_a_folder_that_drops_out_are_not_yielded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Such as a network share: its folder is missing, an empty mount point, or fails."""
-    clock = [1000.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(inputs.time, "sleep", lambda _seconds: clock.__setitem__(0, clock[0] + 1))
     share, away = tmp_path / "share", tmp_path / "away"
     share.mkdir()
     for name in ("a.jpg", "b.jpg"):
@@ -146,13 +144,9 @@ def test_images_of_a_folder_that_drops_out_are_not_yielded_again(
     assert [next(looks).files for _ in range(4)] == [[]] * 4
 
 
-def test_a_look_says_up_to_when_all_changes_are_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("clock")
+def test_a_look_says_up_to_when_all_changes_are_in_it(tmp_path: Path) -> None:
     """A file that is not complete yet counts with its change time, also if its own time is old."""
-    clock = [1000.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(inputs.time, "sleep", lambda _seconds: clock.__setitem__(0, clock[0] + 1))
     looks = inputs.watch(str(tmp_path), Counter())
     assert next(looks).files == []
     (tmp_path / "a.jpg").write_bytes(b"12")
