@@ -47,8 +47,9 @@ lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and 
 - `root`: its folder below the raw folder (default: its name). A zip archive in this folder is read
   like a folder.
 - `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
-  the path of a file. Images with equal captures are a group, which goes to one set as a whole. Of
-  the first pattern that matches, the capture is taken, and one of them must match a file.
+  the path of a file, from the name of the source's folder on (`mine/cats/1.png`). Images with equal
+  captures are a group, which goes to one set as a whole. Of the first pattern that matches, the
+  capture is taken, and one of them must match a file.
   `group_column`: the same for equal values of a parquet column. Without them, files that differ
   only in their suffix, and images of one table row, are a group.
 - `table`: names the CSV files, which have one row per image: `name` (a pattern of the CSV files'

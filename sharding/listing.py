@@ -117,21 +117,24 @@ class _Grouping:
     patterns: Sequence[re.Pattern]
     matched: int = 0
     unmatched: int = 0
-    first: str = ""  # of the files that match none
+    first: str = ""  # path of the first file that matches none, as the patterns see it
 
-    def group_of(self, name: str, origin: str, inside: str) -> str:
+    def group_of(self, name: str, origin: str) -> str:
         """Return the group of a file: what the first pattern that matches captures, or its path."""
         if captured := next((m[1] for p in self.patterns if (m := p.search(origin))), None):
             self.matched += 1
             return f"{name}/{captured.lower()}"
         self.unmatched += 1
-        self.first = self.first or inside
+        self.first = self.first or origin
         return origin.rpartition(".")[0]
 
     def report(self, listing: Listing) -> None:
         """Note in `listing` that no file, or not every file, matches a pattern."""
         if self.patterns and not self.matched:
-            listing.unmatched += [f"group '{pattern.pattern}'" for pattern in self.patterns]
+            listing.unmatched += [
+                f"group '{pattern.pattern}' (paths are like {self.first})"
+                for pattern in self.patterns
+            ]
         elif self.patterns and self.unmatched:
             listing.ungrouped = (
                 f"{self.unmatched:,} of {counted(self.matched + self.unmatched, 'image')} match no "
@@ -341,7 +344,7 @@ def _list_file(
     claim = _decide(claims, file.inside)
     root = source.root or name
     origin = nfc(f"{root}/{file.inside}")  # the same on every machine
-    group = groups.group_of(name, origin, file.inside)
+    group = groups.group_of(name, origin)
     _add(listing, claim, name, file, origin, file.member, group)
 
 

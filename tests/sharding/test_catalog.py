@@ -312,6 +312,8 @@ def test_the_catalog_of_git_repositories_is_pinned() -> None:
         assert repository.manifest_sha256, name
         assert source.license and source.title, name
         assert bool(source.real) != bool(source.fake), name
+        for pattern in source.groups():  # paths begin with the name of the source's folder
+            assert pattern[0] != "^" or pattern.startswith(f"^{source.root or name}/"), name
     assert len(catalog.exclude) == 2223
     assert {len(digits) for digits in catalog.exclude} == {16}
 

@@ -93,7 +93,7 @@ def test_a_group_pattern_that_matches_no_image_stops_the_build(tmp_path: Path) -
     put(tmp_path / "raw/mine/f", "a_1.png", "a_2.png", "b_1.jpg")
     pattern = r"""group = '([^/]+)_[0-9]+\.jpeg$'"""
     listing = listing_of(tmp_path, f'fake = ["f"]\n{pattern}\n')
-    assert listing.unmatched == [r"group '([^/]+)_[0-9]+\.jpeg$'"]
+    assert listing.unmatched == [r"group '([^/]+)_[0-9]+\.jpeg$' (paths are like mine/f/a_1.png)"]
     catalog = read_catalog([tmp_path / "catalog.toml"])
     with pytest.raises(CatalogError, match=r"no file in .*/raw/mine matches group '.*--allow-inc"):
         find_sources(catalog, tmp_path / "raw", tmp_path / "out")
@@ -105,7 +105,7 @@ def test_one_of_several_group_patterns_must_match_an_image(tmp_path: Path) -> No
     listing = listing_of(tmp_path, f'fake = ["f"]\n{patterns}\n')
     assert listing.unmatched == []
     assert [item.group for item in listing.items] == ["mine/a", "mine/a", "mine/f/b_1", "mine/f/c"]
-    assert listing.ungrouped == "2 of 4 images match no `group` pattern (first: f/b_1.jpg)"
+    assert listing.ungrouped == "2 of 4 images match no `group` pattern (first: mine/f/b_1.jpg)"
     listing = listing_of(tmp_path, """fake = ["f"]\ngroup = 'f/(.)'\n""")
     assert (listing.ungrouped, listing.unmatched) == ("", [])
 
@@ -115,7 +115,7 @@ def test_a_build_prints_the_number_of_images_without_a_group(raw: Path, tmp_path
     arguments = ["--raw", raw, "--catalog", tmp_path / "catalog.toml", "--out", tmp_path / "out"]
     result = CliRunner().invoke(main, ["build", *map(str, arguments), "--jobs", "1"])
     assert result.exit_code == 0, result.output
-    assert "mine: 60 of 120 images match no `group` pattern (first: fake/0.png)" in result.output
+    assert "mine: 60 of 120 images match no `group` pattern (first: mine/fake/0.png)" in result.output
 
 
 @pytest.mark.parametrize(
