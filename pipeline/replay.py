@@ -6,12 +6,13 @@ Main entries: `Replay(...)`, the settings of a recipe (by keyword; the defaults 
 - `sets`: list of the names of the old sets.
 - `ratio`: old to new samples, such as "1:8" (2,500 old for 20,000 new samples) or 0.125.
 - `exclude_sources`: list of the names of old sources. The caller leaves them out of `pool`.
+- `weight`: weight of an old sample in the loss; a new one has 1.
 - `distill_weight`: weight of the loss that keeps the logits of old samples near those of the
   initial network.
 
 Its `fraction` is the number of old samples per new one, exact (a `Fraction`); the caller computes
 `count` from it. ValueError is raised for a wrong ratio, a ratio above 0 without sets, a negative
-weight, or one above 0 without a ratio.
+`distill_weight`, or a `weight` that is not above 0.
 
 `sample_old(pool, sources, labels, count, rng)` returns `count` sample numbers of the pool,
 shuffled, in an array of its dtype (int64 if `count` is 0). Each source gives an equal share, half
@@ -48,6 +49,9 @@ class Replay:
     """Ratio of old to new samples, such as `1:8` or 0.125. 0: no replay. Range: at least 0"""
     exclude_sources: list[str] = field(default_factory=list)
     """Sources of the old sets that are not replayed."""
+    weight: float = 1.0
+    """Weight of an old sample in the loss; a new sample has 1. With the ratio 1:8 and a weight of
+    8, old and new samples count alike. Range: above 0"""
     distill_weight: float = 0.0
     """Weight of the loss that keeps the logits of old samples near those of the initial network. 0:
     off; without replay it has no effect. Range: at least 0"""
@@ -55,6 +59,8 @@ class Replay:
     def __post_init__(self) -> None:
         if self.fraction > 0 and not self.sets:
             raise ValueError(f"ratio is {self.ratio}, but `sets` is empty; name the old sets there")
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, got {self.weight}")
         if self.distill_weight < 0:
             raise ValueError(f"distill_weight must not be negative, got {self.distill_weight}")
 

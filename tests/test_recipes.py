@@ -169,6 +169,7 @@ def test_keys_inside_a_table_are_changed_too() -> None:
             "replay={distill_weight=inf, sets=['a'], ratio=1}",
             "replay.distill_weight must be a finite number",
         ),
+        ("replay={weight=0, sets=['a'], ratio=1}", "replay: weight must be above 0, got 0"),
         ("loading.stall_error_s=inf", "loading.stall_error_s must be a finite number"),
         ("loading.stall_error_s=-1", "stall_error_s must be more than 0, got -1"),
         ("gate.max_fpr=nan", "max_forgetting and max_fpr are shares"),

@@ -25,8 +25,9 @@ the loss is not finite.
 
 `gather(stream, epochs, dist)` reads the features of the first `epochs` epochs of a `Stream` of
 stored features and returns this rank's `Samples`: `features`, float16 (N, D), `labels` (0 real, 1
-fake) and `weights`, float32 (N,). An image that comes several times in one view is one row; its
-weight is how many times. It raises `FeatureError` for missing or damaged features.
+fake) and `weights`, float32 (N,). An image that comes several times in one view is one row. Its
+weight is how many times it comes; each time that it is replayed counts `replay.weight` times. It
+raises `FeatureError` for missing or damaged features.
 `check_fit(recipe, net)` raises `FitError` if a `ResolvedRecipe` and its network cannot be fitted.
 
 `head_weights(net)` returns a copy of the weights of a `Detector` that learn (`HeadWeights`, name ->
@@ -68,7 +69,7 @@ class FitError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Features of training images on one device: `features` float16 (N, D), `labels` float32 (N,)
-    of 0 and 1, and `weights` float32 (N,), the number of times that each row counts.
+    of 0 and 1, and `weights` float32 (N,), how often each row counts.
     """
 
     features: torch.Tensor
@@ -136,8 +137,9 @@ def gather(stream: Stream, epochs: int, dist: DistEnv | None = None) -> Samples:
     for number in range(epochs):
         epoch, view = stream.epoch(number, whole=True), stream.view(number)
         assert view is not None
-        seen = counts.setdefault(view, np.zeros(len(loader.shards), np.int64))
-        seen += np.bincount(epoch.samples, minlength=len(seen))
+        seen = counts.setdefault(view, np.zeros(len(loader.shards)))
+        weights_of = np.where(epoch.replayed, stream.replay.weight, 1.0)
+        seen += np.bincount(epoch.samples, weights_of, minlength=len(seen))
     features, labels, weights = [], [], []
     for view, seen in counts.items():
         rows, table = np.flatnonzero(seen)[dist.rank :: dist.world_size], loader.table(view)

@@ -205,6 +205,7 @@ def _stepper(planned: RunPlan, train_state: TrainState) -> Callable[[Batch], flo
         loss = train_step(
             train_state, forward, batch, recipe.optim,
             step=number, grad_accum_steps=recipe.run.grad_accum_steps,
+            replay_weight=recipe.replay.weight,
             distill_weight=recipe.replay.distill_weight,
         ).item()  # fmt: skip
         if not math.isfinite(loss):

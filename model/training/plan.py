@@ -464,8 +464,15 @@ def _warnings(
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
         name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
         lines += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
-    if recipe.replay.distill_weight and not recipe.replay.fraction:
-        lines += ["replay.distill_weight is not used: replay.ratio is 0, no old sample is replayed"]
+    if not recipe.replay.fraction:
+        unused = {
+            "weight": recipe.replay.weight != 1,
+            "distill_weight": recipe.replay.distill_weight,
+        }
+        lines += [
+            f"replay.{key} is not used: replay.ratio is 0, no old sample is replayed"
+            for key, is_set in unused.items() if is_set
+        ]  # fmt: skip
     if weights.kind in ("timm", "file"):
         return (*lines, *normalization_warnings(recipe))
     if weights.path is None:

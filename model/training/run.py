@@ -224,6 +224,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             loss = train_step(
                 train_state, forward, batch, recipe.optim,
                 step=done, grad_accum_steps=settings.grad_accum_steps,
+                replay_weight=recipe.replay.weight,
                 distill_weight=recipe.replay.distill_weight,
             )  # fmt: skip
             done += 1

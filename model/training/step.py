@@ -1,8 +1,8 @@
 """Take one optimizer step on one batch, with mixed precision, gradient accumulation, a moving
 average of the weights (EMA), distillation and several ranks.
 
-Main entry: `train_step(train_state, forward, batch, optim, step, grad_accum_steps,
-distill_weight)`. The last three are optional and passed by keyword. On several ranks, all call it.
+Main entry: `train_step(train_state, forward, batch, optim, step, grad_accum_steps, replay_weight,
+distill_weight)`. The last four are optional and passed by keyword. On several ranks, all call it.
 
 - `train_state`: the `TrainState` (network, optimizer and more), made by `assemble()` in
   `assemble.py`; it is changed. Set the learning rate before (`set_learning_rate()` in `optim.py`).
@@ -12,6 +12,7 @@ distill_weight)`. The last three are optional and passed by keyword. On several 
 - `step`: the number of steps done before this one (default: 0).
 - `grad_accum_steps`: the largest number of pieces that the batch is split into, to save memory
   (default: 1). It is at least 1 and need not divide the batch: the last piece may be smaller.
+- `replay_weight`: the weight of a replayed sample in the loss (default: 1, as a new one).
 - `distill_weight`: the weight of the distance to the logits of `train_state.teacher` on replayed
   samples (default: 0, none).
 
@@ -132,11 +133,13 @@ def train_step(
     *,
     step: int = 0,
     grad_accum_steps: int = 1,
+    replay_weight: float = 1.0,
     distill_weight: float = 0.0,
 ) -> torch.Tensor:
     """Take one optimizer step and return this rank's part of the loss, a scalar on the device.
 
-    The loss is the mean over the valid images of all ranks, and equals the mean of the parts. The
+    The loss is the mean over the valid images of all ranks, of which replayed ones count
+    `replay_weight` times, and equals the mean of the parts. The
     batch is split into `grad_accum_steps` pieces, which saves memory. It changes the result only of
     networks with batch norm that is not frozen, which normalizes each piece alone.
     `distill_weight` weights the squared distance between the logits of replayed samples and those
@@ -146,15 +149,14 @@ def train_step(
         train_state.net.train()  # takes 3 ms for a ViT-B, longer than a step of a head
     train_state.optimizer.zero_grad(set_to_none=True)
     # DDP averages gradients over ranks: dividing by the mean count gives the mean over all images.
-    count = (
-        all_reduce_sum(train_state.dist, batch.valid.sum().float()) / train_state.dist.world_size
-    )
-    count = count.clamp(min=1.0 / train_state.dist.world_size)
-    replayed = (
-        torch.from_numpy(batch.replayed).to(train_state.device, non_blocking=True)
-        if distill_weight
-        else None
-    )
+    weights, replayed = batch.valid.float(), None
+    if distill_weight or replay_weight != 1:
+        replayed = torch.from_numpy(batch.replayed).to(train_state.device, non_blocking=True)
+        weights = torch.where(replayed, replay_weight, 1.0) * weights
+    count = all_reduce_sum(train_state.dist, weights.sum()) / train_state.dist.world_size
+    # The smallest sum of a batch that has a valid image: only an empty batch is changed.
+    least = min(1.0, replay_weight) / train_state.dist.world_size
+    count = count.clamp(min=least)
     total = torch.zeros((), device=train_state.device)
     for rows, last in _pieces(len(batch), grad_accum_steps):
         with _synchronized(forward, last):
@@ -164,7 +166,7 @@ def train_step(
                 logits.float(), batch.labels[rows],
                 reduction="none", label_smoothing=optim.label_smoothing,
             )  # fmt: skip
-            loss = (losses * batch.valid[rows]).sum() / count
+            loss = (losses * weights[rows]).sum() / count
             if replayed is not None and train_state.teacher is not None:
                 held = replayed[rows] & batch.valid[rows]
                 loss = (

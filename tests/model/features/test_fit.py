@@ -276,6 +276,15 @@ def test_phase_2_fits_replayed_images_too(
         data, tmp_path / "runs", init_from=first,
     )  # fmt: skip
     assert np.abs(head_of(saved)[0] - head_of(alone)[0]).max() > 1e-3
+    found = []
+    for weight in (1.0, 8.0):
+        weighed = replace(second, name="w", replay=replace(second.replay, weight=weight))
+        planned = plan(weighed, data, tmp_path / "runs", init_from=first)
+        stream = with_features(planned, assemble(planned)).stream
+        found.append(gather(stream, second.run.epochs))
+    once = found[0].weights.sum() - replayed * second.run.epochs
+    assert found[1].weights.sum() == once + 8 * replayed * second.run.epochs
+    assert set((found[1].weights / found[0].weights).tolist()) == {1.0, 8.0}
 
 
 @pytest.mark.parametrize(("decay", "iterations"), [(0.01, 100), (0.0, 4), (0.0, 300)])

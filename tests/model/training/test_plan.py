@@ -118,9 +118,11 @@ def test_a_resumed_run_and_a_finished_one(load: Load, data: Path, tmp_path: Path
 
 
 def test_distillation_without_replay_has_no_teacher(load: Load, data: Path, trained: Path) -> None:
-    planned = plan(load('run.init_from="first"', "replay.distill_weight=1"), data, trained)
+    unused = ("replay.distill_weight=1", "replay.weight=2")
+    planned = plan(load('run.init_from="first"', *unused), data, trained)
     assert planned.teacher is None
-    assert any("replay.distill_weight is not used" in line for line in planned.warnings)
+    for key in ("distill_weight", "weight"):
+        assert any(f"replay.{key} is not used" in line for line in planned.warnings)
 
 
 def test_a_plan_does_not_touch_the_disk(load: Load, data: Path, trained: Path) -> None:

@@ -154,6 +154,25 @@ def test_autocast_is_on_around_the_whole_network(dtype: torch.dtype) -> None:
         assert parameter.dtype == parameter.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_replayed_image_counts_as_so_many_copies(parts: int) -> None:
+    batch, order = small_batch(), [0, 1, 1, 1, 2, 3]
+    weighed = replace(batch, replayed=np.array([False, True, False, False]))
+    copied = replace(
+        batch, images=batch.images[order], labels=batch.labels[order], valid=batch.valid[[0] * 6],
+        samples=batch.samples[order], replayed=np.zeros(6, bool),
+    )  # fmt: skip
+    results = []
+    for given, weight in ((weighed, 3.0), (copied, 1.0), (weighed, 1.0)):
+        state = small_trainer(torch.float32)
+        loss = train_step(
+            state, state.net, given, OPTIM, grad_accum_steps=parts, replay_weight=weight
+        )
+        results.append([loss, *(parameter.grad for parameter in state.learning)])
+    torch.testing.assert_close(results[0], results[1])
+    assert abs(results[0][0] - results[2][0]) > 1e-3
+
+
 def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are scaled in the backward pass and unscaled before clipping and the step."""
     inside, used = [], []
