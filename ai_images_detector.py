@@ -41,6 +41,7 @@ import click
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import cli  # noqa: E402
 import console  # noqa: E402
 from installed import NAME, install_extra, program_version  # noqa: E402
 
@@ -92,8 +93,8 @@ def main() -> None:
 
 
 @click.command("app", cls=console.Command)
-@console.listen(port=8501)
-@console.options("checkpoint", "runs")
+@cli.listen(port=8501)
+@cli.options("checkpoint", "runs")
 def app(host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
     """Start a web page that tells whether images are AI-generated.
 
@@ -108,7 +109,7 @@ def app(host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
         raise click.ClickException(no_checkpoint(checkpoint))
     if checkpoint:
         os.environ["DETECTOR_CHECKPOINT"] = str(checkpoint)
-    if console.given("runs"):
+    if cli.given("runs"):
         os.environ["DETECTOR_RUNS"] = str(runs)
         if not checkpoint:
             os.environ.pop("DETECTOR_CHECKPOINT", None)

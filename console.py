@@ -1,33 +1,26 @@
 """Read options and print results, log lines, progress bars, tables and errors in a terminal.
 
 Main entries: `@click.command(cls=Command)` (groups: `Group`) prints a `ValueError` or `OSError` as
-one line and exits with code 1. The decorator `options("data", "runs")` adds these shared options
-(keys of `OPTIONS`). It also adds --verbose, for which the function gets no argument. The decorator
-`listen(port, lowest)` adds --host and --port: `port` is the default, `lowest` the smallest allowed
-(default 1; 0: any free port). `say(text)` prints a result to standard output, `say_data(text)` a
+one line and exits with code 1. `say(text)` prints a result to standard output, `say_data(text)` a
 line of CSV or JSON. `table(title, columns, rows, drop)` prints names of columns, and rows of values
 (formatted by `cell()`). In a narrow terminal the columns named in `drop` (default: none) are left
 out, the first one first. `progress(label, total, shown)` is a context manager that shows a bar on
-standard error (`total` None: unknown; `shown` false: none). It yields `advance(done=1, note="",
-total=None)`. This counts `done` more, shows `note` and sets a given `total`. `log` is the logger.
+standard error, or without a terminal a line a minute (`total` None: unknown; `shown` false: none).
+It yields `advance(done=1, note="", total=None)`. This counts `done` more, shows `note` and sets a
+given `total`. `log` is the logger.
 
-Types of options: `LocalPath` (a path on this machine; keywords of click.Path, and `writes=True` for
-a file to write: a link is followed), `AnyAddress` (a folder or an address like s3://; `writes=True`
-refuses one that can only be read), `FiniteRange(min, max)` and `Device` (auto, cpu, cuda or
-cuda:N). `Command` and `Group` use `plain_errors()`, a context manager that prints an error in one
-line. `note(text)` prints a line on standard error, if it can be written.
-`given(name)` is whether an option was typed, `counted(2, "image")` is "2 images",
-`address("::1", 80)` is "http://[::1]:80".
+`Command` and `Group` use `plain_errors()`, a context manager that prints an error in one line.
+`note(text)` prints a line on standard error, if it can be written. `counted(2, "image")` is "2
+images", `address("::1", 80)` is "http://[::1]:80". Options of commands: cli.py.
 """
 
 import contextlib
 import io
 import logging
-import math
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO, cast
 
 import click
@@ -37,14 +30,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-import storage
-from devices import parse_device
 from escape import one_line, printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
 # Width of tables in a pipe or a file, in characters: wide enough that no table is wrapped.
 _WIDE = 100_000
+
+# Shortest time between two lines on progress, in seconds. Longer work has longer times.
+_LINE_S = 60.0
 
 
 class _StandardError(io.TextIOBase):
@@ -143,7 +137,7 @@ class Group(Command, click.Group):
     command_class = Command
 
 
-def _start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
+def start_logging(_context: click.Context, _option: click.Parameter, verbose: bool) -> None:
     """Send log lines to standard error; with `verbose` add time, level and module to each line."""
     handler = _LogHandler()
     handler.setFormatter(
@@ -152,203 +146,6 @@ def _start_logging(_context: click.Context, _option: click.Parameter, verbose: b
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
-
-
-class LocalPath(click.Path):
-    """Option type for a path of this machine, given as `Path`. Takes the keywords of `click.Path`.
-
-    Refused are addresses such as s3://, and anything that is neither a file nor a folder: reading
-    a pipe could block forever, and writing would replace a device. With `writes`, a link becomes
-    the path that it names: an atomic write would replace the link.
-    """
-
-    def __init__(self, *, writes: bool = False, **keywords: Any) -> None:
-        super().__init__(**{"path_type": Path, **keywords})
-        self._writes = writes
-
-    def convert(self, value: Any, param: Any, context: Any) -> Any:
-        """Check one value and convert it to a `Path`."""
-        try:
-            path = storage.local_path(value)
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
-            if self._writes and path.is_symlink():
-                link, path = path, path.resolve()
-                if link.suffix != path.suffix:  # it may decide the format
-                    raise ValueError(f"{link} is a link to {path}, of another suffix; name {path}")
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-            self.fail(one_line(error), param, context)
-        return super().convert(path, param, context)
-
-
-class AnyAddress(click.ParamType):
-    """Option type for a folder of this machine, given as `Path`, or an address, given as `UPath`.
-    With `writes`, a read-only address (http, https) is refused.
-    """
-
-    name = "folder or address"
-
-    def __init__(self, *, writes: bool = False) -> None:
-        self._parse = storage.writable_path if writes else storage.any_path
-
-    def convert(self, value: Any, param: Any, context: Any) -> storage.AnyPath:
-        """Check one value and convert it to a path, without any network access."""
-        try:
-            path = self._parse(value)
-            if storage.is_local(path) and path.exists() and not path.is_dir():
-                raise ValueError(f"{value} is not a folder")
-        except (ValueError, OSError) as error:
-            self.fail(one_line(error), param, context)
-        return path
-
-
-class FiniteRange(click.FloatRange):
-    """Option type for a finite number in a range. `click.FloatRange` alone accepts NaN."""
-
-    def convert(self, value: Any, param: Any, context: Any) -> float:
-        """Check one value and convert it to a float."""
-        converted = super().convert(value, param, context)
-        if not math.isfinite(converted):
-            self.fail(f"{value} is not a finite number", param, context)
-        return converted
-
-
-class Device(click.ParamType):
-    """Option type for a device name, given as text. Only torch can tell whether it exists."""
-
-    name = "device"
-
-    def convert(self, value: str, param: Any, context: Any) -> str:
-        """Check the spelling of one device name."""
-        try:
-            parse_device(value)
-        except ValueError as error:
-            self.fail(str(error), param, context)
-        return value
-
-
-OPTIONS: dict[str, Callable] = {
-    "data": click.option(
-        "--data",
-        type=AnyAddress(),
-        default="data/shards",
-        show_default=True,
-        help="Folder or address (s3://, hf://, https://) with the shard sets.",
-    ),
-    "runs": click.option(
-        "--runs",
-        type=LocalPath(file_okay=False),
-        default=Path("runs"),
-        show_default=True,
-        help="Folder with the training runs.",
-    ),
-    "max_fpr": click.option(
-        "--max-fpr",
-        type=FiniteRange(0, 0.5, min_open=True, max_open=True),
-        help="Error rate: at most this share of real images is called likely AI. It holds for "
-        "images like those of the calibration.",
-    ),
-    "max_miss": click.option(
-        "--max-miss",
-        type=FiniteRange(0, 0.5, min_open=True, max_open=True),
-        help="Error rate: at most this share of AI images is called no sign of AI. It holds for "
-        "images like those of the calibration.",
-    ),
-    "checkpoint": click.option(
-        "--checkpoint",
-        type=LocalPath(),  # `checkpoint.find` refuses a file: it may be a detector
-        help="Checkpoint folder, run folder (its best checkpoint), or name of a shipped detector. "
-        "Default: the newest run.",
-    ),
-    "detector": click.option(
-        "--detector",
-        help="Any detector: a value of --checkpoint, an exported .onnx file, hf:OWNER/NAME, "
-        "timm:NAME, or a Python file with predict(images).",
-    ),
-    "trust": click.option(
-        "--trust", is_flag=True, help="Allow --detector file.py to run, with your permissions."
-    ),
-    "fake_label": click.option(
-        "--fake-label",
-        "fake_labels",
-        multiple=True,
-        metavar="LABEL",
-        help="Label that means AI-generated, for an hf: or timm: detector with unclear labels. May "
-        "be repeated.",
-    ),
-    "device": click.option(
-        "--device",
-        type=Device(),
-        default="auto",
-        show_default=True,
-        help="Device of the network: auto, cpu, cuda or cuda:N. auto: a GPU if there is one.",
-    ),
-    "backend": click.option(
-        "--backend",
-        type=click.Choice(["auto", "dali", "pil"]),
-        default="auto",
-        show_default=True,
-        help="Image decoder: dali (GPU) or pil (CPU). auto: dali if it can be used.",
-    ),
-    "batch_size": click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=32,
-        show_default=True,
-        help="Images per batch.",
-    ),
-    "verbose": click.option(
-        "--verbose",
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_start_logging,
-        help="Log more, and show the traceback of an error.",
-    ),
-}
-
-
-def options(*names: str) -> Callable[[Callable], Callable]:
-    """Add shared options to a command: `@options("data", "runs")`. Always adds `--verbose`."""
-
-    def decorate(function: Callable) -> Callable:
-        for name in reversed([*names, "verbose"]):
-            function = OPTIONS[name](function)
-        return function
-
-    return decorate
-
-
-def given(name: str) -> bool:
-    """Return whether the option of parameter `name` of the running command was typed."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
-
-
-def refuse_conflicts(conflicts: Mapping[str, Sequence[str]]) -> None:
-    """Refuse options of the running command that were given together but contradict each other.
-
-    Args:
-        conflicts: parameter of an option -> parameters of the options that it excludes.
-
-    Raises:
-        click.UsageError: two such options were given. It names both.
-    """
-    flags = {option.name: option.opts[0] for option in click.get_current_context().command.params}
-    for name, others in conflicts.items():
-        for other in others:
-            if given(name) and given(other):
-                raise click.UsageError(f"{flags[name]} cannot be combined with {flags[other]}")
-
-
-def listen(port: int, lowest: int = 1) -> Callable[[Callable], Callable]:
-    """Add the options --host and --port of a server. Port 0, where allowed, takes a free port."""
-    host_help = "Address to listen on; 0.0.0.0 means all addresses."
-    port_help = "Port to listen on." if lowest else "Port to listen on; 0 chooses a free port."
-    ports = click.IntRange(lowest, 65535)
-    add_host = click.option("--host", default="127.0.0.1", show_default=True, help=host_help)
-    add_port = click.option("--port", type=ports, default=port, show_default=True, help=port_help)
-    return lambda function: add_host(add_port(function))
 
 
 def address(host: str, port: int) -> str:
@@ -389,9 +186,13 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
     """Show a progress bar on standard error; yields `advance(done=1, note="", total=None)`.
 
     `advance` adds `done` to the count, shows `note` after the bar, and replaces the total if
-    `total` is given. Without a terminal, or with `shown=False`, nothing is drawn, so that logs
-    stay clean.
+    `total` is given. Without a terminal, as in the log of a batch job, work that lasts longer than
+    a minute prints a line instead, each minute or, later, each fiftieth of the time so far. With
+    `shown=False` nothing is printed.
     """
+    if shown and not ERR.is_terminal:
+        yield _progress_lines(label, total)
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -399,12 +200,42 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    hidden = not (shown and ERR.is_terminal)
-    with Progress(*columns, console=ERR, disable=hidden, transient=True) as bar:
+    with Progress(*columns, console=ERR, disable=not shown, transient=True) as bar:
         task = bar.add_task(printable(label), total=total, note="")
         yield lambda done=1, note="", total=None: bar.update(
             task, advance=done, note=printable(note), **({} if total is None else {"total": total})
         )
+
+
+def _progress_lines(label: str, total: int | None) -> Callable[..., None]:
+    """Return an `advance` of `progress()` that logs lines such as `scoring val: 600 of 1,000, about
+    2 min left`. The time left follows from the speed since the line before.
+    """
+    size, count, begun = total, 0, time.monotonic()
+    last: tuple[float, int] | None = None  # time of the last line, and the count then
+
+    def advance(done: int = 1, note: str = "", total: int | None = None) -> None:
+        nonlocal size, count, last
+        size, count, now = size if total is None else total, count + done, time.monotonic()
+        if last is None:  # a resumed command first counts, at once, what was done before
+            last = (now, count)
+        seconds, more = now - last[0], count - last[1]
+        if seconds < max(_LINE_S, (now - begun) / 50):
+            return
+        last = (now, count)
+        of = "" if size is None else f" of {size:,}"
+        left = f", about {_duration((size - count) / more * seconds)} left" if size and more else ""
+        log.info("%s: %s%s%s%s", label, f"{count:,}", of, left, f" ({note})" if note else "")
+
+    return advance
+
+
+def _duration(seconds: float) -> str:
+    """Format a long time: `12 min`, `3.5 h`, `2.1 days`."""
+    for unit, name in ((86400, "days"), (3600, "h")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{max(1, round(seconds / 60))} min"
 
 
 def counted(number: int, noun: str) -> str:

@@ -50,6 +50,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import cli
 import console
 from storage import any_path, file_name, write_text
 
@@ -107,13 +108,13 @@ CONFLICTS = {
 )
 @click.option(
     "--subset",
-    type=console.LocalPath(exists=True, dir_okay=False),
+    type=cli.LocalPath(exists=True, dir_okay=False),
     help="CSV file with columns set,key: score only these samples. Without --shards, all sets in "
     "the file are used.",
 )
 @click.option(
     "--scores",
-    type=console.LocalPath(exists=True, dir_okay=False),
+    type=cli.LocalPath(exists=True, dir_okay=False),
     help="Write the report again from this scores.parquet, without network or images.",
 )
 @click.option(
@@ -126,27 +127,27 @@ CONFLICTS = {
 )
 @click.option(
     "--out",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     help="Folder for the report and the scores. Default: evaluation/ in the run's folder.",
 )
 @click.option(
     "--features",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     help="Score the features in this feature store instead of images (frozen backbones only).",
 )
 @click.option(
     "--regressions",
-    type=console.LocalPath(exists=True, file_okay=False),
+    type=cli.LocalPath(exists=True, file_okay=False),
     help="Score the mistakes in this folder (`predict.py --report-mistake`) again, instead of a "
     "set: which are fixed or new?",
 )
 @click.option(
     "--images",
-    type=console.LocalPath(exists=True, file_okay=False),
+    type=cli.LocalPath(exists=True, file_okay=False),
     help="With --regressions: folder to search, by file content, for images without a copy, or "
     "with one that has changed.",
 )
-@console.options(
+@cli.options(
     "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
 )
 @click.pass_context
@@ -180,7 +181,7 @@ def main(
     if command := context.invoked_subcommand:
         _refuse_options_before(context, command)
         return
-    console.refuse_conflicts(CONFLICTS)
+    cli.refuse_conflicts(CONFLICTS)
     if scores:
         _report_on_scores(scores, data, out)
         return
@@ -336,7 +337,7 @@ def say_files(written: Sequence[Path]) -> None:
     help="With an error rate: which images keep to it. All together, three sources of four, or "
     "every source, without the small ones. Default: most_sources.",
 )
-@console.options(
+@cli.options(
     "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "data", "runs",
     "device", "backend",
 )  # fmt: skip
@@ -372,7 +373,7 @@ def calibrate(
 
     rule: ThresholdAt | Calibrating = threshold_at
     if max_fpr is not None or max_miss is not None:
-        if console.given("threshold_at"):
+        if cli.given("threshold_at"):
             raise click.UsageError("--threshold cannot be combined with --max-fpr or --max-miss")
         rule = Calibrating(
             threshold=over or Calibrating.threshold,
@@ -401,20 +402,20 @@ def calibrate(
 
 @main.command()
 @click.argument(
-    "paths", metavar="RUN...", nargs=-1, required=True, type=console.LocalPath(exists=True)
+    "paths", metavar="RUN...", nargs=-1, required=True, type=cli.LocalPath(exists=True)
 )
 @click.option("--intersection", is_flag=True, help="Compare only the images that all runs scored.")
 @click.option(
     "--flips",
-    type=console.LocalPath(dir_okay=False, writes=True),
+    type=cli.LocalPath(dir_okay=False, writes=True),
     help="CSV file to write: every image whose verdict changed between the two runs.",
 )
 @click.option(
     "--out",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     help="Folder to write comparison.html, comparison.json and comparison.csv to.",
 )
-@console.options()
+@cli.options()
 def compare(
     paths: tuple[Path, ...], intersection: bool, flips: Path | None, out: Path | None
 ) -> None:

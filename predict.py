@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import cli
 import console
 import interrupts
 from model.c2pa.signatures import TrustList, read_trust_list, usual_trust_list
@@ -87,34 +88,34 @@ class NotStarted(click.ClickException):
 )
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False, writes=True),
+    type=cli.LocalPath(dir_okay=False, writes=True),
     help="File to write results to. Its name ends in .partial until it is complete.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted --out file.")
 @click.option(
     "--threshold",
-    type=console.FiniteRange(0, 1),
+    type=cli.FiniteRange(0, 1),
     help="Probability at or above which an image is called likely AI. Default: the checkpoint's "
     "calibrated threshold.",
 )
 @click.option(
     "--heatmap",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     help="Folder for heatmaps: for each image a picture of the regions that changed its score.",
 )
 @click.option(
     "--watch",
-    type=console.LocalPath(exists=True, file_okay=False, path_type=str),
+    type=cli.LocalPath(exists=True, file_okay=False, path_type=str),
     help="Watch this folder and score new images as they appear, until Ctrl-C.",
 )
 @click.option(
     "--onnx",
-    type=console.LocalPath(dir_okay=False),
+    type=cli.LocalPath(dir_okay=False),
     help="Use this detector, exported by `python -m model export --onnx`. Needs no torch.",
 )
 @click.option(
     "--trust-list",
-    type=console.LocalPath(dir_okay=False),
+    type=cli.LocalPath(dir_okay=False),
     help="PEM file with the certificates that make C2PA signers trusted. Default: the file named "
     "by DETECTOR_TRUST_LIST, else the public list if it was fetched.",
 )
@@ -127,7 +128,7 @@ class NotStarted(click.ClickException):
 )
 @click.option(
     "--mistakes",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     default="mistakes",
     show_default=True,
     envvar="DETECTOR_MISTAKES",
@@ -136,7 +137,7 @@ class NotStarted(click.ClickException):
 @click.option(
     "--keep-image", is_flag=True, help="With --report-mistake: also keep a copy of each image."
 )
-@console.options(
+@cli.options(
     "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "runs", "device",
     "backend", "batch_size",
 )  # fmt: skip
@@ -282,14 +283,14 @@ def _no_image(paths: tuple[str, ...]) -> NotStarted:
 
 def _check(output: str) -> None:
     """Refuse a wrong command line before a detector is loaded, which takes seconds."""
-    console.refuse_conflicts(CONFLICTS)
+    cli.refuse_conflicts(CONFLICTS)
     given = click.get_current_context().params
     paths, watch, resume = given["paths"], given["watch"], given["resume"]
     if given["onnx"] and given["backend"] == "dali":
         raise click.UsageError("--onnx cannot be combined with --backend dali")
     if given["keep_image"] and not given["label"]:
         raise click.UsageError("--keep-image copies images of wrong verdicts: add --report-mistake")
-    if console.given("mistakes") and not given["label"]:
+    if cli.given("mistakes") and not given["label"]:
         raise click.UsageError("--mistakes is a folder of wrong verdicts: add --report-mistake")
     if bool(paths) == bool(watch):
         raise click.UsageError(

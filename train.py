@@ -38,6 +38,7 @@ from typing import Any
 
 import click
 
+import cli
 import console
 from storage import any_path
 
@@ -68,12 +69,12 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option(
     "--recipe",
     "recipe_path",
-    type=console.LocalPath(dir_okay=False),
+    type=cli.LocalPath(dir_okay=False),
     help="Recipe to train instead of --phase: a TOML file, or the name of a built-in recipe.",
 )
 @click.option(
     "--folder",
-    type=console.LocalPath(exists=True, file_okay=False),
+    type=cli.LocalPath(exists=True, file_okay=False),
     help="Folder with real/ and fake/: pack their images into shard sets, then train on them.",
 )
 @click.option(
@@ -85,13 +86,13 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
 @click.option("--run", "name", help="Name of the run. Default: that of the recipe, or of --folder.")
 @click.option(
     "--init-from",
-    type=console.LocalPath(),
+    type=cli.LocalPath(),
     help="Initial weights: a checkpoint folder, a run, the .safetensors file of a backbone, or the "
     "name of a fetched backbone, such as clip. Default: as in the recipe.",
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights, not from timm's.")
 @click.option("--dry-run", is_flag=True, help="Try a few steps, print the plan and exit.")
-@console.options("data", "runs")
+@cli.options("data", "runs")
 def main(
     phase: str | None,
     recipe_path: Path | None,

@@ -26,6 +26,7 @@ import click
 import numpy as np
 import torch
 
+import cli
 import console
 import recipes
 from model import checkpoint
@@ -442,7 +443,7 @@ the largest loss of accuracy of an old source in phase 2.
 @click.option("--candidates", is_flag=True, help="Train the candidates as well.")
 @click.option("--set", "common", multiple=True, help="Change every recipe: --set run.epochs=4.")
 @click.option("--table", "only_table", is_flag=True, help="Print the finished rows; train nothing.")
-@console.options()
+@cli.options()
 def main(
     images: Path,
     init_from: Path,

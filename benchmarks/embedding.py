@@ -34,6 +34,7 @@ from typing import Any
 import click
 import torch
 
+import cli
 import console
 import recipes
 from model.backbones.resolve import resolved
@@ -99,7 +100,7 @@ def measure(
 
 
 @click.command(cls=console.Command)
-@console.options("device")
+@cli.options("device")
 @click.option(
     "--shards", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
     help="A packed set.",
@@ -117,7 +118,7 @@ def measure(
     show_default=True,
     help="Rounds of both rows.",
 )
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     device: str,
     shards: Path,

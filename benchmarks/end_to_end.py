@@ -48,6 +48,7 @@ from typing import Any
 import click
 import numpy as np
 
+import cli
 import console
 
 ROOT = Path(__file__).parents[1]
@@ -141,8 +142,8 @@ def failed(rows: dict[str, dict[str, Any]]) -> list[str]:
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")
-@console.options()
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the rows.")
+@cli.options()
 def main(
     shards: Path,
     images: Path,

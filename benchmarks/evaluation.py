@@ -48,6 +48,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+import cli
 import console
 import recipes
 from benchmarks import adapters
@@ -198,8 +199,8 @@ def cost_of_scoring(count: int, network: str, folder: Path) -> dict[str, Any]:
 )
 @click.option("--network", default="mobilenetv2_100", show_default=True, help="timm name.")
 @click.option("--detector", is_flag=True, help="Measure only adapters against direct calls.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
-@console.options()
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@cli.options()
 def main(images: int, scores: int, network: str, detector: bool, out: Path | None) -> None:
     """Measure what evaluation adds to the network's time."""
     if detector:

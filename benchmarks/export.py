@@ -36,6 +36,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+import cli
 import console
 from model import checkpoint
 from model.export import onnx as export
@@ -121,7 +122,7 @@ def ways_of(name: str, folder: Path) -> dict[str, Score]:
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of all ways."
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
-@console.options()
+@cli.options()
 def main(network: str, batch: int, rounds: int, json_file: Path | None) -> None:
     """Measure PyTorch and ONNX Runtime on this CPU."""
     torch.set_num_threads(threads())

@@ -41,6 +41,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+import cli
 import console
 from model.checkpoint import versions
 from model.features.fit import fit_head, gather
@@ -114,8 +115,8 @@ def write_store(store: Path, backbone: BackboneId, shards: ShardSet, width: int)
     "--width", type=click.IntRange(min=1), default=768, show_default=True, help="Numbers per image."
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
-@console.options()
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@cli.options()
 def main(images: int, width: int, batch_size: int, out: Path | None) -> None:
     """Measure reading stored features against memory, and training a head on stored features."""
     network = Network(

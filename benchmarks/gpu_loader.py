@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
 
+import cli
 import console
 import recipes
 from benchmarks import peers
@@ -261,9 +262,9 @@ PARTS = ("settings", "jpeg step", "memory")
 )
 @click.option("--memory-s", default=90.0, show_default=True, help="Seconds for the part `memory`.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the rows.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the rows.")
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
-@console.options()
+@cli.options()
 def main(
     shards: Path,
     seconds: float,

@@ -40,6 +40,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+import cli
 import console
 from imaging.decode import png_of
 from pipeline.augment import AugmentParams, concatenate, stack
@@ -417,10 +418,10 @@ def read_folder(folder: Path) -> list[bytes]:
     "--images", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
     help="Folder with jpeg/ and, optionally, other/.",
 )  # fmt: skip
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the answers.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the answers.")
 @click.option("--only", multiple=True, type=click.Choice(list(CHECKS)), help="Only this check.")
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
-@console.options()
+@cli.options()
 def main(images: Path, out: Path | None, only: tuple[str, ...], cpu: bool) -> None:
     """Compare the DALI backend on a GPU with its CPU operators and with Pillow."""
     if not cpu and not torch.cuda.is_available():

@@ -41,6 +41,7 @@ from typing import Any
 import click
 import torch
 
+import cli
 import console
 import recipes
 from model.device import describe
@@ -143,7 +144,7 @@ def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
 
 
 @click.command(cls=console.Command)
-@console.options("data", "device")
+@cli.options("data", "device")
 @click.option(
     "--shards",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -165,7 +166,7 @@ def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
     show_default=True,
     help="Rounds of the three modes.",
 )
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     data: Path,
     device: str,

@@ -50,6 +50,7 @@ from typing import Any
 import click
 import numpy as np
 
+import cli
 import console
 
 ROOT = Path(__file__).parents[1]
@@ -400,7 +401,7 @@ def report(folder: Path, stages: dict[str, dict[str, Any]], work: Path) -> int:
 @click.option("--child", hidden=True)
 @click.option("--work", type=click.Path(path_type=Path), hidden=True)
 @click.option("--start", default=0, hidden=True)
-@console.options()
+@cli.options()
 def main(
     folder: Path, seconds: float, memory: float, out: Path | None, child: str | None,
     work: Path | None, start: int,

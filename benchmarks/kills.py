@@ -70,6 +70,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import cli
 import console
 import evaluate
 import interrupts
@@ -450,11 +451,11 @@ def kill_in(folder: Path, command: Command, wanted: int, row: Row, rng: random.R
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--work",
-    type=console.LocalPath(),
+    type=cli.LocalPath(),
     help="New folder to work in. Folders that differ are kept; `inputs` may exist already.",
 )
-@click.option("--json", "json_file", type=console.LocalPath(dir_okay=False))
-@console.options()
+@click.option("--json", "json_file", type=cli.LocalPath(dir_okay=False))
+@cli.options()
 def main(
     commands: tuple[str, ...], times: int, seed: int, work: Path | None, json_file: Path | None
 ) -> None:

@@ -57,6 +57,7 @@ import click
 import numpy as np
 import torch
 
+import cli
 import console
 import recipes
 from model.calibrate import calibrate_sources, threshold_over_sources
@@ -239,9 +240,9 @@ def robustness(
 
 
 @click.command(cls=console.Command)
-@click.option("--recipe", "recipe_path", type=console.LocalPath(exists=True), required=True)
+@click.option("--recipe", "recipe_path", type=cli.LocalPath(exists=True), required=True)
 @click.option("--set", "overrides", multiple=True, help="Change a value of the recipe.")
-@click.option("--init-from", type=console.LocalPath(), help="Weights of the backbone, or its name.")
+@click.option("--init-from", type=cli.LocalPath(), help="Weights of the backbone, or its name.")
 @click.option(
     "--pairs",
     "most_pairs",
@@ -254,8 +255,8 @@ def robustness(
     type=click.IntRange(min=1),
     help="Images of each source to score after each perturbation as well.",
 )
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
-@console.options("data", "runs")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@cli.options("data", "runs")
 def main(
     recipe_path: Path,
     overrides: tuple[str, ...],

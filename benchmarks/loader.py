@@ -55,6 +55,7 @@ from typing import Any
 
 import click
 
+import cli
 import console
 import interrupts
 from benchmarks.contenders import CONTENDERS
@@ -293,8 +294,8 @@ def measure(
 )
 @click.option("--peers-python", help="Interpreter for loaders that this project does not install.")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
-@console.options()
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@cli.options()
 def main(
     images: int,
     repeats: int,

@@ -22,6 +22,7 @@ import click
 import numpy as np
 from PIL import Image
 
+import cli
 import console
 import imaging.decode  # noqa: F401  registers HEIF with Pillow
 
@@ -127,7 +128,7 @@ def mutations(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
 @click.command(cls=console.Command)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("count", type=click.IntRange(min=1))
-@console.options()
+@cli.options()
 def main(folder: Path, count: int) -> None:
     """Write COUNT damaged files to FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ from pathlib import Path
 
 import click
 
+import cli
 import console
 from benchmarks.images import write_copies, write_images
 
@@ -190,7 +191,7 @@ def row_of(
     help="Real JPEGs to pack, with copies at other qualities. Default: synthetic ones.",
 )
 @click.option("--img2dataset", default="", help="Path of its command. Default: not run.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     images: int,
     repeats: int,

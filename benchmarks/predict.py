@@ -47,6 +47,7 @@ import click
 import numpy as np
 import torch
 
+import cli
 import console
 from benchmarks.images import write_copies, write_images
 from model import checkpoint, load_detector
@@ -156,8 +157,8 @@ def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
     type=click.Choice(list(NETWORKS)),
     help="Measure only this.",
 )
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
-@console.options("device", "backend", "batch_size")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@cli.options("device", "backend", "batch_size")
 def main(
     images: int,
     rounds: int,

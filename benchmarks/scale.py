@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+import cli
 import console
 from benchmarks.packing import CATALOG, seconds_and_memory
 from sharding.format import (
@@ -106,7 +107,7 @@ def grow_index(folder: Path, rows: int) -> None:
     help="Samples in the set that is opened.",
 )
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 def main(counts: tuple[int, ...], rows: int, jobs: int, out: Path | None) -> None:
     """Measure packing and opening, and print a table of each."""
     packed = []

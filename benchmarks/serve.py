@@ -54,6 +54,7 @@ from urllib.parse import quote
 
 import click
 
+import cli
 import console
 from imaging.decode import IMAGE_SUFFIXES, ImageFile, read_file
 from model import load_detector
@@ -245,8 +246,8 @@ def row_of(
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of each way."
 )
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
-@console.options("checkpoint", "runs", "device", "batch_size")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@cli.options("checkpoint", "runs", "device", "batch_size")
 def main(
     folder: Path, bad: Path | None, images: int, rounds: int, out: Path | None,
     checkpoint: Path | None, runs: Path, device: str, batch_size: int,

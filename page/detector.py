@@ -30,7 +30,7 @@ from pathlib import Path
 import click
 import streamlit as st
 
-import console
+import cli
 from escape import one_line
 from model import load_detector
 from model.c2pa import signatures
@@ -86,6 +86,6 @@ def folder_in(variable: str) -> Path | None:
     """
     value = os.environ.get(variable)
     try:
-        return console.LocalPath(file_okay=False).convert(value, None, None) if value else None
+        return cli.LocalPath(file_okay=False).convert(value, None, None) if value else None
     except click.BadParameter as error:
         raise ValueError(f"{variable}: {error.message}") from error

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import click
 
+import cli
 import console
 from storage import AnyPath
 
@@ -37,10 +38,10 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("shards", type=console.AnyAddress())
+@click.argument("shards", type=cli.AnyAddress())
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False, writes=True),
+    type=cli.LocalPath(dir_okay=False, writes=True),
     default=Path("grid.png"),
     show_default=True,
     help="PNG to write.",
@@ -48,7 +49,7 @@ def main() -> None:
 @click.option(
     "--recipe",
     "path",
-    type=console.LocalPath(),
+    type=cli.LocalPath(),
     help="Recipe with the policies and preprocessing to show. Default: the recipe of phase 1.",
 )
 @click.option(
@@ -68,7 +69,7 @@ def main() -> None:
     show_default=True,
     help="Seed that selects the samples.",
 )
-@console.options()
+@cli.options()
 def preview(
     shards: AnyPath, out: Path, path: Path | None, policy: str | None, count: int, seed: int
 ) -> None:
@@ -84,7 +85,7 @@ def preview(
 
 
 @main.command()
-@click.argument("shards", type=console.AnyAddress())
+@click.argument("shards", type=cli.AnyAddress())
 @click.option(
     "--batch",
     type=click.IntRange(min=2),
@@ -99,7 +100,7 @@ def preview(
     show_default=True,
     help="Seed of the shuffle.",
 )
-@console.options()
+@cli.options()
 def order(shards: AnyPath, batch: int, seed: int) -> None:
     """Measure how well each shuffle mixes the set SHARDS; 1 means as well as a random order."""
     import numpy as np

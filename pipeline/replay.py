@@ -11,8 +11,9 @@ Main entries: `Replay(...)`, the settings of a recipe (by keyword; the defaults 
   initial network.
 
 Its `fraction` is the number of old samples per new one, exact (a `Fraction`); the caller computes
-`count` from it. ValueError is raised for a wrong ratio, a ratio above 0 without sets, a negative
-`distill_weight`, or a `weight` that is not above 0.
+`count` from it. Its `unused` names the weights that are set although the ratio is 0.
+ValueError is raised for a wrong ratio, a ratio above 0 without sets, a negative `distill_weight`,
+or a `weight` that is not above 0.
 
 `sample_old(pool, sources, labels, count, rng)` returns `count` sample numbers of the pool,
 shuffled, in an array of its dtype (int64 if `count` is 0). Each source gives an equal share, half
@@ -78,6 +79,12 @@ class Replay:
         if fraction < 0:
             raise ValueError(f"ratio must not be negative, got {self.ratio!r}")
         return fraction
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the weights that are set but have no effect, because the ratio is 0."""
+        changed = {"weight": self.weight != 1, "distill_weight": self.distill_weight > 0}
+        return [name for name, is_set in changed.items() if is_set and not self.fraction]
 
 
 def sample_old(

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import click
 
+import cli
 import console
 from installed import install_extra
 from serve.limits import MB, Limits
@@ -46,8 +47,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @click.command(cls=console.Command)
-@console.listen(port=8000, lowest=0)
-@console.options("max_fpr", "max_miss", "checkpoint", "runs", "device", "batch_size")
+@cli.listen(port=8000, lowest=0)
+@cli.options("max_fpr", "max_miss", "checkpoint", "runs", "device", "batch_size")
 @click.option(
     "--max-mb",
     type=click.IntRange(1, 512),
@@ -72,7 +73,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 )
 @click.option(
     "--timeout",
-    type=console.FiniteRange(0, 3600, min_open=True),
+    type=cli.FiniteRange(0, 3600, min_open=True),
     default=Limits.timeout_s,
     show_default=True,
     help="Maximum time until a request is answered, in seconds. After it, the status is 504.",

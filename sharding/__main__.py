@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import cli
 import console
 import interrupts
 from storage import AnyPath, check_reachable, cores, file_name, write_text
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 RAW = click.option(
     "--raw",
-    type=console.AnyAddress(),
+    type=cli.AnyAddress(),
     default="data/raw",
     show_default=True,
     help="Folder or address that holds the raw datasets.",
@@ -59,7 +60,7 @@ RAW = click.option(
 CATALOG = click.option(
     "--catalog",
     "catalogs",
-    type=console.LocalPath(dir_okay=False, exists=True),
+    type=cli.LocalPath(dir_okay=False, exists=True),
     multiple=True,
     help="Your own catalog (TOML), added to the built-in one. May be repeated.",
 )
@@ -77,7 +78,7 @@ def main() -> None:
 @click.argument("sources", nargs=-1)
 @click.option(
     "--raw",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     default=Path("data/raw"),
     show_default=True,
     help="Folder to download to, one subfolder per source.",
@@ -85,10 +86,10 @@ def main() -> None:
 @CATALOG
 @click.option(
     "--git-mirror",
-    type=console.LocalPath(file_okay=False, exists=True),
+    type=cli.LocalPath(file_okay=False, exists=True),
     help="Folder of Git directories named OWNER+NAME, to read instead of downloading.",
 )
-@console.options()
+@cli.options()
 def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
@@ -123,7 +124,7 @@ def fetch_command(
 @RAW
 @click.option(
     "--out",
-    type=console.AnyAddress(writes=True),
+    type=cli.AnyAddress(writes=True),
     default="data/shards",
     show_default=True,
     help="Folder or address to write to, one subfolder per set.",
@@ -140,7 +141,7 @@ def fetch_command(
 )
 @click.option(
     "--max-bad",
-    type=console.FiniteRange(0, 1),
+    type=cli.FiniteRange(0, 1),
     default=0.01,
     show_default=True,
     help="Maximum fraction of unreadable or missing images before the build fails.",
@@ -150,7 +151,7 @@ def fetch_command(
     is_flag=True,
     help="Build even if a rule or `group` matches no file, or a training set lacks a class.",
 )
-@console.options()
+@cli.options()
 def build_command(
     raw: AnyPath,
     out: AnyPath,
@@ -181,8 +182,8 @@ def build_command(
 
 
 @main.command()
-@click.argument("folder", type=console.AnyAddress())
-@console.options()
+@click.argument("folder", type=cli.AnyAddress())
+@cli.options()
 def show(folder: AnyPath) -> None:
     """Print the images of the shard set in FOLDER by source, class and generator."""
     from sharding.contents import COLUMNS, rows_of_set
@@ -201,13 +202,13 @@ def show(folder: AnyPath) -> None:
 @RAW
 @click.option(
     "--out",
-    type=console.AnyAddress(),
+    type=cli.AnyAddress(),
     default="data/shards",
     show_default=True,
     help="Folder or address with the packed sets.",
 )
 @CATALOG
-@console.options()
+@cli.options()
 def list_command(
     sources: tuple[str, ...], raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]
 ) -> None:
@@ -243,9 +244,9 @@ def list_command(
 
 
 @main.command("verify")
-@click.argument("folder", type=console.AnyAddress())
+@click.argument("folder", type=cli.AnyAddress())
 @JOBS
-@console.options()
+@cli.options()
 def verify_command(folder: AnyPath, jobs: int | None) -> None:
     """Check the shard set in FOLDER, or all sets directly in it, against the index."""
     from sharding.format import read_index
@@ -275,9 +276,9 @@ def verify_command(folder: AnyPath, jobs: int | None) -> None:
 
 
 @main.command("diff")
-@click.argument("before", type=console.AnyAddress())
-@click.argument("after", type=console.AnyAddress())
-@console.options()
+@click.argument("before", type=cli.AnyAddress())
+@click.argument("after", type=cli.AnyAddress())
+@cli.options()
 def diff(before: AnyPath, after: AnyPath) -> None:
     """List the samples that differ between two shard sets; exit code 1 if any do."""
     from sharding.compare import compare_sets
@@ -302,15 +303,15 @@ def diff(before: AnyPath, after: AnyPath) -> None:
 
 
 @main.command("describe")
-@click.argument("folder", type=console.LocalPath(exists=True, file_okay=False))
+@click.argument("folder", type=cli.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--out",
-    type=console.LocalPath(dir_okay=False, writes=True),
+    type=cli.LocalPath(dir_okay=False, writes=True),
     default=Path("my-catalog.toml"),
     show_default=True,
     help="Catalog to write; an existing file is not overwritten.",
 )
-@console.options()
+@cli.options()
 def describe_command(folder: Path, out: Path) -> None:
     """Propose a catalog for the images in FOLDER, with classes from folder names."""
     if out.exists():
@@ -340,10 +341,10 @@ def describe_command(folder: Path, out: Path) -> None:
 
 
 @main.command("audit")
-@click.argument("folders", type=console.AnyAddress(), nargs=-1, required=True)
+@click.argument("folders", type=cli.AnyAddress(), nargs=-1, required=True)
 @click.option(
     "--out",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     default=Path("data/audit"),
     show_default=True,
     help="Folder for report.json and one PNG per set.",
@@ -351,7 +352,7 @@ def describe_command(folder: Path, out: Path) -> None:
 @click.option(
     "--match",
     "sample_file",
-    type=console.LocalPath(dir_okay=False, writes=True),
+    type=cli.LocalPath(dir_okay=False, writes=True),
     help="CSV file to write: samples whose metadata does not separate real from fake.",
 )
 @click.option(
@@ -361,7 +362,7 @@ def describe_command(folder: Path, out: Path) -> None:
     show_default=True,
     help="Seed of the cross-validation folds and the matched samples.",
 )
-@console.options()
+@cli.options()
 def audit_command(
     folders: tuple[AnyPath, ...], out: Path, sample_file: Path | None, seed: int
 ) -> None:
@@ -404,7 +405,7 @@ def audit_command(
 
 
 @main.command("pairs")
-@click.argument("folder", metavar="SET", type=console.AnyAddress())
+@click.argument("folder", metavar="SET", type=cli.AnyAddress())
 @click.option(
     "--decoder",
     "name",
@@ -413,26 +414,26 @@ def audit_command(
 )
 @click.option(
     "--out",
-    type=console.LocalPath(file_okay=False),
+    type=cli.LocalPath(file_okay=False),
     default=Path("data/pairs"),
     show_default=True,
     help="Folder for the pairs and their catalog.",
 )
 @click.option(
     "--max-megapixels",
-    type=console.FiniteRange(0.001, 200),
+    type=cli.FiniteRange(0.001, 200),
     default=2.0,
     show_default=True,
     help="Exclude larger images; nothing is scaled or tiled.",
 )
 @click.option(
     "--device",
-    type=console.Device(),
+    type=cli.Device(),
     default="auto",
     show_default=True,
     help="Device that runs the VAE: auto, cpu, cuda or cuda:N.",
 )
-@console.options()
+@cli.options()
 def pairs_command(
     folder: AnyPath, name: str, out: Path, max_megapixels: float, device: str
 ) -> None:
@@ -453,7 +454,7 @@ def pairs_command(
 
 
 @main.command()
-@click.argument("folder", type=console.LocalPath())
+@click.argument("folder", type=cli.LocalPath())
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
@@ -461,7 +462,7 @@ def pairs_command(
     show_default=True,
     help="Seed of the synthetic images.",
 )
-@console.options()
+@cli.options()
 def demo(folder: Path, seed: int) -> None:
     """Create synthetic raw datasets and their catalog in FOLDER."""
     from sharding.demo.render import make_demo

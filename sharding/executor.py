@@ -155,7 +155,8 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 _SHIPPED = (
     "sharding", "imaging", "recipes", "pipeline", "model", "report",
-    "storage.py", "devices.py", "console.py", "interrupts.py", "escape.py", "installed.py",
+    "cli.py", "console.py", "devices.py", "escape.py", "installed.py", "interrupts.py",
+    "storage.py",
 )  # fmt: skip
 """Files and folders of this program that are sent to the workers of a cluster."""
 

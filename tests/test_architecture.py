@@ -16,7 +16,8 @@ from tests.builders import ROOT, imports_of
 SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
 COMMON = {
-    "installed", "escape", "devices", "console", "interrupts", "recipes", "storage", "imaging",
+    "installed", "escape", "devices", "console", "cli", "interrupts", "recipes", "storage",
+    "imaging",
 }  # fmt: skip
 
 PAGE = {
@@ -33,7 +34,8 @@ MAY_IMPORT = {
     "installed": set(),
     "escape": set(),
     "devices": set(),
-    "console": {"escape", "devices", "storage"},
+    "console": {"escape"},
+    "cli": {"console", "escape", "devices", "storage"},
     "interrupts": {"console"},
     "recipes": {"storage"},
     "storage": {"installed", "escape"},

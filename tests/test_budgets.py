@@ -22,9 +22,9 @@ for any detector (its name, trust in its program, the meaning of its labels), an
 a decision (a threshold, or two error rates) and three to record mistakes."""
 
 PRODUCT = (
-    "app.py", "app_server.py", "console.py", "evaluate.py", "predict.py", "storage.py", "train.py",
-    "devices.py", "escape.py", "interrupts.py", "imaging/**/*.py", "model/**/*.py", "page/**/*.py",
-    "pipeline/**/*.py", "recipes/**/*.py", "report/**/*.py",
+    "app.py", "app_server.py", "cli.py", "console.py", "evaluate.py", "predict.py", "storage.py",
+    "train.py", "devices.py", "escape.py", "interrupts.py", "imaging/**/*.py", "model/**/*.py",
+    "page/**/*.py", "pipeline/**/*.py", "recipes/**/*.py", "report/**/*.py",
     "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from upath import UPath
 
-import console
+import cli
 import evaluate
 import predict
 import train
@@ -41,10 +41,10 @@ def test_every_path_is_local_or_any_address(
     command: object, parameter: click.Parameter, tmp_path: Path
 ) -> None:
     kind = parameter.type
-    assert not isinstance(kind, click.Path) or isinstance(kind, console.LocalPath)
-    assert not isinstance(kind, click.types.FloatParamType) or isinstance(kind, console.FiniteRange)
+    assert not isinstance(kind, click.Path) or isinstance(kind, cli.LocalPath)
+    assert not isinstance(kind, click.types.FloatParamType) or isinstance(kind, cli.FiniteRange)
     if parameter.name in PATH_WORDS:
-        assert isinstance(kind, console.LocalPath | console.AnyAddress)
+        assert isinstance(kind, cli.LocalPath | cli.AnyAddress)
     if (
         parameter.name in {"out", "flips", "sample_file"}
         and getattr(kind, "dir_okay", True) is False
@@ -56,7 +56,7 @@ def test_every_path_is_local_or_any_address(
         table.symlink_to("target")
         with pytest.raises(click.BadParameter, match=r"a link to .*target, of another suffix"):
             kind.convert(str(table), None, None)
-    if isinstance(kind, console.LocalPath):
+    if isinstance(kind, cli.LocalPath):
         assert "is an address" in said_of(kind, "s3://bucket/x")
         assert "empty path" in said_of(kind, "")
 
@@ -82,10 +82,10 @@ def test_an_address_for_a_local_path_is_refused_and_nothing_is_created(
 
 
 def test_addresses_and_folders_become_paths(tmp_path: Path) -> None:
-    kind = console.AnyAddress()
+    kind = cli.AnyAddress()
     assert kind.convert(str(tmp_path), None, None) == tmp_path
     assert kind.convert("memory://bucket/x", None, None) == UPath("memory://bucket/x")
-    assert console.LocalPath().convert(f"{tmp_path}/a:b", None, None) == tmp_path / "a:b"
+    assert cli.LocalPath().convert(f"{tmp_path}/a:b", None, None) == tmp_path / "a:b"
     assert "names no bucket" in said_of(kind, "s3://")
     assert "names no bucket" in said_of(kind, "http://")
     assert "empty path" in said_of(kind, " ")
@@ -93,7 +93,7 @@ def test_addresses_and_folders_become_paths(tmp_path: Path) -> None:
 
 
 def test_an_http_address_is_refused_for_writing() -> None:
-    kind = console.AnyAddress(writes=True)
+    kind = cli.AnyAddress(writes=True)
     assert "can only be read" in said_of(kind, "http://here.org/shards")
     result = CliRunner().invoke(sharding, ["build", "--out", "http://"])
     assert result.exit_code == 2
@@ -102,8 +102,8 @@ def test_an_http_address_is_refused_for_writing() -> None:
 
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "pipe or a device" in said_of(console.LocalPath(), str(tmp_path / "pipe"))
-    assert "pipe or a device" in said_of(console.LocalPath(), "/dev/null")
+    assert "pipe or a device" in said_of(cli.LocalPath(), str(tmp_path / "pipe"))
+    assert "pipe or a device" in said_of(cli.LocalPath(), "/dev/null")
     result = CliRunner().invoke(sharding, ["build", "--catalog", str(tmp_path / "pipe")])
     assert result.exit_code == 2
     assert "pipe or a device" in result.output
@@ -111,6 +111,6 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "NaN", "-nan"])
 def test_numbers_must_be_finite(value: str) -> None:
-    assert "not a finite number" in said_of(console.FiniteRange(0, 1), value)
+    assert "not a finite number" in said_of(cli.FiniteRange(0, 1), value)
     result = CliRunner().invoke(sharding, ["build", "--max-bad", value])
     assert result.exit_code == 2

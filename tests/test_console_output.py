@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
 
+import cli
 import console
 import escape
 import interrupts
@@ -55,7 +57,7 @@ PRINTING = [
     f"console.say_data({HOSTILE!r})",
     f"console.table({HOSTILE!r}, [{HOSTILE!r}, 'n'], [[{HOSTILE!r}, 1]])",
     f"with console.progress({HOSTILE!r}, 2) as advance: advance(1, {HOSTILE!r})",
-    f"console._start_logging(None, None, False); console.log.info('%s', {HOSTILE!r})",
+    f"console.start_logging(None, None, False); console.log.info('%s', {HOSTILE!r})",
 ]
 """Statements that print a file name in each way."""
 
@@ -92,6 +94,35 @@ def test_progress_bars_are_of_the_encoding_of_standard_error(
     assert console.ERR.encoding == "latin-1"
 
 
+def test_without_a_terminal_long_work_prints_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then each fiftieth of the time so far. What a resumed command had done takes no time."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(console, "time", clock)
+    monkeypatch.setattr(console.log, "handlers", [])
+    console.start_logging(None, None, False)  # type: ignore[arg-type]
+    with console.progress("scoring", 1_000_000) as advance:
+        advance(200_000)
+        for clock.now in range(1, 131):
+            advance(1000, "2 failed" if clock.now > 100 else "")
+        clock.now = 10_000.0
+        advance(70_000)
+        for clock.now in (10_190.0, 10_210.0):
+            advance(100)
+    with console.progress("comparing", None) as advance, console.progress("x", 2, False) as none:
+        for clock.now in (10_211.0, 10_272.0):
+            advance(5)
+            none(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 260,000 of 1,000,000, about 12 min left",
+        "scoring: 320,000 of 1,000,000, about 11 min left (2 failed)",
+        "scoring: 400,000 of 1,000,000, about 20.6 h left",
+        "scoring: 400,200 of 1,000,000, about 7.3 days left",
+        "comparing: 10",
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
 def test_standard_output_of_any_encoding_takes_every_name(encoding: str) -> None:
     code = (
@@ -113,8 +144,8 @@ def run(action, *arguments: str):
     """Run a command that calls `action`."""
 
     @click.command(cls=console.Command)
-    @click.option("--path", type=console.LocalPath())
-    @console.options()
+    @click.option("--path", type=cli.LocalPath())
+    @cli.options()
     def command(path) -> None:
         action()
 

@@ -6,7 +6,7 @@ import click
 import pytest
 import torch
 
-import console
+import cli
 from devices import device_here, parse_device
 from model.device import choose_device
 from sharding.pairs.decoder import load_decoder
@@ -34,12 +34,12 @@ def test_every_reader_refuses_another_name_with_the_same_line(name: str) -> None
     with pytest.raises(ValueError, match=said):
         load_decoder("nowhere", name)
     with pytest.raises(click.UsageError, match=said):
-        console.Device().convert(name, None, None)
+        cli.Device().convert(name, None, None)
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1"])
 def test_the_option_keeps_a_name_as_it_is(name: str) -> None:
-    assert console.Device().convert(name, None, None) == name
+    assert cli.Device().convert(name, None, None) == name
 
 
 @pytest.mark.parametrize(

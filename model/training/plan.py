@@ -455,7 +455,7 @@ def _warnings(
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
     preprocessing other than that of the checkpoint that the run starts from, a start from a refused
     checkpoint or from an unfinished run, views that no epoch reads, a gate that compares without a
-    trained checkpoint to compare with, or distillation without replay.
+    trained checkpoint to compare with, or weights of replayed samples without replay.
     """
     gate, lines = recipe.gate, list[str]()
     if recipe.features and (epochs := recipe.run.epochs) <= recipe.features.views:
@@ -464,15 +464,8 @@ def _warnings(
     if not starts_trained and (gate.mistakes or gate.max_forgetting < 1):
         name = f"mistakes ({gate.mistakes})" if gate.mistakes else "max_forgetting"
         lines += [f"gate.{name} is not used: this run starts from no trained detector to compare"]
-    if not recipe.replay.fraction:
-        unused = {
-            "weight": recipe.replay.weight != 1,
-            "distill_weight": recipe.replay.distill_weight,
-        }
-        lines += [
-            f"replay.{key} is not used: replay.ratio is 0, no old sample is replayed"
-            for key, is_set in unused.items() if is_set
-        ]  # fmt: skip
+    for key in recipe.replay.unused:
+        lines += [f"replay.{key} is not used: replay.ratio is 0, no old sample is replayed"]
     if weights.kind in ("timm", "file"):
         return (*lines, *normalization_warnings(recipe))
     if weights.path is None:
