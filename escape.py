@@ -108,7 +108,7 @@ def one_line(error: Exception) -> str:
             return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
         if isinstance(error, ConnectionError | TimeoutError):
             return f"{error.strerror}; check the address and the network"
-        if error.filename is None:
+        if not isinstance(error.filename, str | bytes | os.PathLike):  # or a descriptor, a number
             return error.strerror
         name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
         # Not `path.exists()`: it raises an error below a folder that cannot be searched.

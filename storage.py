@@ -416,12 +416,9 @@ def open_plain(path: Path | str) -> Iterator[io.FileIO]:
         OSError: the file cannot be opened, or is a folder.
     """
     # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with io.FileIO(file) as stream:  # closes `file`
-        mode = os.fstat(file).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
+    extra = getattr(os, "O_NONBLOCK", 0)
+    with io.FileIO(str(path), opener=lambda name, flags: os.open(name, flags | extra)) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # a folder cannot be opened so
             reason = "not a plain file, but a pipe, a device or the like"
             raise RefusedFileError(errno.EINVAL, reason, str(path))
         yield stream

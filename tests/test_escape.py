@@ -1,6 +1,7 @@
 """Escaping of untrusted text for terminals, spreadsheets, Markdown and logs."""
 
 import html
+import os
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from escape import (
     from_spreadsheet_cell,
     markdown,
+    one_line,
     printable,
     reason_of,
     spreadsheet_cell,
@@ -136,3 +138,10 @@ def test_a_reason_is_one_line_without_secrets() -> None:
     address = f"{'x' * 282} https://me:s3cret@host/file"  # cut within the password
     assert len(reason_of(OSError(address))) == 300
     assert "s3c" not in reason_of(OSError(address))
+
+
+def test_an_error_of_a_descriptor_is_one_line() -> None:
+    """Python then has a number for the name of the file."""
+    with pytest.raises(IsADirectoryError) as refused:
+        os.fdopen(os.open("/", os.O_RDONLY))
+    assert one_line(refused.value) == "Is a directory"

@@ -390,8 +390,12 @@ def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
     for name in ("pipe", "device"):
         with pytest.raises(storage.RefusedFileError, match="not a plain file, but a pipe, a dev"):
             read_plain(tmp_path / name)
-    with pytest.raises(IsADirectoryError):
-        read_plain(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(IsADirectoryError) as refused:
+            read_plain(tmp_path)
+        assert escape.one_line(refused.value) == f"{tmp_path}: Is a directory"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     remote = UPath("memory://bucket/plain.json")
     for path in (tmp_path / "a.json", remote):
         path.write_bytes("é\n".encode())
