@@ -8,12 +8,13 @@ block ends, `torch._dynamo` (torch's compiler, which loads more slowly than timm
 together) is replaced by a stand-in, and wandb (which creates a temporary folder on import) cannot
 be imported. A package that is already loaded is left as it is.
 
-The compiler is imported in three places. `torchvision.ops.roi_align` tests for compilation when
+The compiler is imported in four places. `torchvision.ops.roi_align` tests for compilation when
 determinism is on; no classifier here calls `roi_align`. timm also marks functions of one model
 (`naflexvit`) as not to be compiled; the marks matter only if this model is compiled. An optimizer
 marks its own methods when it is made; they are called outside of compiled networks. (Steps of AdamW
-load the compiler all the same, those of L-BFGS do not.) `torch.compile` loads the compiler when it
-is called. wandb is imported by `timm.utils.summary`, which works without wandb.
+load the compiler all the same, those of L-BFGS do not.) Its `state_dict()` and the functions that
+compute shapes on the meta device are marked when they are first called; no compiled network calls
+them. `torch.compile` loads the compiler when it is called. wandb is imported by `timm.utils.summary`, which works without wandb.
 
 `import_part(package, part)` imports `package.part` without the rest of the package, whose other
 parts are not needed, and returns the module. It is for packages that load all of their parts at

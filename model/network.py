@@ -201,7 +201,7 @@ def check_size(net: Detector, name: str, preprocess: Preprocess) -> None:
     size = preprocess.crop_size
     images = torch.empty((1, 3, *preprocess.shape), dtype=torch.uint8, device="meta")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), lean_import():
             net.to("meta").eval()(images)
     except (AssertionError, RuntimeError, ValueError, TypeError, LookupError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
