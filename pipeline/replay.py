@@ -11,7 +11,8 @@ Main entries: `Replay(...)`, the settings of a recipe (by keyword; the defaults 
   initial network.
 
 Its `fraction` is the number of old samples per new one, exact (a `Fraction`); the caller computes
-`count` from it. Its `unused` names the weights that are set although the ratio is 0.
+`count` from it. Its `used_sets` are `sets`, or empty if the ratio is 0, and its `unused` names the
+weights that are set although the ratio is 0.
 ValueError is raised for a wrong ratio, a ratio above 0 without sets, a negative `distill_weight`,
 or a `weight` that is not above 0.
 
@@ -79,6 +80,11 @@ class Replay:
         if fraction < 0:
             raise ValueError(f"ratio must not be negative, got {self.ratio!r}")
         return fraction
+
+    @property
+    def used_sets(self) -> list[str]:
+        """Old sets that samples are replayed from; none if the ratio is 0."""
+        return self.sets if self.fraction else []
 
     @property
     def unused(self) -> list[str]:

@@ -143,13 +143,13 @@ def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
         ShardError: a folder has no shard set that can be read.
     """
     new = open_shards([data / name for name in train])
-    names = [*train, *(replay.sets if replay.fraction else [])]
+    names = [*train, *replay.used_sets]
     try:
-        shards = open_shards([data / name for name in names]) if replay.fraction else new
+        shards = open_shards([data / name for name in names]) if replay.used_sets else new
     except ShardError as error:  # the sets of `train` were opened before
         raise ShardError(f"replay.sets: {error}") from error
     hashes = {name: sha256_of(data / name / INDEX_FILE) for name in names}
-    if not replay.fraction:
+    if not replay.used_sets:
         return Pool(new, np.arange(len(new)), np.empty(0, np.int64), hashes)
     codes, sources = shards.codes("source")
     allowed = np.array(

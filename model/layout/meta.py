@@ -130,7 +130,7 @@ class TrainingData(TypedDict):
     train: list[str]
     """Training sets."""
     replay: list[str]
-    """Sets that old samples are replayed from."""
+    """Sets that old samples are replayed from. Empty with `replay.ratio` 0."""
     replayed_per_epoch: NotRequired[int]
     """Old samples in an epoch."""
     index_sha256: NotRequired[str]

@@ -242,7 +242,7 @@ def save(
             state=state,
             replayed=(
                 stream.replayed_until(done, whole=recipe.optim.solver == "lbfgs")
-                if recipe.replay.sets
+                if recipe.replay.used_sets
                 else None
             ),
             record=checkpoint.Record(
@@ -252,7 +252,7 @@ def save(
                 selection=validation.selection if validation else None,
                 data={
                     "train": recipe.data.train,
-                    "replay": recipe.replay.sets,
+                    "replay": recipe.replay.used_sets,
                     "replayed_per_epoch": stream.replayed_per_epoch,
                     "index_sha256": stream.pool.shards.sha256,
                     "set_sha256": stream.pool.hashes,

@@ -77,8 +77,7 @@ def open_stream(
     _refuse_new_and_old(recipe)
     pool = open_pool(data, recipe.data.train, recipe.replay)
     _refuse_test_sets("data.train", recipe.data.train, data)
-    if recipe.replay.fraction:
-        _refuse_test_sets("replay.sets", recipe.replay.sets, data)
+    _refuse_test_sets("replay.sets", recipe.replay.used_sets, data)
     loader = open_loader(
         pool.shards, preprocess=recipe.preprocess, loading=recipe.loading, device=device,
         rank=dist.rank, world_size=dist.world_size,
@@ -106,9 +105,9 @@ def _refuse_new_and_old(recipe: Recipe) -> None:
     """Refuse a set that is named as new and as old. Each of its images would come in both roles."""
     new, old = (
         {posixpath.normpath(name) for name in names}
-        for names in (recipe.data.train, recipe.replay.sets)
+        for names in (recipe.data.train, recipe.replay.used_sets)
     )
-    if recipe.replay.fraction and (both := sorted(new & old)):
+    if both := sorted(new & old):
         raise ValueError(
             f"data.train and replay.sets both name {', '.join(both)}, so its images would be new "
             "and old ones; take it out of data.train to replay it, else out of replay.sets"

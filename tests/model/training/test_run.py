@@ -159,6 +159,17 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
     assert known["titles"] == {"dummy": "dummies"}
 
 
+def test_without_replay_no_old_set_is_recorded(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """As in the control of an experiment: the recipe names old sets, with the ratio 0."""
+    control = ['data.train=["new"]', 'replay.sets=["old"]', "replay.ratio=0"]
+    step = train(recipes.load(Recipe, tiny_recipe, control), data, tmp_path, stop_at=1)
+    known = checkpoint.read_meta(step)["data"]
+    assert (known["train"], known["replay"], known["replayed_per_epoch"]) == (["new"], [], 0)
+    assert not (step / checkpoint.REPLAYED_FILE).exists()
+
+
 def test_phase_2_without_phase_1_says_what_to_run(
     tiny_recipe: Path, data: Path, tmp_path: Path
 ) -> None:
