@@ -29,6 +29,8 @@ are a ZeroDivisionError of `batches()`; the other errors of `epoch(0)` come ther
 (counted over all epochs) to the end of the last one of `epochs` epochs. Started at any step, it
 yields the batches of an uninterrupted run. `Stream.state(done)` returns a dict for a checkpoint
 after `done` steps; `resume(state)` checks such a dict and returns its number of finished steps.
+`Stream.used` has the row numbers of all samples that epochs take from, `used_new` only those of new
+ones: without sources that `repeats` sets to 0.
 `evaluation_batches(loader)` yields the batches of a loader's set, each sample once, as center
 crops.
 
@@ -190,6 +192,24 @@ class Stream:
     def replayed_per_epoch(self) -> int:
         """Old samples chosen for each epoch."""
         return math.floor(self.new_per_epoch * self.replay.fraction)
+
+    @functools.cached_property
+    def used_new(self) -> np.ndarray:
+        """Row numbers of the new samples that epochs take from, int64: without the sources that
+        `repeats` sets to 0. Of a source with a fractional repeat, each epoch takes other samples,
+        so all of them count.
+        """
+        codes, names = self.pool.shards.codes("source")
+        is_used = np.array([self.repeats.get(name, 1) > 0 for name in names], np.bool_)
+        return self.pool.new[is_used[codes[self.pool.new]]]
+
+    @property
+    def used(self) -> np.ndarray:
+        """Row numbers of all samples that epochs take from, int64: new ones, then old ones if any
+        are replayed. The opened sets may have more, which nothing is learned from.
+        """
+        old = self.pool.old if self.replayed_per_epoch else self.pool.old[:0]
+        return np.concatenate([self.used_new, old])
 
     @property
     def steps_per_epoch(self) -> int:

@@ -224,12 +224,12 @@ class ShardSet:
         codes, names = self.codes(column)
         return [names[code] for code in codes[samples]]
 
-    def generators(self) -> list[str]:
-        """Return the generators of the fakes, sorted, without those that have no name: their class,
-        or `UNKNOWN`, stands for it.
+    def generators(self, samples: np.ndarray | slice = slice(None)) -> list[str]:
+        """Return the generators of the fakes (among `samples`), sorted, without those that have no
+        name: their class, or `UNKNOWN`, stands for it.
         """
         codes, names = self.codes("generator")
-        of_fakes = np.unique(codes[self.column("label") == 1])
+        of_fakes = np.unique(codes[samples][self.column("label")[samples] == 1])
         return sorted({names[code] for code in of_fakes} - {*CLASSES, UNKNOWN})
 
     def text(self, name: str, sample: int) -> str:

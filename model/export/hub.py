@@ -242,10 +242,10 @@ _MEASURE = "measure this checkpoint with `python evaluate.py --checkpoint FOLDER
 
 
 def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[str, Any] | None]:
-    """Return the sources of each training set, from its index. None for a set that is not below
-    `data`, or whose index has another hash than at training.
+    """Return the sources of each training set that the detector was trained on, from its index.
+    None for a set that is not below `data`, or whose index has another hash than at training.
     """
-    hashes = meta["data"].get("set_sha256", {})
+    hashes, trained = meta["data"].get("set_sha256", {}), meta["data"].get("sources")
     sources: dict[str, dict[str, Any] | None] = {}
     for name in [*meta["data"]["train"], *meta["data"]["replay"]]:
         sources[name] = None
@@ -253,7 +253,8 @@ def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[
         if index is None or not index.exists():
             continue
         if sha256_of(index) == hashes.get(name):
-            sources[name] = read_index(data / name)["sources"]
+            facts = read_index(data / name)["sources"]
+            sources[name] = {n: of for n, of in facts.items() if trained is None or n in trained}
         else:
             console.log.warning(
                 "%s is not the set that the checkpoint was trained on, so the model card does not "

@@ -125,7 +125,8 @@ class Compared(TypedDict):
 
 
 class TrainingData(TypedDict):
-    """Shard sets and sources of the run."""
+    """Shard sets and sources of the run, without those that give no sample, such as sources with
+    `data.repeats` 0."""
 
     train: list[str]
     """Training sets."""
@@ -134,17 +135,17 @@ class TrainingData(TypedDict):
     replayed_per_epoch: NotRequired[int]
     """Old samples in an epoch."""
     index_sha256: NotRequired[str]
-    """Hash of all training and replayed sets together."""
+    """Hash of all opened sets together."""
     set_sha256: NotRequired[dict[str, str]]
     """SHA-256 of the `index.json` of each set."""
     sources: NotRequired[list[str]]
-    """Sources of the sets."""
+    """Sources that the weights were trained on, by this run or before."""
     generators: NotRequired[list[str]]
-    """Generators of the fakes in the sets, as far as their catalog names them."""
+    """Generators of the fakes of this run's sources, as far as their catalog names them."""
     synthetic_sources: NotRequired[list[str]]
-    """Sources with rendered images, such as those of the demo."""
+    """Those of `sources` with rendered images, such as those of the demo."""
     titles: NotRequired[dict[str, str]]
-    """What the images of a source are, in a few words for people, by source."""
+    """What the images of these sources are, in a few words for people, by source."""
     earlier_sets: NotRequired[dict[str, str]]
     """Hash of the index and name of each set that the weights of an average were trained on."""
     earlier_generators: NotRequired[list[str]]

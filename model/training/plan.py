@@ -78,12 +78,13 @@ from storage import AnyPath, sha256_of
 class Weights:
     """Source of a network's weights. `path` is a checkpoint folder, or a `.safetensors` file of a
     backbone; None for timm's own weights and for random ones. `sha256` is the hash of the weights
-    file, empty if there is no file.
+    file, empty if there is no file. `data` is a checkpoint's record of its training data.
     """
 
     kind: Literal["checkpoint", "file", "timm", "random"]
     path: Path | None = None
     sha256: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -322,7 +323,8 @@ def _weights_at(path: Path) -> Weights:
     """Return a checkpoint folder or a file of a backbone's weights as `Weights`."""
     if path.suffix == ".safetensors":
         return Weights(kind="file", path=path, sha256=sha256_of(path))
-    return Weights(kind="checkpoint", path=path, sha256=checkpoint.check_weights(path))
+    sha256, data = checkpoint.check_weights(path), checkpoint.read_meta(path)["data"]
+    return Weights(kind="checkpoint", path=path, sha256=sha256, data=data or {})
 
 
 def _first_weights(

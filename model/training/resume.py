@@ -51,6 +51,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from model import checkpoint
@@ -222,8 +223,7 @@ def save(
     best = better(best, Best(path=saved, validation=validation))
 
     def write() -> None:
-        recipe, stream = plan.recipe, plan.stream
-        sources = stream.pool.shards.sources
+        recipe, stream, data = plan.recipe, plan.stream, _data_of(plan)
         state = {
             "optimizer": train_state.optimizer.state_dict(),
             "scaler": train_state.scaler.state_dict(),
@@ -242,7 +242,7 @@ def save(
             state=state,
             replayed=(
                 stream.replayed_until(done, whole=recipe.optim.solver == "lbfgs")
-                if recipe.replay.used_sets
+                if data["replay"]
                 else None
             ),
             record=checkpoint.Record(
@@ -250,17 +250,7 @@ def save(
                 epoch=done / plan.steps_per_epoch,
                 metrics=asdict(validation) if validation else {},
                 selection=validation.selection if validation else None,
-                data={
-                    "train": recipe.data.train,
-                    "replay": recipe.replay.used_sets,
-                    "replayed_per_epoch": stream.replayed_per_epoch,
-                    "index_sha256": stream.pool.shards.sha256,
-                    "set_sha256": stream.pool.hashes,
-                    "sources": sorted(sources),
-                    "generators": stream.pool.shards.generators(),
-                    "synthetic_sources": sorted(n for n in sources if sources[n].get("synthetic")),
-                    "titles": {n: t for n in sorted(sources) if (t := sources[n].get("title"))},
-                },
+                data=data,
                 first_weights=plan.first_weights,
                 ended=ended,
             ),
@@ -270,6 +260,32 @@ def save(
 
     on_main(dist, write)
     return best
+
+
+def _data_of(plan: "RunPlan") -> dict[str, Any]:
+    """Return the record of the training data for `meta.json`: only sets, sources and generators of
+    samples that epochs take from. Sources of earlier runs, whose weights this run began from, stay
+    in the record: notices and the model card are about all that the weights have learned.
+    """
+    stream, before = plan.stream, plan.weights.data
+    shards, rows = stream.pool.shards, stream.used
+    folders = {shards.folders[code] for code in np.unique(shards.column("shard_code")[rows])}
+    hashes = {n: sha256 for n, sha256 in stream.pool.hashes.items() if plan.data / n in folders}
+    codes, names = shards.codes("source")
+    sources = {names[code]: shards.sources[names[code]] for code in np.unique(codes[rows])}
+    synthetic = {name for name, facts in sources.items() if facts.get("synthetic")}
+    titles = {name: title for name, facts in sources.items() if (title := facts.get("title"))}
+    return {
+        "train": [name for name in plan.recipe.data.train if name in hashes],
+        "replay": [name for name in plan.recipe.replay.used_sets if name in hashes],
+        "replayed_per_epoch": stream.replayed_per_epoch,
+        "index_sha256": shards.sha256,
+        "set_sha256": hashes,
+        "sources": sorted({*before.get("sources", ()), *sources}),
+        "generators": shards.generators(rows),
+        "synthetic_sources": sorted({*before.get("synthetic_sources", ()), *synthetic}),
+        "titles": dict(sorted({**before.get("titles", {}), **titles}.items())),
+    }
 
 
 def prune(run: Path, keep: Collection[Path]) -> None:

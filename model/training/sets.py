@@ -165,11 +165,7 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
     """
     if recipe.data.allow_shared_images:
         return
-    pool = stream.pool
-    codes, names = pool.shards.codes("source")
-    # Of a source with a fractional repeat, every epoch draws other images: all of them are trained.
-    used = np.array([stream.repeats.get(name, 1) > 0 for name in names], np.bool_)
-    trained = pool.shards.table.column("sha256").take(pool.new[used[codes[pool.new]]])
+    trained = stream.pool.shards.table.column("sha256").take(stream.used_new)
     for name, shards in validation.items():
         shared = pc.is_in(shards.table.column("sha256"), value_set=trained)
         rows = np.flatnonzero(shared.to_numpy())
@@ -183,8 +179,7 @@ def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSe
 
 def new_sources(stream: Stream) -> set[str]:
     """Return the sources that are new training data. A source that `repeats` sets to 0 is not."""
-    names = _sources_of(stream.pool.shards, stream.pool.new)
-    return {name for name in names if stream.repeats.get(name, 1) > 0}
+    return {*_sources_of(stream.pool.shards, stream.used_new)}
 
 
 def unjudged_limits(

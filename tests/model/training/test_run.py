@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import recipes
 import train as command
 from model import checkpoint
+from model.export.hub import sources_of
 from model.network import build
 from model.recipe import Recipe
 from model.tracking.history import rows_of
@@ -156,6 +157,22 @@ def test_phase_2_starts_from_the_best_of_phase_1_and_replays(
     # The checkpoint records the synthetic sources of the first phase.
     assert known["sources"] == ["alpha", "beta", "dummy", "gamma"]
     assert known["synthetic_sources"] == ["dummy"]
+    assert known["titles"] == {"dummy": "dummies"}
+
+
+def test_a_source_that_is_left_out_is_not_recorded(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """Else a report would say that training had other images of its generator."""
+    left_out = ['data.train=["old", "new"]', "data.repeats={beta=0, gamma=0}"]
+    step = train(recipes.load(Recipe, tiny_recipe, left_out), data, tmp_path, stop_at=1)
+    meta = checkpoint.read_meta(step)
+    known = meta["data"]
+    assert known["sources"] == ["alpha", "dummy"]
+    assert known["generators"] == ["gan"]
+    assert known["train"] == [*known["set_sha256"]] == ["old"]  # `new` has only gamma
+    assert sources_of(meta, data).keys() == {"old"}
+    assert sources_of(meta, data)["old"].keys() == {"alpha", "dummy"}
     assert known["titles"] == {"dummy": "dummies"}
 
 
