@@ -307,15 +307,16 @@ def _weights(
         )
     if not distills:
         return weights, None
-    if init_from is None or init_from.suffix == ".safetensors":
-        raise ValueError("replay.distill_weight needs a run that starts from a trained checkpoint")
-    teacher = _weights_at(init_from)
+    teacher = _weights_at(init_from) if init_from and init_from.suffix != ".safetensors" else None
     began = checkpoint.read_meta(resumed)["first_weights"] if resumed else None
-    if began and began["sha256"] != teacher.sha256:
+    if began and (teacher is None or teacher.sha256 != began["sha256"]):
+        other = f", and not {init_from}" if init_from else ""
         raise ValueError(
-            f"the teacher is the checkpoint that the run began from, {_words_for(began)}, and not "
-            f"{init_from}; give it with --init-from"
+            f"the teacher is the checkpoint that the run began from, {_words_for(began)}{other}; "
+            "give it with --init-from"
         )
+    if teacher is None:
+        raise ValueError("replay.distill_weight needs a run that starts from a trained checkpoint")
     return weights, teacher
 
 

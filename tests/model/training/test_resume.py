@@ -105,6 +105,19 @@ def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path)
     assert plan(recipe, data, tmp_path, init_from=start).teacher.path == start
 
 
+def test_a_resumed_run_names_the_teacher_that_it_needs(
+    load: Load, data: Path, tmp_path: Path
+) -> None:
+    train(load('name="first"', "run.epochs=1", "run.seed=4"), data, tmp_path, stop_at=1)
+    start = tmp_path / "first/step_0000001"
+    distilled = ['replay.sets=["new"]', "replay.ratio=1:8", "replay.distill_weight=1"]
+    recipe = load(*distilled)
+    train(recipe, data, tmp_path, init_from=start, stop_at=1)
+    said = r"the run began from, checkpoint first/step_0000001 \(sha256 \w+\); give it with --init"
+    with pytest.raises(ValueError, match=said):
+        plan(recipe, data, tmp_path)
+
+
 def test_machines_without_a_common_runs_folder_are_refused(
     load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
