@@ -20,7 +20,9 @@ each has already appeared in the epoch. It returns an `AugmentBatch`: the crop, 
 each of the B images, as columns. The object has an attribute `view`: `view` for `view_params()`, 0
 for `eval_params()`, and `epoch + 1` for `train_params()`, because view 0 is the center crop.
 
-`policies_of(shards, augment, policy)` returns a dict, source -> policy. It, `train_params()` and
+`policies_of(shards, augment, policy)` returns a dict, source -> policy, from which
+`matched_partners(shards, policies)` returns the `Partners` (pipeline/pairs.py) whose JPEGs fakes
+are matched to, or None. `policies_of()`, `train_params()` and
 `view_params()` (except view 0) raise `LoadError` if the policy of a source is not in `augment`.
 """
 
@@ -125,6 +127,14 @@ def policies_of(
     return policies
 
 
+def matched_partners(shards: ShardSet, policies: Mapping[str, AugmentPolicy]) -> Partners | None:
+    """Return the JPEGs of the real partners of the fakes of all sources whose policy has
+    `match_pair_jpeg`; None if no policy has. `policies` is the result of `policies_of`.
+    """
+    paired = tuple(name for name, policy in policies.items() if policy.match_pair_jpeg)
+    return partners_of(shards, paired) if paired else None
+
+
 def train_params(
     shards: ShardSet,
     augment: Mapping[str, AugmentPolicy],
@@ -140,11 +150,10 @@ def train_params(
     """
     codes, names = shards.codes("source")
     by_source = policies_of(shards, augment, policy)
-    policies = [by_source[name] for name in names]
+    policies = PolicyTable([by_source[name] for name in names])
     size = shards.column("width"), shards.column("height")
-    paired = tuple(name for name in names if by_source[name].match_pair_jpeg)
-    partners = partners_of(shards, paired) if paired else None
-    return TrainParams(PolicyTable(policies), codes, *size, preprocess, seed, epoch, partners)
+    partners = matched_partners(shards, by_source)
+    return TrainParams(policies, codes, *size, preprocess, seed, epoch, partners)
 
 
 def view_params(

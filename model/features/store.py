@@ -5,9 +5,11 @@ them.
     <store>/<backbone>-<hash>/<set>/<view>/<shard>-<hash of the tar>.arrow
 
 View 0 is the center crop of evaluation; view v >= 1 has the augmentation of epoch v - 1 (the first
-epoch is 0). Its folder depends on the policy of the shard's source and on the seed. A file has a
-row per sample, in the order of the tar. A file with another identity counts as missing. Sets of one
-name whose tars differ have different files.
+epoch is 0). Its folder depends on the policy of the shard's source and on the seed. If the policy
+has `match_pair_jpeg`, the file's name ends in a second hash, of the JPEG settings that the shard's
+fakes get: those of their real partners, which the index names and which may be in other shards. A
+file has a row per sample, in the order of the tar. A file with another identity counts as missing.
+Sets of one name whose tars differ have different files.
 
 Main entries: `open_table(store, backbone, shards, view)` reads the features of one view, and
 `missing_of(store, backbone, shards, view, *, rank, world_size)` lists the files to compute.
@@ -54,7 +56,7 @@ from model.device import describe
 from model.network import Detector
 from model.recipe import Network
 from pipeline.augment import AugmentPolicy
-from pipeline.params import policies_of
+from pipeline.params import matched_partners, policies_of
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
 from storage import parse_json, write_atomically, write_text
@@ -185,6 +187,8 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
     codes, first_rows = np.unique(shards.column("shard_code"), return_index=True)
     source_codes, names = shards.codes("source")
     policies = policies_of(shards, view.augment, view.policy) if view.augment else {}
+    partners = matched_partners(shards, policies) if view.number else None
+    rows_of = shards.rows_of_shards() if partners else {}
     files = []
     for code, row in zip(codes.tolist(), first_rows.tolist(), strict=True):
         folder, shard = shards.folders[code], shards.shards[code]
@@ -198,8 +202,12 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
         policy = policies.get(names[source_codes[row]])
         if view.number and policy is not None:
             entry |= {"seed": view.seed, "policy": asdict(policy)}
-        name = f"{shard[:-4]}-{shards.shard_sha256[code][:12]}.arrow"
-        path = store / backbone.folder / folder.name / view.folder_of(policy) / name
+        name = f"{shard[:-4]}-{shards.shard_sha256[code][:12]}"
+        if partners and policy is not None and policy.match_pair_jpeg:
+            jpegs = np.stack([column[rows_of[code]] for column in partners]).astype("<i4")
+            entry["partners_sha256"] = hashlib.sha256(jpegs.tobytes()).hexdigest()
+            name += f"-{entry['partners_sha256'][:12]}"
+        path = store / backbone.folder / folder.name / view.folder_of(policy) / f"{name}.arrow"
         files.append(ShardFile(path=path, shard_code=code, id=parse_json(_canonical(entry))))
     return files
 

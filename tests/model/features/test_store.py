@@ -1,0 +1,63 @@
+"""Identity of stored features: what decides whether a file is computed anew."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from model.features.store import BackboneId, ShardFile, View, files_of
+from pipeline.augment import AugmentPolicy
+from sharding.format import ShardSet
+from tests.builders import SMALL_PREPROCESS
+
+BACKBONE = BackboneId(
+    network="tiny", options={}, head="timm", blocks=(), mean=(0, 0, 0), std=(1, 1, 1),
+    sha256="0" * 64, preprocess=SMALL_PREPROCESS, precision="fp32",
+)  # fmt: skip
+
+
+def with_pairs(shards: ShardSet, quality: int) -> ShardSet:
+    """Return the set with all images as pairs of a PNG fake and a JPEG of this quality; 0: in no
+    pair.
+    """
+    is_fake, table = shards.column("label") == 1, shards.table
+    number = np.where(is_fake, np.cumsum(is_fake), np.cumsum(~is_fake))
+    columns = {
+        "group": [f"{n}" if quality else f"{row}" for row, n in enumerate(number)],
+        "jpeg_quality": np.where(is_fake, 0, quality or 90),
+        "chroma": ["420"] * len(table),
+    }
+    for name, column in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, [column])
+    return replace(shards, table=table, _columns={})
+
+
+def test_other_partners_of_the_fakes_are_another_identity(old: ShardSet, tmp_path: Path) -> None:
+    """The tars are the same: the partners follow from groups, which only the index has."""
+
+    def files(shards: ShardSet, number: int = 1, *, match: bool = True) -> list[ShardFile]:
+        augment = {"train": AugmentPolicy(match_pair_jpeg=match), "dda": AugmentPolicy()}
+        view = View(number=number, augment=augment, policy="train") if number else View()
+        return files_of(tmp_path, BACKBONE, shards, view)
+
+    def same(one: list[ShardFile], other: list[ShardFile]) -> list[bool]:
+        alike = [a.id == b.id for a, b in zip(one, other, strict=True)]
+        assert alike == [a.path == b.path for a, b in zip(one, other, strict=True)]
+        return alike
+
+    apart, paired = with_pairs(old, 0), with_pairs(old, 60)
+    sources = [old.names("source", rows)[0] for rows in old.rows_of_shards().values()]
+    # `dummy` has no pairs, and the index gives `beta` the policy `dda`, which matches nothing.
+    is_same = [source != "alpha" for source in sources]
+    assert {*sources} == {"alpha", "beta", "dummy"}
+    assert same(files(apart), files(paired)) == is_same
+    assert same(files(with_pairs(old, 61)), files(paired)) == is_same
+    assert all(same(files(with_pairs(old, 60)), files(paired)))
+    assert all(same(files(apart, 0), files(paired, 0)))
+    unmatched = files(apart, match=False)
+    assert all(same(unmatched, files(paired, match=False)))
+    names = [f"{s[:-4]}-{h[:12]}.arrow" for s, h in zip(old.shards, old.shard_sha256, strict=True)]
+    assert [file.path.name for file in unmatched] == names  # as in earlier stores
+    keys = {"version", "backbone", "shard", "shard_sha256", "view", "seed", "policy"}
+    assert all(file.id.keys() == keys for file in unmatched)
