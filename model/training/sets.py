@@ -28,7 +28,8 @@ most of the sets again. Two checks take what these functions returned, and retur
 - `LoadError` if the training sets lack a source of `data.repeats`, or the recipe lacks the
   augmentation policy of a source;
 - `ValueError` if the replayed sets lack a source of `replay.exclude_sources`, if there is nothing
-  to replay, or if all samples are of one class (unless `data.allow_one_class`).
+  to replay, if `data.repeats` is so low for a source that no epoch takes an image of it, or if all
+  samples are of one class (unless `data.allow_one_class`).
 
 `new_sources(stream)` returns the names of the sources that are trained on, replayed ones apart (a
 set). `unjudged_limits(recipe, stream, validation, starts_trained)` returns a sentence (in a list)
@@ -200,7 +201,8 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
         LoadError: the training sets lack a source of `data.repeats`, or the recipe lacks a policy.
         OrderError: the samples do not fill a batch.
         ValueError: there is nothing to replay, the replayed sets lack a source of
-            `replay.exclude_sources`, or all samples are of one class.
+            `replay.exclude_sources`, no epoch takes an image of a source that `data.repeats` does
+            not leave out, or all samples are of one class.
     """
     shards, seed = stream.pool.shards, recipe.run.seed
     replayed = _sources_of(stream.pool.shards, slice(len(stream.pool.new), None))
@@ -210,6 +212,7 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
             f"replay.exclude_sources names source {', '.join(unknown)}; the sets of replay.sets "
             f"hold {', '.join(replayed)}"
         )
+    _refuse_too_few(stream)
     epoch = stream.epoch(0)
     labels = np.unique(shards.column("label")[epoch.samples])
     if len(labels) == 1 and not recipe.data.allow_one_class:
@@ -218,6 +221,21 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
             "a set with the other class, or use --set data.allow_one_class=true if intended"
         )
     train_params(shards, recipe.augment, recipe.data.policy, recipe.preprocess, seed, 0)
+
+
+def _refuse_too_few(stream: Stream) -> None:
+    """Refuse a repeat above 0 that rounds to no image. Every epoch has the same number of images of
+    a source, so the source would never be trained on.
+    """
+    shards = stream.pool.shards
+    for name in sorted(new_sources(stream) - {*_sources_of(shards, stream.new(0))}):
+        count = shards.names("source", stream.used_new).count(name)
+        images = console.counted(count, "image")
+        raise ValueError(
+            f"data.repeats.{name} is {stream.repeats[name]:g}, so no epoch takes an image of this "
+            f"source, which has {images}; set {1 / count:.3g} to take one in each epoch, or 0 to "
+            "leave the source out"
+        )
 
 
 def warnings_of(recipe: Recipe, stream: Stream) -> list[str]:

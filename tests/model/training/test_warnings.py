@@ -1,11 +1,13 @@
 """Warnings of a plan: settings that have no effect, or not the intended one."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from upath import UPath
 
@@ -150,6 +152,22 @@ def test_a_set_is_either_new_or_old(load: Load, data: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"data\.train and replay\.sets both name old, so its im"):
         plan(load(*both, "replay.ratio=1:8"), data, tmp_path)
     assert plan(load(*both, "replay.ratio=0"), data, tmp_path)
+
+
+def test_a_repeat_that_takes_no_image_is_refused(load: Load, data: Path, tmp_path: Path) -> None:
+    """It rounds to 0 in every epoch, so the source would be left out without a word."""
+    old = open_shards([data / "old"])
+    count = old.names("source", np.arange(len(old))).count("alpha")
+    said = (
+        rf"data\.repeats\.alpha is 0\.01, so .* has {count} images; set (\S+) to take one in each "
+        "epoch, or 0 to leave the source out"
+    )
+    with pytest.raises(ValueError, match=said) as refused:
+        plan(load("data.repeats.alpha=0.01"), data, tmp_path)
+    advised = re.search(said, str(refused.value))[1]
+    for repeat, images in (("0", 0), (advised, 1)):
+        stream = plan(load(f"data.repeats.alpha={repeat}"), data, tmp_path).stream
+        assert old.names("source", stream.new(0)).count("alpha") == images
 
 
 def test_sources_that_are_not_replayed_are_not_looked_up_without_replay(
