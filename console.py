@@ -7,7 +7,7 @@ line of CSV or JSON. `table(title, columns, rows, drop)` prints names of columns
 out, the first one first. `progress(label, total, shown)` is a context manager that shows a bar on
 standard error, or without a terminal a line a minute (`total` None: unknown; `shown` false: none).
 It yields `advance(done=1, note="", total=None)`. This counts `done` more, shows `note` and sets a
-given `total`. `log` is the logger.
+given `total`. `log` is the logger; `rank_log` is for warnings about one rank's own samples.
 
 `Command` and `Group` use `plain_errors()`, a context manager that prints an error in one line.
 `note(text)` prints a line on standard error, if it can be written. `counted(2, "image")` is "2
@@ -33,6 +33,11 @@ from rich.text import Text
 from escape import one_line, printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
+
+rank_log = logging.getLogger("ai_images_detector.rank")
+"""Logger of messages about the samples or the machine of one rank of a run on several GPUs. Its
+warnings come from every rank, those of `log` only from rank 0, because all ranks have the same.
+"""
 
 # Width of tables in a pipe or a file, in characters: wide enough that no table is wrapped.
 _WIDE = 100_000

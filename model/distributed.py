@@ -74,7 +74,8 @@ class DistEnv:
 @contextlib.contextmanager
 def init_distributed() -> Iterator[DistEnv]:
     """Join the process group that torchrun started. Without torchrun, yield one rank of one. Ranks
-    but the first log nothing below a warning.
+    but the first log nothing below an error, except warnings about their own samples and machine
+    (`console.rank_log`).
 
     CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
     """
@@ -94,7 +95,8 @@ def init_distributed() -> Iterator[DistEnv]:
     meeting = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
     dist = DistEnv(rank, world_size, local_rank, meeting)
     if not dist.is_main:
-        console.log.setLevel(logging.WARNING)
+        console.log.setLevel(logging.ERROR)
+        console.rank_log.setLevel(logging.WARNING)
     yield dist
     # Not after an error: NCCL would wait for the other ranks, which do not come here. The end of
     # the process closes the connections, and so ends the other ranks.

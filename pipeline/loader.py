@@ -85,7 +85,7 @@ from storage import cores
 if TYPE_CHECKING:
     from pipeline.dali import DaliBackend
 
-log = logging.getLogger("ai_images_detector")
+log = logging.getLogger("ai_images_detector.rank")  # `rank_log` of console.py
 
 READ_THREADS = 8
 """Concurrent reads from an address, in each process."""

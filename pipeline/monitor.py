@@ -58,7 +58,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.loading import STALL_WARNING_S
 
-log = logging.getLogger("ai_images_detector")
+log = logging.getLogger("ai_images_detector.rank")  # `rank_log` of console.py
 
 STAGES = ("idle", "reading", "decoding")
 

@@ -36,7 +36,7 @@ from escape import reason_of
 from sharding.format import ShardSet
 from storage import remove_left, size_of, write_bytes
 
-log = logging.getLogger("ai_images_detector")
+log = logging.getLogger("ai_images_detector.rank")  # `rank_log` of console.py
 
 PIECE = 8 * 2**20
 """Bytes fetched at a time: large enough that a request is worth its latency, small enough that a

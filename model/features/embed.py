@@ -37,7 +37,6 @@ The fields of an `Embedder` are passed by keyword:
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,8 +63,6 @@ from pipeline.params import view_params
 from pipeline.read import UNREAD
 from sharding.format import ShardSet
 from storage import remove_left
-
-log = logging.getLogger("ai_images_detector")
 
 AT_A_TIME_ON_GPU = 256
 """Number of images per forward pass on a GPU; `AT_A_TIME` on the CPU. It is constant, because the
@@ -160,7 +157,7 @@ def _name_failures(
                 f"{name} {reason}; nothing of {file.path.stem} was stored, run the same command "
                 "again when it can be read"
             )
-        log.warning("%s has no features: %s", name, reason)
+        console.rank_log.warning("%s has no features: %s", name, reason)
 
 
 def _whole(rows: np.ndarray, shards: ShardSet, file: ShardFile) -> np.ndarray:

@@ -200,7 +200,7 @@ def _stepper(planned: RunPlan, train_state: TrainState) -> Callable[[Batch], flo
     def step(batch: Batch) -> float:
         number = next(numbers)
         for failure in planned.stream.loader.name_failures(batch):
-            console.log.warning("not decoded: %s", failure)
+            console.rank_log.warning("not decoded: %s", failure)
         set_learning_rate(train_state.optimizer, schedule(recipe.optim, number, planned.steps))
         loss = train_step(
             train_state, forward, batch, recipe.optim,

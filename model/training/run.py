@@ -229,7 +229,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             )  # fmt: skip
             done += 1
             for failure in stream.loader.name_failures(batch):
-                console.log.warning("not decoded: %s", failure)
+                console.rank_log.warning("not decoded: %s", failure)
             epoch, ended = -(-done // planned.steps_per_epoch), done % planned.steps_per_epoch == 0
             validating = ended and (epoch % settings.validate_every == 0 or done == steps)
             stopping = all_reduce_any(dist, bool(received))

@@ -1,5 +1,6 @@
 """Ranks that wait for rank 0, and end when another one fails."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import console
 from model import distributed
 from model.distributed import (
     DistEnv,
@@ -56,6 +58,24 @@ def full(_dist: DistEnv) -> None:
 
 def answers(dist: DistEnv) -> object:
     return on_main(dist, lambda: Path("/runs") if dist.is_main else None)
+
+
+def warned(dist: DistEnv) -> list[str]:
+    """Return the warnings that this rank logs: one about the run, and one about its samples."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    console.log.addHandler(handler)
+    console.log.warning("not calibrated")
+    console.rank_log.warning("not decoded: an image of rank %d", dist.rank)
+    return logged
+
+
+def test_a_warning_about_the_run_comes_from_rank_0_alone() -> None:
+    assert two_ranks(warned) == [
+        ["not calibrated", "not decoded: an image of rank 0"],
+        ["not decoded: an image of rank 1"],
+    ]
 
 
 def rank_1_fails(dist: DistEnv) -> None:
