@@ -18,7 +18,8 @@ dtype and the reason for the choice, as text.
 `describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of one of these dtypes.
 `keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
 system; for a GPU, or without glibc, it does nothing. `one_thread(active)` is a context manager: in
-its block torch computes with one CPU thread, if `active` (default True).
+its block torch computes with one CPU thread, if `active` (default True). In the block of
+`half_of_threads()` it computes with half of its CPU threads.
 """
 
 import contextlib
@@ -82,9 +83,26 @@ def one_thread(active: bool = True) -> Iterator[None]:
     A step of a head on stored features takes 2 ms. Threads that share it wait for each other: with
     two threads a step took 13 ms on two free cores, and 65 ms beside another program (docs/log.md).
     """
+    with _threads(1 if active else torch.get_num_threads()):
+        yield
+
+
+@contextlib.contextmanager
+def half_of_threads() -> Iterator[None]:
+    """Let torch compute with half of its CPU threads, at least one, and then as before.
+
+    A fit of a head waits for memory, which half of the threads can keep busy. With all of them, a
+    core that another program uses holds up every sum: on two cores a fit took 1.4 to 5 s with two
+    threads and 1.4 s with one, and 1.1 s with two on free cores (docs/log.md).
+    """
+    with _threads(max(1, torch.get_num_threads() // 2)):
+        yield
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
     threads = torch.get_num_threads()
-    if active:
-        torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -14,7 +14,8 @@ determinism is on; no classifier here calls `roi_align`. timm also marks functio
 marks its own methods when it is made; they are called outside of compiled networks. (Steps of AdamW
 load the compiler all the same, those of L-BFGS do not.) Its `state_dict()` and the functions that
 compute shapes on the meta device are marked when they are first called; no compiled network calls
-them. `torch.compile` loads the compiler when it is called. wandb is imported by `timm.utils.summary`, which works without wandb.
+them. `torch.compile` loads the compiler when it is called. wandb is imported by
+`timm.utils.summary`, which works without wandb.
 
 `import_part(package, part)` imports `package.part` without the rest of the package, whose other
 parts are not needed, and returns the module. It is for packages that load all of their parts at

@@ -45,6 +45,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from model.device import half_of_threads
 from model.distributed import DistEnv, all_reduce_sum
 from model.features.loader import FeatureLoader
 from model.lean_import import lean_import
@@ -222,7 +223,8 @@ def fit_head(
             )
         return loss
 
-    solver.step(loss_and_gradient)
+    with half_of_threads():
+        solver.step(loss_and_gradient)
     with torch.no_grad():
         half, bias = vector / 2, (offset - mean @ vector) / 2
         head.weight.copy_(torch.stack([-half, half]))

@@ -56,6 +56,7 @@ import torch
 
 from model import checkpoint
 from model.distributed import all_gather_object, on_main
+from model.lean_import import lean_import
 from model.recipe import STEP_FOLDER, Recipe, flat_settings, step_folder
 from model.training.step import TrainState
 from model.training.validation import Best, Gain, Validation, better
@@ -224,8 +225,10 @@ def save(
 
     def write() -> None:
         recipe, stream, data = plan.recipe, plan.stream, _data_of(plan)
+        with lean_import():
+            optimizer = train_state.optimizer.state_dict()
         state = {
-            "optimizer": train_state.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": train_state.scaler.state_dict(),
             "order": stream.state(done),
             "validation": _hashes_of(plan.validation),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.device import choose_device, choose_precision, one_thread
+from model.device import choose_device, choose_precision, half_of_threads, one_thread
 from tests.builders import CPU
 
 
@@ -18,6 +18,11 @@ def test_one_thread_computes_the_block_and_the_number_comes_back() -> None:
         with pytest.raises(KeyError), one_thread():
             raise KeyError("an error in the block")
         assert torch.get_num_threads() == 2
+        for threads, half in ((5, 2), (1, 1)):
+            torch.set_num_threads(threads)
+            with half_of_threads():
+                assert torch.get_num_threads() == half
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
 

@@ -35,6 +35,9 @@ with lean_import():
     solver = torch.optim.LBFGS([weight])
 weight.sum().backward()
 solver.step(lambda: weight.square().sum())
+with lean_import():
+    optimizer.state_dict()
+    torch.nn.functional.gelu(torch.nn.Linear(3, 3, device="meta")(torch.ones(1, 3, device="meta")))
 with_optimizers = [*sys.modules]
 optimizer.step()
 double = torch.compile(lambda x: 2 * x, backend="eager")
