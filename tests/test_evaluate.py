@@ -330,6 +330,18 @@ def test_calibration_accepts_validation_sets_only(
     assert (find(own_runs) / "meta.json").read_bytes() == meta
 
 
+def test_a_detector_that_ships_is_never_calibrated_in_place(
+    data: Path, own_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.shipped.backbone.DETECTORS", tmp_path)
+    meta = shutil.copytree(find(own_runs), tmp_path / "mine") / "meta.json"
+    before = meta.read_bytes()
+    result = run(data, own_runs, "calibrate", "--shards", "val", "--checkpoint", "mine")
+    assert result.exit_code == 1
+    assert "mine is a detector that ships, which is not changed; calibrate a copy" in result.output
+    assert meta.read_bytes() == before
+
+
 def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Path) -> None:
     alone = tmp_path / "shards" / "val"
     shutil.copytree(data / "evalgen", alone)

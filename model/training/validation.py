@@ -49,7 +49,13 @@ import numpy as np
 import torch
 
 from escape import text_fault
-from model.calibrate import Calibration, ThresholdAt, calibrate_by, check_validation_sets
+from model.calibrate import (
+    Calibration,
+    CalibrationError,
+    ThresholdAt,
+    calibrate_by,
+    check_validation_sets,
+)
 from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv, on_main
@@ -57,6 +63,7 @@ from model.features.loader import FeatureSource, open_scored
 from model.metrics import Metrics, measure, measure_sources
 from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD, Scores, score_set
+from model.shipped.backbone import is_shipped
 from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
 from model.verdict import probability
@@ -203,10 +210,16 @@ def calibrate_checkpoint(
     measured. Every rank calls this function; rank 0 writes.
 
     Raises:
-        CalibrationError: a set has another split than `val`, two have the same name, or no
-            calibration fits the scores; the checkpoint is unchanged.
+        CalibrationError: the checkpoint is a shipped detector, a set has another split than `val`,
+            two have the same name, or no calibration fits the scores; the checkpoint is unchanged.
     """
     dist = dist or DistEnv()
+    if is_shipped(checkpoint):
+        raise CalibrationError(
+            f"{checkpoint} is a detector that ships, which is not changed; calibrate a copy: "
+            f"`python -m model export --head FOLDER --checkpoint {checkpoint.name}`, then the same "
+            "with --checkpoint FOLDER"
+        )
     check_validation_sets(folders)
     net, preprocess, _ = load_network(checkpoint)
     keep_freed_memory(device)
