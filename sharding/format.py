@@ -452,10 +452,13 @@ def join_sets(parts: Sequence[ShardSet]) -> ShardSet:
 def table_from(data: bytes) -> pa.Table:
     """Read a table from the bytes of a parquet file.
 
-    `pyarrow.parquet.read_table` is not used: it imports pandas if installed (most of a second), and
-    with a Python stream it may abort the process at exit (pyarrow 26).
+    `pyarrow.parquet.read_table` is not used: it imports pandas if installed (most of a second). The
+    bytes are copied to memory of Arrow: a thread of Arrow that frees memory of Python a moment
+    after the read, while the interpreter exits, aborts the process (pyarrow 26).
     """
-    file = pq.ParquetFile(pa.BufferReader(data))
+    memory = pa.allocate_buffer(len(data))
+    memoryview(memory).cast("B")[:] = data
+    file = pq.ParquetFile(pa.BufferReader(memory))
     groups = []
     for group_index in range(file.num_row_groups):
         groups.append(file.read_row_group(group_index))

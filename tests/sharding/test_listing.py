@@ -6,6 +6,7 @@ reversed labels, wrong extensions, missing files. Each test packs a copy and rea
 
 import io
 import json
+import sys
 import threading
 import zipfile
 from collections import Counter
@@ -18,7 +19,7 @@ import pytest
 
 from sharding.build import Tolerance, build
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
-from sharding.format import CLASSES, open_shards, read_index
+from sharding.format import CLASSES, open_shards, read_index, table_from
 from sharding.listing import list_source
 from tests.builders import write_split_zip
 from tests.raw_copies import Row, image, parquet, put
@@ -472,3 +473,21 @@ def test_only_the_calling_thread_reads_a_parquet_table(
     source = read_catalog([BUILT_IN]).sources["julienlucas"]
     assert len(list_source("julienlucas", source, tmp_path / "raw").items) == 2
     assert readers == {threading.get_ident()}
+
+
+def test_threads_of_arrow_hold_no_memory_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may free what it holds a moment after the read: memory of Python aborts the process
+    if the interpreter exits just then.
+    """
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"number": range(9)}), stream, row_group_size=4)
+    data, held = stream.getvalue(), []
+    before, read = sys.getrefcount(data), pq.ParquetFile.read_row_group
+
+    def watched(file: pq.ParquetFile, group: int) -> pa.Table:
+        held.append(sys.getrefcount(data) - before)
+        return read(file, group)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", watched)
+    assert table_from(data).column("number").to_pylist() == [*range(9)]
+    assert held == [1] * 3  # the argument of table_from alone
