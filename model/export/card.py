@@ -38,8 +38,7 @@ TAGS = ["ai-generated-image-detection"]
 LIMITS = """\
 - A score is not a proof. Do not decide about a person from a score alone.
 - The detector is made for images like its training images. With other kinds of images, cameras or
-  generators, strong compression or resizing it makes more errors, in both directions. The figures
-  above are valid only for the sets that they name.
+  generators, strong compression or resizing it makes more errors, in both directions.{figures}
 - In public data sets, fakes and photographs also differ in format, size and compression, and a
   detector learns these differences. Before you rely on it, measure it on real and fake images that
   have the same format, size and compression.
@@ -114,11 +113,15 @@ def card_of(
     meta, report, sources = without_paths([meta, report, sources])
     license = license_of(meta)
     preprocess = Preprocess(**meta["preprocess"])
+    new_kinds = bool(left_out or left_out_sources(meta))
     limits = LIMITS.format(
         share=preprocess.crop_size / preprocess.resize_size,
         size=preprocess.crop_size,
         detail=", and a crop of as many pixels at full resolution"
         if preprocess.detail_crop
+        else "",
+        figures=" The figures\n  above are valid only for the sets that they name."
+        if report or new_kinds
         else "",
     )
     sections = [
@@ -128,17 +131,22 @@ def card_of(
         "## Use",
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
-        *(["## Sources left out of training", _left_out(meta)] if left_out_sources(meta) else []),
-        *(["## Robustness and subjects", _new_kinds(left_out)] if left_out else []),
+        *(
+            ["## Sources left out of training", _left_out(meta, report)]
+            if left_out_sources(meta)
+            else []
+        ),
+        *(["## Robustness and subjects", _new_kinds(meta, left_out)] if left_out else []),
         "## Evaluation",
-        _evaluation(report),
+        _evaluation(report) if report else _no_evaluation(new_kinds),
         "## Training data",
         _training(meta, sources),
         "## Limits",
         limits.strip(),
         "## Licenses",
-        f"Weights: {markdown(license.text)}. The training images have their own licenses, see "
-        "above. Neither this card nor the license of any code changes these licenses.",
+        f"Weights: {markdown(license.text)}. The training images have their own licenses"
+        f"{', see above' if sources else ''}. Neither this card nor the license of any code "
+        "changes these licenses.",
     ]
     return f"---\n{_front(license, timm=is_plain(meta))}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -255,7 +263,7 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     return f"Temperature and thresholds were fitted on {images}."
 
 
-def _left_out(meta: Mapping[str, Any]) -> str:
+def _left_out(meta: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     """Return the table of sources that were each scored by a head trained without that source."""
     rows = [
         "| source | images | called likely AI | uncertain |",
@@ -273,20 +281,26 @@ def _left_out(meta: Mapping[str, Any]) -> str:
                     f"| {shown} ({label}) | {rates[label + 's']:,} | {rates[metric]:.3f} "
                     f"| {'-' if uncertain is None else f'{uncertain:.3f}'} |"
                 )
+    compared = (
+        " The rates are much worse than the figures below, which are for images of the same kinds "
+        "as the training images."
+        if report
+        else ""
+    )
     return (
         "Each source was scored by a head that was trained without that source. Expect such rates, "
         "or somewhat worse ones, for new kinds of images: the thresholds were chosen on these "
-        "scores. The rates are much worse than the figures below, which are for images of the same "
-        "kinds as the training images.\n\n" + "\n".join(rows)
+        f"scores.{compared}\n\n" + "\n".join(rows)
     )
 
 
-def _new_kinds(left_out: Mapping[str, Any]) -> str:
+def _new_kinds(meta: Mapping[str, Any], left_out: Mapping[str, Any]) -> str:
     """Return the metrics of the left-out sources together, within subjects, and after each
     perturbation.
     """
     pairs, inside = left_out["one left out"], left_out["within subjects"]
-    text = f"Over all these images the AUROC is {left_out['pooled']:.3f}."
+    images = "these images" if left_out_sources(meta) else "images of sources left out of training"
+    text = f"Over all {images} the AUROC is {left_out['pooled']:.3f}."
     if pairs is not None:
         low, high = pairs["interval"]
         worst = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in pairs["worst"].items())
@@ -317,9 +331,20 @@ def _new_kinds(left_out: Mapping[str, Any]) -> str:
     )
 
 
-def _evaluation(report: Mapping[str, Any] | None) -> str:
-    if report is None:
-        return "**No evaluation is attached.** The error rates of this detector are not known here."
+def _no_evaluation(new_kinds: bool) -> str:
+    """Return which error rates a card without a report lacks. `new_kinds`: it has those of sources
+    left out of training.
+    """
+    if new_kinds:
+        return (
+            "**No evaluation is attached.** The error rates above are those of sources left out of "
+            "training; those on new images of known kinds are not known here."
+        )
+    return "**No evaluation is attached.** The error rates of this detector are not known here."
+
+
+def _evaluation(report: Mapping[str, Any]) -> str:
+    """Return the metrics of each set, source and generator, and what to know of them."""
     rows = [
         "| set | real | fake | fakes found (recall) | reals called fake | AUROC |",
         "|---|---|---|---|---|---|",

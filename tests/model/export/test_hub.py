@@ -25,7 +25,6 @@ from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores
 from model.export import hub
 from model.export.card import card_of
-from model.export.license import ORIGINAL_BASE, license_of
 from model.network import normalization
 from tests.builders import CALIBRATION, TINY, encode, photo, small_disk
 
@@ -216,6 +215,28 @@ def test_the_card_lists_sources_left_out_of_training(
     assert "The scores were computed in bfloat16; in float32" in card
 
 
+@pytest.mark.parametrize("report", [False, True], ids=["no report", "report"])
+@pytest.mark.parametrize("left_out", [{}, LEFT_OUT], ids=["no benchmark", "benchmark"])
+@pytest.mark.parametrize("by_source", [False, True], ids=["no sources", "sources"])
+def test_a_card_refers_only_to_parts_that_it_has(
+    tiny_checkpoint: Path, report: bool, left_out: dict, by_source: bool
+) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    rates = {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None, "uncertain": 0.1}
+    method = {"sources": {"faces": rates}, "method": "sources left out, pooled"}
+    meta["calibration"] = meta["calibration"] | (method if by_source else {})
+    figures = report_of(meta) if report else None
+    text = " ".join(card_of(meta, figures, {}, onnx=False, left_out=left_out).split())
+    new_kinds = by_source or bool(left_out)
+    assert ("than the figures below" in text) == (by_source and report)
+    assert ("The figures above are valid" in text) == (new_kinds or report)
+    assert ("No evaluation is attached" in text) != report
+    assert ("rates of this detector are not known" in text) == (not new_kinds and not report)
+    assert ("error rates above are those of sources left out" in text) == (new_kinds and not report)
+    assert ("Over all these images" in text) == (by_source and bool(left_out))
+    assert "licenses, see above" not in text  # no set, so no table of licenses
+
+
 def test_only_files_of_the_export_are_copied(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     (folder / "private").mkdir(parents=True)
@@ -256,42 +277,6 @@ def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     assert "https://evil" not in text and "www.evil" not in text and "\n# c" not in text
     rows = [line for line in text.splitlines() if line.startswith("|") and "evil" in line]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [7, 4]
-
-
-def test_the_license_is_that_of_the_first_weights() -> None:
-    def license_for(name: str, pretrained: bool, **data: object):
-        return license_of(
-            {"recipe": {"network": {"name": name, "pretrained": pretrained}}, "data": data}
-        )
-
-    known = license_for("convnextv2_base.fcmae_ft_in22k_in1k", True)
-    assert known.id == "cc-by-nc-4.0" and known.base == "convnextv2_base.fcmae_ft_in22k_in1k"
-    unknown = license_for("convnextv2_base", False)
-    assert (
-        unknown.id == "cc-by-nc-4.0" and not unknown.base and " if training started" in unknown.text
-    )
-    original = license_for("convnextv2_base", False, imported_from="checkpoint_phase2.pth")
-    assert original.base == ORIGINAL_BASE and "its card says MIT" in original.text
-    assert license_for("mobilenetv2_100", True).id == "apache-2.0"
-    timm_s = {"kind": "timm", "name": "mobilenetv2_100", "license": "apache-2.0"}
-    other = {"kind": "random", "name": "", "license": None}
-    for first, id, base in (
-        (timm_s, "apache-2.0", "mobilenetv2_100"),
-        (
-            {"kind": "checkpoint", "name": "a/step_1", "first_weights": timm_s},
-            "apache-2.0",
-            "mobile",
-        ),
-        (other, "other", ""),
-        ({"kind": "checkpoint", "name": "a/step_1", "first_weights": other}, "other", ""),
-        ({"kind": "checkpoint", "name": "a/step_1", "first_weights": None}, "cc-by-nc-4.0", ""),
-        ({"kind": "file", "name": "x.safetensors", "license": None}, "cc-by-nc-4.0", ""),
-    ):
-        network = {"name": "convnextv2_base", "pretrained": False}
-        meta = {"recipe": {"network": network}, "data": {}, "first_weights": first}
-        license = license_of(meta)
-        assert license.id == id and license.base.startswith(base), first
-        assert bool(license.base) == bool(base)
 
 
 def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
