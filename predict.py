@@ -339,13 +339,11 @@ def _introduce(run: Run) -> None:
 
 def _describe(detector: "AnyDetector") -> str:
     """Describe the decision band and the decoding backend in one line."""
-    low, high = detector.band
-    band = (
-        f"likely AI from {high:g}"
-        if low == high
-        else f"no sign of AI below {low:g}, likely AI from {high:g}, uncertain between"
+    from model.verdict import describe_band
+
+    return (
+        f"{describe_band(detector.band)}; images decoded by {detector.backend} ({detector.reason})"
     )
-    return f"{band}; images decoded by {detector.backend} ({detector.reason})"
 
 
 def _stopped(run: Run) -> None:

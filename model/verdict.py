@@ -22,6 +22,9 @@ stays as in `band`, the band in use until now. If low would be above high, it is
 raises `ValueError` for a rate that is not above 0 and below 0.5, or if the checkpoint has no
 threshold for the rate, such as without a calibration.
 
+`describe_band(band)` returns these thresholds as words: "no sign of AI below 0.3, likely AI from
+0.7, uncertain between", or "likely AI from 0.5" with low equal to high.
+
 `left_out_sources(meta)` returns the error rates of the sources that were left out of training, a
 dict, name -> rates as in `meta.json`; empty if the calibration was fitted otherwise.
 
@@ -74,6 +77,14 @@ def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
     calibration = meta["calibration"]
     low, high = calibration["band"] if calibration else (meta["threshold"],) * 2
     return float(low), float(high)
+
+
+def describe_band(band: tuple[float, float]) -> str:
+    """Return at which numbers each verdict begins. With low equal to high, nothing is uncertain."""
+    low, high = band
+    if low == high:
+        return f"likely AI from {high:g}"
+    return f"no sign of AI below {low:g}, likely AI from {high:g}, uncertain between"
 
 
 def band_at(

@@ -30,6 +30,7 @@ from model.calibrate import Calibration
 from model.evaluation.compare import COMPARED, Change, Flip, compare, count_flips
 from model.evaluation.report import on_subset
 from model.evaluation.scores import ScoreTable
+from model.verdict import describe_band
 from sharding.format import CLASSES
 
 COLUMNS = (
@@ -253,7 +254,6 @@ def print_calibration(calibration: Calibration) -> None:
     ]
     console.say(f"fitted to {calibration.reals:,} real and {calibration.fakes:,} fake images")
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
-    low, high = calibration.band
     rule: str = calibration.threshold_at
     if rule == "max_fpr":
         rule += f", {calibration.method}"
@@ -266,9 +266,7 @@ def print_calibration(calibration: Calibration) -> None:
     console.say(f"threshold for at most 1 % false positives: {at_1}, 5 %: {at_5}")
     if 0.01 not in at_fpr:
         console.say("no threshold for 1 %: too few real images, in all or in most sources")
-    console.say(
-        f"verdicts: no sign of AI below {low:.3f}, likely AI from {high:.3f}, uncertain between"
-    )
+    console.say(f"verdicts: {describe_band(calibration.band)}")
 
 
 def _sources(label: str, used: int, of: int) -> str:

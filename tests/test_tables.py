@@ -135,11 +135,14 @@ def test_tables_of_a_report(
     print_calibration(Calibration(**settings | more))
     by_rate = {"threshold_at": "max_fpr", "method": "sources left out, worst_source",
                "sources_used": {"real": (6, 65), "fake": (0, 3)}}  # fmt: skip
-    print_calibration(Calibration(**settings | more | by_rate))
+    one_threshold = {"band": (0.6, 0.6)}
+    print_calibration(Calibration(**settings | more | by_rate | one_threshold))
     said = capsys.readouterr().out
     assert "decision threshold 0.600 (max_fpr, sources left out, worst_source)" in said
     assert "decision threshold: 6 of 65 sources with real images; the others have too few" in said
     assert "at most 1 % false positives: -, 5 %: 0.766" in said
+    first, second = re.findall("^verdicts: .*", said, re.M)
+    assert first.endswith("uncertain between") and second == "verdicts: likely AI from 0.6"
     assert "all 3 sources with fake images together, because each has too few" in said
     assert len(calls) >= 7
     check_all(calls, monkeypatch)

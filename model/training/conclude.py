@@ -54,6 +54,7 @@ from model.training.leave_out import calibrate_left_out
 from model.training.plan import RunPlan
 from model.training.sets import new_sources
 from model.training.validation import Best, Validation, calibrate_checkpoint, read_validation
+from model.verdict import describe_band
 
 
 class Refused(ValueError):
@@ -159,13 +160,10 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
         console.log.warning("not calibrated: %s", error)
         return
     console.log.info(
-        "calibrated on %s: temperature %.2f, likely AI from %.3f, no sign of AI below %.3f",
-        *(
-            "sources left out" if left_out else ", ".join(recipe.data.validate),
-            calibration.temperature,
-        ),
-        *(calibration.threshold, calibration.band[0]),
-    )
+        "calibrated on %s: temperature %.2f, %s",
+        "sources left out" if left_out else ", ".join(recipe.data.validate),
+        calibration.temperature, describe_band(calibration.band),
+    )  # fmt: skip
 
 
 def _calibration_fault(planned: RunPlan) -> str:

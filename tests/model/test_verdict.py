@@ -1,4 +1,4 @@
-"""Values of a calibration that a stranger's checkpoint may have."""
+"""The band in words, and values of a calibration that a stranger's checkpoint may have."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 
 from model import checkpoint
 from model.network import build
+from model.verdict import describe_band
 from tests.builders import TINY, small_recipe
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
@@ -36,3 +37,9 @@ def test_an_impossible_calibration_is_refused(tmp_path: Path, said: str) -> None
     checkpoint.seal(folder, checkpoint.read_meta(folder) | IMPOSSIBLE[said])
     with pytest.raises(checkpoint.DamagedError, match=rf"meta\.json cannot be used: {said}"):
         checkpoint.load_network(folder)
+
+
+def test_the_band_in_words() -> None:
+    both = "no sign of AI below 0.25, likely AI from 0.765524, uncertain between"
+    assert describe_band((0.25, 0.76552407)) == both
+    assert describe_band((0.744, 0.744)) == "likely AI from 0.744"
