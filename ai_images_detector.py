@@ -94,7 +94,7 @@ def main() -> None:
 
 @click.command("app", cls=console.Command)
 @cli.listen(port=8501)
-@cli.options("checkpoint", "runs")
+@cli.options("checkpoint_or_shipped", "runs")
 def app(host: str, port: int, checkpoint: Path | None, runs: Path) -> None:
     """Start a web page that tells whether images are AI-generated.
 

@@ -99,6 +99,16 @@ class Device(click.ParamType):
         return value
 
 
+def _checkpoint(default: str) -> Callable:
+    """Return the option --checkpoint of commands that use `default` without it."""
+    return click.option(
+        "--checkpoint",
+        type=LocalPath(),  # `checkpoint.find` refuses a file: it may be a detector
+        help="Checkpoint folder, run folder (its best checkpoint), or name of a shipped detector. "
+        f"Default: {default}.",
+    )
+
+
 OPTIONS: dict[str, Callable] = {
     "data": click.option(
         "--data",
@@ -126,12 +136,8 @@ OPTIONS: dict[str, Callable] = {
         help="Error rate: at most this share of AI images is called no sign of AI. It holds for "
         "images like those of the calibration.",
     ),
-    "checkpoint": click.option(
-        "--checkpoint",
-        type=LocalPath(),  # `checkpoint.find` refuses a file: it may be a detector
-        help="Checkpoint folder, run folder (its best checkpoint), or name of a shipped detector. "
-        "Default: the newest run.",
-    ),
+    "checkpoint": _checkpoint("the newest run"),
+    "checkpoint_or_shipped": _checkpoint("the newest run, else the shipped detector"),
     "detector": click.option(
         "--detector",
         help="Any detector: a value of --checkpoint, an exported .onnx file, hf:OWNER/NAME, "

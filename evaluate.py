@@ -139,7 +139,7 @@ CONFLICTS = {
     "--regressions",
     type=cli.LocalPath(exists=True, file_okay=False),
     help="Score the mistakes in this folder (`predict.py --report-mistake`) again, instead of a "
-    "set: which are fixed or new?",
+    "set: which are fixed or new? Without --checkpoint and without a run: by the shipped detector.",
 )
 @click.option(
     "--images",
@@ -147,9 +147,7 @@ CONFLICTS = {
     help="With --regressions: folder to search, by file content, for images without a copy, or "
     "with one that has changed.",
 )
-@cli.options(
-    "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
-)
+@cli.options("checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend")
 @click.pass_context
 def main(
     context: click.Context,
@@ -401,9 +399,7 @@ def calibrate(
 
 
 @main.command()
-@click.argument(
-    "paths", metavar="RUN...", nargs=-1, required=True, type=cli.LocalPath(exists=True)
-)
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=cli.LocalPath(exists=True))
 @click.option("--intersection", is_flag=True, help="Compare only the images that all runs scored.")
 @click.option(
     "--flips",

@@ -138,8 +138,8 @@ class NotStarted(click.ClickException):
     "--keep-image", is_flag=True, help="With --report-mistake: also keep a copy of each image."
 )
 @cli.options(
-    "max_fpr", "max_miss", "checkpoint", "detector", "trust", "fake_label", "runs", "device",
-    "backend", "batch_size",
+    "max_fpr", "max_miss", "checkpoint_or_shipped", "detector", "trust", "fake_label", "runs",
+    "device", "backend", "batch_size",
 )  # fmt: skip
 def main(
     paths: tuple[str, ...],

@@ -48,7 +48,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @click.command(cls=console.Command)
 @cli.listen(port=8000, lowest=0)
-@cli.options("max_fpr", "max_miss", "checkpoint", "runs", "device", "batch_size")
+@cli.options("max_fpr", "max_miss", "checkpoint_or_shipped", "runs", "device", "batch_size")
 @click.option(
     "--max-mb",
     type=click.IntRange(1, 512),

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 import evaluate
 import predict
 import train
+from ai_images_detector import app
 from model.__main__ import main as model
 from pipeline.__main__ import main as pipeline
 from serve.__main__ import main as serve
@@ -219,6 +220,30 @@ def test_a_benchmark_of_nothing_is_refused(name: str, options: list[str]) -> Non
         result = CliRunner().invoke(command, [f"{option}=0"])
         assert result.exit_code == 2, result.output
         assert f"Invalid value for '{option}': 0 is not in the range" in result.stderr
+
+
+def test_the_help_of_checkpoint_names_the_default(tmp_path: Path) -> None:
+    """Only `predict`, `serve` and `app` take the shipped detector where there is no run."""
+    runs = ["--runs", str(tmp_path), "--data", str(tmp_path)]
+    lines = {
+        "evaluate": ["--shards", "val"], "evaluate calibrate": ["--shards", "val"],
+        "model export": ["--hub", str(tmp_path / "hub")],
+    }  # fmt: skip
+    options = {
+        name: option
+        for name, command in [*COMMANDS.items(), ("app", app)]
+        for option in command.params
+        if isinstance(option, click.Option) and option.name == "checkpoint"
+    }
+    assert {*options} == {"predict", "serve", "app", *lines}
+    for name, option in options.items():
+        assert option.help
+        default = "run" if name in lines else "run, else the shipped detector"
+        assert option.help.endswith(f"Default: the newest {default}."), name
+    for name, line in lines.items():
+        assert "no checkpoint below" in check(name, [*line, *runs]).stderr
+    (regressions,) = [one for one in evaluate.main.params if one.name == "regressions"]
+    assert "by the shipped detector" in getattr(regressions, "help", "")
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:99", "cuda:-1", "cuda:", "cpu:x", "gpu"])
