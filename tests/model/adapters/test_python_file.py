@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate
 import predict
@@ -32,7 +35,7 @@ from model.verdict import probability
 from pipeline.read import ShardReader
 from sharding.format import open_shards
 from storage import sha256_of
-from tests.builders import encode, photo
+from tests.builders import ROOT, encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -52,6 +55,22 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "bright.py"
     path.write_text(DETECTOR)
     return path
+
+
+def test_the_ten_lines_of_the_page_run_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/detectors.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(code.splitlines()) == 10
+    net = timm.create_model("resnet18", num_classes=1)
+    save_file(net.state_dict(), tmp_path / "their_detector.safetensors")
+    (tmp_path / "ten.py").write_text(code)
+    (tmp_path / "photo.jpg").write_bytes(encode(photo(1)))
+    monkeypatch.chdir(tmp_path)
+    done = run(predict.main, "photo.jpg", "--detector", "ten.py", "--trust")
+    assert done.exit_code == 0, done.output
+    assert "photo.jpg" in done.stdout and "Warning" not in done.output
 
 
 def run(command: object, *arguments: object) -> Result:
