@@ -356,8 +356,9 @@ def calibrate(
 ) -> None:
     """Fit temperature, thresholds and the uncertain band.
 
-    They are stored in the checkpoint, or below --runs for a detector of another project. Only sets
-    of the split val are accepted: a test set must not influence the calibration.
+    They are stored in the checkpoint, or below --runs for a detector of another project. An ONNX
+    file is refused: calibrate its checkpoint, and export it again. Only sets of the split val are
+    accepted: a test set must not influence the calibration.
     """
     from model.adapters.open import Opening
     from model.device import choose_device

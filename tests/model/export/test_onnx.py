@@ -454,3 +454,7 @@ def test_evaluate_scores_sets_with_an_onnx_file(
         evaluate.main, ["calibrate", *ask[:6], "--runs", str(tmp_path), "--detector", str(file)]
     )
     assert refused.exit_code == 1 and "contains its calibration" in refused.stderr
+    shown = CliRunner().invoke(evaluate.main, ["calibrate", "--help"]).stdout
+    assert "An ONNX file is refused: calibrate its checkpoint" in " ".join(shown.split())
+    page = (ROOT / "docs/detectors.md").read_text(encoding="utf-8")
+    assert "`calibrate` refuses an ONNX file: calibrate its checkpoint" in page
