@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -23,9 +24,9 @@ from model.mistakes.keep import (
     standing,
     with_verdict,
 )
-from model.mistakes.regressions import find_files
+from model.mistakes.regressions import OUTCOMES, find_files
 from model.verdict import VERDICTS
-from tests.builders import encode, photo
+from tests.builders import ROOT, encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -182,6 +183,20 @@ def test_a_mistake_is_measured_with_several_detectors(
     assert [each.detector.split()[0] for each in verdicts] == [
         str(detectors[name]) for name in ("wrong", "right", "wrong2")
     ]
+
+
+def test_the_page_names_the_outcomes_and_fields_of_the_file(
+    tmp_path: Path, image: Path, detectors: dict[str, Path]
+) -> None:
+    page = (ROOT / "docs/mistakes.md").read_text(encoding="utf-8")
+    table = page.split("| outcome | meaning |\n|---|---|\n")[1].split("\n\n")[0]
+    assert {line.split("|")[1].strip() for line in table.splitlines()} == {*OUTCOMES}
+    add(tmp_path / "kept", "real", image, detectors["wrong"], "--keep-image")
+    measure(tmp_path / "kept", detectors["right"], "--out", tmp_path)
+    written = json.loads((tmp_path / "regressions.json").read_text())
+    (row,) = written["mistakes"]
+    fields = page.split("`regressions.json` has")[1].split("\n\n")[0]
+    assert {*re.findall(r"`(\w+)`", fields)} == {*written, *row, *row["before"]}
 
 
 def test_an_image_without_a_copy_is_found_by_its_bytes(
