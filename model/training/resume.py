@@ -37,9 +37,10 @@ Before that, `plan()` uses five functions. `resumable_checkpoints(folder)` retur
 undamaged checkpoints (`Path`s) of the run in `folder`, and a tuple of texts: why others are not
 used. `unfinished_of(folder)` returns the last checkpoint of the run of the checkpoint `folder`,
 None if that run is over. `check_same_recipe(resumed, recipe)` raises `ValueError` if the checkpoint
-`resumed` is of another recipe. `progress_of(resumed, stream, validation)` returns its number of
-finished steps and its `Gain`; it raises `ValueError` if the training or validation sets are no
-longer those of the run. `as_saved(recipe)` returns the recipe as a checkpoint stores it.
+`resumed` is of another recipe; a key that its recipe lacks counts as the default.
+`progress_of(resumed, stream, validation)` returns its number of finished steps and its `Gain`; it
+raises `ValueError` if the training or validation sets are no longer those of the run.
+`as_saved(recipe)` returns the recipe as a checkpoint stores it.
 """
 
 import contextlib
@@ -54,6 +55,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import recipes
 from model import checkpoint
 from model.distributed import all_gather_object, on_main
 from model.lean_import import lean_import
@@ -117,19 +119,31 @@ def unfinished_of(folder: Path) -> Path | None:
 
 
 def check_same_recipe(resumed: Path, recipe: Recipe) -> None:
-    """Refuse to resume a checkpoint of another recipe.
+    """Refuse to resume a checkpoint of another recipe. A key that the program did not have when the
+    run began has its default there.
 
     Raises:
-        ValueError: the recipes differ; the message names the first setting.
+        ValueError: the recipes differ, or the program no longer has a key of the saved recipe; the
+            message names the first setting.
     """
-    before = flat_settings(checkpoint.read_meta(resumed)["recipe"])
-    now = flat_settings(as_saved(recipe))
+    saved = checkpoint.read_meta(resumed)["recipe"]
+    try:  # a key that the program got later has its default, which changes nothing
+        completed = recipes.build(type(recipe), saved, str(resumed))
+    except recipes.RecipeError as error:
+        raise ValueError(
+            f"{resumed.parent} holds a run of another version of this program, and this version "
+            f"cannot read its recipe ({error}); continue with that version, or use --run NAME for "
+            "a new run"
+        ) from error
+    before, now = flat_settings(as_saved(completed)), flat_settings(as_saved(recipe))
     keys = (before.keys() | now.keys()) - _DECIDE_NOTHING
     changed = sorted(key for key in keys if before.get(key) != now.get(key))
     if changed:
         key = changed[0]
+        is_new = key in before.keys() - flat_settings(saved).keys()
+        was = "was not known to the program that began it, default" if is_new else "was"
         raise ValueError(
-            f"{resumed.parent} holds a run of another recipe ({key} was {before.get(key)}, now "
+            f"{resumed.parent} holds a run of another recipe ({key} {was} {before.get(key)}, now "
             f"{now.get(key)}; {len(changed)} differ); use --run NAME for a new run"
         )
 

@@ -17,6 +17,7 @@ from model.network import build
 from model.recipe import Recipe
 from model.tracking.history import rows_of
 from model.training.optim import make_optimizer
+from model.training.plan import plan
 from model.training.run import train
 from model.training.step import TrainState, train_step
 from pipeline.batch import Batch
@@ -115,15 +116,28 @@ def test_another_recipe_or_other_shards_are_refused(
 
 
 def test_a_run_of_other_settings_is_refused(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
-    """A setting has another value, or is missing because an older program wrote the checkpoint."""
-    last = train(recipes.load(Recipe, tiny_recipe), data, tmp_path, stop_at=2)
+    train(recipes.load(Recipe, tiny_recipe), data, tmp_path, stop_at=2)
     with pytest.raises(ValueError, match=r"another recipe \(network\.head was timm, now stages"):
         train(recipes.load(Recipe, tiny_recipe, ["network.head=stages"]), data, tmp_path)
+
+
+def test_a_run_continues_after_an_update_unless_its_settings_change(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """The program that began it did not have the key yet, or had a key that is gone."""
+    recipe = recipes.load(Recipe, tiny_recipe)
+    last = train(recipe, data, tmp_path, stop_at=2)
     saved = checkpoint.read_meta(last)["recipe"]
-    del saved["network"]["head"]
+    del saved["network"]["head"], saved["replay"], saved["augment"]["train"]["whole_jpeg"]
     checkpoint.annotate(last, {"recipe": saved})
-    with pytest.raises(ValueError, match=r"another recipe \(network\.head was None, now timm"):
-        train(recipes.load(Recipe, tiny_recipe), data, tmp_path)
+    assert plan(recipe, data, tmp_path).done == 2
+    changed = recipes.load(Recipe, tiny_recipe, ["network.head=stages"])
+    message = r"\(network\.head was not known to the program .*, default timm, now stages; 1 differ"
+    with pytest.raises(ValueError, match=message):
+        plan(changed, data, tmp_path)
+    checkpoint.annotate(last, {"recipe": saved | {"optim": saved["optim"] | {"momentum": 0.9}}})
+    with pytest.raises(ValueError, match=r"another version .*unknown key 'optim\.momentum'"):
+        plan(recipe, data, tmp_path)
 
 
 def with_synthetic(data: Path, folder: Path, source: str) -> Path:
