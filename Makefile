@@ -50,7 +50,7 @@ lint: setup ## check style and format (ruff) and types (mypy)
 	$(BIN)/ruff format --check . docs/reference.py
 	$(BIN)/mypy
 
-reference: setup ## write docs/recipe-keys.md and docs/fields.md from the code
+reference: setup ## write docs/recipe-keys.md, catalog-keys.md and fields.md from the code
 	$(RUN) -m docs.reference
 
 bench: setup ## measure both loading backends against other loaders

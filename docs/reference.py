@@ -1,10 +1,11 @@
-"""Write docs/recipe-keys.md and docs/fields.md from the types and field docstrings of the code.
+"""Write docs/recipe-keys.md, docs/catalog-keys.md and docs/fields.md from the types and field
+docstrings of the code.
 
 Run as `python -m docs.reference`, or `make reference`. Main entry: `pages()` takes nothing and
 returns a dict: file name of each page -> its Markdown text. recipe-keys.md describes the class
-`Recipe`, fields.md the classes in `FILES`, which describe JSON files. `main()` takes nothing,
-writes both pages to `docs/` and returns nothing. `pages()` and `main()` raise ValueError if a field
-of a class has no docstring.
+`Recipe`, catalog-keys.md the class `Catalog`, fields.md the classes in `FILES`, which describe JSON
+files. `main()` takes nothing, writes all pages to `docs/` and returns nothing. `pages()` and
+`main()` raise ValueError if a field of a class has no docstring.
 
 The other functions take a type (`kind`): a dataclass, a TypedDict (without a base) or a type
 annotation. `fields_of(kind)` returns a tuple of the `Field`s of a class (`key`, `kind`: its type,
@@ -30,6 +31,7 @@ import console
 from model.layout.meta import Meta
 from model.layout.report import Report
 from model.recipe import Recipe
+from sharding.catalog import Catalog
 from sharding.layout import Index
 
 FOLDER = Path(__file__).parent
@@ -48,6 +50,18 @@ finite and a value out of range stop the command with an error of one line.
 
 *Unset*: the key may be left out. The range of a list applies to each number in the list. In a list
 of two numbers, the first is the lower one.
+"""
+
+CATALOG_PAGE = f"""# Catalog keys
+
+{NOTE}
+
+A catalog is a TOML file that `python -m sharding build --catalog FILE` reads. `python -m sharding
+describe` writes one, and [own-data.md](own-data.md#labels-in-a-csv) shows one with labels in a CSV.
+An unknown key and a value of another type stop the command with an error of one line.
+
+*By name*: a table whose keys are names, such as `[sources.NAME]`. *Unset*: the key may be left out.
+Names of sets and sources have lower-case letters, digits, `-` and `_`.
 """
 
 FIELDS_PAGE = f"""# Fields of index.json, meta.json and report.json
@@ -80,7 +94,11 @@ class Field:
 
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
-    return {"recipe-keys.md": _recipe_page(), "fields.md": _fields_page()}
+    return {
+        "recipe-keys.md": _recipe_page(),
+        "catalog-keys.md": _catalog_page(),
+        "fields.md": _fields_page(),
+    }
 
 
 @functools.cache
@@ -186,7 +204,7 @@ def words(kind: Any) -> str:
         )
     if origin is tuple and arguments[-1] is not ...:
         return f"list of {len(arguments)} {_plural(words(arguments[0]))}"
-    if origin in (list, tuple):
+    if origin in (list, tuple, frozenset):
         return f"list of {_plural(words(arguments[0]))}"
     return WORDS[kind]
 
@@ -194,7 +212,8 @@ def words(kind: Any) -> str:
 def _plural(word: str) -> str:
     if word.startswith("list of"):
         return word.replace("list", "lists", 1)
-    return word if word.startswith("[") else f"{word}s"
+    words_of = word.split(" or ") if "[" in word else [word]
+    return " or ".join(one if one.startswith("[") else f"{one}s" for one in words_of)
 
 
 def _title(kind: type) -> str:
@@ -221,21 +240,30 @@ _EXTENDS = Field(
 
 
 def _recipe_page() -> str:
-    top, parts = [_recipe_row(_EXTENDS)], []
+    top, parts = [_key_row(_EXTENDS)], []
     for field in fields_of(Recipe):
         inside = next((one for one in _arguments(field.kind) if is_section(one)), None)
         if inside is None:
-            top.insert(0, _recipe_row(field))
+            top.insert(0, _key_row(field))
             continue
         table = "augment.NAME" if field.key == "augment" else field.key
         needed = field.default is dataclasses.MISSING or field.default is None
         about = field.meaning + ("" if needed else " The table may be left out.")
-        rows = [_recipe_row(one) for one in fields_of(inside)]
-        parts.append("\n".join([f"## [{table}]\n\n{about}\n\n{_RECIPE_HEAD}", *rows, ""]))
-    return "\n".join([RECIPE_PAGE, f"## Top level\n\n{_RECIPE_HEAD}", *top, "", *parts])
+        rows = [_key_row(one) for one in fields_of(inside)]
+        parts.append("\n".join([f"## [{table}]\n\n{about}\n\n{_KEYS_HEAD}", *rows, ""]))
+    return "\n".join([RECIPE_PAGE, f"## Top level\n\n{_KEYS_HEAD}", *top, "", *parts])
 
 
-_RECIPE_HEAD = "| key | type | default | range | meaning |\n|---|---|---|---|---|"
+def _catalog_page() -> str:
+    parts = [CATALOG_PAGE]
+    for kind in sections(Catalog):
+        about = " ".join((inspect.getdoc(kind) or "").split())
+        rows = [_key_row(field) for field in fields_of(kind)]
+        parts.append("\n".join([f"## {_title(kind)}\n\n{about}\n\n{_KEYS_HEAD}", *rows, ""]))
+    return "\n".join(parts)
+
+
+_KEYS_HEAD = "| key | type | default | range | meaning |\n|---|---|---|---|---|"
 
 
 def _arguments(kind: Any) -> Iterator[Any]:
@@ -244,7 +272,7 @@ def _arguments(kind: Any) -> Iterator[Any]:
         yield from _arguments(one)
 
 
-def _recipe_row(field: Field) -> str:
+def _key_row(field: Field) -> str:
     meaning, limits = split_range(field.meaning)
     choices = [one for one in _arguments(field.kind) if typing.get_origin(one) is Literal]
     if choices and not limits:
@@ -265,7 +293,7 @@ def _shown(default: Any) -> str:
         return f"`{str(default).lower()}`"
     if isinstance(default, str):
         return f'`"{default}"`'
-    if isinstance(default, list | tuple):
+    if isinstance(default, list | tuple | frozenset):
         return "`[" + ", ".join(_shown(one).strip("`") for one in default) + "]`"
     return f"`{default}`"
 
@@ -314,7 +342,7 @@ def _field_row(field: Field) -> str:
 
 
 def main() -> None:
-    """Write both pages to the folder of this file."""
+    """Write all pages to the folder of this file."""
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
         console.say(f"wrote {FOLDER / name}")

@@ -33,44 +33,10 @@ frozenset of the hashes in all `exclude` files), and the dicts `sets` (set -> sp
         { column = "image", where = { label = 1 }, generator = "<model>" },  # parquet tables
     ]
 
-An `exclude` file has a hash on each line: 16 to 64 hexadecimal digits, the first ones of the
-SHA-256 of an image that no set may contain. `#` starts a comment. Names of sets and sources have
-lower-case letters, digits, `-` and `_`. They begin with a letter or digit, and have at most
-`LONGEST_NAME` characters. A source must have `license`, `set`, and `real` or `fake`. All its keys:
-
-- `real`, `fake`, `ignore` (files of no class): lists of rules. A rule is a folder, or a table with
-  any keys of `Rule`: `folder`, `name` (pattern of the file name), `optional` (may match no file),
-  and, but not in `ignore`, `where` (column -> value in the table), `generator` (its name), `set`
-  (as that of the source), `column` (of a parquet table). In a folder, `**` stands for any number of
-  parts, and `<generator>` for one part, the name of the generator. With `column`, the images are in
-  that column of parquet tables; `generator = "<model>"` takes the generator from a column `model`.
-- `root`: its folder below the raw folder (default: its name). A zip archive in this folder is read
-  like a folder.
-- `group`: a regular expression with one capture (or a list), such as `'(\\d+)_\\d+\\.png$'`, for
-  the path of a file, from the name of the source's folder on (`mine/cats/1.png`). Images with equal
-  captures are a group, which goes to one set as a whole. Of the first pattern that matches, the
-  capture is taken, and one of them must match a file.
-  `group_column`: the same for equal values of a parquet column. Without them, files that differ
-  only in their suffix, and images of one table row, are a group.
-- `table`: names the CSV files, which have one row per image: `name` (a pattern of the CSV files'
-  names) and `key` (the column with the images' file names, or the ends of their paths). They must
-  be there, and a rule with `where` takes no file without a row. With `optional = true`, folders
-  label files without a row.
-- `fetch`: the download, a table with exactly one of these keys: `hub` or `kaggle` (name of a
-  dataset there; `files` is a list of patterns of the files to take), `urls` (list of addresses),
-  `git` (a table, see below), `by_hand` (text: what a person has to do). It may have `sha256`, a
-  table: path in the download -> SHA-256.
-- `fetch.git`: `repository` (address https:// or file:///, or an absolute folder) and `commit` (40
-  hexadecimal digits) are required. A file is taken if its path begins with `below` and the regular
-  expression `pattern` is found in it (default: all files). `count` and `manifest_sha256` are the
-  expected number and hash of the files (default: not checked).
-- `cap`: the most images to take, such as `{ real = 1, fake = 1 }`. `expected`: the numbers of a
-  complete download, in the same form; a build checks them.
-- `policy`: name of the augmentation policy. `replay` (default true): phase 2 may replay it.
-- `test_only`: only for sets of the split test. `synthetic`: drawn to try out the commands.
-- `title`: what its images are, in a few words that follow "37 % of", such as `faces of Flickr
-  users`. Notices on a detector and its model card name the source so.
-- `homepage` (without `https://`), `size`, `facts` (a list): texts for people, like `license`.
+The text below each field of `Catalog`, `Source`, `Rule` and `Table` in this file, and of `Fetch`
+and `Git` in sharding/fetch_spec.py, is about the key in a file; docs/catalog-keys.md has all keys.
+Names of sets and sources have lower-case letters, digits, `-` and `_`. They begin with a letter or
+digit, and have at most `LONGEST_NAME` characters.
 
 `shares(destination)` converts the `set` of a source or `Rule` to a dict, set -> share. The methods
 of `Source` return its rules, group patterns and sets in one form. `toml_string(text)` returns a
@@ -111,26 +77,31 @@ class CatalogError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Rule that selects images of one class of a source, and gives their generator.
-
-    `folder` is a path below the source's root, matched part by part, ignoring case: `*` and `?`
-    match within a part, `**` matches any number of parts, and `<generator>` matches one part,
-    which becomes the generator. `name` is a pattern for the file name. With `column`, the files are
-    parquet tables and the images are in that column. `where` gives columns and the values that
-    they must have, in the parquet row or in the file's row of the source's `table` (a file without
-    a row is not taken, unless the table is optional). A text value
-    for an integer column is a class name, looked up in the metadata of the parquet table. A
-    `generator` in angle brackets is the parquet column that contains the generator. A rule that
-    matches no file stops a build, unless `optional` is true.
+    """Rule that selects images of one class of a source, and gives their generator. Of several
+    rules that match a file, the one with the deepest folder decides; a real and a fake rule of
+    equal depth stop the build.
     """
 
     folder: str = "**"
+    """Folder below the source's root, with all folders inside it. Case is ignored. `*` and `?`
+    match within one part of a path, `**` stands for any number of parts, and `<generator>` for one
+    part, which becomes the generator."""
     name: str = "*"
+    """Pattern of the file name, such as `*__sdxl*`. Case is ignored."""
     column: str = ""
+    """Column with the images. The files are then parquet tables."""
     where: dict[str, str | bool | int] = field(default_factory=dict)
+    """Columns and the values that they must have: in the parquet row, or in the row of the file in
+    the source's `table`. A text for an integer column of a parquet table is a class name, looked up
+    in the table's metadata. Not in `ignore`."""
     generator: str = ""
+    """Name of the generator of the images. With `column`, a name in angle brackets, such as
+    `<model>`, is that of a parquet column with the generators. Empty: `real` or `fake`. Not in
+    `ignore`."""
     set: str | dict[str, float] = ""
+    """Where the images go, as `set` of the source, which is the default. Not in `ignore`."""
     optional: bool = False
+    """Accept that no file matches. Otherwise a rule without a file stops a build."""
 
     @property
     def generator_column(self) -> str:
@@ -148,53 +119,76 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """CSV files with one row per image; `name` is their pattern, `key` the column of file names.
-
-    If a name there has a folder, the row is for the files whose path ends so, in whole parts.
-    The CSV files must be there, and a rule with `where` never takes a file without a row. If
-    `optional` is true, it labels such a file by its folder, and the CSV files may be missing.
+    """CSV files with one row per image, separated by commas. A rule with `where` takes no file
+    without a row.
     """
 
     name: str
+    """Pattern of the names of the CSV files, in any folder of the source. Case is ignored."""
     key: str
+    """Column with the file names of the images. A name with a folder is for the files whose path
+    ends so, in whole parts. One without a folder that several files have is for none of them."""
     optional: bool = False
+    """Label files without a row by their folders alone. The CSV files may then be missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset: its rules, sets, download and license.
-
-    `policy` names the augmentation policy of its training images (see `recipes/`). `cap` is the
-    maximum number of images per class, taken in whole groups. `expected` is the number of images
-    per class in a complete download; it is checked before packing, and an empty table turns the
-    check off. `group` (for files) and `group_column` (for parquet tables) give regular expressions
-    and a column: files or rows with equal values form a group. `synthetic` marks images that a
-    program drew to try out the commands, neither photographs nor output of a published generator; a
-    detector trained on such images is marked too. A `test_only` source may only go to sets of the
-    split test. `title` says in a few words what the images are. `size` is the size of the download.
-    `facts` are notes for people, each with its reference in brackets.
+    """One dataset: its rules, sets, download and license. It has `real` or `fake`, or both. A rule
+    is a folder, or a table with keys of `Rule`.
     """
 
     license: str
+    """License of the images, a text for people."""
     set: str | dict[str, float]
+    """Name of one set, or the shares of several sets, which sum to 1. A group goes to one set."""
     real: list[str | Rule] = field(default_factory=list)
+    """Rules for the real images."""
     fake: list[str | Rule] = field(default_factory=list)
+    """Rules for the fake images."""
     ignore: list[str | Rule] = field(default_factory=list)
+    """Rules for files of no class, by their path alone: `folder`, `name` and `optional`."""
     root: str = ""
+    """Folder of the source below the raw folder. Empty: the name of the source. A zip archive in it
+    is read like a folder."""
     title: str = ""
+    """What the images are, in a few words that follow "37 % of", such as `faces of Flickr users`.
+    Notices on a detector and its model card name the source so. At most 80 characters."""
     homepage: str = ""
+    """Address of the dataset, without `https://`."""
     fetch: Fetch | None = None
+    """Download of the source, for `python -m sharding fetch`."""
     table: Table | None = None
+    """CSV files with the labels."""
     group: str | list[str] = ""
+    """Regular expression with one capture, such as `'(\\d+)_\\d+\\.png$'`, or a list of them, for
+    the path of a file, which begins with the name of the source's folder (`mine/cats/1.png`). Case
+    is ignored. The first that matches gives the capture; images with equal captures are a group.
+    One of them must match a file. By default, files that differ only in their suffix are a group.
+    """
     group_column: str = ""
+    """Parquet column in which images of one group have equal values. By default, the images of one
+    row are a group."""
     cap: dict[Literal["real", "fake"], int] = field(default_factory=dict)
+    """The most images of a class that are taken, in whole groups, such as `{ real = 500 }`. Range:
+    at least 0"""
     expected: dict[Literal["real", "fake"], int] = field(default_factory=dict)
+    """Number of images of a class in a complete download, checked before packing. An empty table
+    checks nothing. Range: at least 0"""
     policy: str = ""
+    """Augmentation policy of the training images, a table of `[augment]` in the recipe. Empty:
+    `data.policy` of the recipe."""
     replay: bool = True
+    """Whether phase 2 may replay the images."""
     synthetic: bool = False
+    """Whether a program drew the images to try out the commands: neither photographs nor output of
+    a published generator. A detector trained on such images is marked too."""
     test_only: bool = False
+    """Whether the images may only go to sets of the split test."""
     size: str = ""
+    """Size of the download, a text for people."""
     facts: list[str] = field(default_factory=list)
+    """Notes for people, each with its reference in brackets."""
 
     def __post_init__(self) -> None:
         if not self.real and not self.fake:
@@ -263,18 +257,20 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """Content of one or more catalog files: sets with their split, and sources by name.
-
-    `reference` gives, for a set without real images, the set whose real images its false-positive
-    rate is measured on. `suites` are lists of sets that are evaluated together. `exclude` contains
-    the first digits of the SHA-256 of images that no set may contain.
-    """
+    """Content of one or more catalog files."""
 
     sets: dict[str, Literal["train", "val", "test"]] = field(default_factory=dict)
+    """Split of each set, by the name of the set. Each set becomes a folder of shards."""
     sources: dict[str, Source] = field(default_factory=dict)
+    """Sources, by name."""
     reference: dict[str, str] = field(default_factory=dict)
+    """Set by whose real images the false-positive rate of a set without real images is measured, by
+    the name of the latter."""
     suites: dict[str, list[str]] = field(default_factory=dict)
+    """Sets that `evaluate.py --suite NAME` evaluates together, by the name of the suite."""
     exclude: frozenset[str] = frozenset()
+    """Files, in the folder of the catalog, with hashes of images that no set may contain: on each
+    line the first 16 to 64 hexadecimal digits of a SHA-256. `#` starts a comment."""
 
 
 def _as_rule(rule: str | Rule) -> Rule:

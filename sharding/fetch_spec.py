@@ -19,20 +19,21 @@ def _compile(what: str, pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Git:
-    """Selection of files of one commit of a Git repository.
-
-    `repository` is an https or file address, or an absolute folder. A file is selected if its path
-    starts with `below` and the regular expression `pattern` matches anywhere in the path. `count`
-    is the expected number of files, and `manifest_sha256` the hash of their object names and paths
-    (`sharding.git.manifest_sha256`). Each of the two is checked only if given.
-    """
+    """Selection of files of one commit of a Git repository."""
 
     repository: str
+    """Address `https://...` (without a login) or `file:///...`, or an absolute folder."""
     commit: str
+    """The commit, 40 hexadecimal digits."""
     below: str = ""
+    """How the paths of the selected files begin."""
     pattern: str = ""
+    """Regular expression that matches anywhere in the paths of the selected files."""
     count: int = 0
+    """Expected number of files. 0: not checked."""
     manifest_sha256: str = ""
+    """Expected SHA-256 of the sorted lines `<object name> <path>` of the files, as
+    `sharding.git.manifest_sha256` computes it. Empty: not checked."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(https://[^/\s@]+/|file:///|/)[^\s?#]+", self.repository):
@@ -52,20 +53,22 @@ class Git:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Download of a source; exactly one of `hub`, `kaggle`, `urls`, `git` and `by_hand` is given.
-
-    `hub` and `kaggle` are dataset names on the Hugging Face hub and on Kaggle; `files` are patterns
-    of the files needed from there. `by_hand` describes what a person has to do. `sha256` gives the
-    expected hash of some files, by their path in the download.
-    """
+    """Download of a source: exactly one of `hub`, `kaggle`, `urls`, `git` and `by_hand`."""
 
     hub: str = ""
+    """Name of a dataset on the Hugging Face hub, such as `owner/dataset`."""
     files: list[str] = field(default_factory=list)
+    """Patterns of the files that are needed from `hub` or `kaggle`. Empty: all."""
     kaggle: str = ""
+    """Name of a dataset on Kaggle."""
     urls: list[str] = field(default_factory=list)
+    """Addresses of files."""
     git: Git | None = None
+    """Files of one commit of a Git repository."""
     by_hand: str = ""
+    """What a person has to do to get the files."""
     sha256: dict[str, str] = field(default_factory=dict)
+    """Expected SHA-256 of files, by their path in the download."""
 
     def __post_init__(self) -> None:
         kinds = (self.hub, self.kaggle, self.urls, self.git, self.by_hand)

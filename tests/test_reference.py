@@ -1,4 +1,4 @@
-"""Tests that docs/recipe-keys.md and docs/fields.md agree with the code and the written files."""
+"""Tests that the pages of docs/reference.py agree with the code and the written files."""
 
 import dataclasses
 import json
@@ -26,6 +26,8 @@ from docs.reference import (
 from model.checkpoint import META_FILE, find
 from model.recipe import Recipe
 from pipeline.preprocess import Preprocess
+from sharding.catalog import Catalog, Rule, Source, Table
+from sharding.fetch_spec import Fetch, Git
 from sharding.format import INDEX_FILE
 from tests.builders import ROOT, train_tiny
 
@@ -54,6 +56,13 @@ def test_every_recipe_key_is_on_the_page(table: str, kind: type) -> None:
     keys = {field.name for field in dataclasses.fields(kind)}
     if kind is Recipe:
         keys = {"name", "extends"}
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == keys
+
+
+@pytest.mark.parametrize("kind", [Catalog, Source, Rule, Table, Fetch, Git])
+def test_every_catalog_key_is_on_the_page(kind: type) -> None:
+    section = pages()["catalog-keys.md"].split(f"## {kind.__name__}\n")[1].partition("\n## ")[0]
+    keys = {field.name for field in dataclasses.fields(kind)}
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == keys
 
 

@@ -1,12 +1,17 @@
 """Tests of CSV tables with a row per image: which row belongs to a file, and files without one."""
 
+import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from sharding.__main__ import main
 from sharding.catalog import CatalogError, read_catalog
+from sharding.format import open_shards
 from sharding.listing import Listing, list_source
 from sharding.scan import find_sources
+from tests.builders import ROOT, encode, photo
 
 RULES = 'real = [{ where = { label = "0" } }]\nfake = [{ where = { label = "1" } }]\n'
 
@@ -113,3 +118,31 @@ def test_rows_that_contradict_each_other_have_a_reason_of_their_own(tmp_path: Pa
     listing = listing_of(tmp_path, RULES, ", optional = true")
     assert labels(listing) == {"a/1.png": 1}
     assert reasons(listing) == {"its rows in the table contradict each other": ["a/0.png"]}
+
+
+def test_the_example_of_the_page_about_own_images_builds(tmp_path: Path) -> None:
+    page = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^```csv\n(.*?)^```", page, re.S | re.M)
+    (catalog,) = re.findall(r"^```toml\n(.*?)^```", page, re.S | re.M)
+    header, *rows = table.splitlines()
+    kinds = dict(row.split(",") for row in rows)
+    raw = tmp_path / "raw/mixed"
+    raw.mkdir(parents=True)
+    named = {f"{n}{name}": kind for n in range(9) for name, kind in kinds.items()}
+    for seed, name in enumerate([*named, "without-a-row.png"]):
+        (raw / name).write_bytes(encode(photo(seed, 48, 40), "PNG"))
+    lines = [header, *(f"{name},{kind}" for name, kind in named.items())]
+    (raw / "labels.csv").write_text("\n".join(lines))
+    (tmp_path / "mixed.toml").write_text(catalog)
+    where = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "shards")]
+    result = CliRunner().invoke(
+        main, ["build", *where, "--jobs", "1", "--catalog", str(tmp_path / "mixed.toml")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "no row in labels.csv" in result.output
+    packed = {}
+    for index in (tmp_path / "shards").glob("*/index.json"):
+        for row in open_shards([index.parent]).table.to_pylist():
+            packed[row["origin"].removeprefix("mixed/")] = (row["label"], row["generator"])
+    expected = {"photo": (0, "real"), "sdxl": (1, "sdxl"), "flux": (1, "flux")}
+    assert packed == {name: expected[kind] for name, kind in named.items()}
