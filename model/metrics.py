@@ -24,6 +24,7 @@ scores that are higher for fakes. It returns the numbers of false and of true po
 threshold, two int64 arrays. `tpr_at_fpr(false, true, rate)` and `equal_error_rate(false, true)`
 take these arrays. The first returns the highest recall at a false-positive rate of at most `rate`;
 the second returns the rate at which false positives and false negatives are equally frequent.
+`area_under_roc(false, true)` and `average_precision(false, true)` take them too.
 `given_to_truth()` returns the probability of each image's true class. `ECE_BINS` is the number of
 bins of the ECE.
 """
@@ -109,17 +110,14 @@ def measure(
         "brier": float(np.square(probabilities - labels).mean()) if count else None,
     }
     if recall is not None and false_positive_rate is not None:
-        truth, ranks = torch.from_numpy(labels), _ranked(probabilities)
-        called_fake = torch.from_numpy(called.astype(np.int64))
         curve = roc(labels, probabilities)
-        precision = float(classification.binary_precision(called_fake, truth))
-        average_precision = float(classification.binary_average_precision(ranks, truth))
+        true, positives = int(called[is_fake].sum()), int(called.sum())
         metrics |= {
             "balanced_accuracy": (recall + 1 - false_positive_rate) / 2,
-            "precision": precision if called.any() else None,
-            "f1": float(classification.binary_f1_score(called_fake, truth)),
-            "auroc": float(classification.binary_auroc(ranks, truth)),
-            "average_precision": average_precision,
+            "precision": true / positives if positives else None,
+            "f1": 2 * true / (positives + fakes),
+            "auroc": area_under_roc(*curve),
+            "average_precision": average_precision(*curve),
             "eer": equal_error_rate(*curve),
             "tpr_at_fpr_1": tpr_at_fpr(*curve, 0.01),
             "tpr_at_fpr_5": tpr_at_fpr(*curve, 0.05),
@@ -128,15 +126,6 @@ def measure(
     values: dict[str, Any] = dict.fromkeys(field.name for field in fields(Metrics))
     values |= {"count": count, "reals": reals, "fakes": fakes} | metrics
     return Metrics(**values)
-
-
-def _ranked(scores: np.ndarray) -> torch.Tensor:
-    """Replace scores by their ranks, scaled to 0 to 1, float64. Ties remain ties.
-
-    torchmetrics applies a sigmoid to values outside 0 to 1, where large scores would become equal.
-    """
-    ranks = np.unique(scores, return_inverse=True)[1].astype(np.float64)
-    return torch.from_numpy(ranks / max(1.0, ranks.max()))
 
 
 def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,6 +137,23 @@ def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     true = np.cumsum(labels[order] == 1)[last]
     false = np.flatnonzero(last) + 1 - true
     return np.append(0, false), np.append(0, true)
+
+
+def area_under_roc(false: np.ndarray, true: np.ndarray) -> float:
+    """Return the share of pairs of a fake and a real image in which the fake has the higher score;
+    a tie counts as half a pair. Computed from the whole numbers of `roc`: a perfect ranking is
+    exactly 1. torchmetrics adds up in float32, where it can be 1.0000001.
+    """
+    twice = int(np.sum(np.diff(false) * (true[1:] + true[:-1])))
+    return twice / (2 * int(false[-1]) * int(true[-1]))
+
+
+def average_precision(false: np.ndarray, true: np.ndarray) -> float:
+    """Return the mean, over the fakes, of the precision at the threshold that is the fake's score;
+    `false` and `true` as from `roc`. A perfect ranking is exactly 1.
+    """
+    precision = true[1:] / (true[1:] + false[1:])
+    return float(np.sum(np.diff(true) * precision) / true[-1])
 
 
 def tpr_at_fpr(false: np.ndarray, true: np.ndarray, rate: float) -> float:

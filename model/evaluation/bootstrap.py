@@ -293,10 +293,10 @@ class _Fakes:
         below = _running(own_weights)
         fakes = below[:, -1].astype(np.float64)
         lower = np.take(reals.below, self.left, axis=1)
-        ordered = np.vecdot(own_weights, lower).astype(np.float64)
+        ordered = np.vecdot(own_weights, lower, dtype=np.float64)  # exact: at most all pairs
         if len(self.tied):
             level = reals.below[:, self.right[self.tied]] - lower[:, self.tied]
-            ordered += np.vecdot(own_weights[:, self.tied], level) / 2
+            ordered += np.vecdot(own_weights[:, self.tied], level, dtype=np.float64) / 2
         metrics = {"auroc": ordered / (fakes * reals.total)}
         row = np.arange(len(below))
         for name, rate in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05)):

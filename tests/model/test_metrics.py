@@ -3,6 +3,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+import torch
+import torchmetrics.functional.classification as tm
 
 from model.metrics import measure, what_is_missing
 from model.verdict import probability
@@ -33,6 +35,19 @@ def test_auroc_is_the_share_of_ordered_pairs_ties_counting_half() -> None:
     above = scores[labels == 1][:, None] - scores[labels == 0][None]
     auroc = measure(labels, scores).auroc
     assert auroc == pytest.approx(((above > 0) + 0.5 * (above == 0)).mean())
+
+
+def test_a_perfect_and_a_reversed_ranking_are_exactly_1_and_0() -> None:
+    """Whatever the numbers of images. In float32 some perfect rankings were 1.0000001."""
+    for reals in range(1, 26):
+        for fakes in range(1, 26):
+            labels = np.repeat([0, 1], [reals, fakes])
+            rising = np.linspace(0, 1, len(labels))
+            perfect = measure(labels, rising, threshold=rising[reals])
+            rates = (perfect.auroc, perfect.average_precision, perfect.precision, perfect.f1)
+            assert rates == (1.0, 1.0, 1.0, 1.0)
+            assert (perfect.tpr_at_fpr_1, perfect.eer, perfect.balanced_accuracy) == (1.0, 0.0, 1.0)
+            assert measure(labels, 1 - rising).auroc == 0.0
 
 
 def test_probabilities_near_one_do_not_tie() -> None:
@@ -146,9 +161,27 @@ def test_metrics_equal_those_of_scikit_learn(name: str) -> None:
             if metric == "nll" and wanted is None:
                 assert 0 <= figures["nll"] < 37  # finite for every probability
             else:
-                assert figures[metric] == pytest.approx(wanted, abs=1e-6), metric
+                assert figures[metric] == pytest.approx(wanted, abs=1e-12), metric
         missing = figures.keys() - expected.keys()
         assert all(figures[metric] is None for metric in missing)
+
+
+@pytest.mark.parametrize("name", [n for n, (labels, _) in cases().items() if {*labels} == {0, 1}])
+def test_metrics_equal_those_of_torchmetrics(name: str) -> None:
+    """Within float32, in which torchmetrics computes. It gets ranks, since scores that differ only
+    in float64 would tie there.
+    """
+    labels, fake = cases()[name]
+    metrics = measure(labels, fake)
+    ranks = np.unique(fake, return_inverse=True)[1] / len(fake)
+    truth, scores, called = map(torch.from_numpy, (labels, ranks, (fake >= 0.5).astype(int)))
+    for ours, theirs in (
+        (metrics.auroc, tm.binary_auroc(scores, truth)),
+        (metrics.average_precision, tm.binary_average_precision(scores, truth)),
+        (metrics.precision or 0.0, tm.binary_precision(called, truth)),
+        (metrics.f1, tm.binary_f1_score(called, truth)),
+    ):
+        assert ours == pytest.approx(float(theirs), abs=1e-6)
 
 
 def test_a_probability_of_1_is_in_the_last_bin_of_the_calibration_error() -> None:

@@ -122,6 +122,14 @@ def test_no_error_in_few_images_still_has_an_interval() -> None:
     assert not {"nll", "brier", "ece"} & bounds.keys()
 
 
+def test_no_resample_of_a_perfect_ranking_is_above_1() -> None:
+    """The pairs of so many images are no longer whole numbers in float32."""
+    labels = np.repeat([0, 1], [4999, 7001])
+    fake = np.linspace(0, 1, len(labels))
+    resampled = resample(fake, {"": images_of(labels)}, alone(labels), 0.5, resamples=20)[""]
+    assert (resampled["auroc"] == 1).all() and (resampled["average_precision"] == 1).all()
+
+
 def test_equal_resamples_give_no_interval_without_a_width() -> None:
     """A detector that calls every image fake has the same figures in each resample."""
     labels = np.repeat([0, 1], [90, 95])
