@@ -25,8 +25,8 @@ three files and returns a list of their paths, the page last.
 `comparison_csv(sets)` and `comparison_page(sets, command)` return the CSV and HTML text; the page
 shows the command line `command`. `stability_sentence(stability)` takes the entry `stability` of a
 set and says in words whether the runs have the same order of quality on each image source; None
-means that there are too few to compare. `trained_sentence(name, entry)` takes the name and the
-entry of a set, and returns the warning about runs that were trained on it, or None.
+means that there are too few to compare. `trained_sentences(name, entry)` takes the name and the
+entry of a set, and returns the warnings about runs that were trained on it, or perhaps were.
 `ranks_text(ranks)` formats a range of ranks (lowest, highest) as "1 to 3"; it returns None for
 None.
 """
@@ -111,7 +111,7 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
         rows = [_row(run) for run in entry["runs"]]
         reals = f" of {entry['reference']}" if entry["reference"] else ""
         title = f"{name}: {entry['fakes']:,} fakes and {entry['reals']:,} reals{reals}"
-        if warning := trained_sentence(name, entry):
+        for warning in trained_sentences(name, entry):
             console.say(warning)
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)
         if not entry["perturbed_alike"]:
@@ -125,18 +125,23 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
     )
 
 
-def trained_sentence(name: str, entry: Mapping[str, Any]) -> str | None:
-    """Return the warning about the runs that were trained on a set or on its reference; None if
-    there are none. `MEAN` contains them.
+def trained_sentences(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Return the warnings about the runs that were trained on a set or on its reference, or perhaps
+    were: none, one or two sentences. `MEAN` contains these runs.
     """
-    runs = [run["name"] for run in entry["runs"] if run["trained_on"] and run["name"] != MEAN]
-    if not runs:
-        return None
     sets = f"{name} or {entry['reference']}" if entry["reference"] else name
-    return (
-        f"TRAINED ON {sets}: {', '.join(runs)}. These figures, and those of the mean of all, say "
-        "nothing about images that the detector has not seen"
-    )
+    sentences = []
+    for key, how, little in (
+        ("trained_on", f"TRAINED ON {sets}", "nothing"),
+        ("maybe_trained_on", f"PERHAPS TRAINED ON IMAGES OF {sets}, by another set of that name",
+         "perhaps little"),
+    ):  # fmt: skip
+        if runs := [run["name"] for run in entry["runs"] if run[key] and run["name"] != MEAN]:
+            sentences.append(
+                f"{how}: {', '.join(runs)}. These figures, and those of the mean of all, say "
+                f"{little} about images that the detector has not seen"
+            )
+    return sentences
 
 
 def stability_sentence(stability: Mapping[str, Any] | None) -> str:
@@ -208,7 +213,7 @@ def comparison_csv(sets: Mapping[str, Any]) -> str:
     columns += [f"common_{rate}_{key}" for rate in ("1", "5")
                 for key in ("recall", "false_positive_rate")]  # fmt: skip
     columns += ["ece", *(f"{name}{end}" for name in worst for end in ("", "_name", "_images"))]
-    columns += ["best_rank", "worst_rank", "images_per_s", "trained_on"]
+    columns += ["best_rank", "worst_rank", "images_per_s", "trained_on", "maybe_trained_on"]
     rows = []
     for set_name, entry in sets.items():
         for run in entry["runs"]:
@@ -233,6 +238,6 @@ def comparison_page(sets: Mapping[str, Any], command: str) -> str:
     """Return the comparison as one HTML page that loads nothing from the network."""
     return rendered(
         "comparison.html", sets=sets, command=command, mean=MEAN,
-        sentence=stability_sentence, trained=trained_sentence, ranks_text=ranks_text,
+        sentence=stability_sentence, trained=trained_sentences, ranks_text=ranks_text,
         not_alike=NOT_ALIKE,
     )  # fmt: skip

@@ -168,6 +168,24 @@ def test_evaluating_on_training_data_is_said_in_the_first_line(
     assert result.stdout.startswith("THE CHECKPOINT WAS TRAINED ON renamed")
 
 
+def test_a_set_that_was_built_again_may_have_been_learned(
+    data: Path, runs: Path, tmp_path: Path
+) -> None:
+    """The name is that of a training set, the hash is not: it may be an unrelated set, too."""
+    shutil.copytree(data / "val", tmp_path / "data" / "old")
+    out = tmp_path / "out"
+    arguments = "--data", tmp_path / "data", "--runs", runs, "--out", out
+    result = run(evaluate.main, "--shards", "old", *arguments)
+    assert result.exit_code == 0, result.output
+    said = "THE CHECKPOINT MAY HAVE LEARNED IMAGES OF old: it was trained on another set of that"
+    assert result.stdout.startswith(said) and "WAS TRAINED ON" not in result.output
+    assert said in result.stderr  # at once, before the images are scored
+    assert said in (out / "report.html").read_text()
+    written = json.loads((out / "report.json").read_text())
+    assert (written["trained_on"], written["maybe_trained_on"]) == ([], ["old"])
+    assert written["headline"][0].startswith(said)
+
+
 def test_robustness_and_the_files_of_a_report(data: Path, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(

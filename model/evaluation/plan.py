@@ -39,7 +39,8 @@ and `for_all` (True if it was given as `reference_reals`, and so is used for all
 `opened` is a dict, name -> opened set, `asked` is as `reference_reals`. `REAL` is the label of real
 images, 0. `trained_on(meta, hashes)` takes a detector's meta and a dict, set name -> hash. It
 returns the names of sets that the detector was trained on, also by an earlier run whose weights it
-began from.
+began from. `maybe_trained_on(meta, hashes)` returns the names of the others that have the name of a
+set that it was trained on, but another hash.
 """
 
 from collections.abc import Mapping, Sequence
@@ -132,7 +133,18 @@ class EvaluationPlan:
         """Names of the planned sets, reference included, that the checkpoint was trained on. Sets
         are matched by the hash of their index, because names can change.
         """
-        return trained_on(self.meta, {name: s.index_sha256 for name, s in self.sets.items()})
+        return trained_on(self.meta, self._hashes)
+
+    @property
+    def maybe_trained_on(self) -> list[str]:
+        """Names of the planned sets, reference included, that are perhaps a later build of a set
+        that the checkpoint was trained on.
+        """
+        return maybe_trained_on(self.meta, self._hashes)
+
+    @property
+    def _hashes(self) -> dict[str, str]:
+        return {name: planned.index_sha256 for name, planned in self.sets.items()}
 
     @property
     def known_generators(self) -> dict[str, list[str]]:
@@ -217,6 +229,15 @@ def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
     """
     known = {*sets_seen(meta), (meta["data"] or {}).get("index_sha256")}
     return [name for name, sha256 in hashes.items() if sha256 in known]
+
+
+def maybe_trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
+    """Return the names of the sets in `hashes` that a detector with this `meta` was not trained on,
+    although it was trained on a set of that name. That set is often an earlier build of the same
+    images, but can be unrelated.
+    """
+    names = {*sets_seen(meta).values()} - {*trained_on(meta, hashes)}
+    return [name for name in hashes if name in names]
 
 
 def _open(data: AnyPath, name: str, subset: Subset | None) -> PlannedSet:

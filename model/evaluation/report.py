@@ -26,8 +26,9 @@ generator, as in the published protocol of the set EvalGEN. `rows` are positions
 `Rows`). `origins`, `groups` and `generators` have a value for every image: its original file name,
 the number of its group and the number of its generator. It returns the positions that it keeps.
 `mean_and_std(recalls)` takes a list of recalls and returns {"mean", "std"}; `std` is None for one
-recall. `on_training_data(sets)` takes names of sets that the checkpoint was trained on and returns
-the warning about them, as text; `on_subset(subset)` does so for the entry `subset` of the report.
+recall. `on_training_data(about)` takes a report, or the dict about the evaluation, and returns the
+warnings about sets that the checkpoint was trained on, or perhaps was, as a list of texts.
+`on_subset(subset)` takes the entry `subset` of the report and returns the sentence about it.
 `without_scores(report)` returns one line on the sets without any score, "" if there is none.
 """
 
@@ -80,12 +81,14 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
         for name, set_report in reports.items()
     }
     first = [name for name, set_report in reports.items() if not _has_reals(set_report)]
-    trained_on = about.get("trained_on", [])
-    warning = [on_training_data(trained_on)] if trained_on else []
     return {
         "report_version": REPORT_VERSION,
-        "headline": [*warning, *(sentences[name] for name in dict.fromkeys([*first, *reports]))],
-        "trained_on": trained_on,
+        "headline": [
+            *on_training_data(about),
+            *(sentences[name] for name in dict.fromkeys([*first, *reports])),
+        ],
+        "trained_on": about.get("trained_on", []),
+        "maybe_trained_on": about.get("maybe_trained_on", []),
         "detector": about.get("detector"),
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
@@ -362,12 +365,23 @@ def _note(
     return what_is_missing(overall["reals"], overall["fakes"], unscored)
 
 
-def on_training_data(sets: Sequence[str]) -> str:
-    """Return the first headline of a report on sets that the checkpoint was trained on."""
-    return (
-        f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures for these sets say nothing "
-        "about images that it has not seen"
-    )
+def on_training_data(about: Mapping[str, Any]) -> list[str]:
+    """Return the first headlines of a report: one on the sets `trained_on` and one on the sets
+    `maybe_trained_on` of `about`, each only if there are such sets.
+    """
+    warnings = []
+    if sets := about.get("trained_on"):
+        warnings.append(
+            f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures for these sets say "
+            "nothing about images that it has not seen"
+        )
+    if sets := about.get("maybe_trained_on"):
+        warnings.append(
+            f"THE CHECKPOINT MAY HAVE LEARNED IMAGES OF {', '.join(sets)}: it was trained on "
+            "another set of that name; if that was an earlier build of the same images, its "
+            "figures say little about images that it has not seen"
+        )
+    return warnings
 
 
 def on_subset(subset: Mapping[str, Any]) -> str:

@@ -102,8 +102,8 @@ def evaluate(
         {"detector": str(_identity_of(planned).get("sha256", ""))}
         | {f"set {name}": one.index_sha256 for name, one in planned.sets.items()},
     )
-    if planned.trained_on:
-        console.log.warning("%s", report.on_training_data(planned.trained_on))
+    for sentence in report.on_training_data(_seen(planned)):
+        console.log.warning("%s", sentence)
     keep_freed_memory(planned.device)
     on_main(planned.dist, lambda: out.mkdir(parents=True, exist_ok=True))
     scorer: VariantScorer
@@ -285,8 +285,13 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
             for name, planned_set in measured.items()
         },
         "reference_reals": planned.reference,
-        "trained_on": planned.trained_on,
+        **_seen(planned),
     }
+
+
+def _seen(planned: EvaluationPlan) -> dict[str, list[str]]:
+    """Return the entries of the metadata about sets whose images the checkpoint has learned."""
+    return {"trained_on": planned.trained_on, "maybe_trained_on": planned.maybe_trained_on}
 
 
 def _identity_of(planned: EvaluationPlan) -> dict[str, Any]:

@@ -33,7 +33,8 @@ The dict is stored in the file metadata as JSON under `evaluation`:
                     "known_generators": [name, ...],  # of a test set, if training had others of it
                     "robustness": null or the result of `codec_swap.report_robustness`}},
      "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
-     "trained_on": [set, ...]}     # the sets that the checkpoint was trained on
+     "trained_on": [set, ...],     # the sets that the checkpoint was trained on
+     "maybe_trained_on": [set, ...]}     # others that have the name of one
 
 For an ONNX file, `checkpoint` is its path, and `run` and `step` are those of the exported
 checkpoint. For the kinds hf, timm and file, `checkpoint` is the name that the user typed, `run` the

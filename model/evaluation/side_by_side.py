@@ -32,8 +32,8 @@ images of a set (its reference reals) from different sets, of equal size or not.
   all pairs. It is null if no pair has a rho, such as with one source or one run.
 
 A RUN has `name`, its decision `threshold`, `trained_on` (whether it was trained on the set or on
-its reference), `ece` (calibration error; null if the set has only one class), `images_per_s` or
-null, and:
+its reference), `maybe_trained_on` (whether it was trained on another set of such a name), `ece`
+(calibration error; null if the set has only one class), `images_per_s` or null, and:
 
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
   the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
@@ -86,6 +86,9 @@ FIGURES = {
 RATES = (1, 5)
 """False-positive rates of the common thresholds, in percent."""
 
+_SEEN = ("trained_on", "maybe_trained_on")
+"""Entries of an evaluation with the sets whose images the detector has, or may have, learned."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -118,9 +121,12 @@ def mean_of(runs: Sequence[Run]) -> Run:
     table = table.set_column(index, table.schema.field(index), pa.array(probabilities.tolist()))
     about = runs[0].scores.evaluation
     sets = {name: {**entry, "robustness": None} for name, entry in about["sets"].items()}
-    trained_on = {name for run in runs for name in run.scores.evaluation.get("trained_on", [])}
+    seen = {
+        key: sorted({name for run in runs for name in run.scores.evaluation.get(key, [])})
+        for key in _SEEN
+    }
     evaluation = {**about, "sets": sets, "threshold": DEFAULT_THRESHOLD, "temperature": 1.0,
-                  "calibration": None, "trained_on": sorted(trained_on)}  # fmt: skip
+                  "calibration": None, **seen}  # fmt: skip
     speeds = [run.images_per_s for run in runs]
     together = None
     if all(speeds):
@@ -187,9 +193,10 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
             {
                 "name": runs[index].name,
                 "threshold": runs[index].scores.evaluation["threshold"],
-                "trained_on": not known.isdisjoint(
-                    runs[index].scores.evaluation.get("trained_on", [])
-                ),
+                **{
+                    key: not known.isdisjoint(runs[index].scores.evaluation.get(key, []))
+                    for key in _SEEN
+                },
                 **_with_intervals(
                     rows[index], whole, measured[index], None if best is None else measured[best]
                 ),

@@ -361,9 +361,7 @@ def _evaluation(report: Mapping[str, Any]) -> str:
             )
         if set_report["note"]:
             notes.append(f"{markdown(name)}: {markdown(set_report['note'])}")
-    warnings = []
-    if trained_on := report.get("trained_on"):
-        warnings.append(f"**{markdown(on_training_data(trained_on))}.**")
+    warnings = [f"**{markdown(sentence)}.**" for sentence in on_training_data(report)]
     if subset := report.get("subset"):
         warnings.append(f"**{markdown(on_subset(subset))}**")
     text = (

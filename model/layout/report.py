@@ -266,10 +266,13 @@ class Report(TypedDict):
     report_version: int
     """Version of this layout."""
     headline: list[str]
-    """A warning about training sets, if any, then one sentence per set; sets without real images
+    """Warnings about training sets, if any, then one sentence per set; sets without real images
     come first."""
     trained_on: list[str]
     """Sets of the report that the checkpoint was trained on, by its run or before."""
+    maybe_trained_on: list[str]
+    """Other sets of the report that have the name of a set that the checkpoint was trained on, but
+    another hash: perhaps later builds of it."""
     detector: Identity | None
     """Detector that was measured. Null in reports on scores of an earlier version."""
     checkpoint: str

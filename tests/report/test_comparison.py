@@ -122,6 +122,16 @@ def test_the_run_that_was_trained_on_a_set_is_named(tmp_path: Path) -> None:
     names = {run["name"] for run in written if run["trained_on"]}
     assert names == {"detector-1", "mean of all"}
     assert "TRAINED ON" not in compare(paths[0], paths[2]).output
+    scores = read_scores(paths[2] / "scores.parquet")
+    write_scores(
+        paths[2] / "scores.parquet",
+        [scores.table],
+        {**scores.evaluation, "maybe_trained_on": ["val"]},
+    )
+    said = "PERHAPS TRAINED ON IMAGES OF val, by another set of that name: detector-2. These"
+    output = " ".join(compare(*paths, "--out", tmp_path / "out").output.split())
+    assert said in output and "TRAINED ON val: detector-1. These" in output
+    assert said in (tmp_path / "out/comparison.html").read_text()
 
 
 def test_the_folder_of_a_run_is_answered_with_its_reports(tmp_path: Path) -> None:

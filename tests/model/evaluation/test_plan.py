@@ -10,7 +10,7 @@ import torch
 from model.backbones.made_with import NetworkError
 from model.checkpoint import CheckpointError, annotate, read_meta
 from model.evaluation import run
-from model.evaluation.plan import Options, plan, trained_on
+from model.evaluation.plan import Options, maybe_trained_on, plan, trained_on
 from model.export.average import average
 from model.export.onnx import fitness_of
 from model.inference.fitness import generators_seen, sets_seen
@@ -51,6 +51,13 @@ def test_sets_of_earlier_runs_count_as_trained_on(tiny_checkpoint: Path, tmp_pat
     # Packed again under its name: the earlier state of the set still counts.
     again = tuned | {"data": {"set_sha256": {"val": "d"}}}
     assert trained_on(again, {"now": "d", "before": "a"}) == ["now", "before"]
+    # A set of this name with a hash that training had not: perhaps built again since.
+    for later in (tuned, mean, {"data": fitness_of(tuned)}):
+        assert maybe_trained_on(later, {"new": "b", "renamed": "a", "old": "c"}) == []
+        assert maybe_trained_on(later, {"new": "e", "val": "a", "old": "c"}) == ["new"]
+        assert maybe_trained_on(later, {"new": "e", "val": "f"}) == ["new", "val"]
+    assert maybe_trained_on(again, {"val": "a", "old": "c"}) == []
+    assert maybe_trained_on({"data": None}, {"new": "b"}) == []
 
 
 def test_generators_that_training_had_other_images_of_are_known(

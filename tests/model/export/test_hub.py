@@ -179,6 +179,8 @@ def test_the_card_contains_license_thresholds_and_metrics(
     card = card_of(meta, report_of(meta, trained_on=["val"], subset=subset), {}, onnx=False)
     _, evaluation = card.split("## Evaluation\n\n")
     assert evaluation.startswith("**THE CHECKPOINT WAS TRAINED ON val")
+    rebuilt = card_of(meta, report_of(meta, maybe_trained_on=["val"]), {}, onnx=False)
+    assert "**THE CHECKPOINT MAY HAVE LEARNED IMAGES OF val" in rebuilt
     assert "The weights that it began from were trained on: older." in evaluation
     assert "**Only the 1,234 samples listed in a\\_list.csv were scored.**" in evaluation
 
