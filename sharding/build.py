@@ -11,10 +11,10 @@ It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns 
 `BuiltSet` (`name`; `index`, the dict of index.json; `shards_written` by this call; `excluded`, a
 list of `Excluded`), empty if no source has images. `CatalogError`: files contradict the catalog.
 `RawError`: broken file. `ShardError`: bad images, no class, raw file or catalog entry of packed
-images gone, `only` names a set without images, unknown files in a set, or an image or its duplicate
-would be in a set that is built and in one that is not. `ChangedError` (a `ShardError`): raw file
-just changed. `ValueError`: no Ray, too many `jobs`, a link out of `out`. `OSError`: no access, or
-another build.
+images gone, other images in their place, `only` names a set without images, unknown files in a
+set, or an image or its duplicate would be in a set that is built and in one that is not.
+`ChangedError` (a `ShardError`): raw file just changed. `ValueError`: no Ray, too many `jobs`, a
+link out of `out`. `OSError`: no access, or another build.
 """
 
 import contextlib
@@ -52,12 +52,14 @@ from sharding.inventory import (
     files_by_source,
     finish_source,
     forget,
+    join_facts,
     known_facts,
     missing_chunks,
     read_source,
     take_inventory,
 )  # fmt: skip
 from sharding.lock import locked
+from sharding.losses import refuse_replaced
 from sharding.overlaps import refuse_overlaps
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
@@ -175,7 +177,7 @@ def build(
             for path in (out / name, work / name):
                 check_inside(path, out)
             refuse_foreign_files(out / name, work / name)
-        inventory = _read_everything(catalog, scan, raw, work / "inventory", jobs, engine, progress)
+        inventory = _read_everything(catalog, scan, raw, out, jobs, engine, progress)
         decision = decide(inventory, catalog.sets, catalog.exclude)
         present = sorted(set(decision.wanted.tolist()))
         if empty := sorted(set(only) - set(present)):
@@ -244,10 +246,15 @@ def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
 
 
 def _read_everything(
-    catalog: Catalog, scan: SourceScan, raw: AnyPath, folder: AnyPath, jobs: int, engine: Engine,
+    catalog: Catalog, scan: SourceScan, raw: AnyPath, out: AnyPath, jobs: int, engine: Engine,
     progress: Progress,
 ) -> pa.Table:  # fmt: skip
-    """Return the inventory of all sources in catalog order; decode new and changed images."""
+    """Return the inventory of all sources in catalog order; decode new and changed images.
+
+    Raises:
+        ShardError: a packed source would lose all of its images.
+    """
+    folder = out / WORK_FOLDER / "inventory"
     files = files_by_source(folder)
     tasks = [
         (str(raw.absolute()), str(folder.absolute()), file, chunk)
@@ -259,17 +266,16 @@ def _read_everything(
             for done in run_all(take_inventory, tasks, engine, jobs):
                 advance(done)
         files = files_by_source(folder)
-    tables = [
-        finish_source(folder, name, files[name], catalog.sources[name], table, scan.listings[name])
-        for name, table in scan.items.items()
-    ]
+    tables = {name: join_facts(name, files[name], items) for name, items in scan.items.items()}
     for name in scan.packed_only:
         packed = read_source(folder, name, catalog.sources[name])
         assert packed is not None  # find_sources has seen its file
-        table, listing = packed
-        scan.listings[name] = listing
-        tables.append(table)
-    return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+        tables[name], scan.listings[name] = packed
+    refuse_replaced(out, catalog.sets, files, tables)
+    for name in scan.items:
+        source, listing = catalog.sources[name], scan.listings[name]
+        finish_source(folder, name, files[name], source, tables[name], listing)
+    return pa.concat_tables(tables.values(), promote_options="default").unify_dictionaries()
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ Main entry: `read_catalog(files)` takes a list of the `pathlib.Path`s of all fil
 if a file is missing, cannot be read, or has a wrong key, name, value, set or share. `SHIPPED` are
 this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). The commands that take a
 catalog put `SHIPPED` before it. A later file overrides an earlier one key by key: to change one
-setting of a source, write only `[sources.NAME]` and that key. A file may name only sets of its own
-or of earlier files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a
+setting of a source, write only `[sources.NAME]` and that key. But two files, neither of `SHIPPED`,
+may not give one set two splits, or describe one source as a whole (with a license, sets and images)
+in two ways: the images of one would replace those of the other. A file may name only sets of its
+own or of earlier files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a
 frozenset of the hashes in all `exclude` files), and the dicts `sets` (set -> split), `suites` (name
 -> list of sets) and `reference` (set -> set). A file:
 
@@ -287,8 +289,11 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
 
     Raises:
         CatalogError: an unknown key, a bad name, shares that do not sum to 1, a set without a
-            split, or a file that cannot be read.
+            split, a file that cannot be read, or two files of the user that describe a source or
+            set in two ways.
     """
+    shipped = {path.resolve() for path in SHIPPED}
+    described: dict[tuple[str, str], tuple[Path, Any]] = {}
     sets: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
     reference: dict[str, Any] = {}
@@ -299,6 +304,8 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
         values = _read(file)
         _check_tables(values, file)
         exclude |= _read_excluded(file, values.pop("exclude", []))
+        if file.resolve() not in shipped:
+            _refuse_second(values, file, described)
         sets |= values.pop("sets", {})
         reference |= values.pop("reference", {})
         suites |= values.pop("suites", {})
@@ -342,6 +349,29 @@ def _check_tables(values: Mapping[str, Any], file: Path) -> None:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise CatalogError(f"{file}: {name} is {table!r:.100}, expected a table: [{name}]")
+
+
+def _refuse_second(
+    values: Mapping[str, Any], file: Path, described: dict[tuple[str, str], tuple[Path, Any]]
+) -> None:
+    """Refuse a set or source that an earlier file of the user describes otherwise, and add those of
+    this file to `described`. A source without all of its keys overrides another and describes none.
+    """
+    whole = {("set", name): split for name, split in values.get("sets", {}).items()}
+    whole |= {
+        ("source", name): entry
+        for name, entry in values.get("sources", {}).items()
+        if {"license", "set"} <= entry.keys() and not entry.keys().isdisjoint({"real", "fake"})
+    }
+    for (kind, name), entry in whole.items():
+        earlier, other = described.setdefault((kind, name), (file, entry))
+        if other != entry:
+            advice = "or, to override some of its keys, write only these in the second file"
+            advice = advice if kind == "source" else "or both the same split"
+            raise CatalogError(
+                f"{earlier} and {file} describe {kind} {name} in two ways; give one of them "
+                f"another name, {advice}"
+            )
 
 
 def _read_excluded(file: Path, lists: Any) -> set[str]:

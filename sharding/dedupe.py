@@ -3,7 +3,7 @@
 Main entry: `decide(inventory, split_of, exclude)` changes nothing and returns a `Decision`.
 
 - `inventory`: a pyarrow table with one row per raw image of all sources: the concatenated tables of
-  `finish_source()` in sharding/inventory.py. The columns `error`, `sha256` (of the bytes
+  `join_facts()` in sharding/inventory.py. The columns `error`, `sha256` (of the bytes
   to pack), `original` (SHA-256 of the bytes that were read), `phash`, `thumbnail`, `group`, `label`
   and `destination` (JSON, a dict from set to share) are used.
 - `split_of`: dict from the name of a set to "train", "val" or "test"; `sets` of a `Catalog`. It

@@ -31,11 +31,15 @@ If no name decides, the folder is undecided. The catalog has two lines for it, o
 both commented out; a person removes the `#` of the right one. Such a line also labels the undecided
 folders below, which a third line for each of them, under `ignore`, can leave out. That third line
 is active for an undecided folder inside of a decided one. A person has to check the whole catalog.
-The source and its sets have the name of the folder, with `my-` before it if the catalogs
-of this program (`SHIPPED`) have that name: the source would inherit the other keys there.
+The source and its sets have the name of the folder, in ASCII: a letter of another alphabet has no
+counterpart there, so that such a name ends with the first 8 digits of its SHA-256, or two folders
+would have one name. `my-` is before it if the catalogs of this program (`SHIPPED`) have that name:
+the source would inherit the other keys there.
 """
 
+import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -281,7 +285,11 @@ def _catalog(
 def _free_name(folder: Path) -> str:
     """Return a name for the source of a folder that no shipped source or set has."""
     longest = LONGEST_NAME - len("my-") - len("-test")
-    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[:longest].strip("_-") or "mine"
+    whole = unicodedata.normalize("NFKD", folder.name.casefold())
+    letters = "".join(character for character in whole if not unicodedata.combining(character))
+    tag = "" if letters.isascii() else f"-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    ascii_name = re.sub(r"[^a-z0-9_-]+", "_", letters)[: longest - len(tag)].strip("_-")
+    name = (ascii_name or "mine") + tag
     shipped = read_catalog(SHIPPED)
     taken = shipped.sources.keys() | shipped.sets.keys()
     return name if taken.isdisjoint({name, f"{name}-val", f"{name}-test"}) else f"my-{name}"

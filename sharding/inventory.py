@@ -22,15 +22,18 @@ source, and `folder` a path:
   (those of this `FACTS_VERSION`), or None if there are none.
 - `missing_chunks(source, items, facts)` takes the tables of `item_table()` and `known_facts()`. It
   yields the pairs for `take_inventory()`: the images of which `facts` has no row.
-- `finish_source(folder, name, files, source, items, listing)` then joins all rows of a source (its
-  name, its paths of a new `files_by_source()`, and its `Source` in the catalog) and writes them to
-  `<name>.parquet`, with the notes of the `Listing` (what was excluded) and the catalog's rules for
-  the images. It deletes the files of `take_inventory()` and returns the table, with the columns
-  `SCHEMA`. It raises RuntimeError if an image has no row.
+- `join_facts(name, files, items)` then joins all rows of a source (its name, and its paths of a new
+  `files_by_source()`). It returns a table with the columns `SCHEMA`, and raises RuntimeError if an
+  image has no row.
+- `finish_source(folder, name, files, source, table, listing)` writes this table to
+  `<name>.parquet`, with the notes of the `Listing` (what was excluded) and the rules for the images
+  in `source`, its `Source` in the catalog. It deletes the files of `take_inventory()`.
 - `forget(folder, source, path)` deletes the rows of the raw file `path` from `<source>.parquet`:
   the next build decodes it again.
 - `packed_prints(folder, source)` returns the columns `origin`, `group` and `thumbnail` of
   `<source>.parquet`, a table, or None if there is no such file of this `FACTS_VERSION`.
+- `packed_originals(folder, source)` returns the columns `origin` and `original` of the images there
+  that can be decoded, or None, likewise.
 - `read_source(folder, name, source)` returns (table, `Listing`) of a source whose raw files are
   gone, or None if there is no `<name>.parquet`. It raises `ShardError` for a file with another
   `FACTS_VERSION`, or packed for other sets or by other rules than those of the catalog.
@@ -219,25 +222,27 @@ def _bounds(items: pa.Table) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def finish_source(
-    folder: AnyPath, name: str, files: Sequence[AnyPath], source: Source, items: pa.Table,
-    listing: Listing,
-) -> pa.Table:  # fmt: skip
-    """Join a source's items with their facts, write one file, and delete the others of `files`,
-    also those that killed builds left.
-    """
+def join_facts(name: str, files: Sequence[AnyPath], items: pa.Table) -> pa.Table:
+    """Join a source's items with their facts in `files`, those that the builds so far wrote."""
     facts = known_facts(files)
     where = _match(items, facts)
     if where.null_count:
         raise RuntimeError(f"{where.null_count} images of {name} were never read")
-    table = items
-    if facts is not None:
-        chosen = facts.take(where)
-        for field in FACT_SCHEMA:
-            table = table.append_column(field.name, chosen.column(field.name).cast(field.type))
-        table = table.unify_dictionaries()
-    else:
-        table = SCHEMA.empty_table()
+    if facts is None:
+        return SCHEMA.empty_table()
+    chosen = facts.take(where)
+    for field in FACT_SCHEMA:
+        items = items.append_column(field.name, chosen.column(field.name).cast(field.type))
+    return items.unify_dictionaries().replace_schema_metadata(None)
+
+
+def finish_source(
+    folder: AnyPath, name: str, files: Sequence[AnyPath], source: Source, table: pa.Table,
+    listing: Listing,
+) -> None:  # fmt: skip
+    """Write the inventory of a source to one file, and delete the others of `files`, also those
+    that killed builds left.
+    """
     notes = {
         "excluded": listing.excluded, "read_as": listing.read_as, "rules": _rules_of(source),
     }  # fmt: skip
@@ -246,7 +251,6 @@ def finish_source(
     if path not in files or not _read(path).equals(table, check_metadata=True):
         write_atomically(path, lambda partial: pq.write_table(table, partial))
     remove_files([file for file in files if file != path])
-    return table.replace_schema_metadata(None)
 
 
 def forget(folder: AnyPath, source: str, path: str) -> None:
@@ -259,10 +263,26 @@ def forget(folder: AnyPath, source: str, path: str) -> None:
 
 def packed_prints(folder: AnyPath, source: str) -> pa.Table | None:
     """Read the groups and thumbnails of a source that an earlier build packed; None if unknown."""
+    table = _earlier(folder, source)
+    return None if table is None else table.select(["origin", "group", "thumbnail"])
+
+
+def packed_originals(folder: AnyPath, source: str) -> pa.Table | None:
+    """Read the origins and hashes of the raw images of a source that an earlier build packed, but
+    not of unreadable ones; None if unknown.
+    """
+    table = _earlier(folder, source)
+    if table is None:
+        return None
+    return table.filter(pc.equal(table["error"], "")).select(["origin", "original"])
+
+
+def _earlier(folder: AnyPath, source: str) -> pa.Table | None:
+    """Read the inventory of an earlier build; None if there is none of this `FACTS_VERSION`."""
     path = folder / f"{source}.parquet"
     if not path.exists() or _version_of(table := _read(path)) != FACTS_VERSION:
         return None
-    return table.select(["origin", "group", "thumbnail"])
+    return table
 
 
 def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, Listing] | None:

@@ -147,6 +147,37 @@ def test_another_catalog_may_pack_other_files_of_the_same_names(tmp_path: Path) 
     assert consistent(tmp_path)
 
 
+def test_another_folder_does_not_replace_the_packed_images_of_a_source(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    text = catalog(("mine", "a", '"tr"', REAL))
+    pack(tmp_path, text)
+    packed = hashes(tmp_path / "out")
+    (tmp_path / "raw/a").rename(tmp_path / "a")
+    put(tmp_path / "raw/b/real", range(10, 13))
+    said = r"mine is packed with 4 images, such as a/real/0\.png, and none .* its 3 images now"
+    for _again in range(2):
+        with pytest.raises(ShardError, match=said):
+            pack(tmp_path, text.replace('"a"', '"b"'))
+    pack(tmp_path, text)  # its raw files are gone, and its inventory is kept
+    assert hashes(tmp_path / "out") == packed
+    both = catalog(("mine", "a", '"tr"', REAL), ("other", "b", '"tr"', REAL))
+    pack(tmp_path, both)
+    assert len(open_shards([tmp_path / "out/tr"])) == 7
+    (tmp_path / "a").rename(tmp_path / "raw/c")  # a renamed folder has the same images
+    both = both.replace('"a"', '"c"')
+    pack(tmp_path, both)
+    assert len(open_shards([tmp_path / "out/tr"])) == 7
+    shutil.rmtree(tmp_path / "raw/c")
+    (tmp_path / "raw/c/real").mkdir(parents=True)
+    for number in range(2):  # other files of the same names
+        data = encode(photo(20 + number), "PNG")
+        (tmp_path / f"raw/c/real/{number}.png").write_bytes(data)
+    refused(tmp_path, r"such as c/real/0\.png, and none .* 2 images now, such as c/real/0", both)
+    (tmp_path / "out/.build/inventory/mine.parquet").unlink()  # as the message says
+    pack(tmp_path, both)
+    assert len(open_shards([tmp_path / "out/tr"])) == 5
+
+
 @pytest.mark.parametrize("quality", ["the same bytes", "near-duplicates"])
 def test_new_duplicates_of_a_set_that_is_not_built_are_refused(
     tmp_path: Path, quality: str

@@ -296,6 +296,26 @@ def test_impossible_numbers_in_a_catalog_are_refused(tmp_path: Path, entry: str,
         catalog_of(tmp_path, f'[sources.s]\nlicense = "x"\n{where}real = ["a"]\n{entry}\n')
 
 
+def test_two_catalogs_of_the_user_do_not_replace_each_others_source_or_set(tmp_path: Path) -> None:
+    """The later one replaced the images of the first, also those that were packed."""
+    source = '[sources.fotos]\nlicense = "x"\nset = "s"\nroot = "{0}"\nreal = ["{0}"]\n'
+    one, two, part = (tmp_path / f"{name}.toml" for name in ("one", "two", "part"))
+    one.write_text('[sets]\ns = "train"\n' + source.format("a"))
+    two.write_text('[sets]\ns = "train"\n' + source.format("b"))
+    part.write_text("[sources.fotos]\nreplay = false\n[sources.dda]\npolicy = 'x'\n")
+    with pytest.raises(CatalogError, match=f"{one} and {two} describe source fotos in two ways"):
+        read_catalog([BUILT_IN, one, two])
+    catalog = read_catalog([BUILT_IN, one, one, part])
+    assert catalog.sources["fotos"].root == "a"
+    assert not catalog.sources["fotos"].replay
+    assert catalog.sources["dda"].policy == "x"
+    two.write_text('[sets]\ns = "test"\n')
+    with pytest.raises(CatalogError, match=f"{one} and {two} describe set s in two ways"):
+        read_catalog([BUILT_IN, one, two])
+    two.write_text('[sets]\nphase1 = "test"\n' + source.format("b").replace("fotos", "dda"))
+    assert read_catalog([BUILT_IN, one, two]).sources["dda"].root == "b"  # one that ships
+
+
 GITHUB = BUILT_IN.with_name("catalog-github.toml")
 
 

@@ -1,5 +1,6 @@
 """Tests of `describe()`: the classes that it reads from folder names, and what it leaves open."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,22 @@ def test_files_that_may_hold_images_are_counted(tmp_path: Path) -> None:
         "not an image by its name (.tar)": 1,
         "not an image by its name (.parquet)": 1,
     }
+
+
+def name_of(folder: Path) -> str:
+    touch(folder, "real/a.png")
+    (name,) = tomllib.loads(describe(folder).text)["sources"]
+    return name
+
+
+def test_folders_have_names_of_their_own(tmp_path: Path) -> None:
+    """Two folders of one name are one source, whose packed images the later folder replaced."""
+    names = {
+        "Katzen & Hunde": "katzen_hunde", "__": "mine", "raid": "my-raid", "x" * 99: "x" * 70,
+        "Größe": "grosse", "Grüße": "grusse", "Gru\u0308ße (2)": "grusse_2", "Łódź": "odz-4622385b",
+        "写真": "mine-9c3250ff", "絵": "mine-99369fd9", "Łódź" * 20: "odz_" * 14 + "odz-56041dff",
+    }  # fmt: skip
+    assert {folder: name_of(tmp_path / folder) for folder in names} == names
 
 
 def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
