@@ -60,7 +60,7 @@ from sharding.inventory import (
 )  # fmt: skip
 from sharding.lock import locked
 from sharding.losses import refuse_replaced
-from sharding.overlaps import refuse_overlaps
+from sharding.overlaps import refuse_overlaps, warn_of_moves
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
     files_of,
@@ -194,6 +194,7 @@ def build(
             one.plan(out)
         samples = {name: one.samples for name, one in builds.items()}
         refuse_overlaps(out, present, scan, inventory, decision, samples)
+        warn_of_moves(out, samples)
         # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:

@@ -5,6 +5,9 @@ earlier builds packed into `out` and that are not built now. It raises `ShardErr
 such a set, or a duplicate of one, would be in a set that is built, or if a near-duplicate of one,
 or an image of its group, would be in a set of another split. It changes nothing.
 
+`warn_of_moves(out, built)` logs how many images an earlier build packed into another set than this
+one does: detectors trained before may have learned from images that are in a test set now.
+
 - `present`: the names of the sets that the catalogs of this build send images to.
 - `scan`, `inventory`, `decision`: the `SourceScan`, the table of all images of these catalogs, and
   the `Decision` about them.
@@ -12,6 +15,7 @@ or an image of its group, would be in a set of another split. It changes nothing
   `samples.parquet` that are known before packing.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from console import log
+from console import counted, log
 from escape import reason_of
 from sharding.dedupe import Decision, near_duplicates
 from sharding.format import SAMPLES_FILE, SAMPLES_SCHEMA, ShardError, table_from
@@ -81,6 +85,33 @@ def refuse_overlaps(
             log.warning("set %s is out of date: no image goes to it any more; it is kept", name)
     splits = {name: table.column("split")[0].as_py() for name, table in built.items() if len(table)}
     _refuse_relatives(out, undescribed, inventory, decision, splits)
+
+
+def warn_of_moves(out: AnyPath, built: Mapping[str, pa.Table]) -> None:
+    """Log how many packed images change their set, from which to which. Call it before packing: an
+    interrupted build has the tables of the earlier one, and logs the same again.
+    """
+    before: dict[bytes, str] = {}
+    for name in packed_sets(out, out / WORK_FOLDER):
+        if name in built:
+            # The build replaces a damaged table: what was in it is unknown.
+            with contextlib.suppress(ShardError):
+                before |= dict.fromkeys(
+                    _packed_images(out / name).column("sha256").to_pylist(), name
+                )
+    moves = Counter(
+        (before[sha256], name)
+        for name, table in built.items()
+        for sha256 in table.column("sha256").to_pylist()
+        if before.get(sha256, name) != name
+    )
+    if moves:
+        log.warning(
+            "%s packed before %s set (%s): detectors trained before may have learned from them",
+            counted(moves.total(), "image"),
+            "changes its" if moves.total() == 1 else "change their",
+            ", ".join(f"{old} -> {new}: {count:,}" for (old, new), count in sorted(moves.items())),
+        )
 
 
 def _refusal(out: AnyPath, name: str, said: str) -> ShardError:

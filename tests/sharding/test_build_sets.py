@@ -115,6 +115,35 @@ def test_changed_shares_do_not_put_images_of_a_set_that_is_not_built_into_anothe
     pack(tmp_path, changed, "tr")
 
 
+def images_of(folder: Path) -> set[bytes]:
+    return {*pq.read_table(folder / "samples.parquet").column("sha256").to_pylist()}
+
+
+def test_packed_images_that_change_their_set_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A renamed folder moves images: a detector trained before has learned from some of the test
+    images, and no command can tell.
+    """
+    put(tmp_path / "raw/a/real", range(20))
+    text = catalog(("a", "a", "{ tr = 0.5, te = 0.5 }", REAL))
+    pack(tmp_path, text)
+    put(tmp_path / "raw/a/real", range(20, 24))  # new files move none
+    pack(tmp_path, text)
+    assert "packed before" not in caplog.text
+    before = [images_of(tmp_path / "out" / name) for name in ("tr", "te")]
+    (tmp_path / "raw/a").rename(tmp_path / "raw/b")
+    pack(tmp_path, text.replace('"a"', '"b"'))
+    after = [images_of(tmp_path / "out" / name) for name in ("tr", "te")]
+    to_train, to_test = len(before[1] & after[0]), len(before[0] & after[1])
+    assert to_train and to_test
+    said = f"images packed before change their set (te -> tr: {to_train}, tr -> te: {to_test}): det"
+    assert said in caplog.text
+    caplog.clear()
+    pack(tmp_path, text.replace('"a"', '"b"'))
+    assert "packed before" not in caplog.text
+
+
 def test_a_source_that_moves_to_another_split_is_not_in_both(tmp_path: Path) -> None:
     put(tmp_path / "raw/a/real", range(4))
     put(tmp_path / "raw/b/fake", range(10, 14))
