@@ -1,4 +1,4 @@
-"""Read options and print results, log lines, progress bars, tables and errors in a terminal.
+"""Print results, log lines, progress bars, tables and errors in a terminal.
 
 Main entries: `@click.command(cls=Command)` (groups: `Group`) prints a `ValueError` or `OSError` as
 one line and exits with code 1. `say(text)` prints a result to standard output, `say_data(text)` a
@@ -229,8 +229,10 @@ def _progress_lines(label: str, total: int | None) -> Callable[..., None]:
             return
         last = (now, count)
         of = "" if size is None else f" of {size:,}"
-        left = f", about {_duration((size - count) / more * seconds)} left" if size and more else ""
-        log.info("%s: %s%s%s%s", label, f"{count:,}", of, left, f" ({note})" if note else "")
+        left = ""
+        if size is not None and size > count and more:
+            left = f", about {_duration((size - count) / more * seconds)} left"
+        log.info("%s: %s%s%s%s", label, f"{round(count):,}", of, left, f" ({note})" if note else "")
 
     return advance
 

@@ -3,8 +3,9 @@
 Main entry: `build(catalog, raw, out, *, only=(), jobs=0, engine="local", tolerance, progress)`:
 - `catalog`: from `read_catalog()`. `raw`, `out`: folders of raw data and of sets (`Path`, `UPath`).
 - `only`: names of sets (empty: all). `jobs`: processes (0: one per core). `engine`: "local", "ray".
-- `tolerance` (default `Tolerance(max_bad=0.01, allow_incomplete=False)`): the largest share of
-  unreadable images; whether a catalog rule may match no image and a training set lack a class.
+- `tolerance` (default: 0.01, no, no): the largest share of unreadable images; whether a catalog
+  rule may match no image and a training set lack a class; whether all images of a packed source may
+  be replaced.
 - `progress(label, images)`: optional; a context manager that yields `done(images since last call)`.
 It writes `out/.build` and `out/<set>/` (missing or changed shards). It returns a `SourceScan`
 (`missing`: sources without images; `lacking`: classes that no image of a set has) and a list of
@@ -177,7 +178,7 @@ def build(
             for path in (out / name, work / name):
                 check_inside(path, out)
             refuse_foreign_files(out / name, work / name)
-        inventory = _read_everything(catalog, scan, raw, out, jobs, engine, progress)
+        inventory = _read_everything(catalog, scan, raw, out, jobs, engine, tolerance, progress)
         decision = decide(inventory, catalog.sets, catalog.exclude)
         present = sorted(set(decision.wanted.tolist()))
         if empty := sorted(set(only) - set(present)):
@@ -248,7 +249,7 @@ def _write_one(set_name: str, *task: Any) -> tuple[str, Written]:
 
 def _read_everything(
     catalog: Catalog, scan: SourceScan, raw: AnyPath, out: AnyPath, jobs: int, engine: Engine,
-    progress: Progress,
+    tolerance: Tolerance, progress: Progress,
 ) -> pa.Table:  # fmt: skip
     """Return the inventory of all sources in catalog order; decode new and changed images.
 
@@ -272,7 +273,8 @@ def _read_everything(
         packed = read_source(folder, name, catalog.sources[name])
         assert packed is not None  # find_sources has seen its file
         tables[name], scan.listings[name] = packed
-    refuse_replaced(out, catalog.sets, files, tables)
+    if not tolerance.allow_replaced:
+        refuse_replaced(raw, out, catalog.sets, files, tables)
     for name in scan.items:
         source, listing = catalog.sources[name], scan.listings[name]
         finish_source(folder, name, files[name], source, tables[name], listing)

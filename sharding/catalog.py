@@ -129,7 +129,8 @@ class Table:
     """Pattern of the names of the CSV files, in any folder of the source. Case is ignored."""
     key: str
     """Column with the file names of the images. A name with a folder is for the files whose path
-    ends so, in whole parts. One without a folder that several files have is for none of them."""
+    ends so, in whole parts. One without a folder that several files have is for none of them; with
+    `optional`, it is for all of them."""
     optional: bool = False
     """Label files without a row by their folders alone. The CSV files may then be missing."""
 

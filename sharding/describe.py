@@ -286,7 +286,7 @@ def _free_name(folder: Path) -> str:
     """Return a name for the source of a folder that no shipped source or set has."""
     longest = LONGEST_NAME - len("my-") - len("-test")
     whole = unicodedata.normalize("NFKD", folder.name.casefold())
-    letters = "".join(character for character in whole if not unicodedata.combining(character))
+    letters = "".join(c for c in whole if not unicodedata.combining(c)).casefold()
     tag = "" if letters.isascii() else f"-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
     ascii_name = re.sub(r"[^a-z0-9_-]+", "_", letters)[: longest - len(tag)].strip("_-")
     name = (ascii_name or "mine") + tag

@@ -128,7 +128,8 @@ def pack_folder(
     write_text(place / CATALOG_FILE, text)
     scan, built = build(
         catalog, folder.parent, place,
-        jobs=jobs, tolerance=Tolerance(MAX_BAD, allow_incomplete=True), progress=progress,
+        jobs=jobs, tolerance=Tolerance(MAX_BAD, allow_incomplete=True, allow_replaced=True),
+        progress=progress,
     )  # fmt: skip
     labels = {one.name: one.index["totals"]["label"] for one in built}
     train, validate = (

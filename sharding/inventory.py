@@ -268,13 +268,13 @@ def packed_prints(folder: AnyPath, source: str) -> pa.Table | None:
 
 
 def packed_originals(folder: AnyPath, source: str) -> pa.Table | None:
-    """Read the origins and hashes of the raw images of a source that an earlier build packed, but
-    not of unreadable ones; None if unknown.
+    """Read the items of a source that an earlier build packed, with the hashes of their raw bytes,
+    but not unreadable ones; None if unknown.
     """
     table = _earlier(folder, source)
     if table is None:
         return None
-    return table.filter(pc.equal(table["error"], "")).select(["origin", "original"])
+    return table.filter(pc.equal(table["error"], "")).select([*ITEM_SCHEMA.names, "original"])
 
 
 def _earlier(folder: AnyPath, source: str) -> pa.Table | None:

@@ -131,10 +131,8 @@ class _Grouping:
     def report(self, listing: Listing) -> None:
         """Note in `listing` that no file, or not every file, matches a pattern."""
         if self.patterns and not self.matched:
-            listing.unmatched += [
-                f"group '{pattern.pattern}' (paths are like {self.first})"
-                for pattern in self.patterns
-            ]
+            paths = f" (paths are like {self.first})" if self.first else ""
+            listing.unmatched += [f"group '{pattern.pattern}'{paths}" for pattern in self.patterns]
         elif self.patterns and self.unmatched:
             listing.ungrouped = (
                 f"{self.unmatched:,} of {counted(self.matched + self.unmatched, 'image')} match no "

@@ -107,7 +107,8 @@ def warn_of_moves(out: AnyPath, built: Mapping[str, pa.Table]) -> None:
     )
     if moves:
         log.warning(
-            "%s packed before %s set (%s): detectors trained before may have learned from them",
+            "%s packed before %s set (%s); detectors trained before may have learned from those "
+            "that were in a training set",
             counted(moves.total(), "image"),
             "changes its" if moves.total() == 1 else "change their",
             ", ".join(f"{old} -> {new}: {count:,}" for (old, new), count in sorted(moves.items())),

@@ -57,6 +57,7 @@ class Tolerance:
 
     max_bad: float = 0.01
     allow_incomplete: bool = False
+    allow_replaced: bool = False
 
 
 STRICT = Tolerance()

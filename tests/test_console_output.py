@@ -114,12 +114,17 @@ def test_without_a_terminal_long_work_prints_a_line_a_minute(
         for clock.now in (10_211.0, 10_272.0):
             advance(5)
             none(1)
+    with console.progress("backbone, MiB", 100) as advance:
+        for clock.now, more in ((10_273.0, 0.5), (10_334.0, 74.7), (10_396.0, 44.8)):
+            advance(more)
     assert capsys.readouterr().err.splitlines() == [
         "scoring: 260,000 of 1,000,000, about 12 min left",
         "scoring: 320,000 of 1,000,000, about 11 min left (2 failed)",
         "scoring: 400,000 of 1,000,000, about 20.6 h left",
         "scoring: 400,200 of 1,000,000, about 7.3 days left",
         "comparing: 10",
+        "backbone, MiB: 75 of 100, about 1 min left",
+        "backbone, MiB: 120 of 100",
     ]
 
 

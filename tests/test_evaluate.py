@@ -336,10 +336,14 @@ def test_a_detector_that_ships_is_never_calibrated_in_place(
     monkeypatch.setattr("model.shipped.backbone.DETECTORS", tmp_path)
     meta = shutil.copytree(find(own_runs), tmp_path / "mine") / "meta.json"
     before = meta.read_bytes()
-    result = run(data, own_runs, "calibrate", "--shards", "val", "--checkpoint", "mine")
-    assert result.exit_code == 1
-    assert "mine is a detector that ships, which is not changed; calibrate a copy" in result.output
-    assert meta.read_bytes() == before
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(meta.parent)
+    for named, shown in (("mine", "mine"), (link, link.name)):
+        result = run(data, own_runs, "calibrate", "--shards", "val", "--checkpoint", named)
+        assert result.exit_code == 1
+        said = f"{shown} is a detector that ships, which is not changed; calibrate a copy"
+        assert said in result.output
+        assert meta.read_bytes() == before
 
 
 def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from model.checkpoint import (
     uncalibrated,
 )
 from model.export.license import first_of
-from model.inference.fitness import generators_seen, sets_seen
+from model.inference.fitness import generators_seen, sets_seen, with_sources_of
 from model.recipe import STEP_FOLDER, step_folder
 from model.shipped.backbone import with_backbone_inside
 from storage import atomic_folder
@@ -80,7 +80,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "first_weights": _first_weights(first, last),
         "metrics": {"sets": {}, "sources": {}},
         "selection": None,
-        "data": meta["data"]
+        "data": with_sources_of(first_meta["data"] or {}, meta["data"] or {})
         | {
             "earlier_sets": sets_seen(first_meta) | sets_seen(meta),
             "earlier_generators": sorted({*generators_seen(first_meta), *generators_seen(meta)}),

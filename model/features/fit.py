@@ -182,8 +182,7 @@ def fit_head(
     total, fakes, mean = _totals(samples, dist)
     if not 0 < fakes < total:
         raise FitError(
-            f"the training images are {fakes:,.0f} fakes and {total - fakes:,.0f} real ones; a fit "
-            "needs both classes"
+            f"the training images are all {'fake' if fakes else 'real'}; a fit needs both classes"
         )
     smoothing = optim.label_smoothing
     targets = samples.labels * (1 - smoothing) + smoothing / 2

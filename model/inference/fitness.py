@@ -26,6 +26,9 @@ proof" (`PROOF` is its pattern).
 `generators_seen(meta)` returns the names of the generators whose images the weights were trained
 on, sorted.
 
+`with_sources_of(before, data)` takes two records of training data and returns the second one, with
+the sources, synthetic sources and titles of both.
+
 `sets_seen(meta)` returns a dict, hash of the index -> name, of all sets that the weights were
 trained on, also by the runs whose weights this one began from. Their images measure nothing.
 """
@@ -172,3 +175,17 @@ def generators_seen(meta: Mapping[str, Any]) -> list[str]:
     data, began = meta["data"] or {}, meta.get("first_weights") or {}
     recorded = [data.get("generators"), data.get("earlier_generators"), began.get("generators")]
     return sorted({name for names in recorded for name in names or ()})
+
+
+def with_sources_of(before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data`, the record of training data in a meta, with the sources, synthetic sources and
+    titles of another such record added: weights learn from the data of the weights they began from.
+    """
+    return {
+        **data,
+        "sources": sorted({*before.get("sources", ()), *data.get("sources", ())}),
+        "synthetic_sources": sorted(
+            {*before.get("synthetic_sources", ()), *data.get("synthetic_sources", ())}
+        ),
+        "titles": dict(sorted({**before.get("titles", {}), **data.get("titles", {})}.items())),
+    }

@@ -281,7 +281,7 @@ def recalibrated(
 
 def is_shipped(folder: Path) -> bool:
     """Return whether a checkpoint is a shipped detector."""
-    return folder.absolute().parent == DETECTORS
+    return folder.resolve().parent == DETECTORS.resolve()
 
 
 def output_folder(checkpoint: Path, runs: Path) -> Path:

@@ -95,7 +95,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
     steps = stream.steps_per_epoch * recipe.run.epochs
     for step, batch in enumerate(stream.batches(0, recipe.run.epochs)):
         set_learning_rate(optimizer, schedule(recipe.optim, step, steps))
-        train_step(state, net, batch, recipe.optim, step=step)
+        train_step(state, net, batch, recipe.optim, step=step, replay_weight=recipe.replay.weight)
     if ema is not None:
         set_head(net, dict(ema.backbone.named_parameters()))
     return True

@@ -58,6 +58,7 @@ import torch
 import recipes
 from model import checkpoint
 from model.distributed import all_gather_object, on_main
+from model.inference.fitness import with_sources_of
 from model.lean_import import lean_import
 from model.recipe import STEP_FOLDER, Recipe, flat_settings, step_folder
 from model.training.step import TrainState
@@ -284,7 +285,7 @@ def _data_of(plan: "RunPlan") -> dict[str, Any]:
     samples that epochs take from. Sources of earlier runs, whose weights this run began from, stay
     in the record: notices and the model card are about all that the weights have learned.
     """
-    stream, before = plan.stream, plan.weights.data
+    stream = plan.stream
     shards, rows = stream.pool.shards, stream.used
     folders = {shards.folders[code] for code in np.unique(shards.column("shard_code")[rows])}
     hashes = {n: sha256 for n, sha256 in stream.pool.hashes.items() if plan.data / n in folders}
@@ -292,17 +293,18 @@ def _data_of(plan: "RunPlan") -> dict[str, Any]:
     sources = {names[code]: shards.sources[names[code]] for code in np.unique(codes[rows])}
     synthetic = {name for name, facts in sources.items() if facts.get("synthetic")}
     titles = {name: title for name, facts in sources.items() if (title := facts.get("title"))}
-    return {
+    data = {
         "train": [name for name in plan.recipe.data.train if name in hashes],
         "replay": [name for name in plan.recipe.replay.used_sets if name in hashes],
         "replayed_per_epoch": stream.replayed_per_epoch,
         "index_sha256": shards.sha256,
         "set_sha256": hashes,
-        "sources": sorted({*before.get("sources", ()), *sources}),
+        "sources": [*sources],
         "generators": shards.generators(rows),
-        "synthetic_sources": sorted({*before.get("synthetic_sources", ()), *synthetic}),
-        "titles": dict(sorted({**before.get("titles", {}), **titles}.items())),
+        "synthetic_sources": [*synthetic],
+        "titles": titles,
     }
+    return with_sources_of(plan.weights.data, data)
 
 
 def prune(run: Path, keep: Collection[Path]) -> None:

@@ -137,7 +137,7 @@ def test_packed_images_that_change_their_set_are_counted(
     after = [images_of(tmp_path / "out" / name) for name in ("tr", "te")]
     to_train, to_test = len(before[1] & after[0]), len(before[0] & after[1])
     assert to_train and to_test
-    said = f"images packed before change their set (te -> tr: {to_train}, tr -> te: {to_test}): det"
+    said = f"images packed before change their set (te -> tr: {to_train}, tr -> te: {to_test}); det"
     assert said in caplog.text
     caplog.clear()
     pack(tmp_path, text.replace('"a"', '"b"'))
@@ -183,7 +183,7 @@ def test_another_folder_does_not_replace_the_packed_images_of_a_source(tmp_path:
     packed = hashes(tmp_path / "out")
     (tmp_path / "raw/a").rename(tmp_path / "a")
     put(tmp_path / "raw/b/real", range(10, 13))
-    said = r"mine is packed with 4 images, such as a/real/0\.png, and none .* its 3 images now"
+    said = r"mine had 4 images, such as a/real/0\.png, and none .* its 3 images now"
     for _again in range(2):
         with pytest.raises(ShardError, match=said):
             pack(tmp_path, text.replace('"a"', '"b"'))
@@ -205,6 +205,16 @@ def test_another_folder_does_not_replace_the_packed_images_of_a_source(tmp_path:
     (tmp_path / "out/.build/inventory/mine.parquet").unlink()  # as the message says
     pack(tmp_path, both)
     assert len(open_shards([tmp_path / "out/tr"])) == 5
+
+
+def test_images_beyond_a_cap_are_not_taken_for_those_of_another_folder(tmp_path: Path) -> None:
+    """Which ones a cap keeps may change with each new image."""
+    kept = set()
+    for number in range(11, 0, -3):
+        put(tmp_path / "raw/a/real", range(number, 12))
+        pack(tmp_path, catalog(("a", "a", '"tr"', f"{REAL}\ncap = {{ real = 1 }}")))
+        kept |= images_of(tmp_path / "out/tr")
+    assert len(kept) > 1
 
 
 @pytest.mark.parametrize("quality", ["the same bytes", "near-duplicates"])

@@ -63,6 +63,21 @@ def test_a_folder_becomes_two_sets_without_a_common_group(mine: Path, tmp_path: 
     assert sum(one.shards_written for one in built) == 0
 
 
+def test_a_folder_whose_images_were_all_replaced_is_packed_again(
+    mine: Path, tmp_path: Path
+) -> None:
+    """Its sets belong to its path: no other folder has taken its name."""
+    data = tmp_path / "shards"
+    before = pack(mine, data)
+    shutil.rmtree(mine)
+    write_images(mine / "real", 26, 400)
+    write_images(mine / "fake", 26, 500)
+    again = pack(mine, data)
+    assert again.place == before.place and again.shards_written > 0
+    origins = open_shards([data / again.train]).table.column("origin").to_pylist()
+    assert not any("sdxl" in origin for origin in origins)
+
+
 def test_two_folders_of_the_same_name_have_separate_sets(mine: Path, tmp_path: Path) -> None:
     data = tmp_path / "shards"
     first = pack(mine, data)

@@ -118,17 +118,19 @@ def test_a_left_out_source_is_not_replayed_either(
     recipe = replace(recipe, optim=replace(recipe.optim, solver=solver))
     replay = Replay(sets=[replayed], ratio="1:2", exclude_sources=exclude)
     with_replay = replace(recipe, replay=replay, calibration=Calibrating(together=together))
+    weighed = replace(with_replay, replay=replace(replay, weight=20.0))
     scores, left_out = [], []
-    for number, one in enumerate((recipe, with_replay)):
+    for number, one in enumerate((recipe, with_replay, weighed)):
         planned = plan(one, tmp_path, tmp_path / f"runs{number}", init_from=weights)
         state = assemble(planned)
         planned = with_features(planned, state)
         source = source_of(planned.recipe, state.net, torch.float32)
         scores.append(leave_one_out(planned, state, source, left_out.append))
     assert scores[0].keys() == scores[1].keys() == {"alpha", "beta", "dummy"}
-    assert left_out[3:] == [*(together.values() or [["alpha"]]), ["beta"], ["dummy"]]
+    assert left_out[3:6] == [*(together.values() or [["alpha"]]), ["beta"], ["dummy"]]
     np.testing.assert_allclose(scores[0]["alpha"][1], scores[1]["alpha"][1], atol=1e-4)
     assert np.abs(scores[0]["beta"][1] - scores[1]["beta"][1]).max() > 1e-3
+    assert np.abs(scores[1]["beta"][1] - scores[2]["beta"][1]).max() > 1e-3
 
 
 def test_a_run_calibrates_on_left_out_sources_and_records_the_rates(
