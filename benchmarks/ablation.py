@@ -52,8 +52,7 @@ MAX_FPR = 0.05
 
 EASY = "cats_web"
 """Held-out photographs of cats, a subject that only real training images show. The group "hard" is
-"unseen" without this source.
-"""
+"unseen" without this source."""
 
 COMMON = (
     "preprocess.crop_size=192",

@@ -138,8 +138,7 @@ fake = [{ folder = "fake", generator = "gan" }]
 
 DOWNLOADS = {"a.bin": 3 * 2**20 + 7, "b.bin": 2**20 + 1, "c.bin": 5 * 2**19}
 """Size in bytes of each file to fetch. Files are written in pieces of 1 MiB; larger ones make sure
-that a kill leaves a part of a file.
-"""
+that a kill leaves a part of a file."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ source, and `folder` a path:
   the next build decodes it again.
 - `packed_prints(folder, source)` returns the columns `origin`, `group` and `thumbnail` of
   `<source>.parquet`, a table, or None if there is no such file of this `FACTS_VERSION`.
-- `packed_originals(folder, source)` returns the columns `origin` and `original` of the images there
-  that can be decoded, or None, likewise.
+- `packed_originals(folder, source)` returns the items of the images there that can be decoded, with
+  the column `original` (SHA-256 of the raw bytes), or None, likewise.
 - `read_source(folder, name, source)` returns (table, `Listing`) of a source whose raw files are
   gone, or None if there is no `<name>.parquet`. It raises `ShardError` for a file with another
   `FACTS_VERSION`, or packed for other sets or by other rules than those of the catalog.

@@ -91,20 +91,24 @@ def warn_of_moves(out: AnyPath, built: Mapping[str, pa.Table]) -> None:
     """Log how many packed images change their set, from which to which. Call it before packing: an
     interrupted build has the tables of the earlier one, and logs the same again.
     """
-    before: dict[bytes, str] = {}
+    packed: dict[str, pa.ChunkedArray] = {}
     for name in packed_sets(out, out / WORK_FOLDER):
         if name in built:
             # The build replaces a damaged table: what was in it is unknown.
             with contextlib.suppress(ShardError):
-                before |= dict.fromkeys(
-                    _packed_images(out / name).column("sha256").to_pylist(), name
-                )
-    moves = Counter(
-        (before[sha256], name)
-        for name, table in built.items()
-        for sha256 in table.column("sha256").to_pylist()
-        if before.get(sha256, name) != name
-    )
+                packed[name] = _packed_images(out / name).column("sha256")
+    if not packed:
+        return
+    names = [*packed]
+    set_of = np.repeat(np.arange(len(names)), [len(hashes) for hashes in packed.values()])
+    chunks = [chunk for hashes in packed.values() for chunk in hashes.chunks]
+    known = pa.chunked_array(chunks, packed[names[0]].type)
+    moves = Counter[tuple[str, str]]()
+    for name, table in built.items():
+        where = pc.index_in(table.column("sha256"), value_set=known).drop_null()
+        counts = np.bincount(set_of[where.to_numpy()], minlength=len(names))
+        moves += Counter({(old, name): int(count) for old, count in zip(names, counts, strict=True)
+                          if old != name})  # fmt: skip
     if moves:
         log.warning(
             "%s packed before %s set (%s); detectors trained before may have learned from those "
