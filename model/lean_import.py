@@ -21,6 +21,10 @@ them. `torch.compile` loads the compiler when it is called. wandb is imported by
 parts are not needed, and returns the module. It is for packages that load all of their parts at
 once, such as torchmetrics with its metrics of texts and sounds. If the part cannot be imported by
 itself, or the package is already loaded, it is imported as usual.
+
+`without(*packages)` is a context manager that blocks the import of the named packages, as
+`lean_import()` does with wandb. It is for what a package loads if it is there, such as boto3, which
+TensorBoard loads for folders on S3.
 """
 
 import contextlib
@@ -42,16 +46,23 @@ def lean_import() -> Iterator[None]:
     """Replace torch's compiler by a stand-in and block the import of wandb until the block ends. A
     package that is already loaded is left as it is.
     """
+    with without("wandb"), _without_compiler():
+        yield
+
+
+@contextlib.contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """Block the import of `packages` until the block ends: as if they were not installed. Those
+    that are already loaded are left as they are.
+    """
     modules: dict[str, Any] = sys.modules
-    hidden = "wandb" not in modules
-    if hidden:
-        modules["wandb"] = None  # `import wandb` now raises ImportError
+    hidden = [package for package in packages if package not in modules]
+    modules.update(dict.fromkeys(hidden))  # with None there, `import` raises ImportError
     try:
-        with _without_compiler():
-            yield
+        yield
     finally:
-        if hidden:
-            del modules["wandb"]
+        for package in hidden:
+            del modules[package]
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ file (`Path`), without its classifier. Both raise `NetworkError` for wrong names
 second for a damaged file (`OSError` for a missing one). Four checks raise `NetworkError` before any
 work starts:
 
-- `check_size(net, name, preprocess)`: if the network `name` does not accept the image size of a
+- `check_size(net, network, preprocess)`: if a network does not accept the image size of a
   `Preprocess`. `net` is unusable afterward.
 - `check_weights_file(net, path, where, backbone)`: if the file does not fit `load_weights()`.
   `backbone` is the file with the other weights if `path` has only the head (default None). Only
@@ -190,15 +190,17 @@ def normalization(network: Network) -> tuple[Triple, Triple]:
     return network.mean or made.mean, network.std or made.std
 
 
-def check_size(net: Detector, name: str, preprocess: Preprocess) -> None:
+def check_size(net: Detector, network: Network, preprocess: Preprocess) -> None:
     """Refuse the image size of a `preprocess` that a network does not accept.
-    `net` is built for this check only (`build` with `empty`): shapes are propagated on the meta
-    device, and `net` is unusable afterward.
+    `net` is built for this check only (`build` with `empty`): unless the size is that of the
+    pretrained weights, shapes are propagated on the meta device, and `net` is unusable afterward.
 
     Raises:
         NetworkError: the network does not accept the size; the message says what to set.
     """
-    size = preprocess.crop_size
+    size, made = preprocess.crop_size, made_with(network.name)
+    if size == made.height == made.width and not network.options:
+        return
     images = torch.empty((1, 3, *preprocess.shape), dtype=torch.uint8, device="meta")
     try:
         with torch.inference_mode(), lean_import():
@@ -206,9 +208,8 @@ def check_size(net: Detector, name: str, preprocess: Preprocess) -> None:
     except (AssertionError, RuntimeError, ValueError, TypeError, LookupError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             return  # the network reads values, which a meta tensor lacks: no verdict on the size
-        made = made_with(name)
         raise NetworkError(
-            f"{name} does not accept {size} x {size} images ({first_line(error)}); set "
+            f"{network.name} does not accept {size} x {size} images ({first_line(error)}); set "
             f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a "
             "multiple of its patch size"
         ) from error

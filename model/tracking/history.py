@@ -31,10 +31,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from model.lean_import import without
 from model.tracking.tracker import Tracker
 from storage import parse_json, read_plain, write_text
+
+with without("boto3"):  # runs are in local folders
+    from torch.utils.tensorboard import SummaryWriter
 
 HISTORY_FILE = "metrics.jsonl"
 

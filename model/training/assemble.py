@@ -80,7 +80,10 @@ def assemble(planned: RunPlan) -> TrainState:
     keep_freed_memory(device)
     torch.manual_seed(recipe.run.seed)
     torch.backends.cudnn.benchmark = True
-    net = build(recipe.network, pretrained=planned.weights.kind == "timm")
+    # A frozen backbone draws no random numbers later, so that the draws of random weights, which a
+    # checkpoint replaces, can be left out.
+    replaced = planned.weights.kind == "checkpoint" and recipe.network.freeze_backbone
+    net = build(recipe.network, pretrained=planned.weights.kind == "timm", empty=replaced)
     _load(net, planned.weights)
     net.to(device)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=device.type == "cuda")

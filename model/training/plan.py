@@ -440,7 +440,7 @@ def _check_network(
     rates = {group["base_lr"] for group in parameter_groups(outline.backbone, recipe.optim)}
     if recipe.optim.solver == "lbfgs":
         check_fit(recipe, outline)
-    check_size(outline, recipe.network.name, recipe.preprocess)
+    check_size(outline, recipe.network, recipe.preprocess)
     if weights.kind == "timm":
         check_pretrained(recipe.network)
     elif weights.path and weights.kind == "file":

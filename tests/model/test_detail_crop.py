@@ -79,7 +79,7 @@ def test_a_recipe_says_that_the_network_has_a_second_input() -> None:
     lines = describe_preprocess(recipe_of(VIT))
     assert f"second input: {SIZE} x {SIZE} pixels, not resized" in lines
     assert len(describe_preprocess(recipe_of(VIT, detail=False))) == len(lines) - 1
-    check_size(build(recipe_of(VIT).network, pretrained=False, empty=True), VIT.name,
+    check_size(build(recipe_of(VIT).network, pretrained=False, empty=True), VIT,
                recipe_of(VIT).preprocess)  # fmt: skip
 
 

@@ -258,9 +258,11 @@ def test_a_size_that_a_network_cannot_take_is_refused() -> None:
         return Preprocess(crop_size=side, resize_size=side)
 
     network = family("clip")
-    check_size(build(network, pretrained=False, empty=True), network.name, sized(SIZE))
+    check_size(build(network, pretrained=False, empty=True), network, sized(SIZE))
+    with pytest.raises(NetworkError, match="does not accept 224 x 224"):  # `img_size` is an option
+        check_size(build(network, pretrained=False, empty=True), network, sized(224))
     with pytest.raises(NetworkError) as caught:
-        check_size(build(network, pretrained=False, empty=True), network.name, sized(40))
+        check_size(build(network, pretrained=False, empty=True), network, sized(40))
     assert "does not accept 40 x 40 images" in str(caught.value)
     assert "set preprocess.crop_size=224, the size of its pretrained weights" in str(caught.value)
     assert "\n" not in str(caught.value)

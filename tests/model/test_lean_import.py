@@ -27,6 +27,9 @@ def printed() -> dict[str, Any]:
     code = """
 import json, sys, model.metrics
 with_metrics = [*sys.modules]
+import model.tracking.history
+with_history = [*sys.modules]
+import boto3
 import torch
 from model.lean_import import lean_import
 weight = torch.ones(3, requires_grad=True)
@@ -43,6 +46,7 @@ optimizer.step()
 double = torch.compile(lambda x: 2 * x, backend="eager")
 print(json.dumps({
     "with_metrics": with_metrics,
+    "with_history": with_history,
     "with_optimizers": with_optimizers,
     "doubled": double(torch.ones(2)).tolist(),
     "after_compile": [*sys.modules],
@@ -58,6 +62,10 @@ def test_metrics_load_neither_texts_nor_sounds_nor_the_compiler(printed: dict[st
     assert "torch" in loaded and "model.metrics" in loaded
     unwanted = {"transformers", "scipy.signal", "torch._dynamo", "torchvision", "torchmetrics"}
     assert not unwanted & set(loaded)
+
+
+def test_a_history_of_tensorboard_loads_no_client_of_s3(printed: dict[str, Any]) -> None:
+    assert "tensorboard" in printed["with_history"] and "boto3" not in printed["with_history"]
 
 
 @pytest.mark.slow
