@@ -105,6 +105,23 @@ def sign(
         return out.getvalue()
 
 
+def sign_edit(signer: c2pa.Signer, data: bytes, before: bytes) -> bytes:
+    """Sign a JPEG as an edit of `before`, a JPEG with a manifest, which becomes its ingredient."""
+    action = {"action": "c2pa.color_adjustments"}
+    manifest = {
+        "claim_generator_info": [{"name": "Example Editor", "version": "1"}],
+        "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
+    }
+    settings = {"builder": {"thumbnail": {"enabled": False}}}
+    with c2pa.Builder(json.dumps(manifest), context=c2pa.Context.from_dict(settings)) as builder:
+        builder.set_intent(c2pa.C2paBuilderIntent.EDIT)
+        ingredient = json.dumps({"title": "before.jpg", "relationship": "parentOf"})
+        builder.add_ingredient(ingredient, MIME["JPEG"], io.BytesIO(before))
+        out = io.BytesIO()
+        builder.sign(signer, MIME["JPEG"], io.BytesIO(data), out)
+        return out.getvalue()
+
+
 A1111 = (
     "a cat on a sofa\nNegative prompt: blurry\n"
     "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15"

@@ -6,10 +6,12 @@ signer is trusted). It returns a `Manifest`:
 
 - `state` of the signature (a `State`): "trusted", "valid, signer unknown" or "invalid".
 - `why`: the reason for the state, a text.
-- `signer`: the name in the certificate, "nobody" if there is none.
-- `makers`: a list of the programs that made the file.
-- `source_types`: a list of the kinds of origin (C2PA's `digitalSourceType`) that the manifest and
-  those of its ingredients state.
+- `claim`: the `Claim` that was signed: `signer` (the name in the certificate, "nobody" if there is
+  none), `makers` (a list of the programs that made the file) and `source_types` (a list of the
+  kinds of origin, C2PA's `digitalSourceType`).
+- `earlier`: a list of the claims of other manifests in the file, of its ingredients such as the
+  image before an edit. `state` says nothing about them: whoever signs the file does not vouch for
+  what it was made from.
 
 If there is no manifest or it cannot be read, the library c2pa-python raises exceptions of many
 types, so catch `Exception`.
@@ -213,17 +215,27 @@ def read_cached(path: Path) -> TrustList:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What one manifest says. `signer` is the name in its certificate, `makers` are the programs
+    that it names, `source_types` every `digitalSourceType` in it.
+    """
+
+    signer: str
+    makers: list[str]
+    source_types: list[str]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The active manifest of a file. `why` is the reason for `state` in words, `signer` the name in
-    the certificate, `makers` the programs named in the manifest. `source_types` contains every
-    `digitalSourceType` of the manifest and of its ingredients.
+    """The active manifest of a file. `state` is that of the signature of `claim`, `why` its reason
+    in words. `earlier` are the claims of the other manifests, those of ingredients, in the order of
+    the store; their signatures have no state here.
     """
 
     state: State
     why: str
-    signer: str
-    makers: list[str]
-    source_types: list[str]
+    claim: Claim
+    earlier: list[Claim]
 
 
 def has_manifest(head: bytes) -> bool:
@@ -250,16 +262,19 @@ def read_manifest(data: bytes, trust: TrustList | None) -> Manifest:
 
     with c2pa.Reader(None, io.BytesIO(data), context=_context(trust)) as reader:
         store = parse_json(reader.json())
-    active = store["manifests"][store["active_manifest"]]
-    signature = active.get("signature_info") or {}
-    makers = [info.get("name") for info in active.get("claim_generator_info") or []]
+    others = dict(store["manifests"])
+    active = others.pop(store["active_manifest"])
     state, why = _state(store, trust)
-    return Manifest(
-        state=state,
-        why=why,
+    return Manifest(state, why, _claim(active), [_claim(other) for other in others.values()])
+
+
+def _claim(manifest: Mapping[str, Any]) -> Claim:
+    signature = manifest.get("signature_info") or {}
+    makers = [info.get("name") for info in manifest.get("claim_generator_info") or []]
+    return Claim(
         signer=str(signature.get("issuer") or signature.get("common_name") or "nobody"),
-        makers=[str(name) for name in [*makers, active.get("claim_generator")] if name],
-        source_types=list(dict.fromkeys(_source_types(store["manifests"]))),
+        makers=[str(name) for name in [*makers, manifest.get("claim_generator")] if name],
+        source_types=list(dict.fromkeys(_source_types(manifest))),
     )
 
 
@@ -314,7 +329,7 @@ def _state(store: Mapping[str, Any], trust: TrustList | None) -> tuple[State, st
 
 
 def _source_types(value: Any) -> Iterator[str]:
-    """Yield every `digitalSourceType` in a manifest store, unchanged."""
+    """Yield every `digitalSourceType` in a manifest, unchanged."""
     if isinstance(value, Mapping):
         own = value.get("digitalSourceType")
         if isinstance(own, str) and own:

@@ -112,7 +112,8 @@ def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidenc
     only for a file with a manifest.
 
     The value begins with the state of the signature. So no name in the file can precede the state
-    or push it beyond the maximum length.
+    or push it beyond the maximum length. Each ingredient that states an origin is a statement of
+    its own, without a state: the signer of the file does not vouch for it.
     """
     if not signatures.has_manifest(head):
         return
@@ -127,17 +128,26 @@ def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidenc
     except Exception as error:  # the library raises many types of its own
         yield Evidence("C2PA", _line(f"a manifest that cannot be read: {error}"), "C2PA")
         return
-    sources = list(dict.fromkeys(map(_source_type, manifest.source_types)))
     by = "signed by" if manifest.state == "trusted" else "signed in the name of"
-    said = [f"{by} {manifest.signer}"]
-    said += [f"made with {manifest.makers[0]}"] if manifest.makers else []
-    said += map(_in_words, sources)
+    said, suggested = _claimed(manifest.claim, by)
+    value = f"{manifest.state} ({manifest.why}): {said}"
+    yield Evidence("C2PA", _line(value), "C2PA manifest", suggested, manifest.state)
+    for claim in manifest.earlier:
+        said, suggested = _claimed(claim, "signed in the name of")
+        if claim.source_types or suggested:
+            value = f"not checked, of an earlier version or a part: {said}"
+            yield Evidence("C2PA", _line(value), "C2PA ingredient", suggested)
+
+
+def _claimed(claim: signatures.Claim, by: str) -> tuple[str, Literal["AI", "camera", ""]]:
+    """Return a C2PA claim in words, which begin with `by`, and the origin that it suggests."""
+    sources = list(dict.fromkeys(map(_source_type, claim.source_types)))
+    made = [f"made with {claim.makers[0]}"] if claim.makers else []
     # OpenAI signs "made with ChatGPT"; some signers leave the source type out.
     suggested = _suggested(sources) or (
-        "AI" if any(is_named("claim_generator", name) for name in manifest.makers) else ""
+        "AI" if any(is_named("claim_generator", name) for name in claim.makers) else ""
     )
-    value = f"{manifest.state} ({manifest.why}): {', '.join(said)}"
-    yield Evidence("C2PA", _line(value), "C2PA manifest", suggested, manifest.state)
+    return ", ".join([f"{by} {claim.signer}", *made, *map(_in_words, sources)]), suggested
 
 
 # As IPTC defines them (https://cv.iptc.org/newscodes/digitalsourcetype/): compositeSynthetic is a

@@ -14,8 +14,12 @@ from tests.provenance_files import (
     MIME,
     PICTURE,
     evidence_of,
+    make_authority,
     make_signer,
+    pem,
+    self_signed,
     sign,
+    sign_edit,
 )
 
 
@@ -39,6 +43,34 @@ def test_a_signed_manifest_is_read_and_checked(signer: c2pa.Signer, kind: str) -
     assert evidence_of(bytes(middle)).state == "invalid"
     taken = evidence_of(sign(signer, encode(PICTURE, kind), kind, "digitalCapture"))
     assert taken.suggests == "camera"
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "suggests"),
+    [("digitalCapture", "taken with a camera (digitalCapture)", "camera"),
+     ("trainedAlgorithmicMedia", "AI-generated (trainedAlgorithmicMedia)", "AI")],
+)  # fmt: skip
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_trusted_signer_does_not_vouch_for_what_was_edited(
+    source: str, words: str, suggests: str, changed: bool
+) -> None:
+    """Anybody can sign a camera's name, and have the file signed by a trusted editor."""
+    authority = make_authority()
+    trust = signatures.parse_trust_list(pem(authority.root), "the list", "a test")
+    forged = bytearray(
+        sign(self_signed("Camera Corporation")[0], encode(PICTURE), "JPEG", source, maker="Z6")
+    )
+    if changed:
+        forged[-30] ^= 1
+    edited = sign_edit(authority.signer("Editor Inc."), encode(PICTURE), bytes(forged))
+    editor, before = read_evidence(edited, trust)
+    assert editor.value == "trusted (the list): signed by Editor Inc., made with Example Editor"
+    assert (editor.state, editor.suggests) == ("trusted", "")
+    assert before.value == (
+        "not checked, of an earlier version or a part: signed in the name of Camera Corporation, "
+        f"made with Z6, {words}"
+    )
+    assert (before.kind, before.state, before.suggests) == ("C2PA", "", suggests)
 
 
 def test_a_remote_manifest_is_not_requested(signer: c2pa.Signer) -> None:
