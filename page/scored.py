@@ -20,10 +20,10 @@ Fields of a `Scored`:
 - `size`: (width, height) in pixels.
 - `is_example`: True if the file is one of the page's own examples (`page/examples.py`).
 
-A file is refused if it cannot be decoded, if a side is below `MIN_SIDE_PX` pixels, or if the
-program is too busy. Its `Scored` has the reason in `prediction.error`; `evidence`, `preview` and
-`thumbnail` are empty, `size` is (0, 0) and `is_example` is False. Only a damaged list of trusted
-C2PA signers raises an error (`TrustListError`).
+A file is refused if it cannot be decoded, if it is too small for a verdict, or if the program is
+too busy. Its `Scored` has the reason in `prediction.error`; `evidence`, `preview` and `thumbnail`
+are empty, `size` is (0, 0) and `is_example` is False. Only a damaged list of trusted C2PA signers
+raises an error (`TrustListError`).
 
 `score(detector, name, data)` scores one image file without Streamlit and returns its `Scored`.
 `name` is the file name to show, `data` the bytes of the file. `as_jpeg(picture)` encodes a Pillow
@@ -34,25 +34,27 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import streamlit as st
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from escape import markdown, printable
-from imaging.decode import ImageFile, decode
+from imaging.decode import ImageFile, decoded
 from imaging.decode_lock import Busy, decode_lock, hold
 from model.c2pa import signatures
 from model.inference.detector import ImageDetector
-from model.inference.prediction import UNREADABLE, Prediction, done_or_reason, predictions
+from model.inference.prediction import (
+    UNREADABLE,
+    Pixels,
+    Prediction,
+    done_or_reason,
+    predictions,
+)
 from model.inference.provenance import Evidence, read_evidence
 from page.examples import is_example
-
-MIN_SIDE_PX = 32
-"""Shortest side that is scored, in pixels. No known set has smaller images, so a verdict on them
-would be a guess.
-"""
 
 # Longer side of the shown pictures, in pixels. The detector gets the original file.
 PREVIEW_PX, THUMBNAIL_PX = 768, 96
@@ -105,39 +107,37 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
     return {file.file_id: scored[file.file_id] for file in files}
 
 
-def _predict(detector: ImageDetector, data: bytes) -> Prediction:
-    """Return the result of `detector.predict(data)`. Waiting for another visitor's image has a
-    limit. The lock is not held while the image is decoded, which can take ten seconds.
-    """
-    pixels = done_or_reason(detector.preprocess_file, ImageFile("image 0", lambda: data))
-    probability, failures = math.nan, {}
-    if isinstance(pixels, str):
-        failures[0] = pixels
-    else:
-        with hold(detector.lock):
-            (probability,) = detector.score(pixels[None]).tolist()
-    return next(predictions(["image 0"], [probability], failures, detector.band))
-
-
 def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
-    """Score one image; the result has a probability, or the reason why the image is refused."""
+    """Score one image; the result has a probability, or the reason why the image is refused.
+
+    Waiting for another visitor's image has a limit. The lock of the detector is not held while the
+    image is decoded, which can take ten seconds.
+    """
+
+    def read(file: ImageFile) -> tuple[np.ndarray, Image.Image, tuple[int, int]]:
+        """Return the network's input, a small picture to show, and the size of the image."""
+        with decoded(file.read()) as pixels:
+            picture = Image.fromarray(pixels)
+            size = picture.size
+            picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
+            return detector.preprocess_file(Pixels(file.name, pixels)), picture.copy(), size
+
+    probability, failures = math.nan, {}
     try:
         with decode_lock(data):
-            prediction = _predict(detector, data)
-            if prediction.error:
-                return Scored(name, prediction)
-            picture = Image.fromarray(decode(data))
+            done = done_or_reason(read, ImageFile("image 0", lambda: data))
+            if isinstance(done, str):
+                failures[0] = done
+            else:
+                with hold(detector.lock):
+                    (probability,) = detector.score(done[0][None]).tolist()
     except Busy as error:
         refused = Prediction(name=name, probability=None, verdict=UNREADABLE, error=str(error))
         return Scored(name, refused, was_busy=True)
-    size = picture.size
-    if min(size) < MIN_SIDE_PX:
-        reason = (
-            f"{size[0]} x {size[1]} pixels: too small to judge; each side needs at least "
-            f"{MIN_SIDE_PX} pixels"
-        )
-        return Scored(name, replace(prediction, probability=None, verdict=UNREADABLE, error=reason))
-    picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
+    prediction = next(predictions(["image 0"], [probability], failures, detector.band))
+    if prediction.error:
+        return Scored(name, prediction)
+    _, picture, size = done
     preview = as_jpeg(picture)
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     evidence = read_evidence(data, signatures.usual_trust_list())

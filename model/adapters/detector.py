@@ -106,7 +106,8 @@ class OtherDetector(AnyDetector):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
 
-    def _prepare(self, pixels: np.ndarray) -> Any:
+    def prepare(self, pixels: np.ndarray) -> Any:
+        """Return what the detector makes of an image, uint8 (height, width, 3) RGB."""
         # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
         return self.judge.prepare(Image.fromarray(np.array(pixels)))
 

@@ -59,7 +59,7 @@ from model.calibrate import (
 )
 from model.distributed import DistEnv, all_gather_object, on_main
 from model.inference.onnx_detector import OnnxDetector
-from model.inference.prediction import Pixels, in_groups
+from model.inference.prediction import in_groups
 from model.recipe import Calibrating
 from model.score import AT_A_TIME, Scores, join_ranks
 from model.verdict import NOT_FINITE
@@ -75,8 +75,8 @@ class Scoring(Protocol):
     def fixed_batches(self) -> bool:
         """Whether the last bits of a score depend on the batch size."""
 
-    def preprocess_file(self, image: Pixels) -> Any:
-        """Return the input of `logits` for one image."""
+    def prepare(self, pixels: np.ndarray) -> Any:
+        """Return the input of `logits` for one image, uint8 (height, width, 3) RGB."""
 
     def logits(self, prepared: Sequence[Any]) -> np.ndarray:
         """Return the logits of preprocessed images, before the temperature: float32 (B,)."""
@@ -101,7 +101,7 @@ def score_shards(
     rows = np.arange(dist.rank, len(shards), dist.world_size)
 
     def prepare(sample: _Sample) -> Any:
-        return detector.preprocess_file(Pixels(sample.name, reader.pixels(sample.row)))
+        return detector.prepare(reader.pixels(sample.row))
 
     samples = (_Sample(str(row), int(row)) for row in rows)
     logits = np.full(len(shards), np.nan, np.float32)
@@ -145,7 +145,7 @@ class DetectorScorer:
 
     def prepare(self, pixels: np.ndarray) -> Any:
         """Preprocess an image, uint8 (height, width, 3), as the detector does."""
-        return self.detector.preprocess_file(Pixels("", pixels))
+        return self.detector.prepare(pixels)
 
     def column(self, variants: Sequence[Any]) -> np.ndarray:
         """Return the logits of all variants of one image, float32 (D,). A variant that is a reason

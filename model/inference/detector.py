@@ -65,6 +65,7 @@ from model.inference.prediction import (
     Source,
     ahead,
     band_from,
+    check_side,
     preprocess_ahead,
     threads,
 )
@@ -119,7 +120,8 @@ class ImageDetector(AnyDetector):
             logits = logits_of(self.net, images, self.device, self.dtype)
         return probability(logits.cpu().numpy(), self.meta["temperature"])
 
-    def _prepare(self, pixels: np.ndarray) -> np.ndarray:
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the network's input, uint8 (*shape, 3), for an image (height, width, 3) RGB."""
         return pil.preprocess(pixels, self.preprocess)
 
     def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
@@ -163,9 +165,10 @@ class ImageDetector(AnyDetector):
         data = file.read()
         kept = as_is(data)
         if kept and kept.format == "JPEG" and kept.width * kept.height < LARGE_PIXELS:
+            check_side(kept.width, kept.height)
             return kept
         with decoded(data) as pixels:
-            return png_of(pil.preprocess(pixels, self.preprocess))
+            return png_of(self.preprocess_file(Pixels(file.name, pixels)))
 
     def _request(self, encoded_files: Sequence[Any]) -> Request:
         """Build the request to DALI. A file without data is replaced by one black pixel."""

@@ -107,7 +107,8 @@ class OnnxDetector(AnyDetector):
     reason: str
     backend: str = "pil"
 
-    def _prepare(self, pixels: np.ndarray) -> np.ndarray:
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the network's input, uint8 (*shape, 3), for an image (height, width, 3) RGB."""
         return preprocess(pixels, self.preprocess)
 
     def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:

@@ -67,7 +67,10 @@ from model.verdict import NOT_FINITE, band_at, band_of, verdict
 from storage import cores
 
 UNREADABLE = "unreadable"
-"""Verdict for a file that is not an image or is damaged."""
+"""Verdict for a file that is not an image, is damaged, or has a side below `MIN_SIDE_PX`."""
+
+MIN_SIDE_PX = 32
+"""Shortest side that gets a verdict, in pixels: no known set has smaller images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +204,17 @@ def pixels_of(source: Source) -> Iterator[np.ndarray]:
         yield pixels
 
 
+def check_side(width: int, height: int) -> None:
+    """Refuse an image that is too small for a verdict.
+
+    Raises:
+        DecodeError: a side is below `MIN_SIDE_PX`.
+    """
+    if min(width, height) < MIN_SIDE_PX:
+        least = f"each side needs at least {MIN_SIDE_PX} pixels"
+        raise DecodeError(f"{width} x {height} pixels: too small to judge; {least}")
+
+
 def band_from(threshold: float | None) -> tuple[float, float] | None:
     """Return (threshold, threshold), a band without *uncertain*. Return None for None.
 
@@ -316,19 +330,20 @@ class AnyDetector(DecisionRule, ABC):
         third-party detector makes of the image.
 
         Raises:
-            DecodeError, OSError: the image cannot be read.
+            DecodeError, OSError: the image cannot be read, or is too small for a verdict.
         """
         with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
-            return self._prepare(pixels)
+            check_side(*pixels.shape[1::-1])
+            return self.prepare(pixels)
 
     @abstractmethod
     def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
         """Yield the scores of each batch of `group_sizes(batch_size, start)`."""
 
     @abstractmethod
-    def _prepare(self, pixels: np.ndarray) -> Any:
-        """Preprocess an image, uint8 (height, width, 3) RGB. The pixels are valid only until this
-        returns.
+    def prepare(self, pixels: np.ndarray) -> Any:
+        """Preprocess an image, uint8 (height, width, 3) RGB, of any size. The pixels are valid only
+        until this returns.
         """
 
     # The overloads overlap: a str is an iterable of str, an array of arrays. The first match wins.

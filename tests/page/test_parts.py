@@ -11,6 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from imaging import decode
 from imaging import decode_lock as locks
 from model import load_detector
 from model.inference.prediction import UNREADABLE, Prediction
@@ -251,3 +252,17 @@ def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
         scored = score(Found(), "a.png", large)
     assert scored.prediction.verdict == UNREADABLE
     assert "try this one again later" in scored.prediction.error
+
+
+@pytest.mark.parametrize("kind", ["PNG", "AVIF"])
+def test_an_upload_is_decoded_once(
+    small_runs: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A picture of a phone takes seconds, while other visitors wait."""
+    detector, calls, upright = load_detector(runs=small_runs), [], decode._upright_pixels
+    counted = lambda *args: calls.append(args) or upright(*args)  # noqa: E731
+    monkeypatch.setattr(decode, "_upright_pixels", counted)
+    scored = score(detector, "a", encode(photo(1, 1000, 900), kind))
+    assert len(calls) == 1
+    assert scored.size == (1000, 900) and Image.open(io.BytesIO(scored.preview)).size == (768, 691)
+    assert scored.prediction.probability is not None

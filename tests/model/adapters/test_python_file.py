@@ -108,7 +108,7 @@ def test_a_program_runs_only_when_it_is_trusted(file: Path, tmp_path: Path) -> N
 def test_a_suffix_in_capitals_is_a_program_too(file: Path) -> None:
     capitals = file.rename(file.with_suffix(".PY"))
     detector = open_other(str(capitals), Opening(trust=True))
-    assert detector.predict(np.full((8, 8, 3), 51, np.uint8)).probability == pytest.approx(0.2)
+    assert detector.predict(np.full((32, 32, 3), 51, np.uint8)).probability == pytest.approx(0.2)
 
 
 def test_options_without_a_meaning_are_refused(file: Path) -> None:
@@ -156,14 +156,14 @@ def test_predict_gets_upright_rgb_and_broken_files_are_reported(file: Path, tmp_
         "def predict(images):\n"
         "    assert all(image.mode == 'RGB' for image in images)\n"
         "    widths = [image.width for image in images]\n"
-        "    return [float('nan') if width == 7 else width / 1000 for width in widths]\n"
+        "    return [float('nan') if width == 33 else width / 1000 for width in widths]\n"
     )
     detector = open_file(file, trust=True)
     turned = Image.fromarray(photo(3, 40, 90))
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    broken, narrow = encode(photo(1))[:60], photo(4)[:, :7]
+    broken, narrow = encode(photo(1))[:60], photo(4)[:, :33]
     first, second, third = detector.predict([tmp_path / "turned.jpg", broken, narrow])
     assert first.probability == turned.height / 1000 != turned.width / 1000
     assert second.verdict == "unreadable" and second.error
@@ -178,7 +178,7 @@ def test_a_file_may_define_dataclasses_and_pickle_them(file: Path) -> None:
         "    return [pickle.loads(pickle.dumps(Answer(0.25))).value for _ in images]\n"
     )
     detector = open_file(file, trust=True)
-    assert detector.predict(np.zeros((8, 8, 3), np.uint8)).probability == pytest.approx(0.25)
+    assert detector.predict(np.zeros((32, 32, 3), np.uint8)).probability == pytest.approx(0.25)
 
 
 def test_modules_in_the_same_folder_can_be_imported(file: Path) -> None:

@@ -63,6 +63,20 @@ def test_both_backends_agree_and_name_the_same_files(small_runs: Path, detector)
         assert (one.verdict == UNREADABLE) == bool(one.error)
 
 
+def test_an_icon_gets_no_verdict(small_runs: Path, detector) -> None:
+    """Neither as a file, whichever backend decodes it, nor as pixels."""
+    icons = [encode(photo(1, 31, 200)), encode(photo(1, 200, 31), "PNG"), photo(1, 200, 31)]
+    sizes = ["31 x 200", "200 x 31", "200 x 31"]
+    for one in (detector, load_detector(runs=small_runs, backend="dali")):
+        *small, enough = one.predict([*icons, encode(photo(1, 32, 200))])
+        assert [prediction.verdict for prediction in small] == 3 * [UNREADABLE]
+        for prediction, size in zip(small, sizes, strict=True):
+            assert prediction.error == (
+                f"{size} pixels: too small to judge; each side needs at least 32 pixels"
+            )
+        assert enough.probability is not None
+
+
 def test_shards_and_files_give_the_same_scores(old: ShardSet, raw: Path, detector) -> None:
     """`evaluate.py` and `predict.py` give identical scores in full batches, and scores equal up to
     rounding in small batches.
