@@ -178,7 +178,7 @@ def fetch_command(
 )  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-    help="local: this process. ray: the Ray cluster of RAY_ADDRESS.",
+    help="local: this process, or the ranks of torchrun. ray: the Ray cluster of RAY_ADDRESS.",
 )  # fmt: skip
 @click.option(
     "--jobs", type=click.IntRange(1, 100_000), default=1, show_default=True,
@@ -198,6 +198,8 @@ def embed_command(
     """Compute the features that training with a recipe reads, and those of more SETs.
 
     Training computes missing features itself. This command computes them before, or on a cluster.
+
+    On several GPUs: torchrun --nproc-per-node 4 -m model embed --recipe ...
     """
     if jobs > 1 and engine != "ray":
         raise click.UsageError("--jobs is the number of tasks of a Ray cluster: add --engine ray")
@@ -205,6 +207,7 @@ def embed_command(
     from model.recipe import Recipe
 
     recipe = recipes.load(Recipe, recipe_path, overrides)
+    from model.distributed import all_gather_object, init_distributed
     from model.shipped.fetch import weights_at
     from model.training.assemble import embed_part
     from sharding.executor import run_all
@@ -214,10 +217,18 @@ def embed_command(
     if recipe.features:
         store = str(Path(recipe.features.store).absolute())
         recipe = replace(recipe, features=replace(recipe.features, store=store))
-    tasks = [(recipe, folder, runs, init_from, sets, part, jobs) for part in range(jobs)]
-    images = sum(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
+    task = recipe, folder, runs, init_from, sets
+    if engine == "ray":
+        tasks = [(*task, (part, jobs)) for part in range(jobs)]
+        counts = list(run_all(embed_part, tasks, engine, jobs, on_gpu=True))
+    else:
+        with init_distributed() as dist:
+            counts = all_gather_object(dist, embed_part(*task, dist=dist))
+        if not dist.is_main:
+            return
     assert recipe.features is not None
-    console.say(f"features of {images:,} images were computed, stored in {recipe.features.store}")
+    images = f"{sum(counts):,} images"
+    console.say(f"features of {images} were computed, stored in {recipe.features.store}")
 
 
 @main.command("curves")

@@ -25,7 +25,8 @@ with its message.
 `check_alike(dist, seen)` raises the same `ValueError` on every rank if `seen`, a dict from words
 for the reader to a text, differs between ranks.
 
-All six raise `RankError` (a `ValueError`) if another rank has ended or does not answer.
+All six raise `RankError` (a `ValueError`) if another rank has ended or does not answer. So does
+`with with_others():` around the exchanges of torch's own `DistributedDataParallel`.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ T = TypeVar("T")
 
 LONGEST_WAIT = datetime.timedelta(days=7)
 """Time that ranks wait for one another, long because rank 0 alone packs a folder or fits a head per
-source for hours (torch's default is 30 minutes). A rank that ends is noticed at once.
+source for hours, and because a rank that waits for images must be able to say so first
+(`loading.stall_error_s`). torch's defaults are 10 minutes for NCCL and 30 for gloo. A rank that
+ends is noticed at once.
 """
 
 
@@ -91,7 +94,8 @@ def init_distributed() -> Iterator[DistEnv]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     meeting = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
     dist = DistEnv(rank, world_size, local_rank, meeting)
     if not dist.is_main:
@@ -104,8 +108,8 @@ def init_distributed() -> Iterator[DistEnv]:
 
 
 @contextlib.contextmanager
-def _with_others() -> Iterator[None]:
-    """Raise `RankError` for the error of an exchange whose other ranks have ended."""
+def with_others() -> Iterator[None]:
+    """Raise `RankError` for the error of an exchange in the block whose other ranks have ended."""
     try:
         yield
     except RuntimeError as error:
@@ -142,7 +146,7 @@ def all_reduce_sum(dist: DistEnv, value: torch.Tensor) -> torch.Tensor:
     """Sum `value` over all ranks. The result is on the device of `value`, equal on every rank."""
     if dist.world_size > 1:
         value = value.clone()
-        with _with_others():
+        with with_others():
             distributed.all_reduce(value)
     return value
 
@@ -150,7 +154,7 @@ def all_reduce_sum(dist: DistEnv, value: torch.Tensor) -> torch.Tensor:
 def broadcast(dist: DistEnv, tensors: Iterable[torch.Tensor]) -> None:
     """Give the tensors of every rank the values of those of rank 0, in place."""
     if dist.world_size > 1:
-        with _with_others():
+        with with_others():
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
@@ -162,7 +166,7 @@ def all_reduce_any(dist: DistEnv, flag: bool) -> bool:
     if dist.world_size == 1:
         return flag
     value = torch.tensor([int(flag)])
-    with _with_others():
+    with with_others():
         distributed.all_reduce(value, distributed.ReduceOp.MAX)
     return bool(value.item())
 
@@ -172,7 +176,7 @@ def all_gather_object(dist: DistEnv, value: T) -> list[T]:
     if dist.world_size == 1:
         return [value]
     values: list[Any] = [None] * dist.world_size
-    with _with_others():
+    with with_others():
         distributed.all_gather_object(values, value, group=dist.meeting)
     return values
 

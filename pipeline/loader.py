@@ -77,6 +77,7 @@ from pipeline.workers import (
     answer_parent_only,
     fitting_workers,
     free_shared_memory,
+    garbage_held,
     stop_signals_held,
 )
 from sharding.format import ShardSet
@@ -253,7 +254,8 @@ class Loader:
             generator=torch.Generator(),
         )
         before = self._status.made()
-        with stop_signals_held():  # so that no stop signal reaches a worker while it starts
+        # No stop signal reaches a worker while it starts.
+        with stop_signals_held(), garbage_held():
             decoded = iter(loader)
         for taken, pixels in enumerate(decoded, start=1):
             ready = self._status.made() - before - taken

@@ -122,9 +122,9 @@ class ShardReader:
     def read(self, samples: Sequence[int] | np.ndarray) -> list[bytes | ReadError]:
         """Return the encoded image of each sample, or a `ReadError` with the reason.
 
-        The reasons are: the tar is missing or shorter than in the index; the address does not
-        answer; the image's header states another size than the index, so decoding could need more
-        memory than expected; or (with `verify_checksums`) the SHA-256 differs.
+        The reasons are: the tar is missing or has another length than in the index; the address
+        does not answer; the image's header states another size than the index, so decoding could
+        need more memory than expected; or (with `verify_checksums`) the SHA-256 differs.
 
         Raises:
             OSError: too many open files. This is not the fault of an image.
@@ -267,12 +267,21 @@ class _Files:
     def _descriptor(self, code: int) -> int:
         path = str(self.shards.folders[code] / self.shards.shards[code])
         try:
-            return os.open(path, os.O_RDONLY)
+            file = os.open(path, os.O_RDONLY)
         except OSError as error:
             if error.errno not in _TOO_MANY or self._few:  # `_few`: read without a lock, see `_on`
                 raise
             self._close_oldest(1)  # the rest of the process has taken the descriptors
-            return os.open(path, os.O_RDONLY)
+            file = os.open(path, os.O_RDONLY)
+        size, expected = os.fstat(file).st_size, self.shards.shard_bytes[code]
+        if size != expected:
+            # With the offsets of another tar, every image would seem damaged.
+            os.close(file)
+            raise OSError(
+                f"its tar has {size:,} bytes, the index that this command opened says "
+                f"{expected:,}: was the set built again? then run the command again"
+            )
+        return file
 
     def _close_oldest(self, most: int = 0) -> None:
         """Close tars that no thread reads from, least recently used first, until one more may be

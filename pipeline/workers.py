@@ -15,6 +15,9 @@ Linux).
 block ends. Processes that are forked in the block never get these signals, unless they call
 `answer_parent_only()`.
 
+`garbage_held()` is one, too. Processes that are forked in its block never collect the garbage of
+this one.
+
 `answer_parent_only()` is called in each new process, for example as the `worker_init_fn` of torch's
 `DataLoader`. It takes the number of the process (default 0), which is not used, and returns
 nothing. The process then ends on a SIGTERM of its parent process. It ignores SIGINT, and a SIGTERM
@@ -23,6 +26,7 @@ both signals.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -76,6 +80,22 @@ def stop_signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def garbage_held() -> Iterator[None]:
+    """Keep processes that are forked in the block from collecting what is garbage here.
+
+    A pipeline of DALI has threads, which a fork does not copy. Where one is part of a cycle, the
+    collector of the new process would destroy it, and wait for these threads forever.
+    """
+    was_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not was_frozen:
+            gc.unfreeze()
 
 
 _STOPS = {signal.SIGINT, signal.SIGTERM}

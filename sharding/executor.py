@@ -172,7 +172,10 @@ def _run_ray(
     if not ray.is_initialized():
         root = Path(__file__).parents[1]
         packages = {"py_modules": [str(root / name) for name in _SHIPPED]}
-        ray.init(runtime_env=packages, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(runtime_env=packages, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # also plain ones, such as of a node that starts too slowly
+            raise ChildProcessError(_why_ray_failed(error)) from error
     at_once = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
     gpus = 1 if on_gpu and ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(function)

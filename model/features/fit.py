@@ -45,6 +45,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+import console
 from model.device import half_of_threads
 from model.distributed import DistEnv, all_reduce_sum
 from model.features.loader import FeatureLoader
@@ -138,7 +139,8 @@ def linear_of(net: Detector) -> nn.Linear:
 
 
 def gather(stream: Stream, epochs: int, dist: DistEnv | None = None) -> Samples:
-    """Read the features of the first `epochs` epochs of `stream`: this rank's part.
+    """Read the features of the first `epochs` epochs of `stream`: this rank's part. An image that
+    could not be decoded is named in the log and left out.
 
     Raises:
         FeatureError: features are missing or damaged.
@@ -152,13 +154,18 @@ def gather(stream: Stream, epochs: int, dist: DistEnv | None = None) -> Samples:
         seen = counts.setdefault(view, np.zeros(len(loader.shards)))
         weights_of = np.where(epoch.replayed, stream.replay.weight, 1.0)
         seen += np.bincount(epoch.samples, weights_of, minlength=len(seen))
-    features, labels, weights = [], [], []
+    features, labels, weights, bad = [], [], [], dict[int, str]()
     for view, seen in counts.items():
         rows, table = np.flatnonzero(seen)[dist.rank :: dist.world_size], loader.table(view)
-        rows = np.delete(rows, list(table.failures(rows)))
+        failures = table.failures(rows)
+        for position, reason in failures.items():
+            bad.setdefault(int(rows[position]), reason)
+        rows = np.delete(rows, list(failures))
         features.append(torch.from_numpy(table.rows(rows)))
         labels.append(torch.from_numpy(loader.shards.column("label")[rows].astype(np.float32)))
         weights.append(torch.from_numpy(seen[rows].astype(np.float32)))
+    for row, reason in bad.items():
+        console.rank_log.warning("not decoded: %s: %s", loader.shards.name(row), reason)
     return Samples(*(torch.cat(parts).to(loader.device) for parts in (features, labels, weights)))
 
 

@@ -18,7 +18,7 @@ and returns the plan unchanged.
 loop calls with images: the network in `DistributedDataParallel` on several ranks, and compiled if
 the plan says so. On several ranks, each must call all three functions.
 
-`embed_part(recipe, data, runs, init_from, names, rank, world_size)`, for `python -m model embed`,
+`embed_part(recipe, data, runs, init_from, names, part, dist)`, for `python -m model embed`,
 computes all missing features of a recipe's run.
 
 - `recipe`: a `Recipe` with `[features]`, read by `recipes.load(Recipe, path)`.
@@ -28,10 +28,12 @@ computes all missing features of a recipe's run.
   file), or None for those of the recipe.
 - `names`: a list of further shard sets below `data`, of which only view 0 is computed. It may be
   empty.
-- `rank`, `world_size`: number of this task, from 0 (the default), and number of independent tasks
-  (default 1) that divide the work. A task computes every `world_size`-th shard.
+- `part`: number of this task, from 0, and number of independent tasks that divide the work, as of a
+  Ray cluster. A task of N computes every N-th shard. None (the default): the ranks of `dist` do.
+- `dist`: the `DistEnv` of `init_distributed()`, whose ranks all call the function; None (the
+  default) is one process.
 
-It returns the number of images that this task computed; an image counts once per view.
+It returns the number of images that this task or rank computed; an image counts once per view.
 
 `with_features()` and `embed_part()` raise `FeatureError` if the backbone is not frozen or a feature
 is not finite, and `LoadError` if a tar is missing or too many images cannot be decoded.
@@ -55,7 +57,7 @@ import torch
 import console
 from model import checkpoint
 from model.device import keep_freed_memory
-from model.distributed import all_gather_object
+from model.distributed import DistEnv, all_gather_object
 from model.features.embed import Embedder, embed_sets
 from model.features.loader import FeatureLoader, FeatureSource, source_of
 from model.features.store import FeatureError, frozen_sha256
@@ -174,25 +176,25 @@ def embed_run(
     source: FeatureSource,
     sets: Sequence[ShardSet] = (),
     *,
-    rank: int | None = None,
-    world_size: int = 1,
+    part: tuple[int, int] | None = None,
 ) -> int:
     """Compute all missing features of a run, and view 0 of more `sets`; return the number of images
-    computed here. The work is shared by the ranks of the run, or, if `rank` is given, by
-    `world_size` independent tasks.
+    computed here. The work is shared by the ranks of the run, or, if `part` (task, number of tasks)
+    is given, by independent tasks.
 
     Raises:
         FeatureError: a feature is not finite.
         LoadError: too many images cannot be decoded.
     """
     recipe = planned.recipe
+    rank, world_size = part or (planned.dist.rank, planned.dist.world_size)
     embedder = Embedder(
         net=train_state.net,
         device=planned.device,
         dtype=planned.dtype,
         loading=recipe.loading,
-        rank=planned.dist.rank if rank is None else rank,
-        world_size=planned.dist.world_size if rank is None else world_size,
+        rank=rank,
+        world_size=world_size,
     )
     count = 0
     for number in views_of(recipe):
@@ -206,12 +208,12 @@ def embed_part(
     runs: Path,
     init_from: Path | None,
     names: Sequence[str],
-    rank: int = 0,
-    world_size: int = 1,
+    part: tuple[int, int] | None = None,
+    dist: DistEnv | None = None,
 ) -> int:
-    """Compute the missing features of a recipe's run, and view 0 of the sets `names` below `data`;
-    task `rank` of `world_size` takes every `world_size`-th shard. Returns the number of images
-    computed.
+    """Compute the missing features of a recipe's run, and view 0 of the sets `names` below `data`.
+    The shards are divided among the ranks of `dist`, or, if `part` (task, number of tasks) is
+    given, among independent tasks. Returns the number of images computed here.
 
     Raises:
         ValueError: as `plan` and `embed_run`.
@@ -221,8 +223,8 @@ def embed_part(
             f"{recipe.name} has no [features]; set the number of stored views per image, such as "
             "--set features.views=0"
         )
-    planned = plan(recipe, data, runs, init_from=init_from)
+    planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
     sets = [open_shards([data / name]) for name in names]
     train_state = assemble(planned)
     source = source_of(planned.recipe, train_state.net, planned.dtype)
-    return embed_run(planned, train_state, source, sets, rank=rank, world_size=world_size)
+    return embed_run(planned, train_state, source, sets, part=part)

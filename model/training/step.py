@@ -41,7 +41,7 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from model.distributed import DistEnv, all_reduce_sum, broadcast
+from model.distributed import DistEnv, all_reduce_sum, broadcast, with_others
 from model.network import Detector
 from model.recipe import Optim
 from model.score import autocast
@@ -122,7 +122,8 @@ def wrap_ddp(train_state: TrainState) -> torch.nn.Module:
     if train_state.dist.world_size == 1:
         return train_state.net
     on = [train_state.device] if train_state.device.type == "cuda" else None
-    return DistributedDataParallel(train_state.net, device_ids=on, gradient_as_bucket_view=True)
+    with with_others():
+        return DistributedDataParallel(train_state.net, device_ids=on, gradient_as_bucket_view=True)
 
 
 def train_step(
@@ -159,7 +160,7 @@ def train_step(
     count = count.clamp(min=least)
     total = torch.zeros((), device=train_state.device)
     for rows, last in _pieces(len(batch), grad_accum_steps):
-        with _synchronized(forward, last):
+        with with_others(), _synchronized(forward, last):
             with autocast(train_state.device, train_state.dtype):
                 logits = forward(batch.images[rows])
             losses = cross_entropy(

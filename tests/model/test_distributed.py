@@ -1,10 +1,6 @@
 """Ranks that wait for rank 0, and end when another one fails."""
 
 import logging
-import os
-import socket
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -18,35 +14,9 @@ from model.distributed import (
     all_reduce_any,
     broadcast,
     check_alike,
-    init_distributed,
     on_main,
 )
-from tests.forked import FORK, start_process
-from tests.servers import HANG_S
-
-
-def one_rank(rank: int, port: int, body: Callable[[DistEnv], object], said: Connection) -> None:
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        with init_distributed() as dist:
-            said.send(body(dist))
-    except Exception as error:
-        said.send(f"{type(error).__name__}: {error}")
-
-
-def two_ranks(body: Callable[[DistEnv], object]) -> list[object]:
-    """Call `body` on two ranks, and return the result or the error of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
-    ranks = [start_process(one_rank, rank, port, body, pipes[rank][1]) for rank in range(2)]
-    results = [pipe.recv() if pipe.poll(60) else "nothing in 60 s" for pipe, _ in pipes]
-    for process in ranks:
-        process.join(HANG_S)
-        assert not process.is_alive()
-    return results
+from tests.ranks import two_ranks
 
 
 def full(_dist: DistEnv) -> None:

@@ -89,6 +89,7 @@ def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
         old,
         folders=old.folders[:1] * len(old),
         shards=old.shards[:1] * len(old),
+        shard_bytes=old.shard_bytes[:1] * len(old),
         table=old.table.set_column(place, "shard_code", codes),
         _columns={},
     )

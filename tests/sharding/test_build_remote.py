@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
-from sharding.executor import _why_ray_failed
+from sharding.executor import _why_ray_failed, run_all
 from tests.builders import ROOT, build_all, hashes
 
 
@@ -137,6 +137,17 @@ def test_only_a_lost_worker_of_ray_is_said_to_lack_memory() -> None:
         said = _why_ray_failed(error)
         assert reason in said and "--jobs" not in said
         assert "\n" not in said and len(said) < 500
+
+
+def test_a_cluster_that_does_not_start_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def fails(**_options: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(ChildProcessError, match=r"the Ray cluster failed .* node timed out during"):
+        list(run_all(len, [("a",)], "ray", 1))
 
 
 @pytest.mark.slow

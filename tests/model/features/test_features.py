@@ -452,7 +452,7 @@ def test_the_local_engine_computes_in_this_process(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
-    monkeypatch.setattr(assemble, "embed_part", lambda *_task: ran.append(os.getpid()) or 7)
+    monkeypatch.setattr(assemble, "embed_part", lambda *_, **__: ran.append(os.getpid()) or 7)
     words = [
         "embed", "--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path),
         "--set", "features.views=0", "--set", "network.freeze_backbone=true",

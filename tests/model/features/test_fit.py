@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,14 @@ from model.network import Detector, build
 from model.recipe import Calibrating, Optim, Recipe
 from model.tracking.history import rows_of
 from model.training import run, validation
-from model.training.assemble import assemble, with_features
+from model.training.assemble import assemble, embed_part, with_features
 from model.training.leave_out import leave_one_out
 from model.training.plan import plan
 from model.training.run import Interrupted, train
 from pipeline.replay import Replay
+from sharding.format import open_shards
 from tests.builders import broken_copy
+from tests.ranks import two_ranks
 
 SETTINGS = [
     "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",
@@ -235,16 +238,33 @@ def test_a_finished_run_is_calibrated_on_the_features_that_it_read(
         )
 
 
-def test_ranks_gather_every_row_once_and_no_undecodable_image(
+def embedded(recipe: Recipe, data: Path, runs: Path, weights: Path, dist: DistEnv) -> int:
+    return embed_part(recipe, data, runs, weights, ["new"], dist=dist)
+
+
+def test_ranks_share_what_is_embedded(
     recipe: Recipe, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    counts = two_ranks(partial(embedded, recipe, data, tmp_path / "runs", weights))
+    samples = {name: len(open_shards([data / name])) for name in ("old", "new", "val")}
+    # Two views of what the recipe trains on.
+    assert sum(counts) == 2 * samples["old"] + samples["val"] + samples["new"]
+    assert all(counts)
+
+
+def test_ranks_gather_every_row_once_and_no_undecodable_image(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, logged: list[str]
 ) -> None:
     shutil.copytree(data / "val", tmp_path / "data/val")
     broken = broken_copy(data, tmp_path / "data", [3], "all")
     planned = plan(recipe, tmp_path / "data", tmp_path / "runs", init_from=weights)
     planned = with_features(planned, assemble(planned))
     stream = planned.stream
+    logged.clear()
     whole = gather(stream, 3)
     assert len(whole.labels) == 2 * (len(broken) - 1)  # two views, and one image is broken
+    (line,) = logged
+    assert line.startswith(f"not decoded: {broken.name(3)}: ")
     parts = [gather(stream, 3, DistEnv(rank=rank, world_size=3)) for rank in range(3)]
     assert sum(len(part.labels) for part in parts) == len(whole.labels)
     rows = torch.cat([torch.cat([p.features.float(), p.labels[:, None]], 1) for p in parts])

@@ -18,6 +18,7 @@
 """  # noqa: E501
 
 import ast
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,14 @@ import torch
 
 import recipes
 from model import checkpoint
+from model.distributed import DistEnv
 from model.network import build
 from model.recipe import Optim, Recipe
 from model.score import score_set
 from model.tracking.history import rows_of
 from model.training.optim import make_optimizer, schedule
 from model.training.run import train
-from model.training.step import TrainState, first_bad, train_step
+from model.training.step import TrainState, first_bad, train_step, wrap_ddp
 from pipeline.batch import Batch
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
@@ -43,6 +45,7 @@ from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import ShardSet
 from tests.builders import BACKENDS, CPU, HARSH, PREPROCESS, ROOT, TINY, broken_copy
 from tests.checkpoints import last_of
+from tests.ranks import two_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -192,6 +195,20 @@ def test_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(inside[1], 1024 * inside[0])
     torch.testing.assert_close(used[1], used[0])
     torch.testing.assert_close(used[0], inside[0])
+
+
+def rank_1_dies_in_a_step(dist: DistEnv) -> None:
+    state = replace(small_trainer(torch.float32, 1.0), dist=dist)
+    forward = wrap_ddp(state)
+    if not dist.is_main:
+        state.net.register_forward_hook(lambda *_: os._exit(1))
+    train_step(state, forward, small_batch(), OPTIM)
+
+
+def test_a_rank_that_dies_in_a_step_ends_the_others_with_one_line() -> None:
+    """The gradients are exchanged by torch's DDP, not by `model/distributed.py`."""
+    first, _ = two_ranks(rank_1_dies_in_a_step)
+    assert first == "RankError: another rank has ended or does not answer; see its message"
 
 
 @pytest.mark.parametrize("frozen", [False, True])
