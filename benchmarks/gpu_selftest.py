@@ -83,11 +83,11 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "three jpegs": {"jpeg": 90, "jpeg2": 80, "jpeg3": 85},
     "blur": {"blur": 0.5},
     "grayscale": {"grayscale": True},
-    "jpeg_grid_shift": {"grid_top": 3, "grid_left": 5},
+    "jpeg_grid_shift": {"grid_top": 3, "grid_left": 13},
     "webp": {"webp": 80},
     "everything": {
         "hflip": True, "color": COLOR, "resample": 220, "filter": 2, "jpeg": 88, "blur": 0.4,
-        "grid_top": 1, "grid_left": 7,
+        "grid_top": 1, "grid_left": 15,
     },
 }  # fmt: skip
 """Each operation of the graph alone, and most of them in one sample."""

@@ -56,8 +56,8 @@ change. Each of the two passes changes a value by at most 510 times the outer we
 sigma^2)). Both passes together change a value by at most 0.34 gray levels.
 """
 
-GRID = 8
-"""Side of a JPEG block in pixels."""
+GRID = 16
+"""Pixels after which the blocks of a 4:2:0 JPEG repeat: a block of chroma covers 16 x 16 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ class AugmentPolicy:
     num_jpegs: tuple[int, int] = (1, 1)
     """Number of successive JPEG compressions, if `jpeg` applies. Range: 1 to 3"""
     jpeg_grid_shift: float = 0.0
-    """Probability that the grid of 8 x 8 JPEG blocks is shifted from the image's corner. Range: 0
-    to 1"""
+    """Probability that the JPEG blocks are shifted from the image's corner, by 0 to 15 pixels down
+    and right. Range: 0 to 1"""
     webp: float = 0.0
     """Probability of WebP compression at the end. Range: 0 to 1"""
     webp_quality: tuple[int, int] = (95, 95)
@@ -161,7 +161,8 @@ class AugmentParams(NamedTuple):
     - `color`: 3 x 4 matrix, row by row, applied to RGB values of 0 to 255.
     - `resample`: intermediate side in pixels, 0 for none. `blur`: sigma in pixels, 0 for none.
     - `jpeg`, `jpeg2`, `jpeg3`: qualities of successive JPEGs, 0 for none. `webp`: likewise.
-    - `grid_top`, `grid_left`: pixels between the corners of a JPEG block and the image, 0 to 7.
+    - `grid_top`, `grid_left`: pixels between the corners of a chroma block of the JPEG and the
+      image, 0 to 15.
     - `whole_height`, `whole_width`: size to which the whole image is resized before everything
       else, 0 for none. `whole_filter`: its filter. `top`, `left`, ... are pixels of the result.
     - `whole_jpeg`: quality of a JPEG of the whole image before the crop, 0 for none.
@@ -248,8 +249,8 @@ class AugmentBatch:
 
     @property
     def moved(self) -> np.ndarray:
-        """Images that do not start at the corner of a JPEG block, bool (N,). Backends process these
-        images with a margin of one block and cut the margin off at the end.
+        """Images that do not start at the corner of a chroma block of the JPEG, bool (N,). Backends
+        process these images with a margin of `GRID` pixels and cut it off at the end.
         """
         return (self.grid_top > 0) | (self.grid_left > 0)
 

@@ -10,6 +10,7 @@ from torchvision import transforms
 
 from imaging.jpeg import CHROMAS
 from pipeline.augment import (
+    GRID,
     LEAST_SIGMA,
     AugmentParams,
     AugmentPolicy,
@@ -21,7 +22,7 @@ from pipeline.augment import (
 from pipeline.color import IDENTITY
 from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
-from pipeline.pil import gaussian_blur
+from pipeline.pil import gaussian_blur, jpeg_round_trip
 from pipeline.preprocess import Preprocess
 from tests.builders import HARSH, PREPROCESS, color_matrix, photo
 from tests.goldens import Golden
@@ -121,8 +122,19 @@ def test_a_harsh_policy_samples_all_its_extra_operations() -> None:
     assert {d.webp for d in params if d.webp} == set(range(40, 91))
     kinds = [d.filter for d in params if d.resample]
     assert all(abs(kinds.count(k) / len(kinds) - 1 / 3) < 0.05 for k in range(3))
-    assert abs(share(lambda d: bool(d.grid_top or d.grid_left)) - 0.4 * 63 / 64) < 0.03
-    assert {d.grid_top for d in params} == {d.grid_left for d in params} == set(range(8))
+    assert abs(share(lambda d: bool(d.grid_top or d.grid_left)) - 0.4 * 255 / 256) < 0.03
+    assert {d.grid_top for d in params} == {d.grid_left for d in params} == set(range(16))
+
+
+def test_the_shift_of_jpeg_blocks_covers_the_period_of_chroma() -> None:
+    """Blocks of chroma, at half the resolution, begin at other pixels after a shift of 8."""
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    whole = jpeg_round_trip(pixels, 10)
+    for shift in (GRID // 2, GRID):
+        cut = jpeg_round_trip(np.ascontiguousarray(pixels[shift:, shift:]), 10)
+        inside = np.s_[8:64, 8:64]  # upsampling of chroma reaches over the border
+        equal = np.array_equal(cut[inside], whole[shift:, shift:][inside])
+        assert equal == (shift == GRID)
 
 
 def test_the_whole_image_is_compressed_as_often_and_as_much_as_the_policy_says() -> None:
