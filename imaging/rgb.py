@@ -1,5 +1,4 @@
-"""Convert an image that Pillow has decoded, of any mode that `Image.open()` gives, to 8-bit RGB
-pixels.
+"""Convert an image of Pillow, of any mode, to 8-bit RGB pixels.
 
 Main entry: `to_rgb(image)` takes a `PIL.Image.Image` (from `Image.open()`, after `load()`) and
 returns uint8 (height, width, 3). It is not turned upright. Alpha is dropped. ICC profiles of RGB
@@ -20,7 +19,8 @@ pixels, to save memory):
 `PixelError` (a `ValueError`) is raised in three cases:
 
 - No value is finite.
-- No white level is declared, and the file is a TIFF of signed or 32-bit integers.
+- No white level is declared, and the image is a TIFF of signed or 32-bit integers, or has integers
+  below 0 or above 65,535.
 - No white level is declared, and all integers are below `LEAST_SHARE` of 65,536, so that the image
   would look black.
 """
@@ -58,6 +58,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         return _from_deep(image)
     if image.mode == "CMYK":
         image = _from_cmyk(image)
+    elif image.mode == "La":  # gray, multiplied by alpha: Pillow converts it to LA only
+        image = image.convert("LA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -100,18 +102,23 @@ def _range_of(image: Image.Image, values: np.ndarray, tags: Any) -> tuple[float,
     if white is not None and white > (black or 0.0) and largest <= white:
         return black or 0.0, white
     # Pillow scales 16-bit PGM and JPEG 2000 to the full range of 16 bits, in both modes.
-    if not image.mode.startswith("I;16") and image.format == "TIFF":
+    if image.mode == "I" and (image.format == "TIFF" or smallest < 0 or largest > 65535):
         raise PixelError(
-            f"{image.format} does not decode: signed or 32-bit integers from {smallest:,.0f} to "
-            f"{largest:,.0f}, and the file does not say which value is white; save it with 8 bits"
+            f"{_subject(image)}: signed or 32-bit integers from {smallest:,.0f} to "
+            f"{largest:,.0f}, and nothing says which value is white; convert it to 8 bits"
         )
     if largest < 65536 * LEAST_SHARE:
         raise PixelError(
-            f"{image.format} does not decode: 16-bit values of at most {largest:,.0f}, nearly "
-            "black if 65,535 is white, and the file does not say which value is; save it with 8 "
-            "bits, or with values up to 65,535"
+            f"{_subject(image)}: values of at most {largest:,.0f}, nearly black if 65,535 is "
+            "white, and nothing says which value is; convert it to 8 bits, or to values up to "
+            "65,535"
         )
     return 0.0, 65535.0
+
+
+def _subject(image: Image.Image) -> str:
+    """Return the beginning of a message. An image that was made in memory has no format."""
+    return f"{image.format} does not decode" if image.format else f"an image of mode {image.mode}"
 
 
 def _declared(tags: Any, names: tuple[int, ...]) -> float | None:

@@ -12,9 +12,9 @@ that of `load_detector()` (see `docs/python.md`).
 It returns a `Prediction`, or a list of them for an iterable: `name`, `probability` of fake (0 to 1,
 or None), `verdict` ("no sign of AI", "uncertain", "likely AI" or `UNREADABLE`) and `error` (why an
 image is unreadable or its score is not finite, else ""). `TypeError` is raised for a wrong type;
-`ValueError` for a wrong array, a Pillow image of the mode "La", or, with an iterable, a
-`batch_size` below 1. `stream(images, batch_size, start)` takes only an iterable (one image raises
-`TypeError`) and yields the predictions one by one.
+`ValueError` for a wrong array, or, with an iterable, a `batch_size` below 1. `stream(images,
+batch_size, start)` takes only an iterable (one image raises `TypeError`) and yields the predictions
+one by one.
 
 `DecisionRule` has the `threshold`, `band` (low, high), `identity` (a text: detector and band) and
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
@@ -61,7 +61,7 @@ from PIL import Image
 from escape import reason_of
 from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
 from imaging.orientation import orientation_left, upright
-from imaging.rgb import PixelError, to_rgb
+from imaging.rgb import to_rgb
 from model.inference.fitness import Notice, notices, word_for
 from model.verdict import NOT_FINITE, band_at, band_of, verdict
 from storage import cores
@@ -136,10 +136,9 @@ def as_source(image: Picture, index: int = 0) -> Source:
         try:
             with boundary():
                 image.load()
-            return Pixels(
-                name, np.ascontiguousarray(upright(to_rgb(image), orientation_left(image)))
-            )
-        except (PixelError, DecodeError) as error:
+                pixels = upright(to_rgb(image), orientation_left(image))
+            return Pixels(name, np.ascontiguousarray(pixels))
+        except DecodeError as error:
             return ImageFile(name, functools.partial(_refuse, _one_line(error)))
     if isinstance(image, Picture):
         return as_file(image, index)

@@ -64,7 +64,7 @@ def test_12_bits_in_16_are_scaled_where_the_file_says_so() -> None:
     declared = tiff(values, tag281=4095)
     assert np.abs(decode(declared)[:, :, 0].astype(int) - GRAY).max() <= 1
     for data in (tiff(values), encode(Image.fromarray(values), "PNG")):
-        with pytest.raises(DecodeError, match=r"at most 4,095, nearly black .* save it with 8"):
+        with pytest.raises(DecodeError, match=r"at most 4,095, nearly black .* convert it to 8"):
             decode(data)
 
 
@@ -79,7 +79,7 @@ def test_values_are_inverted_where_zero_is_white() -> None:
 def test_32_bit_integers_are_refused_unless_the_file_says_what_is_white(
     values: np.ndarray,
 ) -> None:
-    with pytest.raises(DecodeError, match="the file does not say which value is white"):
+    with pytest.raises(DecodeError, match=r"integers from .* nothing says which value is white"):
         decode(tiff(values))
     low, high = int(values.min()), int(values.max())
     declared = tiff(values, tag340=low, tag341=high)

@@ -213,6 +213,26 @@ def test_a_pil_image_is_turned_only_by_its_exif(detector, kind: str) -> None:
     np.testing.assert_array_equal(detector.preprocess_file(turned), expected)
 
 
+def test_a_pil_image_of_any_mode_is_scored_or_refused_alone(detector) -> None:
+    shades = np.full((64, 64), 200, np.uint8)
+    gray = Image.fromarray(shades)
+    dark, wide, below, premultiplied, good = detector.predict(
+        [
+            Image.fromarray(shades.astype(np.int32)),
+            Image.fromarray(shades.astype(np.int32) * 1000),
+            Image.fromarray(shades.astype(np.int32) - 201),
+            gray.convert("LA").convert("La"),
+            gray,
+        ]
+    )
+    said = "an image of mode I: values of at most 200, nearly black if 65,535 is white"
+    assert dark.error.startswith(said)
+    assert dark.error.endswith("; convert it to 8 bits, or to values up to 65,535")
+    assert "integers from 200,000 to 200,000, and nothing says which value is white" in wide.error
+    assert "integers from -1 to -1, and nothing says which value is white" in below.error
+    assert premultiplied.probability == pytest.approx(good.probability, abs=1e-6)
+
+
 def test_input_that_is_not_an_image_is_refused(detector, tmp_path: Path) -> None:
     for array, said in (
         (np.zeros((4, 4, 3)), "dtype float64, expected uint8 of (height, width, 3)"),
