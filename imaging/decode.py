@@ -255,11 +255,9 @@ def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndar
         else:
             if name == "JPEG":
                 refuse_damaged_cmyk(data)
-            image.load()
             pixels = to_rgb(image)
     else:
         # No `seek`: Pillow opens a file of several pictures at the first or primary one.
-        image.load()
         pixels, orientation = to_rgb(image), orientation_left(image)
     pixels = np.ascontiguousarray(upright(pixels, orientation))
     return pixels, orientation if plain else None

@@ -1,12 +1,12 @@
 """Convert an image of Pillow, of any mode, to 8-bit RGB pixels.
 
-Main entry: `to_rgb(image)` takes a `PIL.Image.Image` (from `Image.open()`, after `load()`) and
-returns uint8 (height, width, 3). It is not turned upright. Alpha is dropped. ICC profiles of RGB
+Main entry: `to_rgb(image)` takes a `PIL.Image.Image`, loads it if it is not loaded yet, and returns
+uint8 (height, width, 3). It is not turned upright. Alpha is dropped. ICC profiles of RGB
 and gray images are ignored. CMYK is converted to sRGB by the ICC profile of the file, or without a
 usable profile by Pillow (docs/design.md explains why).
 
-Values of more than 8 bits are scaled to gray levels from 0 to 255 (in parts of `BAND_PIXELS`
-pixels, to save memory):
+Values of more than 8 bits are scaled to levels from 0 to 255 (in parts of `BAND_PIXELS` pixels, to
+save memory):
 
 - Floats: the largest finite value becomes 255. If the smallest value is negative, it becomes 0;
   otherwise zero becomes 0.
@@ -15,25 +15,31 @@ pixels, to save memory):
   black level, or if a value of the image is above it.
 - Other integers: 65,535 becomes 255; zero becomes 0.
 - In a TIFF that stores white as 0, the gray levels are then inverted.
+- Of 16-bit color, and of gray with alpha, Pillow reads the upper 8 bits, which are the result. Only
+  of a TIFF that declares a white level are the lower 8 bits read too, and the values scaled. If the
+  image was loaded before, this cannot be done.
 
-`PixelError` (a `ValueError`) is raised in three cases:
+`PixelError` (a `ValueError`) is raised in four cases:
 
 - No value is finite.
 - No white level is declared, and the image is a TIFF of signed or 32-bit integers, or has integers
   below 0 or above 65,535.
 - No white level is declared, and all integers are below `LEAST_SHARE` of 65,536, so that the image
   would look black.
+- A white level of 16-bit color is declared, but the lower bits cannot be read: they are multiplied
+  by alpha, or compressed in one plane per channel.
 """
 
 import io
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 BAND_PIXELS = 2**22
-"""Pixels of more than 8 bits that are converted at a time: 32 MB as float64."""
+"""Pixels of more than 8 bits that are converted at a time: 32 MB as float64, 96 MB in color."""
 
 LEAST_SHARE = 1 / 16
 """Smallest share of the full range that the brightest value must reach if the file declares no
@@ -43,17 +49,34 @@ white level. 12 bits stored in 16 reach exactly this share and would look black.
 _BLACK, _WHITE = (280, 340), (281, 341)  # TIFF: (S)MinSampleValue, (S)MaxSampleValue
 _PHOTOMETRIC = 262
 
+_FULL = (0.0, 65535.0)
+"""Black and white of 16 bits."""
+
+_UPPER_OF_COLOR = ("LA", "RGB", "RGBA")
+"""Modes in which Pillow keeps only the upper 8 bits of each 16."""
+
+_SWAPPED = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
+"""Byte orders in Pillow's names of raw modes. With the other order, it reads the lower 8 bits."""
+
 
 class PixelError(ValueError):
     """Pixels that are missing, damaged or cannot be scaled; the message is the whole reason."""
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert a loaded image to (height, width, 3) uint8 RGB. Alpha is dropped.
+    """Load an image and convert it to (height, width, 3) uint8 RGB. Alpha is dropped.
 
     Raises:
         PixelError: an image of more than 8 bits without a white level, or without a finite value.
     """
+    _name_depth_of_planes(image)
+    if image.mode in _UPPER_OF_COLOR and _raw_mode(image)[-3:] in _SWAPPED:
+        return _from_deep_color(image)
+    image.load()
+    return _from_loaded(image)
+
+
+def _from_loaded(image: Image.Image) -> np.ndarray:
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep(image)
     if image.mode == "CMYK":
@@ -78,24 +101,98 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
         return image.convert("RGB")  # the profile is damaged or not for CMYK
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """Return Pillow's name of the layout of values in the file, such as "RGB;16B". It is empty
+    after the image was loaded.
+    """
+    for tile in getattr(image, "tile", ()):
+        raw = tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0]
+        return raw if isinstance(raw, str) else ""
+    return ""
+
+
+def _name_depth_of_planes(image: Image.Image) -> None:
+    """Complete the raw modes of an uncompressed TIFF that has 16 bits and one plane per channel:
+    Pillow leaves out the depth, and would read noise.
+    """
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_planar(image):
+        order = "L" if image.tag_v2.prefix == TiffImagePlugin.II else "B"
+        if 16 in image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ()):
+            _rename_raw_modes(image, lambda raw: raw if ";" in raw else f"{raw};16{order}")
+
+
+def _is_planar(image: TiffImagePlugin.TiffImageFile) -> bool:
+    return image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+
+
+def _rename_raw_modes(image: ImageFile.ImageFile, rename: Callable[[str], str]) -> None:
+    for index, tile in enumerate(image.tile):
+        assert isinstance(tile.args, tuple)  # a str or None only in other formats than TIFF
+        image.tile[index] = tile._replace(args=(rename(tile.args[0]), *tile.args[1:]))
+
+
+def _from_deep_color(image: Image.Image) -> np.ndarray:
+    lower = _lower_bytes(image)
+    image.load()
+    upper = _from_loaded(image)
+    if lower is None:
+        _range_of(image, 0.0, 256.0 * upper.max() + 255.0)  # refuses one that is nearly black
+        return upper
+    values = upper.astype(np.uint16)
+    values <<= 8
+    values |= lower
+    return _scaled(values, *_range_of(image, *_extremes(values)))
+
+
+def _lower_bytes(image: Image.Image) -> np.ndarray | None:
+    """Read the lower 8 bits of each 16 of a TIFF, before it is loaded: uint8 (height, width, 3).
+    None if the upper ones suffice, because no levels other than those of 16 bits are declared.
+
+    Raises:
+        PixelError: such levels are declared, and Pillow cannot read the lower bits.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return None
+    black, white = (_declared(image.tag_v2, names) for names in (_BLACK, _WHITE))
+    if white is None or (black or 0.0, white) == _FULL:
+        return None
+    raw = _raw_mode(image)
+    if raw.startswith("RGBa") or (raw.endswith("N") and _is_planar(image)):
+        raise PixelError(
+            f"{_subject(image)}: {white:,.0f} is white, and of 16 bits only the upper 8 can be "
+            "read; convert it to 8 bits"
+        )
+    assert image.fp is not None  # it is not loaded yet
+    image.fp.seek(0)
+    with Image.open(io.BytesIO(image.fp.read()), formats=["TIFF"]) as other:
+        other.seek(image.tell())
+        _name_depth_of_planes(other)
+        _rename_raw_modes(other, lambda raw: raw[:-3] + _SWAPPED[raw[-3:]])
+        other.load()
+        return _from_loaded(other)
+
+
 def _from_deep(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    low, high = _range_of(image, values, tags)
-    inverted = tags.get(_PHOTOMETRIC) == 0  # white is zero
-    gray = np.empty(values.shape, np.uint8)
-    for band in _bands(values):
-        scaled = (values[band].astype(np.float64) - low) * (255.0 / max(high - low, 1e-300))
-        scaled = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0)
-        gray[band] = np.rint(scaled.clip(0.0, 255.0, out=scaled), out=scaled)
-    if inverted:
+    gray = _scaled(values, *_range_of(image, *_extremes(values)))
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is zero
         np.subtract(255, gray, out=gray)
     return np.repeat(gray[:, :, None], 3, axis=2)
 
 
-def _range_of(image: Image.Image, values: np.ndarray, tags: Any) -> tuple[float, float]:
-    """Return the values that become 0 and 255."""
-    smallest, largest = _extremes(values)
+def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scale values so that `low` becomes 0 and `high` 255; uint8 of the same shape."""
+    levels = np.empty(values.shape, np.uint8)
+    for band in _bands(values):
+        scaled = (values[band].astype(np.float64) - low) * (255.0 / max(high - low, 1e-300))
+        scaled = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0)
+        levels[band] = np.rint(scaled.clip(0.0, 255.0, out=scaled), out=scaled)
+    return levels
+
+
+def _range_of(image: Image.Image, smallest: float, largest: float) -> tuple[float, float]:
+    """Return the values that become 0 and 255, given the extremes of an image."""
+    tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
         return min(0.0, smallest), largest
     black, white = (_declared(tags, names) for names in (_BLACK, _WHITE))
@@ -113,7 +210,7 @@ def _range_of(image: Image.Image, values: np.ndarray, tags: Any) -> tuple[float,
             "white, and nothing says which value is; convert it to 8 bits, or to values up to "
             "65,535"
         )
-    return 0.0, 65535.0
+    return _FULL
 
 
 def _subject(image: Image.Image) -> str:

@@ -25,7 +25,7 @@ from model.checkpoint import annotate
 from model.inference import inputs
 from model.inference.run import heatmap_path
 from sharding.format import open_shards
-from tests.builders import KINDS, awkward_files, bomb, encode, photo, write_tar, write_zip
+from tests.builders import KINDS, awkward_files, encode, photo, write_tar, write_zip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -245,7 +245,7 @@ def test_endless_or_huge_inputs_are_refused(ask: Callable[..., Result], tmp_path
     os.mkfifo(folder / "pipe.jpg")
     (folder / "zero.jpg").symlink_to("/dev/zero")
     (folder / "gone.jpg").symlink_to(folder / "nothing")
-    (folder / "bomb.png").write_bytes(bomb())
+    (folder / "bomb.png").write_bytes(KINDS["bomb"])
     with (folder / "huge.png").open("wb") as stream:
         stream.truncate(MAX_BYTES + 1)
     (folder / "folder.jpg").mkdir()

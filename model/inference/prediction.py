@@ -135,7 +135,6 @@ def as_source(image: Picture, index: int = 0) -> Source:
         name = str(getattr(image, "filename", "") or f"image {index}")
         try:
             with boundary():
-                image.load()
                 pixels = upright(to_rgb(image), orientation_left(image))
             return Pixels(name, np.ascontiguousarray(pixels))
         except DecodeError as error:

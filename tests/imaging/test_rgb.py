@@ -1,6 +1,8 @@
 """Every mode becomes 8-bit RGB, scaled by what the file declares, or is refused with a reason."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 
 from imaging import rgb
 from imaging.decode import DecodeError, as_is, decode, prepare
-from tests.builders import encode, photo
+from tests.builders import encode, photo, png_of_rows
 
 RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
 GRAY = np.rint(255 * RAMP).astype(int)
@@ -66,6 +68,84 @@ def test_12_bits_in_16_are_scaled_where_the_file_says_so() -> None:
     for data in (tiff(values), encode(Image.fromarray(values), "PNG")):
         with pytest.raises(DecodeError, match=r"at most 4,095, nearly black .* convert it to 8"):
             decode(data)
+
+
+def color_tiff(
+    values: np.ndarray, white: int = 0, order: str = "<", *, planar: bool, deflate: bool, alpha: int
+) -> bytes:
+    """Encode uint16 (height, width, channels) as a TIFF, which Pillow cannot write. `alpha` is the
+    tag of a fourth channel, `white` the tag MaxSampleValue, 0 for none.
+    """
+    height, width, channels = values.shape
+    planes = list(values.transpose(2, 0, 1)) if planar else [values]
+    strips = [plane.astype(f"{order}u2").tobytes() for plane in planes]
+    strips = [zlib.compress(strip) for strip in strips] if deflate else strips
+    starts = np.cumsum([8, *map(len, strips)]).tolist()
+    tags = {
+        256: [width], 257: [height], 258: [16] * channels, 259: [8 if deflate else 1], 262: [2],
+        273: starts[:-1], 277: [channels], 278: [height], 279: [len(strip) for strip in strips],
+        281: [white] * channels, 284: [2 if planar else 1], 338: [alpha],
+    }  # fmt: skip
+    tags = {tag: tags[tag] for tag in tags if tags[tag][0]}
+    entries, far = b"", b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            at = starts[-1] + 2 + 12 * len(tags) + 4 + len(far)
+            packed, far = struct.pack(f"{order}I", at), far + packed
+        entries += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + packed
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, starts[-1])
+    count, end = struct.pack(f"{order}H", len(tags)), bytes(4)
+    return head + b"".join(strips) + count + entries + end + far
+
+
+COLOR = np.random.default_rng(0).integers(0, 4096, (24, 32, 4)).astype(np.uint16)
+LAYOUTS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("planar", "deflate"), LAYOUTS)
+@pytest.mark.parametrize(("channels", "alpha"), [(3, 0), (4, 2)])
+def test_16_bits_of_color_are_scaled_where_the_file_says_so(
+    order: str, planar: bool, deflate: bool, channels: int, alpha: int
+) -> None:
+    """Pillow reads the upper 8 bits: nothing of 12 bits, a quarter of the brightness of 14."""
+    layout = {"planar": planar, "deflate": deflate, "alpha": alpha}
+    values = COLOR[:, :, :channels]
+    full = decode(color_tiff(values * 16, 0, order, **layout))
+    np.testing.assert_array_equal(full, values[:, :, :3] >> 4)
+    with pytest.raises(DecodeError, match="at most 4,095, nearly black if 65,535 is white"):
+        decode(color_tiff(values, 0, order, **layout))
+    for shift, white in ((0, 4095), (2, 16383)):
+        data = color_tiff(values << shift, white, order, **layout)
+        if planar and deflate:
+            with pytest.raises(DecodeError, match=f"{white:,} is white, and .* the upper 8 can be"):
+                decode(data)
+        else:
+            expected = np.rint((values[:, :, :3] << shift) * (255 / white))
+            np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_color_that_is_multiplied_by_alpha_is_refused_if_it_had_to_be_scaled() -> None:
+    layout = {"planar": False, "deflate": False, "alpha": 1}
+    assert decode(color_tiff(COLOR, **layout)).shape == (24, 32, 3)
+    with pytest.raises(DecodeError, match="4,095 is white, and of 16 bits only the upper 8 can be"):
+        decode(color_tiff(COLOR, 4095, **layout))
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_a_png_of_12_bits_in_16_is_refused(color_type: int, channels: int) -> None:
+    values = COLOR[:, :, :channels]
+
+    def png(values: np.ndarray) -> bytes:
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        return png_of_rows(32, 24, 16, color_type, rows)
+
+    for read in (decode, prepare):
+        with pytest.raises(DecodeError, match="PNG does not decode: values of at most 4,0"):
+            read(png(values))
+    colors = values[:, :, :3] if channels > 2 else values[:, :, :1]
+    assert np.abs(decode(png(values * 16)).astype(int) - (colors >> 4)).max() <= 1
 
 
 def test_values_are_inverted_where_zero_is_white() -> None:
