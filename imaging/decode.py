@@ -45,6 +45,7 @@ from imaging.orientation import (
 )
 from imaging.quiet import silence_pillow, without_warnings
 from imaging.rgb import PixelError, to_rgb
+from imaging.signature import is_cut_off, why_not_opened
 from storage import RefusedFileError, read_plain
 
 register_heif_opener()
@@ -443,17 +444,8 @@ def open_image(data: bytes) -> Image.Image:
                 image = Image.open(io.BytesIO(mended(data)), formats=["JPEG"])
                 image.info[_MENDED] = True
                 return image
-        if isinstance(error, Image.UnidentifiedImageError):
-            raise DecodeError(
-                f"not an image this program reads (it begins with {_readable(data[:8])})"
-            ) from error
-        raise DecodeError(f"damaged header: {_in_words(error)}") from error
-
-
-def _readable(data: bytes) -> str:
-    """Format bytes for a message: as text if printable, else in hexadecimal."""
-    text = data.decode("latin-1")
-    return f'"{text}"' if text.isascii() and text.isprintable() else data.hex(" ")
+        said = "" if isinstance(error, Image.UnidentifiedImageError) else _in_words(error)
+        raise DecodeError(why_not_opened(data, said)) from error
 
 
 def _stream(data: bytes) -> io.BytesIO:
@@ -482,8 +474,8 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
         return False
     if name == "PNG":
         return png.is_plain(data)
-    whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)  # length in the RIFF header
-    return name == "WEBP" and whole and getattr(image, "n_frames", 1) == 1
+    whole = name == "WEBP" and not is_cut_off(data, name)
+    return whole and getattr(image, "n_frames", 1) == 1
 
 
 def png_of(pixels: np.ndarray) -> bytes:
