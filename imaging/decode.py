@@ -53,8 +53,8 @@ silence_pillow()
 Image.init()  # load every plugin now: `Image.open(formats=...)` knows only loaded ones
 
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
-    ".qoi .tga .tif .tiff .webp".split()
+    ".apng .avif .avifs .bmp .dib .gif .heic .heics .heif .heifs .hif .j2c .j2k .jfif .jp2 .jpc "
+    ".jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp".split()
 )
 """File name suffixes of images. In a folder, other files are not opened."""
 

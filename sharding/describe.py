@@ -69,7 +69,7 @@ WORDS = (
 
 CONTAINERS = frozenset(
     ["", *".zip .tar .tgz .gz .bz2 .xz .zst .7z .rar .parquet .arrow .tfrecord .mdb .h5".split(),
-     *".hdf5 .npy .npz .jxl .hif .raw .dng .nef .cr2 .cr3 .arw .raf .rw2 .orf .mpo .psd".split(),
+     *".hdf5 .npy .npz .jxl .raw .dng .nef .cr2 .cr3 .arw .raf .rw2 .orf .psd".split(),
      *".pdf .mp4 .mov .avi .mkv .webm".split()]
 )  # fmt: skip
 """Suffixes of files that are not read but may hold images."""

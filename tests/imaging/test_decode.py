@@ -3,12 +3,15 @@
 import io
 import struct
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from imaging.decode import (
+    IMAGE_SUFFIXES,
     READABLE,
     DecodeError,
     as_is,
@@ -17,6 +20,8 @@ from imaging.decode import (
     prepare,
     without_warnings,
 )
+from model.inference.inputs import find_images
+from sharding.describe import CONTAINERS
 from tests.builders import encode, photo
 
 PIXELS = photo(1, 93, 71)
@@ -167,6 +172,25 @@ def test_a_tiff_of_a_kind_that_is_not_read_is_called_a_tiff() -> None:
     bits = data.replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 7, 7, 7))
     with pytest.raises(DecodeError, match=r"TIFF .*, or it is of a kind that is not read"):
         decode(bits)
+
+
+def test_files_of_all_formats_that_are_read_are_images_by_their_names() -> None:
+    suffixes = Image.registered_extensions()
+    of_formats = {suffix for suffix, name in suffixes.items() if name in {*READABLE, "MPO"}}
+    other_files = {".icb", ".pfm", ".vda", ".vst"}  # fonts, audio plugins, old names of TGA
+    assert of_formats - other_files == IMAGE_SUFFIXES
+    assert not IMAGE_SUFFIXES & CONTAINERS
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".hif", "HEIF"), (".mpo", "MPO"), (".apng", "PNG")])
+def test_a_file_of_a_camera_or_an_animation_is_found_in_a_folder(
+    suffix: str, name: str, tmp_path: Path
+) -> None:
+    options = {"save_all": True, "append_images": [IMAGE.rotate(9)]}
+    data = encode(IMAGE, name, **({} if name == "HEIF" else options))
+    (tmp_path / f"DSC02{suffix.upper()}").write_bytes(data)
+    (file,) = find_images([str(tmp_path)], Counter())
+    assert decode(file.read()).shape == PIXELS.shape
 
 
 def test_a_decompression_bomb_is_refused_before_decoding() -> None:
