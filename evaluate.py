@@ -55,7 +55,7 @@ import console
 from storage import any_path, file_name, write_text
 
 if TYPE_CHECKING:
-    from model.calibrate import Over, ThresholdAt
+    from model.calibration.fit import Over, ThresholdAt
     from model.evaluation.scores import ScoreTable
     from model.inference.prediction import AnyDetector
     from pipeline.loading import Backend

@@ -30,7 +30,7 @@ import cli
 import console
 import recipes
 from model import checkpoint
-from model.calibrate import threshold_at_fpr
+from model.calibration.fit import threshold_at_fpr
 from model.export.average import average
 from model.metrics import measure, measure_sources
 from model.recipe import Recipe

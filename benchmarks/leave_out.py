@@ -60,7 +60,7 @@ import torch
 import cli
 import console
 import recipes
-from model.calibrate import calibrate_sources, threshold_over_sources
+from model.calibration.fit import calibrate_sources, threshold_over_sources
 from model.evaluation.robustness import perturbed_variants
 from model.features.loader import FeatureLoader, source_of
 from model.metrics import measure

@@ -17,7 +17,7 @@ next two functions for each set that has these measurements. `entry` below is
   with the interval of each difference, the number of changed verdicts and the largest changes. It
   raises `ScoresError` if the false-positive rates of a set come from different real images in the
   two runs.
-- `print_calibration(calibration)`: `calibration` is a fitted `Calibration` of `model/calibrate.py`.
+- `print_calibration(calibration)`: `calibration` is a `Calibration` of `model/calibration/fit.py`.
   It prints the temperature, NLL and ECE before and after, the thresholds and the band.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import console
 from installed import command
-from model.calibrate import Calibration
+from model.calibration.fit import Calibration
 from model.evaluation.compare import COMPARED, Change, Flip, compare, count_flips
 from model.evaluation.report import on_subset
 from model.evaluation.scores import ScoreTable

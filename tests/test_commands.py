@@ -17,7 +17,7 @@ import predict
 import train
 from model import checkpoint, load_detector
 from model.__main__ import main as model
-from model.calibrate import Calibration
+from model.calibration.fit import Calibration
 from model.export.card import card_of
 from model.training.validation import calibrate_checkpoint
 from model.verdict import VERDICTS, percent, probability

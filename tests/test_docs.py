@@ -12,7 +12,7 @@ import pytest
 import recipes
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import MAX_BYTES, MAX_PIXELS
-from model.calibrate import FEWEST
+from model.calibration.fit import FEWEST
 from model.checkpoint import read_meta
 from model.recipe import Recipe
 from page.figures import ends, of_hundred

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import console
 import train
-from model.calibrate import Calibration
+from model.calibration.fit import Calibration
 from model.evaluation.compare import Change, flips
 from model.metrics import Metrics
 from report.comparison import _with_interval

@@ -11,7 +11,7 @@ raises `OSError` if the file cannot be written, and `KeyError` if a key is missi
 
 - `detector`: an `OtherDetector`, from `open_other()` of `model/adapters/open.py`.
 - `runs`: the `Path` of the folder of all runs.
-- `entries`: the dict, from `Calibration.entries()` of `model/calibrate.py`.
+- `entries`: the dict, from `Calibration.entries()` of `model/calibration/fit.py`.
 
 `with_calibration(detector, runs)` returns a copy of the detector with the stored values. If there
 is no such file, it returns the detector unchanged. If the file was fitted to another version of the

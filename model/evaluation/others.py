@@ -50,7 +50,7 @@ import numpy as np
 import console
 from model.adapters.detector import OtherDetector
 from model.adapters.kept import calibration_path, keep_calibration
-from model.calibrate import (
+from model.calibration.fit import (
     Calibration,
     CalibrationError,
     ThresholdAt,

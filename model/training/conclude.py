@@ -34,7 +34,7 @@ import numpy as np
 
 import console
 from model import checkpoint
-from model.calibrate import CalibrationError, check_counts, check_validation_sets
+from model.calibration.fit import CalibrationError, check_counts, check_validation_sets
 from model.distributed import on_main
 from model.inference.detector import load_detector
 from model.mistakes.gate import (

@@ -51,7 +51,7 @@ import numpy as np
 import torch
 
 import console
-from model.calibrate import Calibration, CalibrationError, calibrate_sources
+from model.calibration.fit import Calibration, CalibrationError, calibrate_sources
 from model.checkpoint import load_network
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object, on_main

@@ -49,7 +49,7 @@ import numpy as np
 import torch
 
 from escape import text_fault
-from model.calibrate import (
+from model.calibration.fit import (
     Calibration,
     CalibrationError,
     ThresholdAt,

@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from model import load_detector
-from model.calibrate import calibrate
+from model.calibration.fit import calibrate
 from model.checkpoint import annotate
 from model.inference.detector import ImageDetector
 from model.score import score_set

@@ -24,7 +24,7 @@ from model.adapters.detector import DetectorError, OtherDetector, logits_from, m
 from model.adapters.kept import keep_calibration
 from model.adapters.open import Opening, kind_of, load_any, open_other
 from model.adapters.python_file import open_file
-from model.calibrate import calibrate
+from model.calibration.fit import calibrate
 from model.checkpoint import CheckpointError, find
 from model.distributed import DistEnv
 from model.evaluation import others

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import recipes
 from model import checkpoint
-from model.calibrate import CalibrationError, Over, calibrate_sources, threshold_over_sources
+from model.calibration.fit import CalibrationError, Over, calibrate_sources, threshold_over_sources
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import recipes
 import train as command
 from model import checkpoint
-from model.calibrate import Calibration, CalibrationError
+from model.calibration.fit import Calibration, CalibrationError
 from model.evaluation.run import evaluate
 from model.metrics import measure
 from model.recipe import Gate, Recipe

@@ -4,7 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from model.calibrate import (
+from model.calibration.fit import (
     CalibrationError,
     Over,
     ThresholdAt,

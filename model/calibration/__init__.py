@@ -1,0 +1,1 @@
+"""Calibrate a detector: fit its temperature, thresholds and uncertain band to scores."""
