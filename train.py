@@ -47,7 +47,7 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     """Print the validation metrics of a checkpoint per set and per source, at its calibrated
     decision threshold, or at 0.5 without a calibration.
     """
-    from model.training.validation import Validation
+    from model.metrics import Validation
 
     validation = Validation.from_json(meta.get("calibrated_metrics") or meta["metrics"])
     rows = [

@@ -32,10 +32,9 @@ import recipes
 from model import checkpoint
 from model.calibration.fit import threshold_at_fpr
 from model.export.average import average
-from model.metrics import measure, measure_sources
+from model.metrics import accuracy_of, measure, measure_sources
 from model.recipe import Recipe
 from model.score import score_set
-from model.training.forgetting import accuracy_of
 from model.training.run import train
 from model.verdict import probability
 from pipeline.loader import open_loader

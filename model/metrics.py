@@ -14,10 +14,16 @@ and `ece` (expected calibration error). Rates are 0 to 1. A metric that cannot b
 AUROC with one class only, is None; accuracy is then the accuracy on one class.
 
 `measure_sources(labels, probabilities, sources, threshold)` also takes a list with the name of each
-image's source and returns a dict, source -> `Metrics`. `what_is_missing(reals, fakes,
-unscored)` takes the numbers of real and fake images, and the pair of these numbers for images
-without a score (default: none). It returns a sentence for the reader if a class is missing, else
-None.
+image's source and returns a dict, source -> `Metrics`. `accuracy_of(metrics)` returns the balanced
+accuracy, or with one class the accuracy.
+
+`measure_sets(scored, temperature, threshold)` takes a dict, name of a set -> a pair of its
+`ShardSet` and its `Scores`, and returns a `Validation`: `sets` (name -> `Metrics`), `sources`
+("set/source" -> `Metrics`) and `selection`, the mean of `accuracy_of` over the sets.
+
+`what_is_missing(reals, fakes, unscored)` takes the numbers of real and fake images, and the pair of
+these numbers for images without a score (default: none). It returns a sentence for the reader if a
+class is missing, else None.
 
 The other functions compute one metric each from the same arrays. `roc(labels, scores)` takes any
 scores that are higher for fakes. It returns the numbers of false and of true positives at every
@@ -29,7 +35,7 @@ the second returns the rate at which false positives and false negatives are equ
 bins of the ECE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -38,7 +44,9 @@ import torch
 
 import console
 from model.lean_import import import_part
-from model.score import DEFAULT_THRESHOLD
+from model.score import DEFAULT_THRESHOLD, Scores
+from model.verdict import probability
+from sharding.format import ShardSet
 
 classification = import_part("torchmetrics", "functional.classification")
 
@@ -211,6 +219,52 @@ def measure_sources(
         rows = source_of == name
         result[name] = measure(labels[rows], probabilities[rows], threshold)
     return result
+
+
+def accuracy_of(metrics: Metrics) -> float:
+    """Return the balanced accuracy, or the accuracy if there is one class only."""
+    accuracy = metrics.accuracy if metrics.balanced_accuracy is None else metrics.balanced_accuracy
+    assert accuracy is not None  # a source without images has no metrics
+    return accuracy
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Metrics per set and per `set/source`, and the figure that selects the best checkpoint."""
+
+    sets: dict[str, Metrics]
+    sources: dict[str, Metrics]
+    selection: float
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
+        """Rebuild a validation from the JSON in `meta.json` and `baseline_metrics.json`."""
+        sets, sources = (
+            {name: Metrics(**metrics) for name, metrics in saved[kind].items()}
+            for kind in ("sets", "sources")
+        )
+        return cls(sets, sources, saved["selection"])
+
+
+def measure_sets(
+    scored: Mapping[str, tuple[ShardSet, Scores]],
+    temperature: float = 1.0,
+    threshold: float = DEFAULT_THRESHOLD,
+) -> Validation:
+    """Compute the metrics of scored sets, with probabilities at `temperature`.
+
+    AUROC does not select a checkpoint, because it can be high for one that calls every image fake.
+    """
+    by_set: dict[str, Metrics] = {}
+    sources: dict[str, Metrics] = {}
+    for name, (shards, scores) in scored.items():
+        probabilities = probability(scores.logits, temperature)
+        by_set[name] = measure(scores.labels, probabilities, threshold)
+        by_source = measure_sources(
+            scores.labels, probabilities, shards.names("source", scores.samples), threshold
+        )
+        sources |= {f"{name}/{source}": metrics for source, metrics in by_source.items()}
+    return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
 
 
 def what_is_missing(reals: int, fakes: int, unscored: tuple[int, int] = (0, 0)) -> str | None:

@@ -12,10 +12,10 @@ and nothing is checked at run time: `model/checkpoint.py` reads and writes the f
 
 from typing import Literal, NotRequired, Optional, TypedDict
 
+from model.forgetting import Change
 from model.metrics import Metrics
 from model.recipe import ResolvedRecipe
 from model.shipped.backbone import BackboneSpec
-from model.training.forgetting import Change
 from pipeline.preprocess import Preprocess
 
 

@@ -36,7 +36,9 @@ import console
 from model import checkpoint
 from model.calibration.fit import CalibrationError, check_counts, check_validation_sets
 from model.distributed import on_main
+from model.forgetting import Change, changes, forgetting, refusals
 from model.inference.detector import load_detector
+from model.metrics import Validation
 from model.mistakes.gate import (
     START_FILE,
     against_start,
@@ -49,11 +51,10 @@ from model.mistakes.gate import (
 from model.mistakes.keep import Verdict
 from model.mistakes.regressions import counts_of
 from model.training.assemble import assemble, with_features
-from model.training.forgetting import Change, changes, forgetting, refusals
 from model.training.leave_out import calibrate_left_out
 from model.training.plan import RunPlan
 from model.training.sets import new_sources
-from model.training.validation import Best, Validation, calibrate_checkpoint, read_validation
+from model.training.validation import Best, calibrate_checkpoint, read_validation
 from model.verdict import describe_band
 
 

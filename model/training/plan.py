@@ -42,6 +42,7 @@ from model.distributed import DistEnv
 from model.features.fit import check_fit
 from model.features.loader import FeatureSource
 from model.inference.fitness import generators_seen, sets_seen
+from model.metrics import Validation
 from model.mistakes.gate import START_FILE, check_mistakes
 from model.network import (
     build,
@@ -68,7 +69,7 @@ from model.training.sets import (
     unjudged_limits,
     warnings_of,
 )
-from model.training.validation import Best, Gain, Validation
+from model.training.validation import Best, Gain
 from pipeline.stream import Stream
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, sha256_of

@@ -60,9 +60,10 @@ from model import checkpoint
 from model.distributed import all_gather_object, on_main
 from model.inference.fitness import with_sources_of
 from model.lean_import import lean_import
+from model.metrics import Validation
 from model.recipe import STEP_FOLDER, Recipe, flat_settings, step_folder
 from model.training.step import TrainState
-from model.training.validation import Best, Gain, Validation, better
+from model.training.validation import Best, Gain, better
 from pipeline.stream import Stream
 from sharding.format import ShardSet
 from storage import partial_of, whole_name

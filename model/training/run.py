@@ -62,6 +62,7 @@ from model.distributed import (
     on_main,
 )
 from model.features.fit import fit_head, gather, reset_head
+from model.metrics import Validation
 from model.recipe import Recipe, flat_settings
 from model.tracking.history import History
 from model.tracking.tracker import Tracker
@@ -80,7 +81,6 @@ from model.training.step import (
 from model.training.validation import (
     Best,
     Gain,
-    Validation,
     read_validation,
     validate,
     write_validation,

@@ -50,8 +50,8 @@ import torch
 
 import console
 from model.distributed import DistEnv
+from model.forgetting import unjudged
 from model.recipe import Recipe, ResolvedRecipe
-from model.training.forgetting import unjudged
 from pipeline.loader import check_shards, open_loader
 from pipeline.params import train_params
 from pipeline.remote import PIECE

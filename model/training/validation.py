@@ -43,7 +43,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,35 +59,15 @@ from model.checkpoint import annotate, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv, on_main
 from model.features.loader import FeatureSource, open_scored
-from model.metrics import Metrics, measure, measure_sources
+from model.metrics import Validation, measure_sets
 from model.recipe import Calibrating
-from model.score import DEFAULT_THRESHOLD, Scores, score_set
+from model.score import score_set
 from model.shipped.backbone import is_shipped
-from model.training.forgetting import accuracy_of
 from model.training.step import TrainState
-from model.verdict import probability
 from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath, parse_json, read_text, write_text
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Metrics per set and per `set/source`, and the figure that selects the best checkpoint."""
-
-    sets: dict[str, Metrics]
-    sources: dict[str, Metrics]
-    selection: float
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
-        """Rebuild a validation from the JSON in `meta.json` and `baseline_metrics.json`."""
-        sets, sources = (
-            {name: Metrics(**metrics) for name, metrics in saved[kind].items()}
-            for kind in ("sets", "sources")
-        )
-        return cls(sets, sources, saved["selection"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,32 +120,14 @@ def validate(
     every image fake. With `features`, stored features are scored instead of images.
     """
     dist = train_state.dist
-    scored = []
+    scored = {}
     for name, shards in sets.items():
         with open_scored(
             shards, preprocess, loading, train_state.device, dist=dist, features=features
         ) as loader:
             scores = score_set(train_state.shown, loader, train_state.dtype, dist=dist)
-        scored.append((name, shards, scores))
-    return _measured(scored)
-
-
-def _measured(
-    scored: Sequence[tuple[str, ShardSet, Scores]],
-    temperature: float = 1.0,
-    threshold: float = DEFAULT_THRESHOLD,
-) -> Validation:
-    """Compute the metrics of scored sets, with probabilities at `temperature`."""
-    by_set: dict[str, Metrics] = {}
-    sources: dict[str, Metrics] = {}
-    for name, shards, scores in scored:
-        probabilities = probability(scores.logits, temperature)
-        by_set[name] = measure(scores.labels, probabilities, threshold)
-        by_source = measure_sources(
-            scores.labels, probabilities, shards.names("source", scores.samples), threshold
-        )
-        sources |= {f"{name}/{source}": metrics for source, metrics in by_source.items()}
-    return Validation(by_set, sources, float(np.mean([accuracy_of(m) for m in by_set.values()])))
+        scored[name] = shards, scores
+    return measure_sets(scored)
 
 
 def write_validation(path: Path, validation: Validation) -> None:
@@ -226,25 +187,25 @@ def calibrate_checkpoint(
     dtype, _ = choose_precision("auto", device)
     net.to(device)
     sources: list[str] = []
-    scored, hashes = [], {}
+    scored, hashes = {}, {}
     for folder in folders:
         shards = open_shards([folder])
         with open_scored(
             shards, preprocess, loading, device, dist=dist, features=features
         ) as loader:
             scores = score_set(net, loader, dtype, dist=dist)
-        scored.append((folder.name, shards, scores))
+        scored[folder.name] = shards, scores
         sources += shards.names("source", scores.samples)
         hashes[folder.name] = shards.sha256
     labels, logits = (
-        np.concatenate([getattr(scores, name) for _, _, scores in scored])
+        np.concatenate([getattr(scores, name) for _, scores in scored.values()])
         for name in ("labels", "logits")
     )
     calibration, fitted_on = fitted or (
         calibrate_by(rule, labels, logits, np.array(sources)),
         hashes,
     )
-    calibrated = _measured(scored, calibration.temperature, calibration.threshold)
+    calibrated = measure_sets(scored, calibration.temperature, calibration.threshold)
     entries = calibration.entries(fitted_on) | {"calibrated_metrics": asdict(calibrated)}
     on_main(dist, lambda: annotate(checkpoint, entries))
     return calibration

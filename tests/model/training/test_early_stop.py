@@ -9,10 +9,11 @@ import torch
 
 import recipes
 from model import checkpoint
+from model.metrics import Validation
 from model.recipe import Recipe
 from model.tracking.history import rows_of
 from model.training.run import train
-from model.training.validation import Best, Gain, Validation, better
+from model.training.validation import Best, Gain, better
 from tests.builders import ends_alike
 from tests.checkpoints import last_of
 

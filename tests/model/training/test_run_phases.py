@@ -15,12 +15,12 @@ import train as command
 from model import checkpoint
 from model.calibration.fit import Calibration, CalibrationError
 from model.evaluation.run import evaluate
+from model.forgetting import Change, forgetting, refusals, unjudged
 from model.metrics import measure
 from model.recipe import Gate, Recipe
 from model.tracking.history import rows_of
 from model.training import run
 from model.training.conclude import Refused
-from model.training.forgetting import Change, forgetting, refusals, unjudged
 from model.training.run import train
 from model.training.sets import open_stream
 from model.verdict import probability

@@ -16,14 +16,14 @@ Main entries, pure functions, in the order of use:
   if nothing was compared. A limit that cannot be judged is a reason, too: whoever sets one relies
   on it, and a checkpoint that nobody measured has not kept it.
 
-`accuracy_of(metrics)` is the balanced accuracy, or with one class the accuracy. "Accuracy" above
-means this.
+"Accuracy" means the balanced accuracy, or with one class the accuracy (`accuracy_of()` of
+`model/metrics.py`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from model.metrics import Metrics
+from model.metrics import Metrics, accuracy_of
 from model.recipe import Gate
 
 _ROUNDING = 1e-9
@@ -51,13 +51,6 @@ class Change:
     def lost(self) -> float:
         """Loss of balanced accuracy; negative for a gain."""
         return self.before - self.after
-
-
-def accuracy_of(metrics: Metrics) -> float:
-    """Return the balanced accuracy, or the accuracy if there is one class only."""
-    accuracy = metrics.accuracy if metrics.balanced_accuracy is None else metrics.balanced_accuracy
-    assert accuracy is not None  # a source without images has no metrics
-    return accuracy
 
 
 def changes(
