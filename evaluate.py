@@ -363,8 +363,8 @@ def calibrate(
     from model.adapters.open import Opening
     from model.device import choose_device
     from model.distributed import init_distributed
-    from model.evaluation.others import calibrate_other
     from model.evaluation.run import choose_subject
+    from model.evaluation.scoring import calibrate_other
     from model.recipe import Calibrating
     from model.training.validation import calibrate_checkpoint
     from pipeline.loading import Loading

@@ -54,7 +54,7 @@ import console
 from model.adapters.detector import OtherDetector
 from model.adapters.networks import open_timm, open_transformers
 from model.adapters.python_file import open_file
-from model.evaluation.others import score_shards
+from model.evaluation.scoring import score_shards
 from model.score import AT_A_TIME
 from sharding.format import open_shards
 

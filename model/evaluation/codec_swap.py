@@ -8,8 +8,8 @@ Main entry: `report_robustness(scorer, shards, perturbations, *, temperature, th
 on_images)` scores images before and after all perturbations and re-encodings. All ranks must call
 it; all get the result.
 
-- `scorer`: the detector as a `VariantScorer` (`Scorer` of `robustness.py` for a checkpoint's
-  network, `DetectorScorer` of `others.py` for other detectors).
+- `scorer`: the detector as a `VariantScorer` (`Scorer` of `scoring.py` for a checkpoint's
+  network, `DetectorScorer` for other detectors).
 - `shards`: an opened set of packed images, from `open_shards([folder])` of `sharding/format.py`.
 - `perturbations`: a list of `Perturbation` with `ORIGINAL` in it, such as `PERTURBATIONS` of
   `pipeline/perturb.py`. Without `ORIGINAL` it raises `ValueError`, but only after the scoring.

@@ -37,32 +37,25 @@ uint8 (height, width, 3), after each perturbation; several threads call it. `col
 the list of these results for one image. Where a perturbation failed, the entry is the reason, a
 text. It returns the logits, float32 (perturbations,), with NaN for a text.
 
-`Scorer(net, preprocess, device, dtype, dist)` is one for a checkpoint: `net` and `preprocess` come
-from `load_network()`, `net` is already on `device` (a `torch.device`), `dtype` is a torch dtype
-(default float32), and the default of `dist` is a single process. `DetectorScorer(detector, dist)`
-of `others.py` is one for any other detector.
+`Scorer` and `DetectorScorer` of `scoring.py` are such scorers.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import nn
 
 from escape import reason_of
 from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
 from model.evaluation.bootstrap import Images, Z, group_rows, intervals, resample
 from model.metrics import measure
-from model.score import evaluating, join_failures, logits_of
+from model.score import join_failures
 from model.verdict import NOT_FINITE, probability
-from pipeline import pil
 from pipeline.perturb import ORIGINAL, Perturbation
-from pipeline.preprocess import Preprocess
 from pipeline.read import ShardReader
 from sharding.format import CLASSES, ShardSet
 from storage import cores
@@ -111,34 +104,6 @@ def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:
     order = np.argsort(np.array(shards.table.column("sha256").to_pylist(), "S32"), kind="stable")
     kept = [order[labels[order] == label][:per_class] for label in range(len(CLASSES))]
     return np.sort(np.concatenate(kept))
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A checkpoint's network as a `VariantScorer`: preprocessing, device, precision and ranks."""
-
-    net: nn.Module
-    preprocess: Preprocess
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    dist: DistEnv = field(default_factory=DistEnv)
-
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """Preprocess an image, uint8 (height, width, 3), to uint8 (*preprocess.shape, 3)."""
-        return pil.preprocess(pixels, self.preprocess)
-
-    def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:
-        """Return the logits of all variants of one image, float32 (D,), computed as one batch. A
-        variant that is a reason (a string) gets NaN.
-        """
-        made = [variant for variant in variants if not isinstance(variant, str)]
-        blank = np.zeros(made[0].shape if made else (1, 1, 3), np.uint8)
-        pixels = np.stack([blank if isinstance(v, str) else v for v in variants])
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
-        with evaluating(self.net):
-            logits = logits_of(self.net, images, self.device, self.dtype).cpu().numpy()
-        logits[[isinstance(variant, str) for variant in variants]] = np.nan
-        return logits
 
 
 class VariantScorer(Protocol):

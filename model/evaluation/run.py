@@ -58,10 +58,10 @@ from model.distributed import DistEnv, all_gather_object, check_alike, on_main
 from model.evaluation import report
 from model.evaluation.bootstrap import RESAMPLES
 from model.evaluation.codec_swap import report_robustness
-from model.evaluation.others import DetectorScorer, score_shards
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
-from model.evaluation.robustness import Scorer, VariantScorer
+from model.evaluation.robustness import VariantScorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
+from model.evaluation.scoring import DetectorScorer, Scorer, score_shards
 from model.features.embed import Embedder, embed_sets
 from model.features.loader import FeatureSource, open_scored, source_of_checkpoint
 from model.inference.onnx_detector import OnnxDetector

@@ -5,7 +5,7 @@ Main entries (each `path` is a `Path`):
 
 - `rows_of(name, shards, scores, temperature)` returns the rows of one set, an Arrow table with one
   row per image and the columns below. It takes the set's name, the opened set (`ShardSet`, from
-  `open_shards([folder])`), its `Scores` (from `score_shards()` of `others.py` or `score_set()` of
+  `open_shards([folder])`), its `Scores` (from `score_shards()` of `scoring.py` or `score_set()` of
   `model/score.py`) and the detector's temperature (1.0: none). It raises `ValueError` if the scores
   and failures together do not have each image of `shards` exactly once.
 - `write_scores(path, parts, evaluation)` writes a list of such tables to the file `path`, and with

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from model.adapters.detector import DetectorError, OtherDetector
 from model.adapters.networks import open_timm, open_transformers
-from model.evaluation.others import logits_in_batch
+from model.evaluation.scoring import logits_in_batch
 from tests.builders import photo
 from tests.servers import MODEL, NEW, Server
 

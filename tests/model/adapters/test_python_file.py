@@ -27,9 +27,9 @@ from model.adapters.python_file import open_file
 from model.calibration.fit import calibrate
 from model.checkpoint import CheckpointError, find
 from model.distributed import DistEnv
-from model.evaluation import others
-from model.evaluation.others import score_shards
+from model.evaluation import scoring
 from model.evaluation.scores import read_scores
+from model.evaluation.scoring import score_shards
 from model.score import Scores
 from model.verdict import probability
 from pipeline.read import ShardReader
@@ -331,11 +331,11 @@ def test_scores_do_not_depend_on_the_number_of_ranks(
     whole = score_shards(detector, shards)
     parts: list[object] = []
     for rank in range(3):
-        monkeypatch.setattr(others, "all_gather_object", lambda _dist, value: [value])
-        monkeypatch.setattr(others, "join_ranks", lambda values: parts.append(values[0]))
+        monkeypatch.setattr(scoring, "all_gather_object", lambda _dist, value: [value])
+        monkeypatch.setattr(scoring, "join_ranks", lambda values: parts.append(values[0]))
         score_shards(detector, shards, DistEnv(rank, 3, 0))
     monkeypatch.undo()
-    joined = others.join_ranks(parts)
+    joined = scoring.join_ranks(parts)
     assert np.array_equal(joined.samples, whole.samples)
     assert np.array_equal(joined.logits, whole.logits)
     assert np.array_equal(joined.labels, whole.labels) and joined.failures == whole.failures
@@ -352,8 +352,8 @@ def test_a_calibration_is_stored_and_used(
     logits = np.random.default_rng(0).normal(4 * labels - 2, 3).astype(np.float32)
     scores = Scores(np.arange(len(labels)), labels, logits, {})
     # The set val is too small, and brightness does not separate its classes.
-    monkeypatch.setattr(others, "check_validation_sets", lambda _folders: None)
-    monkeypatch.setattr(others, "score_shards", lambda *_: scores)
+    monkeypatch.setattr(scoring, "check_validation_sets", lambda _folders: None)
+    monkeypatch.setattr(scoring, "score_shards", lambda *_: scores)
     result = run(evaluate.main, "calibrate", "--shards", "old", *ask)
     assert result.exit_code == 0, result.output
     detector = open_other(str(file), opening)

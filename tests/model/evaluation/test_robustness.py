@@ -10,12 +10,12 @@ from torch import nn
 
 from model.evaluation.codec_swap import LOW_QUALITY, container_of, plan_swaps, report_robustness
 from model.evaluation.robustness import (
-    Scorer,
     measure_perturbations,
     sample_by_hash,
     score_perturbations,
     shift_of,
 )
+from model.evaluation.scoring import Scorer
 from model.score import score_set
 from model.verdict import NOT_FINITE
 from pipeline import read

@@ -34,9 +34,13 @@ It returns the `Calibration` and the `Path` of its file. It raises `CalibrationE
 file, a set of another split than `val`, or scores to which nothing can be fitted; `DetectorError`
 as above; and `ShardError` for a set that cannot be opened. All of these are `ValueError`s.
 
-`DetectorScorer(detector, dist)` wraps the detector for the robustness test, which calls its
-`prepare()` and `column()`. `logits_in_batch(detector, prepared)` returns the logits of a list of at
-most `AT_A_TIME` preprocessed images, padded if their number affects the scores.
+For the robustness test, which calls their `prepare()` and `column()`: `Scorer(net, preprocess,
+device, dtype, dist)` wraps a checkpoint's network and `DetectorScorer(detector, dist)` any other
+detector. `net` and `preprocess` come from `load_network()`, `net` is already on `device` (a
+`torch.device`), and `dtype` is a torch dtype (default float32).
+
+`logits_in_batch(detector, prepared)` returns the logits of a list of at most `AT_A_TIME`
+preprocessed images, padded if their number affects the scores.
 """
 
 import itertools
@@ -46,6 +50,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import nn
 
 import console
 from model.adapters.detector import OtherDetector
@@ -61,8 +67,10 @@ from model.distributed import DistEnv, all_gather_object, on_main
 from model.inference.onnx_detector import OnnxDetector
 from model.inference.prediction import in_groups
 from model.recipe import Calibrating
-from model.score import AT_A_TIME, Scores, join_ranks
+from model.score import AT_A_TIME, Scores, evaluating, join_ranks, logits_of
 from model.verdict import NOT_FINITE
+from pipeline import pil
+from pipeline.preprocess import Preprocess
 from pipeline.read import ShardReader
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath
@@ -134,6 +142,34 @@ def logits_in_batch(detector: Scoring, prepared: Sequence[Any]) -> np.ndarray:
         return detector.logits(prepared)
     filling = [prepared[-1]] * (AT_A_TIME - len(prepared))
     return detector.logits([*prepared, *filling])[: len(prepared)]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A checkpoint's network as a `VariantScorer`: preprocessing, device, precision and ranks."""
+
+    net: nn.Module
+    preprocess: Preprocess
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    dist: DistEnv = field(default_factory=DistEnv)
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Preprocess an image, uint8 (height, width, 3), to uint8 (*preprocess.shape, 3)."""
+        return pil.preprocess(pixels, self.preprocess)
+
+    def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:
+        """Return the logits of all variants of one image, float32 (D,), computed as one batch. A
+        variant that is a reason (a string) gets NaN.
+        """
+        made = [variant for variant in variants if not isinstance(variant, str)]
+        blank = np.zeros(made[0].shape if made else (1, 1, 3), np.uint8)
+        pixels = np.stack([blank if isinstance(v, str) else v for v in variants])
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        with evaluating(self.net):
+            logits = logits_of(self.net, images, self.device, self.dtype).cpu().numpy()
+        logits[[isinstance(variant, str) for variant in variants]] = np.nan
+        return logits
 
 
 @dataclass(frozen=True)
