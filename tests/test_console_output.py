@@ -288,3 +288,16 @@ def test_a_log_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     record = logging.LogRecord("x", 20, "", 0, "from %s", ("https://h/a?sig=secret",), None)
     handler.emit(record)
     assert stream.getvalue() == "from https://h/a?***\n"
+
+
+def test_a_bar_inside_of_another_is_shown_below_it() -> None:
+    """As a validation during a training."""
+    shown = in_a_terminal(
+        "with console.progress('training', 3) as outer:\n"
+        "    with console.progress('validating val', 2) as inner:\n"
+        "        inner(1)\n"
+        "    outer(1)\n"
+        "console.say('end')"
+    )
+    below = re.compile(r"training \S+ 0/3 .*\nvalidating val \S+ 0/2 ")
+    assert below.search(shown) and shown.endswith("end\n"), shown
