@@ -361,12 +361,11 @@ def calibrate(
     accepted: a test set must not influence the calibration.
     """
     from model.adapters.open import Opening
+    from model.calibration.calibrate import calibrate_checkpoint, calibrate_other
     from model.device import choose_device
     from model.distributed import init_distributed
     from model.evaluation.run import choose_subject
-    from model.evaluation.scoring import calibrate_other
     from model.recipe import Calibrating
-    from model.training.validation import calibrate_checkpoint
     from pipeline.loading import Loading
     from report.terminal import print_calibration
 

@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+import console
 from model import checkpoint
 from model.network import build as build_network
 from pipeline.augment import AugmentPolicy
@@ -322,3 +323,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     one.go_on.set()
     one.shutdown()
     one.server_close()
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
+    """A list that gets the label and the total of each progress bar."""
+    shown: list[tuple[str, int | None]] = []
+    progress = console.progress
+
+    def noted(label: str, total: int | None, *more: Any, **options: Any) -> Any:
+        shown.append((label, total))
+        return progress(label, total, *more, **options)
+
+    monkeypatch.setattr(console, "progress", noted)
+    return shown

@@ -75,21 +75,30 @@ def test_imports_point_upstream(owner: str) -> None:
             )
 
 
-USERS = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in ("evaluation", "inference", "export", "adapters")
-    for path in files_of(f"model/{package}")
-    if path.stem != "__init__"
-]
-"""Modules that use a detector."""
-
-TRAINER = ("model.training.", "model.launch.")
-
-
 def file_of(module: str) -> Path | None:
     """Return the file of a module of this project; None for other modules and for functions."""
     path = ROOT.joinpath(*module.split("."))
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+USERS = [
+    *(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for package in ("evaluation", "calibration", "inference", "export", "adapters")
+        for path in files_of(f"model/{package}")
+        if path.stem != "__init__"
+    ),
+    *(
+        module
+        for script in ("evaluate", "predict")
+        for name in imports_of(ROOT / f"{script}.py")
+        for module in (name, name.rpartition(".")[0])
+        if file_of(module)
+    ),
+]
+"""Modules that use a detector, and those that the scripts import, also in functions."""
+
+TRAINER = ("model.training.", "model.launch.")
 
 
 def is_run_later(node: ast.AST) -> bool:

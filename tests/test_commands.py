@@ -17,9 +17,11 @@ import predict
 import train
 from model import checkpoint, load_detector
 from model.__main__ import main as model
+from model.calibration.calibrate import scorer_of, store_calibration
 from model.calibration.fit import Calibration
+from model.distributed import DistEnv
+from model.evaluation.scoring import score_all
 from model.export.card import card_of
-from model.training.validation import calibrate_checkpoint
 from model.verdict import VERDICTS, percent, probability
 from pipeline.__main__ import main as pipeline
 from pipeline.loading import Loading
@@ -130,9 +132,9 @@ def test_training_evaluation_and_card_agree(
         temperature=0.2, threshold=0.61, threshold_at="auto", reals=40, fakes=30,
         band=(0.3, 0.6), roc=[], before={}, after={},
     )  # fmt: skip
-    calibrate_checkpoint(
-        best, [data / "val"], Loading(num_workers=0), torch.device("cpu"), fitted=(calibration, {})
-    )
+    scorer = scorer_of(best, Loading(num_workers=0), torch.device("cpu"), DistEnv())
+    scored = score_all({"val": open_shards([data / "val"])}, scorer)
+    store_calibration(best, calibration, {}, scored, DistEnv())
     meta = checkpoint.read_meta(best)
     train._print_validation(meta)
     trained = capsys.readouterr().out

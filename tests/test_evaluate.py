@@ -346,7 +346,39 @@ def test_a_detector_that_ships_is_never_calibrated_in_place(
         assert meta.read_bytes() == before
 
 
-def test_calibration_refuses_one_class(data: Path, own_runs: Path, tmp_path: Path) -> None:
+def test_calibration_shows_progress_on_the_scoring(
+    data: Path, own_runs: Path, bars: list[tuple[str, int]]
+) -> None:
+    done = run(data, own_runs, "calibrate", "--shards", "val")
+    assert done.exit_code == 0, done.output
+    assert bars == [("scoring val", len(open_shards([data / "val"])))]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--threshold", "fpr1"], "36 real images are too few for a threshold at 1 % (needs 99)"),
+        (["--max-fpr", "0.01"], "too few real images for a threshold at a rate of 0.01"),
+        (["--max-fpr", "0.1", "--max-miss", "0.01"], "too few fake images for a threshold at"),
+    ],
+)
+def test_too_few_images_for_a_rate_are_refused_before_they_are_scored(
+    data: Path, own_runs: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.setattr(
+        "model.evaluation.scoring.score_set", lambda *_: pytest.fail("images were scored")
+    )
+    result = run(data, own_runs, "calibrate", "--shards", "val", *options)
+    assert result.exit_code == 1 and said in result.output
+
+
+def test_calibration_refuses_one_class(
+    data: Path, own_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is scored."""
+    monkeypatch.setattr(
+        "model.evaluation.scoring.score_set", lambda *_: pytest.fail("images were scored")
+    )
     alone = tmp_path / "shards" / "val"
     shutil.copytree(data / "evalgen", alone)
     index = json.loads((alone / "index.json").read_text())

@@ -35,8 +35,9 @@ of fake, after the temperature. Its `entries(fitted_on)` takes a dict, set name 
 index, and returns the dict for a checkpoint's `meta.json`. All three raise `CalibrationError` (a
 `ValueError`) if a class has fewer than `FEWEST` images, if it or more than half of its sources have
 too few for a rate that is asked for, if a score is not finite, or if no temperature fits.
-`check_validation_sets(folders)` takes the paths (`Path` or `UPath`) of packed sets and raises this
-error if a set is not of the split `val`.
+`check_images(labels, rule, sources)` raises this error before anything is scored, if there are too
+few images for `calibrate_by()`. `check_validation_sets(folders)` takes the paths (`Path` or
+`UPath`) of packed sets and raises it if a set is not of the split `val`.
 
 `TEMPERATURES`, `RATES` and `ROC_THRESHOLDS` are the range of temperatures, the tabulated error
 rates and the points of the ROC curve. The other functions compute single parts of the result.
@@ -148,17 +149,32 @@ def check_validation_sets(folders: Sequence[AnyPath]) -> None:
             )
 
 
-def check_counts(labels: np.ndarray) -> tuple[int, int]:
-    """Return the numbers of real (0) and fake (1) images, if they are enough for a calibration.
+def check_images(
+    labels: np.ndarray,
+    rule: ThresholdAt | Calibrating = "auto",
+    sources: np.ndarray | None = None,
+) -> tuple[int, int]:
+    """Return the numbers of real (0) and fake (1) images, if they are enough for a calibration by
+    `rule`. `sources` (N,) contains the source of each image, a name or number (None: one source).
 
     Raises:
-        CalibrationError: a class has fewer than `FEWEST` images.
+        CalibrationError: a class has fewer than `FEWEST` images, or too few for its rate.
     """
     reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
     if min(reals, fakes) < FEWEST:
         raise CalibrationError(
             f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each"
         )
+    if rule == "fpr1" and reals < _needed(0.01):
+        raise CalibrationError(
+            f"{reals} real images are too few for a threshold at 1 % (needs {_needed(0.01)})"
+        )
+    if isinstance(rule, Calibrating):
+        names = np.zeros(len(labels)) if sources is None else sources
+        for number, rate in enumerate((rule.max_fpr, rule.max_miss)):
+            of_class = names[labels == number]
+            groups = [of_class[of_class == name] for name in np.unique(of_class)]
+            _check_enough(_large(groups, rule.threshold), rate, CLASSES[number])
     return reals, fakes
 
 
@@ -181,7 +197,7 @@ def calibrate(
             temperature fits.
     """
     labels, logits = np.asarray(labels), np.asarray(logits, np.float64)
-    reals, fakes = check_counts(labels)
+    reals, fakes = check_images(labels, threshold_at)
     if not np.isfinite(logits).all():
         raise CalibrationError(
             "some scores are NaN or infinite; the checkpoint cannot be calibrated"
@@ -197,8 +213,6 @@ def calibrate(
     }  # fmt: skip
     if at_1 is not None:
         thresholds["fpr1"] = at_1
-    elif threshold_at == "fpr1":
-        raise CalibrationError(f"{reals} real images are too few for a threshold at 1 % (needs 99)")
     high = thresholds[threshold_at]
     band = float(min(DEFAULT_THRESHOLD, below, high)), high
     return Calibration(
@@ -268,12 +282,7 @@ def calibrate_sources(
         name: (sum(len(p) >= max(FEWEST, _needed(rate)) for p in of_class), len(of_class))
         for name, of_class, rate in zip(CLASSES, groups, rates, strict=True)
     }
-    if over != "pooled":
-        groups = [
-            [group for group in of_class if len(group) >= FEWEST] or [np.concatenate(of_class)]
-            for of_class in groups
-        ]
-    reals, fakes = groups
+    reals, fakes = (_large(of_class, over) for of_class in groups)
     high = threshold_over_sources(reals, calibrating.max_fpr, over)
     missed = [1 - of_source for of_source in fakes]  # a miss rate is a false-positive rate of 1 - p
     low = 1 - threshold_over_sources(missed, calibrating.max_miss, over, "fake")
@@ -324,6 +333,25 @@ def threshold_over_sources(
         CalibrationError: more than half of the sources have too few images for this rate.
     """
     groups = [np.concatenate(list(reals))] if over == "pooled" else reals
+    _check_enough(groups, rate, label)
+    highest = 0.0
+    for each in (rate, *(higher for higher in RATES if higher > rate)):
+        known = [t for group in groups if (t := threshold_at_fpr(group, each)) is not None]
+        last = math.ceil(0.75 * len(known)) if over == "most_sources" else len(known)
+        highest = max(highest, sorted(known)[last - 1])
+    return highest
+
+
+def _large(groups: Sequence[np.ndarray], over: Over) -> list[np.ndarray]:
+    """Return the images of one class, source by source, that a rate holds for: of all sources with
+    `FEWEST` images. Without such a source, or for a rate over all images (`pooled`), join them.
+    """
+    large = [] if over == "pooled" else [group for group in groups if len(group) >= FEWEST]
+    return large or [np.concatenate(groups)]
+
+
+def _check_enough(groups: Sequence[np.ndarray], rate: float, label: str) -> None:
+    """Refuse a rate for which more than half of the sources, `groups`, have too few images."""
     enough = sum(_is_enough(group, rate) for group in groups)
     if not enough or 2 * enough < len(groups):
         needed = f"at least {_needed(rate):,} are needed"
@@ -335,12 +363,6 @@ def threshold_over_sources(
         raise CalibrationError(
             f"too few {label} images for a threshold at a rate of {rate:.3g}: {few}; {mend}"
         )
-    highest = 0.0
-    for each in (rate, *(higher for higher in RATES if higher > rate)):
-        known = [t for group in groups if (t := threshold_at_fpr(group, each)) is not None]
-        last = math.ceil(0.75 * len(known)) if over == "most_sources" else len(known)
-        highest = max(highest, sorted(known)[last - 1])
-    return highest
 
 
 def thresholds_at_rates(reals: Sequence[np.ndarray], over: Over) -> list[tuple[float, float]]:

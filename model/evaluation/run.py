@@ -34,9 +34,8 @@ run (never a shipped detector, unlike `load_any()`). Without a run, it raises `V
 
 `report_on(path)` computes the same report from a scores file (`Path`). `find_scores(path)` returns
 the `Path` of that file, given the file, its folder or a report in it, and raises `ValueError` if
-there is none. `score_sets()` (for checkpoints), `score_sets_by()` (other detectors),
-`perturb_sets()` and `with_reference()` are parts of `evaluate()`; they take its `EvaluationPlan` as
-`planned`.
+there is none. `score_sets()`, `perturb_sets()` and `with_reference()` are parts of `evaluate()`;
+they take its `EvaluationPlan` as `planned`.
 """
 
 import json
@@ -61,16 +60,14 @@ from model.evaluation.codec_swap import report_robustness
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
 from model.evaluation.robustness import VariantScorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
-from model.evaluation.scoring import DetectorScorer, Scorer, score_shards
+from model.evaluation.scoring import AnyScorer, DetectorScorer, Scorer, rank_progress
 from model.features.embed import Embedder, embed_sets
-from model.features.loader import FeatureSource, open_scored, source_of_checkpoint
+from model.features.loader import FeatureSource, source_of_checkpoint
 from model.inference.onnx_detector import OnnxDetector
 from model.network import Detector
-from model.score import score_set
 from model.shipped.backbone import output_folder
 from model.verdict import CALIBRATION_KEYS
 from pipeline.perturb import PERTURBATIONS
-from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet, join_sets, open_shards
 from storage import AnyPath, write_text
 
@@ -106,20 +103,9 @@ def evaluate(
         console.log.warning("%s", sentence)
     keep_freed_memory(planned.device)
     on_main(planned.dist, lambda: out.mkdir(parents=True, exist_ok=True))
-    scorer: VariantScorer
-    if planned.detector:
-        console.log.info("%s (%s)", planned.checkpoint, planned.backend_reason)
-        scorer = DetectorScorer(planned.detector, planned.dist)
-        began = time.perf_counter()
-        rows = score_sets_by(planned, planned.detector)
-    else:
-        net, preprocess, _ = load_network(planned.checkpoint)
-        precision = describe(planned.dtype)
-        console.log.info("%s on %s (%s)", precision, planned.device, planned.dtype_reason)
-        net.to(planned.device)
-        scorer = Scorer(net, preprocess, planned.device, planned.dtype, planned.dist)
-        began = time.perf_counter()
-        rows = score_sets(planned, net, preprocess)
+    scorer = _scorer_of(planned)
+    began = time.perf_counter()
+    rows = score_sets(planned, scorer)
     seconds = time.perf_counter() - began
     perturbed = perturb_sets(planned, scorer) if planned.options.robustness else {}
     if not planned.dist.is_main:
@@ -157,22 +143,22 @@ def choose_subject(
     return detector, opening.runs / detector.folder_name
 
 
-def score_sets_by(
-    planned: EvaluationPlan, detector: OtherDetector | OnnxDetector
-) -> list[pa.Table]:
-    """Score each set with a detector that is not a checkpoint. Return one table of
-    `scores.parquet` rows per set, the same on every rank.
-    """
-    dist, tables = planned.dist, []
-    for name, planned_set in planned.sets.items():
-        _log_reference(planned, name)
-        shards = planned_set.shards
-        with console.progress(f"scoring {name}", len(shards), dist.is_main) as advance:
-            scores = score_shards(
-                detector, shards, dist, lambda done: advance(done * dist.world_size)
-            )  # fmt: skip
-        tables.append(rows_of(name, shards, scores, planned.meta["temperature"]))
-    return tables
+def _scorer_of(planned: EvaluationPlan) -> AnyScorer:
+    """Load the detector of the plan, and compute missing features. Logs device and precision."""
+    if planned.detector:
+        console.log.info("%s (%s)", planned.checkpoint, planned.backend_reason)
+        return DetectorScorer(planned.detector, planned.dist)
+    net, preprocess, _ = load_network(planned.checkpoint)
+    precision = describe(planned.dtype)
+    console.log.info("%s on %s (%s)", precision, planned.device, planned.dtype_reason)
+    net.to(planned.device)
+    source, options = None, planned.options
+    if options.features:
+        source = source_of_checkpoint(net, planned.meta, planned.dtype, options.features)
+        _embed(planned, net, source)
+    return Scorer(
+        net, preprocess, planned.device, planned.dtype, planned.dist, options.loading, source
+    )
 
 
 def _log_reference(planned: EvaluationPlan, name: str) -> None:
@@ -182,29 +168,13 @@ def _log_reference(planned: EvaluationPlan, name: str) -> None:
         console.log.info("%s: only its %s real images (%s)", name, count, why)
 
 
-def score_sets(planned: EvaluationPlan, net: Detector, preprocess: Preprocess) -> list[pa.Table]:
-    """Score each set with a checkpoint. Return one table of `scores.parquet` rows per set, the
-    same on every rank.
-    """
-    dist, tables, source = planned.dist, [], None
-    if planned.options.features:
-        source = source_of_checkpoint(net, planned.meta, planned.dtype, planned.options.features)
-        _embed(planned, net, source)
+def score_sets(planned: EvaluationPlan, scorer: AnyScorer) -> list[pa.Table]:
+    """Score each set. Return one table of `scores.parquet` rows per set, the same on every rank."""
+    tables = []
     for name, planned_set in planned.sets.items():
-        shards = planned_set.shards
         _log_reference(planned, name)
-        with (
-            open_scored(
-                shards, preprocess, planned.options.loading, planned.device,
-                dist=dist, features=source,
-            ) as loader,
-            console.progress(f"scoring {name}", len(shards), dist.is_main) as advance,
-        ):  # fmt: skip
-            console.log.info("%s: images through %s (%s)", name, loader.backend, loader.reason)
-            scores = score_set(
-                net, loader, planned.dtype, lambda done: advance(done * dist.world_size), dist
-            )  # fmt: skip
-        tables.append(rows_of(name, shards, scores, planned.meta["temperature"]))
+        scores = scorer.score(planned_set.shards, f"scoring {name}")
+        tables.append(rows_of(name, planned_set.shards, scores, planned.meta["temperature"]))
     return tables
 
 
@@ -225,7 +195,7 @@ def _embed(planned: EvaluationPlan, net: Detector, source: FeatureSource) -> Non
 
 def perturb_sets(planned: EvaluationPlan, scorer: VariantScorer) -> dict[str, dict[str, Any]]:
     """Return the entry `robustness` of each measured set. Logs the number of perturbed images."""
-    dist, meta, per_class = planned.dist, planned.meta, planned.options.robustness
+    meta, per_class = planned.meta, planned.options.robustness
     entries = {}
     for name in planned.measured:
         label, shards = f"perturbing {name}", with_reference(planned, name)
@@ -233,11 +203,11 @@ def perturb_sets(planned: EvaluationPlan, scorer: VariantScorer) -> dict[str, di
         taken = np.minimum(counts, per_class)
         figures = (f"{n:,}" for pair in zip(taken, counts, strict=True) for n in pair)
         console.log.info("%s: %s of %s real and %s of %s fake images", label, *figures)
-        with console.progress(label, int(taken.sum()), dist.is_main) as advance:
+        with rank_progress(label, int(taken.sum()), planned.dist) as on_images:
             entries[name] = report_robustness(
                 scorer, shards, PERTURBATIONS,
                 temperature=meta["temperature"], threshold=meta["threshold"],
-                per_class=per_class, on_images=lambda done: advance(done * dist.world_size),
+                per_class=per_class, on_images=on_images,
             )  # fmt: skip
     return entries
 

@@ -1,52 +1,48 @@
-"""Score shard sets (packed images) with a detector that is not a checkpoint (a third-party detector
-or an ONNX file), and calibrate a third-party detector.
+"""Score shard sets (packed images) with any detector: a checkpoint, an ONNX file or a third-party
+detector.
 
-Main entry: `score_shards(detector, shards, dist, on_images)` scores every image of a set.
+Main entry: `score_all(sets, scorer, verb)` scores every image of some sets, under a progress bar
+that is named after `verb` (default "scoring") and the set. All ranks must call it, and all get the
+same result: a dict, name -> a pair of the `ShardSet` and its `Scores`. `sets` is a dict, name ->
+opened set, from `open_shards([folder])`. `scorer` is one of these; its `score(shards, label)`
+scores one set:
 
-- `detector`: an `OtherDetector` or `OnnxDetector`, from `open_other()` of `model/adapters/open.py`.
-- `shards`: the opened set, from `open_shards([folder])`.
-- `dist`: this process's rank, a `DistEnv`. None (default): a single process. All ranks must call a
-  function that takes it, and all get the same result.
-- `on_images`: None (default), or a function that is called after each batch with the number of
-  images that this process did since its last call.
+- `Scorer(net, preprocess, device, dtype, dist, loading, features, quiet)` for a checkpoint. `net`
+  and `preprocess` come from `load_network()`, and `net` is already on `device` (a `torch.device`).
+  Optional: `dtype`, a torch dtype (default float32); `dist`, this process's rank (`DistEnv`;
+  default: a single process); `loading`, a `Loading` (batch size, workers); `features`, a
+  `FeatureSource`: stored features are scored instead of images; `quiet`: true if no line is logged
+  on how images are decoded.
+- `DetectorScorer(detector, dist)` for an `OtherDetector` or `OnnxDetector`, from `open_other()` of
+  `model/adapters/open.py`.
 
-It returns `Scores`, three arrays with one value per image and a dict:
+`Scores` has three arrays with one value per image and a dict:
 
 - `samples`: row numbers in the set, rising.
 - `labels`: 0 real, 1 fake.
 - `logits`: float32, the logit of fake minus that of real, before the temperature.
-- `failures`: row number -> reason, for each image that could not be decoded or has no finite score.
-  These images are not in the arrays.
+- `failures`: row number -> reason, for each image that could not be decoded or, by a detector that
+  is not a checkpoint, has no finite score. These images are not in the arrays.
 
-It raises `DetectorError` if the detector is a Python file whose function fails, or returns
-something else than one number from 0 to 1 (or NaN) per image.
+A checkpoint's score that is not finite raises `ScoreError` instead, and images or features that
+cannot be loaded raise `LoadError` or `FeatureError`. `DetectorError` is raised if the detector is a
+Python file whose function fails, or returns something else than one number from 0 to 1 (or NaN) per
+image. All are `ValueError`s.
 
-Main entry: `calibrate_other(detector, folders, runs, rule, dist)` scores validation sets and fits
-one `Calibration` (temperature, threshold, band) to all; `detector` and `dist` are as above.
+Both scorers also have `prepare()` and `column()` for the robustness test.
 
-- `folders`: packed sets of the split `val`, a list of at least one `Path` (`UPath` for an address).
-- `runs`: the `Path` of the folder of all runs. Rank 0 writes the file in a subfolder of it.
-- `rule`: "auto" (default: 0.5, or higher if needed for 5 % false positives at most), "fpr5", "fpr1"
-  (at most 5 % or 1 % false positives) or "0.5"; or a `Calibrating` of `model/recipe.py`, whose
-  `max_fpr`, `max_miss` and `threshold` are used.
-
-It returns the `Calibration` and the `Path` of its file. It raises `CalibrationError` for an ONNX
-file, a set of another split than `val`, or scores to which nothing can be fitted; `DetectorError`
-as above; and `ShardError` for a set that cannot be opened. All of these are `ValueError`s.
-
-For the robustness test, which calls their `prepare()` and `column()`: `Scorer(net, preprocess,
-device, dtype, dist)` wraps a checkpoint's network and `DetectorScorer(detector, dist)` any other
-detector. `net` and `preprocess` come from `load_network()`, `net` is already on `device` (a
-`torch.device`), and `dtype` is a torch dtype (default float32).
-
+`score_shards(detector, shards, dist, on_images)` returns the `Scores` of one set by such a detector
+without a bar. `on_images` is None (default), or a function that is called after each batch with the
+number of images that this process did since its last call. `rank_progress(label, total, dist)` is a
+context manager that shows a bar for all ranks together and yields such a function.
 `logits_in_batch(detector, prepared)` returns the logits of a list of at most `AT_A_TIME`
 preprocessed images, padded if their number affects the scores.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -54,26 +50,16 @@ import torch
 from torch import nn
 
 import console
-from model.adapters.detector import OtherDetector
-from model.adapters.kept import calibration_path, keep_calibration
-from model.calibration.fit import (
-    Calibration,
-    CalibrationError,
-    ThresholdAt,
-    calibrate_by,
-    check_validation_sets,
-)
-from model.distributed import DistEnv, all_gather_object, on_main
-from model.inference.onnx_detector import OnnxDetector
+from model.distributed import DistEnv, all_gather_object
+from model.features.loader import FeatureSource, open_scored
 from model.inference.prediction import in_groups
-from model.recipe import Calibrating
-from model.score import AT_A_TIME, Scores, evaluating, join_ranks, logits_of
+from model.score import AT_A_TIME, Scores, evaluating, join_ranks, logits_of, score_set
 from model.verdict import NOT_FINITE
 from pipeline import pil
+from pipeline.loading import Loading
 from pipeline.preprocess import Preprocess
 from pipeline.read import ShardReader
-from sharding.format import ShardSet, open_shards
-from storage import AnyPath
+from sharding.format import ShardSet
 
 
 class Scoring(Protocol):
@@ -144,15 +130,42 @@ def logits_in_batch(detector: Scoring, prepared: Sequence[Any]) -> np.ndarray:
     return detector.logits([*prepared, *filling])[: len(prepared)]
 
 
+@contextlib.contextmanager
+def rank_progress(label: str, total: int, dist: DistEnv) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on rank 0 for work that the ranks share; yields a function that takes the
+    number of images this rank has done since its last call.
+    """
+    with console.progress(label, total, dist.is_main) as advance:
+        yield lambda done: advance(done * dist.world_size)
+
+
 @dataclass(frozen=True)
 class Scorer:
-    """A checkpoint's network as a `VariantScorer`: preprocessing, device, precision and ranks."""
+    """A checkpoint's network for scoring whole sets, and as a `VariantScorer` of `robustness.py`:
+    preprocessing, device, precision, ranks, and how images or stored `features` are loaded.
+    """
 
     net: nn.Module
     preprocess: Preprocess
     device: torch.device
     dtype: torch.dtype = torch.float32
     dist: DistEnv = field(default_factory=DistEnv)
+    loading: Loading = field(default_factory=Loading)
+    features: FeatureSource | None = None
+    quiet: bool = False
+
+    def score(self, shards: ShardSet, label: str) -> Scores:
+        """Score every sample of a set exactly once, on all ranks together."""
+        with (
+            open_scored(
+                shards, self.preprocess, self.loading, self.device,
+                dist=self.dist, features=self.features,
+            ) as loader,
+            rank_progress(label, len(shards), self.dist) as on_images,
+        ):  # fmt: skip
+            if not self.quiet:
+                console.log.info("%s: images through %s (%s)", label, loader.backend, loader.reason)
+            return score_set(self.net, loader, self.dtype, on_images, self.dist)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Preprocess an image, uint8 (height, width, 3), to uint8 (*preprocess.shape, 3)."""
@@ -174,10 +187,17 @@ class Scorer:
 
 @dataclass(frozen=True)
 class DetectorScorer:
-    """A detector that is not a checkpoint, as a `VariantScorer` of `robustness.py`."""
+    """A detector that is not a checkpoint, for scoring whole sets, and as a `VariantScorer` of
+    `robustness.py`.
+    """
 
     detector: Scoring
     dist: DistEnv = field(default_factory=DistEnv)
+
+    def score(self, shards: ShardSet, label: str) -> Scores:
+        """Score every sample of a set exactly once, on all ranks together."""
+        with rank_progress(label, len(shards), self.dist) as on_images:
+            return score_shards(self.detector, shards, self.dist, on_images)
 
     def prepare(self, pixels: np.ndarray) -> Any:
         """Preprocess an image, uint8 (height, width, 3), as the detector does."""
@@ -195,44 +215,11 @@ class DetectorScorer:
         return logits
 
 
-def calibrate_other(
-    detector: OtherDetector | OnnxDetector,
-    folders: Sequence[AnyPath],
-    runs: Path,
-    rule: ThresholdAt | Calibrating = "auto",
-    dist: DistEnv | None = None,
-) -> tuple[Calibration, Path]:
-    """Calibrate a third-party detector on validation sets. Return the calibration and its file.
+AnyScorer = Scorer | DetectorScorer
 
-    One calibration is fitted to all sets by `rule` (`calibrate_by`) and is written below
-    `runs`, where `model.adapters.open` reads it. With several ranks, every rank calls this and
-    rank 0 writes.
 
-    Raises:
-        CalibrationError: a set is not of the split `val`, nothing can be fitted to the scores, or
-            the detector is an ONNX file, which contains its calibration.
-    """
-    dist = dist or DistEnv()
-    if not isinstance(detector, OtherDetector):
-        raise CalibrationError(
-            f"{detector.checkpoint} is an ONNX file, which contains its calibration; calibrate its "
-            "checkpoint and export the file again"
-        )
-    check_validation_sets(folders)
-    labels, logits, sources, hashes = [], [], list[str](), {}
-    for folder in folders:
-        shards = open_shards([folder])
-        with console.progress(f"scoring {folder.name}", len(shards), dist.is_main) as advance:
-            scores = score_shards(
-                detector, shards, dist, lambda done: advance(done * dist.world_size)
-            )  # fmt: skip
-        labels.append(scores.labels)
-        logits.append(scores.logits)
-        sources += shards.names("source", scores.samples)
-        hashes[folder.name] = shards.sha256
-    calibration = calibrate_by(
-        rule, np.concatenate(labels), np.concatenate(logits), np.array(sources)
-    )
-    path = calibration_path(detector, runs)
-    on_main(dist, lambda: keep_calibration(detector, runs, calibration.entries(hashes)))
-    return calibration, path
+def score_all(
+    sets: Mapping[str, ShardSet], scorer: AnyScorer, verb: str = "scoring"
+) -> dict[str, tuple[ShardSet, Scores]]:
+    """Score every sample of some sets; `sets` and the result are by name."""
+    return {name: (shards, scorer.score(shards, f"{verb} {name}")) for name, shards in sets.items()}

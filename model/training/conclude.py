@@ -30,11 +30,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import console
 from model import checkpoint
-from model.calibration.fit import CalibrationError, check_counts, check_validation_sets
+from model.calibration.calibrate import calibrate_checkpoint, check_sets
+from model.calibration.fit import (
+    CalibrationError,
+    ThresholdAt,
+    check_images,
+    check_validation_sets,
+)
 from model.distributed import on_main
 from model.forgetting import Change, changes, forgetting, refusals
 from model.inference.detector import load_detector
@@ -50,11 +54,12 @@ from model.mistakes.gate import (
 )
 from model.mistakes.keep import Verdict
 from model.mistakes.regressions import counts_of
+from model.recipe import Calibrating, Recipe
 from model.training.assemble import assemble, with_features
 from model.training.leave_out import calibrate_left_out
 from model.training.plan import RunPlan
 from model.training.sets import new_sources
-from model.training.validation import Best, calibrate_checkpoint, read_validation
+from model.training.validation import Best, read_validation
 from model.verdict import describe_band
 
 
@@ -154,7 +159,7 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     try:
         calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
             best, folders, recipe.loading, planned.device,
-            rule=recipe.calibration if recipe.calibration.is_stated else "auto",
+            rule=_rule_of(recipe),
             dist=planned.dist, features=planned.features,
         )  # fmt: skip
     except CalibrationError as error:
@@ -167,18 +172,23 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     )  # fmt: skip
 
 
+def _rule_of(recipe: Recipe) -> ThresholdAt | Calibrating:
+    """Return the rule by which validation sets are calibrated on: stated error rates, or "auto"."""
+    return recipe.calibration if recipe.calibration.is_stated else "auto"
+
+
 def _calibration_fault(planned: RunPlan) -> str:
     """Return why the sets of a run cannot be calibrated on, before anything is scored; empty if
-    they have enough images of each class and are validation sets.
+    they have enough images of each class for the rates and are validation sets.
     """
     recipe, pool = planned.recipe, planned.stream.pool
-    if recipe.calibration.on == "left_out":
-        labels = pool.shards.column("label")[pool.new]
-    else:
-        labels = np.concatenate([s.column("label") for s in planned.validation.values()])
     try:
         check_validation_sets([planned.data / name for name in recipe.data.validate])
-        check_counts(labels)
+        if recipe.calibration.on == "left_out":
+            labels, sources = pool.shards.column("label"), pool.shards.codes("source")[0]
+            check_images(labels[pool.new], recipe.calibration, sources[pool.new])
+        else:
+            check_sets([*planned.validation.values()], _rule_of(recipe))
     except CalibrationError as error:
         return str(error)
     return ""

@@ -51,10 +51,17 @@ import numpy as np
 import torch
 
 import console
-from model.calibration.fit import Calibration, CalibrationError, calibrate_sources
+from model.calibration.calibrate import scorer_of, store_calibration
+from model.calibration.fit import (
+    Calibration,
+    CalibrationError,
+    calibrate_sources,
+    check_validation_sets,
+)
 from model.checkpoint import load_network
 from model.device import one_thread
 from model.distributed import DistEnv, all_gather_object, on_main
+from model.evaluation.scoring import score_all
 from model.features.fit import FitError, fit_head, gather, head_weights, reset_head, set_head
 from model.features.loader import FeatureLoader, FeatureSource, source_of
 from model.score import score_set
@@ -62,7 +69,6 @@ from model.training.assemble import embed_run
 from model.training.optim import make_optimizer, schedule, set_learning_rate
 from model.training.plan import RunPlan
 from model.training.step import TrainState, average_of, train_step
-from model.training.validation import calibrate_checkpoint
 from pipeline.order import OrderError
 from pipeline.replay import Replay
 from pipeline.stream import Stream
@@ -181,9 +187,11 @@ def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
     trains the heads.
 
     Raises:
-        CalibrationError: there are too few images, or no calibration fits the scores.
+        CalibrationError: there are too few images, no calibration fits the scores, or a validation
+            set has another split than `val`.
     """
     recipe, dist = planned.recipe, planned.dist
+    check_validation_sets([planned.data / name for name in recipe.data.validate])
     net, _, _ = load_network(best)
     net.to(planned.device)
     optimizer = make_optimizer(net.backbone, recipe.optim, fused=False)
@@ -202,8 +210,7 @@ def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
     calibration = on_main(dist, fitted)
     if isinstance(calibration, CalibrationError):
         raise calibration
-    folders = [planned.data / name for name in recipe.data.validate]
-    return calibrate_checkpoint(
-        best, folders, recipe.loading, planned.device,
-        dist=dist, features=source, fitted=(calibration, planned.stream.pool.hashes),
-    )  # fmt: skip
+    scorer = scorer_of(best, recipe.loading, planned.device, dist, source)
+    scored = score_all(planned.validation, scorer)
+    store_calibration(best, calibration, planned.stream.pool.hashes, scored, dist)
+    return calibration

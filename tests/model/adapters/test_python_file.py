@@ -351,8 +351,11 @@ def test_a_calibration_is_stored_and_used(
     labels = open_shards([data / "old"]).column("label").astype(np.int64)
     logits = np.random.default_rng(0).normal(4 * labels - 2, 3).astype(np.float32)
     scores = Scores(np.arange(len(labels)), labels, logits, {})
+    monkeypatch.setattr(scoring, "score_shards", lambda *_: pytest.fail("images were scored"))
+    refused = run(evaluate.main, "calibrate", "--shards", "val", *ask)
+    assert refused.exit_code == 1 and "calibration needs at least 20 of each" in refused.stderr
     # The set val is too small, and brightness does not separate its classes.
-    monkeypatch.setattr(scoring, "check_validation_sets", lambda _folders: None)
+    monkeypatch.setattr("model.calibration.calibrate.check_validation_sets", lambda _folders: None)
     monkeypatch.setattr(scoring, "score_shards", lambda *_: scores)
     result = run(evaluate.main, "calibrate", "--shards", "old", *ask)
     assert result.exit_code == 0, result.output

@@ -149,6 +149,17 @@ def test_a_run_calibrates_on_left_out_sources_and_records_the_rates(
     assert meta["calibrated_metrics"]["sets"]["val"]["count"] == 22
 
 
+def test_a_rate_for_too_few_images_is_refused_before_heads_are_trained(
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "model.training.conclude.calibrate_left_out", lambda *_: pytest.fail("heads were trained")
+    )
+    recipe = replace(recipe, calibration=Calibrating(on="left_out", max_fpr=0.001))
+    best = train(recipe, data, tmp_path / "runs", init_from=weights)
+    assert checkpoint.read_meta(best)["calibration"] is None
+
+
 def scores_of(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Make scores of four real sources, of which the last looks more like a fake, and two
     of fakes.

@@ -26,6 +26,7 @@ from model.training.sets import open_stream
 from model.verdict import probability
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
+from sharding.format import open_shards
 from tests.builders import ends_alike, losses_of
 from tests.checkpoints import last_of
 from tests.goldens import Golden
@@ -136,6 +137,14 @@ def test_the_replay_ratio_is_the_one_that_is_set(phase2: Path, data: Path, ratio
     assert set(epoch.samples[epoch.replayed]) <= set(stream.pool.old)
 
 
+def test_validations_show_progress(
+    tiny_recipe: Path, data: Path, tmp_path: Path, bars: list[tuple[str, int]]
+) -> None:
+    train(recipes.load(Recipe, tiny_recipe, ["run.epochs=2"]), data, tmp_path)
+    images = len(open_shards([data / "val"]))
+    assert [bar for bar in bars if "val" in bar[0]] == 2 * [("validating val", images)]
+
+
 def test_accumulation_changes_only_memory(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
     losses = {}
     for pieces in (1, 5, 16):
@@ -237,13 +246,14 @@ def test_stated_error_rates_hold_on_validation_sets(
         rules.append(rule)
         raise CalibrationError("only the rule is of interest")
 
-    monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
-    monkeypatch.setattr("model.training.validation.calibrate_by", noted)
-    for name, changes in (("a", []), ("b", ["calibration.max_fpr=0.01"])):
+    monkeypatch.setattr("model.calibration.fit.FEWEST", 1)
+    monkeypatch.setattr("model.calibration.calibrate.calibrate_by", noted)
+    stated = ["calibration.max_fpr=0.4", "calibration.max_miss=0.4"]
+    for name, changes in (("a", []), ("b", stated)):
         recipe = recipes.load(Recipe, tiny_recipe, [f'name="{name}"', "run.epochs=1", *changes])
         train(recipe, data, tmp_path)
     assert rules == ["auto", recipe.calibration]
-    assert recipe.calibration.max_fpr == 0.01
+    assert recipe.calibration.max_fpr == 0.4
 
 
 def metrics(accuracy: float, fpr: float = 0.0):
@@ -305,11 +315,11 @@ def test_the_gate_counts_false_positives_at_the_calibrated_threshold(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the threshold of the detector that is saved, not at 0.5."""
-    monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
+    monkeypatch.setattr("model.calibration.fit.FEWEST", 1)
 
     def train_at(threshold: float, name: str) -> Path:
         monkeypatch.setattr(
-            "model.training.validation.calibrate_by", lambda *_: calibration_at(threshold)
+            "model.calibration.calibrate.calibrate_by", lambda *_: calibration_at(threshold)
         )
         changes = [f"name={name}", "gate.max_fpr=0.0", "optim.lr=1e-2", "run.epochs=1"]
         return train(recipes.load(Recipe, tiny_recipe, changes), data, tmp_path)
@@ -399,8 +409,8 @@ def test_the_last_table_uses_the_calibrated_threshold(
     ) -> Calibration:
         return calibration_at(float(np.median(probability(logits, 2.0))))
 
-    monkeypatch.setattr("model.training.conclude.check_counts", lambda _labels: None)
-    monkeypatch.setattr("model.training.validation.calibrate_by", in_the_middle)
+    monkeypatch.setattr("model.calibration.fit.FEWEST", 1)
+    monkeypatch.setattr("model.calibration.calibrate.calibrate_by", in_the_middle)
     arguments = ["--recipe", str(tiny_recipe), "--data", str(data), "--runs", str(tmp_path)]
     result = CliRunner().invoke(command.main, [*arguments, "--set", "run.epochs=1"])
     assert result.exit_code == 0, result.output
