@@ -32,10 +32,15 @@ above. A `Request` has
   image, `data`, `formats` and `orientations` have the values of `PLACEHOLDER`.
 - `read_s`: seconds that reading took (default 0).
 
+`labeled_batch(shards, epoch, rows, images, failures, timing)` makes the `Batch` of images that are
+on the device, or of their stored features. `epoch` is an `Epoch` of `pipeline/order.py`, `rows` its
+`positions()` of a step, and `failures` may hold padding too.
+
 `PLACEHOLDER` is the (bytes, format, orientation) of a black PNG. `LoadError`, a ValueError, means
 that no batches can be made.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +48,8 @@ import torch
 
 from imaging.decode import png_of
 from pipeline.augment import AugmentBatch
+from pipeline.order import Epoch
+from sharding.format import ShardSet
 
 
 class LoadError(ValueError):
@@ -127,3 +134,31 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def labeled_batch(
+    shards: ShardSet,
+    epoch: Epoch,
+    rows: slice,
+    images: torch.Tensor,
+    failures: Mapping[int, str],
+    timing: BatchTiming | None = None,
+) -> Batch:
+    """Return the batch of the positions `rows` of an epoch, with its labels and sources. `images`
+    are on the device. `failures` are by row, also those of padding, which are left out.
+    """
+    samples, counts = epoch.samples[rows], epoch.valid[rows]
+    counted = {row: reason for row, reason in failures.items() if counts[row]}
+    valid = counts.copy()
+    valid[list(counted)] = False
+    labels = shards.column("label")[samples].astype(np.int64)
+    return Batch(
+        images=images,
+        labels=torch.from_numpy(labels).to(images.device, non_blocking=True),
+        valid=torch.from_numpy(valid).to(images.device, non_blocking=True),
+        samples=samples,
+        sources=shards.codes("source")[0][samples],
+        replayed=epoch.replayed[rows],
+        failures=counted,
+        timing=timing or BatchTiming(),
+    )

@@ -58,7 +58,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.augment import AugmentBatch, blank
-from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request
+from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request, labeled_batch
 from pipeline.loading import Backend, Loading
 from pipeline.monitor import (
     StallError,
@@ -314,24 +314,9 @@ class Loader:
         )
 
     def _batch(self, epoch: Epoch, step: int, pixels: Pixels) -> Batch:
+        images = pixels.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         rows = epoch.positions(step, self.rank, self.world_size)
-        samples = epoch.samples[rows]
-        counts = epoch.valid[rows]
-        failures = {row: reason for row, reason in pixels.failures.items() if counts[row]}
-        valid = counts.copy()
-        valid[list(failures)] = False
-        labels = self.shards.column("label")[samples].astype(np.int64)
-        sources = self.shards.codes("source")[0][samples]
-        return Batch(
-            images=pixels.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2),
-            labels=torch.from_numpy(labels).to(self.device, non_blocking=True),
-            valid=torch.from_numpy(valid).to(self.device, non_blocking=True),
-            samples=samples,
-            sources=sources,
-            replayed=epoch.replayed[rows],
-            failures=failures,
-            timing=pixels.timing,
-        )
+        return labeled_batch(self.shards, epoch, rows, images, pixels.failures, pixels.timing)
 
 
 SAMPLED_TOGETHER = 1024

@@ -44,7 +44,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import recipes
@@ -52,7 +51,7 @@ from model.distributed import DistEnv
 from model.features.store import BackboneId, FeatureTable, View, backbone_id, open_table
 from model.network import Detector
 from model.recipe import Network, ResolvedRecipe
-from pipeline.batch import Batch
+from pipeline.batch import Batch, labeled_batch
 from pipeline.loader import LoadError, open_loader
 from pipeline.loading import Loading
 from pipeline.order import Epoch
@@ -158,26 +157,11 @@ class FeatureLoader:
                 f"expected TrainParams or EvalParams for stored features, got {params_for!r}"
             )
         table = self.table(params_for.view)
-        labels = self.shards.column("label").astype(np.int64)
-        sources = self.shards.codes("source")[0]
         for step in range(start, epoch.steps):
             rows = epoch.positions(step, self.rank, self.world_size)
             samples = epoch.samples[rows]
-            counts = epoch.valid[rows]
-            failures = {
-                row: reason for row, reason in table.failures(samples).items() if counts[row]
-            }
-            valid = counts.copy()
-            valid[list(failures)] = False
-            yield Batch(
-                images=torch.from_numpy(table.rows(samples)).to(self.device),
-                labels=torch.from_numpy(labels[samples]).to(self.device),
-                valid=torch.from_numpy(valid).to(self.device),
-                samples=samples,
-                sources=sources[samples],
-                replayed=epoch.replayed[rows],
-                failures=failures,
-            )
+            features = torch.from_numpy(table.rows(samples)).to(self.device)
+            yield labeled_batch(self.shards, epoch, rows, features, table.failures(samples))
 
     def name_failures(self, batch: Batch) -> list[str]:
         """Return one line per sample that could not be decoded: its name and the reason."""
