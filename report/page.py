@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from model.evaluation.report import on_subset
+from model.evaluation.report import FAKE, on_subset, samples_of_set
 from model.evaluation.scores import ScoreTable
 from report.charts import histogram_chart, reliability_chart, robustness_chart, roc_chart
 from report.tables import write_tables
@@ -143,10 +143,10 @@ def render(
     command: str,
 ) -> str:
     """Return the page as HTML. `mistakes` is from `mistakes_of`, `pictures` from `thumbnails`."""
-    columns = _Columns(report, scores)
+    columns = _Columns(scores)
     sets = [
-        _set(index, name, set_report, report, columns, mistakes[name])
-        for index, (name, set_report) in enumerate(report["sets"].items())
+        _set(index, name, report, scores, columns, mistakes[name])
+        for index, name in enumerate(report["sets"])
     ]
     return rendered(
         "page.html", report=report, sets=sets, pictures=pictures, command=command,
@@ -196,48 +196,37 @@ def signed(value: float | None) -> str:
 class _Columns:
     """Score columns that the charts need, extracted once for all sets."""
 
-    def __init__(self, report: Mapping[str, Any], scores: ScoreTable):
-        self.set, self.sets = scores.codes("set")
+    def __init__(self, scores: ScoreTable):
         self.source, self.sources = scores.codes("source")
         self.label = scores.numbers("label").astype(np.int64)
         self.probability = scores.numbers("probability")
-        self.valid = scores.numbers("valid").astype(bool)
-        self.reals: Mapping[str, Any] = report["reference_reals"] or {}
-
-    def of_set(self, name: str, reference: bool) -> np.ndarray:
-        """Return the indices of the readable rows of a set. With `reference`, return its fakes and
-        the reference reals instead.
-        """
-        rows = self.set == self.sets.index(name)
-        if reference:
-            others = self.set == self.sets.index(self.reals["set"])
-            rows = rows & (self.label == 1) | others & (self.label == 0)
-        return np.flatnonzero(rows & self.valid)
 
 
 def _set(
     index: int,
     name: str,
-    set_report: Mapping[str, Any],
     report: Mapping[str, Any],
+    scores: ScoreTable,
     columns: _Columns,
     mistakes: Sequence[Mistake],
 ) -> dict[str, Any]:
     """Return the template values of one set."""
-    reference = bool(set_report["reference"])
-    rows = columns.of_set(name, reference)
+    set_report = report["sets"][name]
+    own, references = samples_of_set(scores, name)
+    rows = own
+    if len(references):
+        rows = np.concatenate([own[columns.label[own] == FAKE], references])
     labels, probabilities = columns.label[rows], columns.probability[rows]
     both = len(set(labels.tolist())) == 2
-    own_rows = columns.of_set(name, False)
     return {
         "id": f"set-{index}",
         "name": name,
         "report": set_report,
-        "figures": set_report["reference"] if reference else set_report["overall"],
+        "figures": set_report["reference"] or set_report["overall"],
         "rates": rates_of(set_report, report["reference_reals"]),
         "roc": roc_chart(labels, probabilities, report["threshold"]) if both else None,
         "reliability": reliability_chart(labels, probabilities) if both else None,
-        "histograms": _histograms(columns, own_rows, report["band"]),
+        "histograms": _histograms(columns, own, report["band"]),
         "hidden_histograms": max(0, len(set_report["sources"]) - MOST_HISTOGRAMS),
         "curves": _curves(set_report["robustness"]["perturbations"])
         if set_report["robustness"]

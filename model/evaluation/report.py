@@ -16,6 +16,9 @@ image: `own` (True for an image of this set), `labels`, `probability` (of fake),
 (readable or not), or if `for_all` is true, the real images of the reference set come after its own
 images, with `own` False.
 
+`samples_of_set(scores, name)` returns only the numbers of these rows in the table: a pair of int64
+arrays, of the set's own images and of the reference reals.
+
 `lines_of(rows)` returns a dict that says which images each line of the report is about: its key
 (`LineKey`: "overall", "reference", or a pair such as ("sources", name)) -> `Images` (positions in
 `rows` of reals and of fakes, int64). `uses_reference(name, labels, reference)` returns whether a
@@ -138,19 +141,15 @@ class Rows:
 
 def rows_of_set(scores: ScoreTable, name: str) -> Rows:
     """Return the rows for the report of set `name`, with reference reals where it needs them."""
+    own, references = samples_of_set(scores, name)
+    rows, labels = np.concatenate([own, references]), scores.numbers("label")
     sets, names = scores.codes("set")
-    labels, valid = scores.numbers("label"), scores.numbers("valid")
-    rows = np.flatnonzero(scores.of_set(name) & valid)
-    count = len(rows)
     reals = _set_of_reals(scores, name)
-    if reals != name:
-        reference = scores.of_set(reals) & valid & (labels == REAL)
-        rows = np.concatenate([rows, np.flatnonzero(reference)])
     source, generator, group = (scores.codes(n) for n in ("source", "generator", "group"))
     # Two sets may use the same name for different sources or groups; codes keep these apart.
     apart = len(names) * np.stack([source[0], group[0]])[:, rows].astype(np.int64) + sets[rows]
     return Rows(
-        own=np.arange(len(rows)) < count,
+        own=np.arange(len(rows)) < len(own),
         labels=labels[rows].astype(np.int64),
         probability=scores.numbers("probability")[rows],
         source=(source[0][rows], source[1]),
@@ -159,6 +158,17 @@ def rows_of_set(scores: ScoreTable, name: str) -> Rows:
         groups=group_rows(apart[1], apart[0], labels[rows]),
         reference=reals if reals != name else "",
     )
+
+
+def samples_of_set(scores: ScoreTable, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of `scores`, int64, that the report on set `name` is about: its own readable
+    images, and the reference reals of another set (none if it uses its own).
+    """
+    labels, valid = scores.numbers("label"), scores.numbers("valid")
+    own, reals = np.flatnonzero(scores.of_set(name) & valid), _set_of_reals(scores, name)
+    if reals == name:
+        return own, np.empty(0, np.int64)
+    return own, np.flatnonzero(scores.of_set(reals) & valid & (labels == REAL))
 
 
 def uses_reference(name: str, labels: np.ndarray, reference: Mapping[str, Any] | None) -> bool:
