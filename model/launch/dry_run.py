@@ -37,14 +37,19 @@ import torch
 
 import console
 from model.distributed import DistEnv, all_gather_object, all_reduce_any
-from model.features.loader import FeatureLoader, FeatureSource, open_scored, source_of
+from model.features.loader import FeatureSource, open_scored, source_of
 from model.features.store import missing_of
 from model.recipe import Recipe
 from model.score import autocast, evaluating, logits_of
-from model.training.assemble import assemble, check_teacher, compile_network, views_of
-from model.training.optim import schedule, set_learning_rate
+from model.training.assemble import (
+    assemble,
+    check_teacher,
+    compile_network,
+    on_features,
+    views_of,
+)
 from model.training.plan import RunPlan, plan
-from model.training.step import TrainState, train_step
+from model.training.step import TrainState, take_step
 from pipeline.batch import Batch
 from pipeline.stream import evaluation_batches
 from sharding.format import CLASSES
@@ -150,11 +155,7 @@ def _try(planned: RunPlan, train_state: TrainState) -> Trial:
     missing = _missing(planned, source)
     if missing:
         return replace(_try_features(planned, train_state), missing=missing)
-    stream, dist = planned.stream, planned.dist
-    loader = FeatureLoader(
-        stream.pool.shards, source, recipe.loading, planned.device, dist.rank, dist.world_size
-    )
-    return _try_steps(replace(planned, stream=replace(stream, loader=loader)), train_state)
+    return _try_steps(on_features(planned, source), train_state)
 
 
 def _try_steps(planned: RunPlan, train_state: TrainState) -> Trial:
@@ -201,13 +202,9 @@ def _stepper(planned: RunPlan, train_state: TrainState) -> Callable[[Batch], flo
         number = next(numbers)
         for failure in planned.stream.loader.name_failures(batch):
             console.rank_log.warning("not decoded: %s", failure)
-        set_learning_rate(train_state.optimizer, schedule(recipe.optim, number, planned.steps))
-        loss = train_step(
-            train_state, forward, batch, recipe.optim,
-            step=number, grad_accum_steps=recipe.run.grad_accum_steps,
-            replay_weight=recipe.replay.weight,
-            distill_weight=recipe.replay.distill_weight,
-        ).item()  # fmt: skip
+        loss = take_step(
+            train_state, forward, batch, recipe, step=number, steps=planned.steps
+        ).item()
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss} at step {number + 1}; lower optim.lr, or use --set "

@@ -12,7 +12,8 @@ seeded. It raises `NetworkError` if the weights cannot be fetched or do not fit,
 `with_features(planned, train_state)` takes both. It computes the missing features, writes them to
 the folder `features.store` of the recipe, and returns the plan with a `FeatureLoader` (its
 `stream.loader`). If the recipe has no `[features]` or `stored = false` there, it computes nothing
-and returns the plan unchanged.
+and returns the plan unchanged. `on_features(planned, source)` only changes the plan: the features
+of the `FeatureSource` are stored already.
 
 `compile_network(planned, train_state)` takes both and returns the torch module that the training
 loop calls with images: the network in `DistributedDataParallel` on several ranks, and compiled if
@@ -151,22 +152,25 @@ def with_features(planned: RunPlan, train_state: TrainState) -> RunPlan:
         FeatureError: the teacher has another backbone, or a feature is not finite.
         LoadError: too many images cannot be decoded.
     """
-    recipe, stream = planned.recipe, planned.stream
+    recipe = planned.recipe
     if recipe.features is None or not recipe.features.stored:
         return planned
     source = source_of(recipe, train_state.net, planned.dtype)
     check_teacher(train_state, source)
     embed_run(planned, train_state, source)
     all_gather_object(planned.dist, None)  # barrier: read only after all ranks have written
+    planned = on_features(planned, source)
+    console.log.info("features %s", planned.stream.loader.reason)
+    return planned
+
+
+def on_features(planned: RunPlan, source: FeatureSource) -> RunPlan:
+    """Return the plan with a loader of the stored features of `source` in place of images."""
+    stream, dist = planned.stream, planned.dist
     loader = FeatureLoader(
-        stream.pool.shards,
-        source,
-        recipe.loading,
-        planned.device,
-        planned.dist.rank,
-        planned.dist.world_size,
-    )
-    console.log.info("features %s", loader.reason)
+        stream.pool.shards, source, planned.recipe.loading, planned.device,
+        dist.rank, dist.world_size,
+    )  # fmt: skip
     return replace(planned, stream=replace(stream, loader=loader), features=source)
 
 

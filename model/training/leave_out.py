@@ -66,9 +66,9 @@ from model.features.fit import FitError, fit_head, gather, head_weights, reset_h
 from model.features.loader import FeatureLoader, FeatureSource, source_of
 from model.score import score_set
 from model.training.assemble import embed_run
-from model.training.optim import make_optimizer, schedule, set_learning_rate
+from model.training.optim import make_optimizer
 from model.training.plan import RunPlan
-from model.training.step import TrainState, average_of, train_step
+from model.training.step import TrainState, average_of, take_step
 from pipeline.order import OrderError
 from pipeline.replay import Replay
 from pipeline.stream import Stream
@@ -100,8 +100,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
     state = replace(train_state, optimizer=optimizer, ema=ema, teacher=None, dist=DistEnv())
     steps = stream.steps_per_epoch * recipe.run.epochs
     for step, batch in enumerate(stream.batches(0, recipe.run.epochs)):
-        set_learning_rate(optimizer, schedule(recipe.optim, step, steps))
-        train_step(state, net, batch, recipe.optim, step=step, replay_weight=recipe.replay.weight)
+        take_step(state, net, batch, recipe, step=step, steps=steps)
     if ema is not None:
         set_head(net, dict(ema.backbone.named_parameters()))
     return True

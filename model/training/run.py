@@ -68,7 +68,6 @@ from model.tracking.history import History
 from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network, with_features
 from model.training.conclude import conclude, conclude_again, start_on_mistakes
-from model.training.optim import schedule, set_learning_rate
 from model.training.plan import RunPlan, plan
 from model.training.resume import save
 from model.training.step import (
@@ -76,7 +75,7 @@ from model.training.step import (
     first_bad,
     not_finite_in,
     share_buffers,
-    train_step,
+    take_step,
 )
 from model.training.validation import (
     Best,
@@ -220,13 +219,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
         advance(done)
         stats = LoaderStats(stream.pool.shards.codes("source")[1], dist.world_size)
         for batch in stats.timed(stream.batches(done, settings.epochs)):
-            set_learning_rate(train_state.optimizer, schedule(recipe.optim, done, steps))
-            loss = train_step(
-                train_state, forward, batch, recipe.optim,
-                step=done, grad_accum_steps=settings.grad_accum_steps,
-                replay_weight=recipe.replay.weight,
-                distill_weight=recipe.replay.distill_weight,
-            )  # fmt: skip
+            loss = take_step(train_state, forward, batch, recipe, step=done, steps=steps)
             done += 1
             for failure in stream.loader.name_failures(batch):
                 console.rank_log.warning("not decoded: %s", failure)

@@ -21,6 +21,9 @@ several ranks, each returns its part; the mean of the parts is the loss of the b
 not finite raises no error: the first such `step` (counted from 0, on this rank) is stored in
 `train_state.bad_step`, and `run.py` reads it and stops the run.
 
+`take_step(train_state, forward, batch, recipe, step, steps)` does so as step `step` of a run with
+`steps` steps: by the `Recipe`, with the learning rate of this step.
+
 `not_finite_in(train_state)` returns the name of the first weight or buffer, of the network or its
 EMA, that is not finite, or None; frozen weights are not checked. `first_bad(steps)` takes the
 `bad_step` of each rank, a list of ints, and returns the first step and its rank, or None.
@@ -43,8 +46,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.distributed import DistEnv, all_reduce_sum, broadcast, with_others
 from model.network import Detector
-from model.recipe import Optim
+from model.recipe import Optim, Recipe
 from model.score import autocast
+from model.training.optim import schedule, set_learning_rate
 from pipeline.batch import Batch
 
 
@@ -186,6 +190,26 @@ def train_step(
     if train_state.ema is not None:
         _average(train_state.ema, train_state.net, min(optim.ema_decay, (1 + step) / (10 + step)))
     return total
+
+
+def take_step(
+    train_state: TrainState,
+    forward: torch.nn.Module,
+    batch: Batch,
+    recipe: Recipe,
+    *,
+    step: int,
+    steps: int,
+) -> torch.Tensor:
+    """Take step `step` (from 0) of the `steps` of a run by its recipe, at the learning rate of this
+    step. Returns as `train_step`.
+    """
+    set_learning_rate(train_state.optimizer, schedule(recipe.optim, step, steps))
+    return train_step(
+        train_state, forward, batch, recipe.optim,
+        step=step, grad_accum_steps=recipe.run.grad_accum_steps,
+        replay_weight=recipe.replay.weight, distill_weight=recipe.replay.distill_weight,
+    )  # fmt: skip
 
 
 def _pieces(count: int, grad_accum_steps: int) -> Iterator[tuple[slice, bool]]:

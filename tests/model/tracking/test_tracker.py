@@ -15,7 +15,7 @@ from model.recipe import Recipe
 from model.tracking import tracker as tracking
 from model.tracking.history import History, rows_of, scalars_of
 from model.tracking.tracker import TrackedRun, Tracker
-from model.training import run as running
+from model.training import step as step_module
 from model.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the trackers' packages
@@ -261,14 +261,14 @@ def test_a_database_that_is_destroyed_in_the_middle_stops_no_run(
     tiny_recipe: Path, data: Path, tmp_path: Path, mlflow_database: Path,
     monkeypatch: pytest.MonkeyPatch, logged: list[str],
 ) -> None:  # fmt: skip
-    real_step = running.train_step
+    real_step = step_module.train_step
 
     def step(*arguments: object, step: int, **options: object) -> object:
         if step == 4:
             mlflow_database.write_bytes(b"no database" * 1000)
         return real_step(*arguments, step=step, **options)
 
-    monkeypatch.setattr(running, "train_step", step)
+    monkeypatch.setattr(step_module, "train_step", step)
     recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=1", "run.tracker=mlflow"])
     run = train(recipe, data, tmp_path / "runs").parent
     warnings = [line for line in logged if "the run goes on without it" in line]

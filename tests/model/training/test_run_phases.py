@@ -19,7 +19,7 @@ from model.forgetting import Change, forgetting, refusals, unjudged
 from model.metrics import measure
 from model.recipe import Gate, Recipe
 from model.tracking.history import rows_of
-from model.training import run
+from model.training import step as step_module
 from model.training.conclude import Refused
 from model.training.run import train
 from model.training.sets import open_stream
@@ -86,7 +86,7 @@ def test_a_run_killed_at_random_steps_ends_as_the_uninterrupted_one(
     start = start if phase == 2 else None
     steps = rows_of(whole)[-1]["step"]
     rng = np.random.default_rng(phase)
-    real_step = run.train_step
+    real_step = step_module.train_step
     for last in sorted(rng.choice(np.arange(1, steps), kills, replace=False).tolist()):
 
         def dying(*arguments: object, step: int, last: int = last, **options: object):
@@ -95,11 +95,11 @@ def test_a_run_killed_at_random_steps_ends_as_the_uninterrupted_one(
                 raise Died
             return loss
 
-        monkeypatch.setattr(run, "train_step", dying)
+        monkeypatch.setattr(step_module, "train_step", dying)
         with pytest.raises(Died):
             train(recipe, data, tmp_path / "parts", init_from=start)
         torch.manual_seed(last)  # other code may have used the generator
-    monkeypatch.setattr(run, "train_step", real_step)
+    monkeypatch.setattr(step_module, "train_step", real_step)
     train(recipe, data, tmp_path / "parts", init_from=start)
     ends_alike(whole, parts)
     if phase == 2:
@@ -360,7 +360,7 @@ def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is checked later, but the error names the step in which it occurred."""
-    step = run.train_step
+    step = step_module.train_step
     seen: list[list[str]] = []
 
     def poisoned(train_state, forward: Callable, batch, *arguments, **options):
@@ -371,7 +371,7 @@ def test_the_first_bad_loss_ends_the_run_with_its_step_and_samples(
                 next(train_state.net.parameters()).fill_(float("nan"))
         return step(train_state, forward, batch, *arguments, **options)
 
-    monkeypatch.setattr(run, "train_step", poisoned)
+    monkeypatch.setattr(step_module, "train_step", poisoned)
     recipe = recipes.load(Recipe, tiny_recipe, ["run.log_every=5", "run.epochs=2"])
     with pytest.raises(ValueError, match=r"not finite at step 3 \(first samples: ") as caught:
         train(recipe, data, tmp_path)
@@ -383,7 +383,7 @@ def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
     tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of that step is finite; only the weights show the error."""
-    step = run.train_step
+    step = step_module.train_step
 
     def poisoned(train_state, *arguments, **options):
         loss = step(train_state, *arguments, **options)
@@ -393,7 +393,7 @@ def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(
         return loss
 
     recipe = recipes.load(Recipe, tiny_recipe, ["run.save_every=1"])
-    monkeypatch.setattr(run, "train_step", poisoned)
+    monkeypatch.setattr(step_module, "train_step", poisoned)
     with pytest.raises(ValueError, match=r"not finite after step 3 \(the first is stem\.0\.bias"):
         train(recipe, data, tmp_path)
     assert last_of(tmp_path / "tiny").name == "step_0000002"
