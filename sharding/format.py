@@ -32,6 +32,7 @@ folder with these files:
     index.json                      written last: a folder without it is not a set
 
 `join_sets(parts)` concatenates a list of `ShardSet`s; an empty list is a `ShardError`.
+`hashes_of(sets)` returns the `sha256` of each `ShardSet` of a dict, by the same names.
 `member_metadata(row)` returns the content of `<key>.json` for a row (a dict) of the table, and
 `timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a hash of an index.
 `numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet` does.
@@ -264,6 +265,11 @@ def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
         return numbers_of(column).astype(np.bool_)
     chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
+
+
+def hashes_of(sets: Mapping[str, ShardSet]) -> dict[str, str]:
+    """Return the hash of the index of each set, by the names of `sets`."""
+    return {name: shards.sha256 for name, shards in sets.items()}
 
 
 def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

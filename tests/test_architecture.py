@@ -111,15 +111,17 @@ def is_run_later(node: ast.AST) -> bool:
 
 
 @functools.cache
-def imported_at_once(path: Path) -> frozenset[str]:
-    """Return the dotted names of what a file imports when it is imported itself."""
+def imported_at_once(path: Path, with_types: bool = False) -> frozenset[str]:
+    """Return the dotted names of what a file imports when it is imported itself, `with_types` also
+    those that only a type checker imports.
+    """
     names, nodes = set(), [ast.parse(path.read_text())]
     for node in nodes:  # the list grows
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif not is_run_later(node):
+        elif (with_types and isinstance(node, ast.If)) or not is_run_later(node):
             nodes += ast.iter_child_nodes(node)
     return frozenset(names)
 
@@ -159,6 +161,21 @@ def test_in_a_new_process_what_uses_a_detector_does_not_load_the_trainer() -> No
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """Not for types either: one of the two is in the wrong place."""
+    graph = {
+        path: {
+            target
+            for name in imported_at_once(path, with_types=True)
+            for module in (name, name.rpartition(".")[0])
+            if (target := file_of(module)) and target.stem != "__init__"
+        }
+        for owner in MAY_IMPORT
+        for path in files_of(owner)
+    }
+    TopologicalSorter(graph).prepare()
 
 
 def imports_between(owner: str) -> dict[str, set[str]]:

@@ -63,7 +63,7 @@ from model.recipe import Calibrating
 from model.score import Scores
 from model.shipped.backbone import is_shipped
 from pipeline.loading import Loading
-from sharding.format import ShardSet, open_shards
+from sharding.format import ShardSet, hashes_of, open_shards
 from storage import AnyPath
 
 
@@ -97,7 +97,7 @@ def calibrate_checkpoint(
     sets = _opened(folders, rule)
     scored = score_all(sets, scorer_of(checkpoint, loading, device, dist, features))
     calibration = _fitted(rule, scored)
-    store_calibration(checkpoint, calibration, _hashes_of(sets), scored, dist)
+    store_calibration(checkpoint, calibration, hashes_of(sets), scored, dist)
     return calibration
 
 
@@ -126,7 +126,7 @@ def calibrate_other(
         )
     sets = _opened(folders, rule)
     calibration = _fitted(rule, score_all(sets, DetectorScorer(detector, dist)))
-    entries = calibration.entries(_hashes_of(sets))
+    entries = calibration.entries(hashes_of(sets))
     on_main(dist, lambda: keep_calibration(detector, runs, entries))
     return calibration, calibration_path(detector, runs)
 
@@ -182,10 +182,6 @@ def check_sets(sets: Sequence[ShardSet], rule: ThresholdAt | Calibrating) -> Non
     labels = np.concatenate([shards.column("label") for shards in sets])
     sources = [name for shards in sets for name in shards.names("source", np.arange(len(shards)))]
     check_images(labels, rule, np.array(sources))
-
-
-def _hashes_of(sets: Mapping[str, ShardSet]) -> dict[str, str]:
-    return {name: shards.sha256 for name, shards in sets.items()}
 
 
 def _fitted(

@@ -66,7 +66,7 @@ from model.network import Detector, build, load_backbone_file, load_weights
 from model.recipe import Recipe
 from model.training.optim import make_optimizer
 from model.training.plan import RunPlan, Weights, plan
-from model.training.resume import restore
+from model.training.saving import restore
 from model.training.step import TrainState, average_of, wrap_ddp
 from sharding.format import ShardSet, open_shards
 from storage import AnyPath

@@ -69,7 +69,7 @@ from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network, with_features
 from model.training.conclude import conclude, conclude_again, start_on_mistakes
 from model.training.plan import RunPlan, plan
-from model.training.resume import save
+from model.training.saving import save
 from model.training.step import (
     TrainState,
     first_bad,

@@ -28,7 +28,7 @@ from model.network import (
     load_backbone_file,
     load_weights,
 )  # fmt: skip
-from model.training.resume import prune
+from model.training.saving import prune
 from tests.builders import ROOT, TINY, small_disk, small_recipe
 from tests.servers import Server
 

@@ -20,7 +20,7 @@ import recipes
 from model import checkpoint
 from model.recipe import Recipe
 from model.tracking.history import rows_of
-from model.training import resume
+from model.training import saving
 from model.training.run import train
 from tests import forked
 from tests.builders import ROOT, can_mount, losses_of, same
@@ -157,7 +157,7 @@ def test_an_old_checkpoint_is_removed_after_the_new_one_is_on_the_disk(
 ) -> None:
     """Order of writes to the disk: each file, its folder, the rename, the run's folder."""
     happened: list[tuple[str, str]] = []
-    fsync, replace, prune = os.fsync, Path.replace, resume.prune
+    fsync, replace, prune = os.fsync, Path.replace, saving.prune
 
     def noting_fsync(descriptor: int) -> None:
         happened.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
@@ -173,7 +173,7 @@ def test_an_old_checkpoint_is_removed_after_the_new_one_is_on_the_disk(
 
     monkeypatch.setattr("os.fsync", noting_fsync)
     monkeypatch.setattr(Path, "replace", noting_replace)
-    monkeypatch.setattr(resume, "prune", noting_prune)
+    monkeypatch.setattr(saving, "prune", noting_prune)
     train(recipes.load(Recipe, tiny_recipe), data, tmp_path, stop_at=1)
     run = str(tmp_path / "tiny")
     new, last = f"{run}/step_0000001", happened.index(("prune", run))

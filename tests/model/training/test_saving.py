@@ -6,7 +6,7 @@ import pytest
 
 from model import checkpoint
 from model.network import build
-from model.training.resume import prune
+from model.training.saving import prune
 from tests.builders import TINY
 from tests.checkpoints import last_of
 from tests.model.test_checkpoint import save
