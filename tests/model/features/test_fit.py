@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import recipes
 from model import checkpoint
 from model.distributed import DistEnv
+from model.evaluation import scoring
 from model.features.fit import (
     FitError,
     Samples,
@@ -28,7 +29,7 @@ from model.features.loader import source_of
 from model.network import Detector, build
 from model.recipe import Calibrating, Optim, Recipe
 from model.tracking.history import rows_of
-from model.training import run, validation
+from model.training import run
 from model.training.assemble import assemble, embed_part, with_features
 from model.training.leave_out import leave_one_out
 from model.training.plan import plan
@@ -215,13 +216,13 @@ def test_a_finished_run_is_calibrated_on_the_features_that_it_read(
     for name in ("old", *copies):
         (tmp_path / "data" / name).symlink_to(data / ("old" if name == "old" else "val"))
     read: list[object] = []
-    opened = validation.open_scored
+    opened = scoring.open_scored
 
     def noted(*arguments: object, **options: object) -> object:
         read.append(options["features"])
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(validation, "open_scored", noted)
+    monkeypatch.setattr(scoring, "open_scored", noted)
     for sets, scored in ((["val"], 0), (copies, 3)):
         one = replace(recipe, name=sets[-1], data=replace(recipe.data, validate=sets))
         best = train(one, tmp_path / "data", tmp_path / "runs", init_from=weights)
