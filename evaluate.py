@@ -52,6 +52,7 @@ import click
 
 import cli
 import console
+from installed import command
 from storage import any_path, file_name, write_text
 
 if TYPE_CHECKING:
@@ -138,8 +139,9 @@ CONFLICTS = {
 @click.option(
     "--regressions",
     type=cli.LocalPath(exists=True, file_okay=False),
-    help="Score the mistakes in this folder (`predict.py --report-mistake`) again, instead of a "
-    "set: which are fixed or new? Without --checkpoint and without a run: by the shipped detector.",
+    help=f"Score the mistakes in this folder (`{command('predict')} --report-mistake`) again, "
+    "instead of a set: which are fixed or new? Without --checkpoint and without a run: by the "
+    "shipped detector.",
 )
 @click.option(
     "--images",
@@ -174,10 +176,10 @@ def main(
 
     The commands below calibrate it, or compare runs.
 
-    On several GPUs: torchrun --nproc-per-node 4 -- evaluate.py --shards evalgen
+    On several GPUs: torchrun --nproc-per-node 4 -m -- evaluate --shards evalgen
     """
-    if command := context.invoked_subcommand:
-        _refuse_options_before(context, command)
+    if subcommand := context.invoked_subcommand:
+        _refuse_options_before(context, subcommand)
         return
     cli.refuse_conflicts(CONFLICTS)
     if scores:
@@ -237,15 +239,15 @@ def _folder_of(name: str, data: str) -> str:
     return "-".join(part for part in below.parts if part not in (below.anchor, ".."))
 
 
-def _refuse_options_before(context: click.Context, command: str) -> None:
+def _refuse_options_before(context: click.Context, subcommand: str) -> None:
     """Refuse options before a subcommand: it has its own, and would not see these."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         own = isinstance(parameter, click.Option) and parameter.expose_value
         if own and source is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(
-                f"{parameter.opts[0]} stands before {command}, which does not see it; put it "
-                f"after: evaluate.py {command} {parameter.opts[0]} ..."
+                f"{parameter.opts[0]} stands before {subcommand}, which does not see it; put it "
+                f"after: {command('evaluate')} {subcommand} {parameter.opts[0]} ..."
             )
 
 

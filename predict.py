@@ -52,6 +52,7 @@ import click
 import cli
 import console
 import interrupts
+from installed import command
 from model.c2pa.signatures import TrustList, read_trust_list, usual_trust_list
 from model.inference import fitness, inputs, results
 from model.inference.run import Run, named, predict_all, predict_as_they_come
@@ -132,7 +133,7 @@ class NotStarted(click.ClickException):
     default="mistakes",
     show_default=True,
     envvar="DETECTOR_MISTAKES",
-    help="Folder for --report-mistake. `evaluate.py --regressions` scores it again.",
+    help=f"Folder for --report-mistake. `{command('evaluate')} --regressions` scores it again.",
 )
 @click.option(
     "--keep-image", is_flag=True, help="With --report-mistake: also keep a copy of each image."

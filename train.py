@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """Train a detector. Run the same command again to resume an interrupted run.
 
-    On several GPUs: torchrun --nproc-per-node 4 -- train.py --phase 1
+    On several GPUs: torchrun --nproc-per-node 4 -m -- train --phase 1
     """
     if no_pretrained and (init_from or (folder and not recipe_path and not phase)):
         raise click.UsageError(

@@ -313,7 +313,8 @@ def _say(folder: Path) -> None:
 @click.option(
     "--left-out",
     type=cli.LocalPath(exists=True, dir_okay=False),
-    help="With --head: the figures of `python -m benchmarks.leave_out --json`, for the card.",
+    help="With --head: the figures of `python -m benchmarks.leave_out --json` (in a checkout), for "
+    "the card.",
 )
 @click.option(
     "--out",

@@ -43,6 +43,8 @@ from typing import Any
 
 import numpy as np
 
+from installed import command
+
 CALIBRATION_KEYS = ("temperature", "threshold", "calibration")
 """Keys of a checkpoint's `meta.json`, or of another detector, that a calibration sets."""
 
@@ -118,7 +120,7 @@ def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
     if not rows:
         raise ValueError(
             "this detector has no thresholds for error rates: calibrate it "
-            "(python evaluate.py calibrate --shards VAL)"
+            f"({command('evaluate')} calibrate --shards VAL)"
         )
     within = [(float(rate), float(threshold)) for rate, threshold in rows if rate <= asked]
     if not within:

@@ -102,7 +102,7 @@ def main(
     allow_urls: bool,
     allow_private_urls: bool,
 ) -> None:
-    """Start an HTTP API that scores images like `predict.py`.
+    """Start an HTTP API that scores images as `predict` does.
 
     POST /predict takes one or many images; the page /docs describes the API. If the environment
     variable DETECTOR_API_KEY is set, requests must send this key.

@@ -48,6 +48,7 @@ from pathlib import Path, PurePosixPath
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.names import NESTED, no_image, utf8_name
+from installed import command
 from sharding.catalog import (
     LONGEST_NAME,
     SHIPPED,
@@ -228,6 +229,7 @@ def _catalog(
     nested: Counter[str],
 ) -> str:
     name = _free_name(folder)
+    measure = f"{command('evaluate')} --shards {name}-test"
     lines = [
         f"# Proposed from the folder names of {toml_string(folder.name)}. Check every line: the",
         "# labels of the images come only from this file.",
@@ -235,7 +237,7 @@ def _catalog(
         "[sets]",
         f'{name} = "train"',
         f'{name}-val = "val"    # chooses the checkpoint and its thresholds',
-        f'{name}-test = "test"  # held out: `evaluate.py --shards {name}-test` measures on it',
+        f'{name}-test = "test"  # held out: `{measure}` measures on it',
         "",
         f"[sources.{name}]",
         f"root = {toml_string(folder.name)}",

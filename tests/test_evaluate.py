@@ -393,7 +393,7 @@ def test_options_before_a_command_are_refused(data: Path, own_runs: Path) -> Non
     for before in (["--checkpoint", "runs/a"], ["--runs", own_runs], ["--shards", "val"]):
         result = run(data, own_runs, *before, "calibrate", "--shards", "val")
         assert result.exit_code == 2
-        assert f"put it after: evaluate.py calibrate {before[0]} ..." in result.output
+        assert f"put it after: python evaluate.py calibrate {before[0]} ..." in result.output
 
 
 def test_the_folder_of_a_report_is_below_the_run(data: Path, own_runs: Path) -> None:

@@ -1,8 +1,12 @@
 """The installed command `ai-images-detector`, and commands named in messages of the wheel."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -90,6 +94,53 @@ def test_messages_name_the_commands_of_a_checkout_or_an_installation(
     monkeypatch.setattr(installed, "CHECKOUT", False)
     assert installed.command("train") == "ai-images-detector train"
     assert installed.install_extra("app").endswith('`app`: pip install "ai-images-detector[app]"')
+
+
+def texts_in(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) of each text of a program that a user can read: all but docstrings of
+    which no `--help` is made.
+    """
+    nodes = [*ast.walk(ast.parse(source))]
+    helps = [
+        node.body[0]
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and re.search("command|group", decorators_of(node))
+    ]
+    silent = [node.value for node in nodes if isinstance(node, ast.Expr) and node not in helps]
+    texts = (node for node in nodes if isinstance(node, ast.Constant) and node not in silent)
+    return ((node.lineno, node.value) for node in texts if isinstance(node.value, str))
+
+
+def decorators_of(function: ast.FunctionDef) -> str:
+    return " ".join(map(ast.unparse, function.decorator_list))
+
+
+def test_no_text_names_a_script_that_an_installation_lacks() -> None:
+    """`installed.command()` knows how to start it, in a checkout and in an installation."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wheel = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    files = [path for name in wheel for path in (ROOT / name, *(ROOT / name).rglob("*.py"))]
+    product = [path for path in files if path.suffix == ".py"]
+    assert {ROOT / "train.py", ROOT / "model/export/hub.py"} <= {*product}
+    assert not [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in product
+        for line, text in texts_in(path.read_text(encoding="utf-8"))
+        if re.search(r"\b(train|predict|evaluate)\.py", text)
+    ]
+
+
+def test_the_help_of_a_command_is_a_text_but_other_docstrings_are_none() -> None:
+    source = """
+"a.py"
+@main.command("b")
+def b():
+    "help of b"
+    return f"c {x}"
+D = 1
+"about D"
+"""
+    assert {text for _, text in texts_in(source)} == {"b", "help of b", "c "}
 
 
 def test_the_commit_of_a_surrounding_repository_is_not_recorded(

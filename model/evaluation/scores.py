@@ -58,6 +58,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from escape import reason_of
+from installed import command
 from model.score import Scores
 from model.verdict import calibration_fault, probability
 from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
@@ -65,6 +66,9 @@ from storage import MAX_TABLE_BYTES, parse_json, read_plain, write_atomically
 
 SCORES_VERSION = 2
 SCORES_FILE = "scores.parquet"
+
+MEASURE_AGAIN = f"measure the checkpoint again with `{command('evaluate')}`"
+"""End of an error on a file of an evaluation."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 SCORES_SCHEMA = pa.schema(
@@ -184,28 +188,27 @@ def read_scores(path: Path) -> ScoreTable:
         evaluation = parse_json((table.schema.metadata or {})[b"evaluation"])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError of pyarrow
         raise ScoresError(
-            f"{path} is not a file of scores that evaluate.py wrote ({error})"
+            f"{path} is not a file of scores that `{command('evaluate')}` writes ({error})"
         ) from error
     if not isinstance(evaluation, dict):
-        raise ScoresError(f"{path} is not a file of scores that evaluate.py wrote (no evaluation)")
+        raise ScoresError(
+            f"{path} is not a file of scores that `{command('evaluate')}` writes (no evaluation)"
+        )
     if evaluation.get("scores_version") != SCORES_VERSION:
         raise ScoresError(
             f"{path} has scores version {evaluation.get('scores_version')}, expected "
-            f"{SCORES_VERSION}; measure the checkpoint again with evaluate.py"
+            f"{SCORES_VERSION}; {MEASURE_AGAIN}"
         )
     try:
         table = table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
     except (pa.ArrowException, KeyError, ValueError) as error:
         reason = reason_of(error)
         raise ScoresError(
-            f"{path} lacks a column of scores, or has one of another type ({reason}); measure the "
-            "checkpoint again with evaluate.py"
+            f"{path} lacks a column of scores, or has one of another type ({reason}); "
+            f"{MEASURE_AGAIN}"
         ) from error
     if fault := _fault_in(evaluation):
-        raise ScoresError(
-            f"{path} has metadata that cannot be used ({fault}); measure the checkpoint again with "
-            "evaluate.py"
-        )
+        raise ScoresError(f"{path} has metadata that cannot be used ({fault}); {MEASURE_AGAIN}")
     return ScoreTable(table, evaluation)
 
 

@@ -85,7 +85,7 @@ python -m model fetch FOLDER
 
 _BY_PROJECT = """
 ```
-python predict.py photo.jpg --checkpoint FOLDER
+python -m predict photo.jpg --checkpoint FOLDER
 ```
 
 ```python

@@ -53,6 +53,7 @@ from timm.models import save_for_hf
 
 import console
 from escape import reason_of, without_paths
+from installed import command
 from model.checkpoint import (
     HUB_WEIGHTS_FILE,
     META_FILE,
@@ -62,6 +63,7 @@ from model.checkpoint import (
     weights_name,
 )
 from model.evaluation.report import REPORT_VERSION
+from model.evaluation.scores import MEASURE_AGAIN
 from model.export.card import card_of, is_plain
 from model.export.license import license_of
 from model.export.onnx import FILES, PARITY_FILE
@@ -163,7 +165,7 @@ def read_left_out(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(
             f"{path} is no file of figures on left-out sources ({type(error).__name__}: {error}); "
-            "write one with `python -m benchmarks.leave_out --recipe FILE --json FILE`"
+            "write one in a checkout: `python -m benchmarks.leave_out --recipe FILE --json FILE`"
         ) from error
     if not ok:
         raise HubError(f"{path} has figures that are no shares from 0 to 1; write it again")
@@ -211,17 +213,13 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         report = parse_json(read_text(path))
         version = report["report_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise HubError(f"{path} is not a report.json of evaluate.py") from error
+        raise HubError(f"{path} is not a report.json of `{command('evaluate')}`") from error
     if version != REPORT_VERSION:
         raise HubError(
-            f"{path} has report version {version}, expected {REPORT_VERSION}; measure the "
-            "checkpoint again with evaluate.py"
+            f"{path} has report version {version}, expected {REPORT_VERSION}; {MEASURE_AGAIN}"
         )
     if missing := [key for key in ("run", "step", "threshold", "sets") if key not in report]:
-        raise HubError(
-            f"{path} has no {', '.join(missing)}, so it is damaged; measure the checkpoint again "
-            "with evaluate.py"
-        )
+        raise HubError(f"{path} has no {', '.join(missing)}, so it is damaged; {MEASURE_AGAIN}")
     measured, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
     if measured != expected:
         raise HubError(
@@ -238,7 +236,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-_MEASURE = "measure this checkpoint with `python evaluate.py --checkpoint FOLDER --shards SET`"
+_MEASURE = f"measure this checkpoint with `{command('evaluate')} --checkpoint FOLDER --shards SET`"
 
 
 def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[str, Any] | None]:

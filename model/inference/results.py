@@ -267,8 +267,7 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
 
 def _lock(stream: BinaryIO, partial: Path) -> None:
     busy = ResultsError(
-        f"another predict.py is writing {partial}; wait for it to end, or name another file "
-        "with --out"
+        f"another process is writing {partial}; wait for it to end, or name another file with --out"
     )
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

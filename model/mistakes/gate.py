@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING
 
 from console import counted
 from escape import text_fault
+from installed import command
 from model.mistakes.keep import MistakeError, Verdict, read_mistakes, verdict_from
 from model.mistakes.regressions import Regression, counts_of, measure_again
 from model.recipe import Gate
@@ -71,8 +72,8 @@ def check_mistakes(gate: Gate, start_file: Path | None = None) -> None:
     folder = Path(gate.mistakes)
     if not folder.is_dir():
         raise MistakeError(
-            f"gate.mistakes: {folder} is no folder; give the folder that `predict.py "
-            "--report-mistake` writes"
+            f"gate.mistakes: {folder} is no folder; give the folder that "
+            f"`{command('predict')} --report-mistake` writes"
         )
     mistakes = read_mistakes(folder)
     copies = (mistake.image_path(folder) for mistake in mistakes)

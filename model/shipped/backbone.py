@@ -310,6 +310,6 @@ def no_checkpoint(named: Path) -> str:
     return (
         f"{named} is neither a checkpoint nor a run that has one"
         + (f", nor a detector that ships ({ships})" if ships else "")
-        + ("; predict.py and evaluate.py open it with --detector, and Python with load_any of "
+        + ("; `predict` and `evaluate` open it with --detector, and Python with load_any of "
            "model.adapters.open" if is_other else "")
     )  # fmt: skip

@@ -303,7 +303,7 @@ def _weights(
     if recipe.network.freeze_backbone and weights.kind == "random":
         raise ValueError(
             "network.freeze_backbone would freeze random weights: "
-            "give weights with --init-from weights.safetensors (see docs/training.md), or with "
+            "give weights with --init-from weights.safetensors, or with "
             "--set network.pretrained=true"
         )
     if not distills:
@@ -410,8 +410,9 @@ def _how_to_train(run: str) -> str:
     """Return how to train a run: a command, or in words if it is not that of a built-in recipe."""
     if run == "phase1":
         return f"run `{command('train')} --phase 1` first"
-    if (recipes.FOLDER / f"{run}.toml").is_file():  # its header has the options that it needs
-        return f"train it first, with the same --runs: the command is in recipes/{run}.toml"
+    recipe = recipes.FOLDER / f"{run}.toml"
+    if recipe.is_file():  # its header has the options that it needs
+        return f"train it first, with the same --runs: the command is in {recipe}"
     return "train that run first"
 
 

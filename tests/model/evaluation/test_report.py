@@ -367,9 +367,7 @@ def test_other_files_are_refused_with_one_clear_error(old: ShardSet, tmp_path: P
     with pytest.raises(ScoresError, match="not a file of scores"):
         read_scores(path)
     write_scores(path, [rows_of("old", old, scored(old), 1.0)], {"scores_version": 1})
-    said = (
-        rf"scores version 1, expected {SCORES_VERSION}; measure the checkpoint again with evaluate"
-    )
+    said = f"scores version 1, expected {SCORES_VERSION}; measure the checkpoint again with `python"
     with pytest.raises(ScoresError, match=said):
         read_scores(path)
     write_scores(path, [rows_of("old", old, scored(old), 1.0)], {})

@@ -297,7 +297,7 @@ def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: 
         (
             '{"report_version": 99}',
             f"has report version 99, expected {REPORT_VERSION}; measure the "
-            "checkpoint again with evaluate.py",
+            "checkpoint again with `python evaluate.py`",
         ),
         (
             f'{{"report_version": {REPORT_VERSION}, "run": "tiny", "sets": {{}}}}',

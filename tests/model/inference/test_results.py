@@ -174,7 +174,7 @@ def test_only_one_process_can_write_a_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", other]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "another predict.py is writing" in done.stderr
+    assert "another process is writing" in done.stderr
     file.close()
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 

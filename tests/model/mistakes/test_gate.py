@@ -235,7 +235,7 @@ def measured(folder: Path, run_folder: Path, tmp_path: Path) -> dict:
     [
         (
             lambda _folder: None,
-            r"is no folder; give the folder that `predict.py --report-mistake`",
+            r"is no folder; give the folder that `python predict.py --report-mistake`",
         ),
         (lambda folder: folder.mkdir(), r"has no mistakes"),
         (

@@ -175,7 +175,7 @@ def test_a_run_folder_as_first_weights_means_its_best_checkpoint(
 @pytest.mark.parametrize(
     ("run", "advice"),
     [("phase1", "train.py --phase 1` first"), ("mine", "; train that run first"),
-     ("clip-phase1", "with the same --runs: the command is in recipes/clip-phase1.toml, or name")],
+     ("clip-phase1", "the same --runs: the command is in /.*/recipes/clip-phase1.toml, or name")],
 )  # fmt: skip
 def test_a_missing_first_run_is_named_with_its_command(
     load: Load, data: Path, tmp_path: Path, run: str, advice: str
