@@ -68,7 +68,7 @@ LEFT_OUT = "sources left out"
 def left_out_sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the rates of each source by a detector that was trained without it, or {}."""
     calibration = meta["calibration"] or {}
-    of_left_out = calibration.get("method", LEFT_OUT).startswith(LEFT_OUT)
+    of_left_out = calibration.get("method", "").startswith(LEFT_OUT)
     return (calibration.get("sources") or {}) if of_left_out else {}
 
 

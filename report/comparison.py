@@ -90,8 +90,8 @@ def read_runs(paths: Sequence[Path], *, intersect: bool = False) -> tuple[list[R
 
 def _name_of(table: ScoreTable) -> str:
     about = table.evaluation
-    detector = about.get("detector")
-    if detector is None or detector["kind"] == "checkpoint":
+    detector = about["detector"]
+    if detector["kind"] == "checkpoint":
         return f"{about['run']} step {about['step']}"
     return str(detector["name"])
 

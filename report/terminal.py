@@ -146,7 +146,7 @@ def print_robustness(name: str, robustness: Mapping[str, Any]) -> None:
     least_first = ["images", "AUROC", "verdicts flipped"]
     console.table(f"{name}, perturbed", columns, rows, drop=least_first)
     for row in (*robustness["perturbations"], *robustness["codec_swap"]):
-        if row.get("failed"):
+        if row["failed"]:
             console.say(
                 f"{row['name']}: failed images: {row['failed']:,}, first: {row['failed_first']}"
             )

@@ -299,6 +299,7 @@ def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, L
     table = _read(path)
     try:
         notes: Mapping[str, Any] = parse_json(table.schema.metadata[b"listing"])
+        earlier = notes["rules"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path} is damaged (no notes of its listing: {error}); delete it"
@@ -317,7 +318,6 @@ def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, L
                 f"them and build again, or delete {path} to drop the source (nothing was changed)"
             )
     rules = _rules_of(source)
-    earlier = notes.get("rules", rules)  # builds of before did not record them
     if changed := [key for key in rules if earlier.get(key) != rules[key]]:
         raise ShardError(
             f"{name} was packed with another {' and '.join(changed)} in its catalog entry, and its "
@@ -341,7 +341,6 @@ def _rules_of(source: Source) -> dict[str, Any]:
     }  # fmt: skip
     return rules | {
         "ignore": [[rule.folder, rule.name] for rule in source.ignored()],
-        # Earlier builds treated every table as an optional one.
         "table": [table.name, table.key, *([] if table.optional else ["required"])]
         if (table := source.table)
         else [],

@@ -207,7 +207,7 @@ def small_recipe(
 
 CALIBRATION = {
     "fitted_on": ["val"], "index_sha256": {"val": "0" * 64}, "reals": 40, "fakes": 30,
-    "threshold_at": "auto", "band": [0.3, 0.6],
+    "threshold_at": "auto", "band": [0.3, 0.6], "method": "sources left out, pooled",
     "before": {"nll": 0.5, "ece": 0.1}, "after": {"nll": 0.4, "ece": 0.05},
 }  # fmt: skip
 
@@ -300,7 +300,12 @@ ABOUT = {
     "scores_version": 2, "checkpoint": "runs/a/step_1", "run": "a", "step": 1, "commit": "c",
     "precision": "fp32", "backend": "pil", "temperature": 2.0, "threshold": 0.6,
     "calibration": {"band": [0.3, 0.6]}, "subset": None, "reference_reals": None,
+    "detector": {"kind": "checkpoint", "name": "step_1", "sha256": "d" * 64},
+    "trained_on": [], "maybe_trained_on": [],
 }  # fmt: skip
+
+ABOUT_SET = {"index_sha256": "h", "split": "test", "known_generators": [], "robustness": None}
+"""Entry of a set in the metadata of scores."""
 
 
 def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> ScoreTable:
@@ -313,7 +318,7 @@ def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> Score
         if full["valid"]:
             full["probability"] = float(probability(np.array(full["logit"]), 2.0))
         filled.append({name: full.get(name) for name in SCORES_SCHEMA.names})
-    info = {name: {"index_sha256": "h", "split": "test"} for name in sets}
+    info = {name: dict(ABOUT_SET) for name in sets}
     table = pa.Table.from_pylist(filled, schema=SCORES_SCHEMA)
     return ScoreTable(table, ABOUT | {"sets": info} | about)
 

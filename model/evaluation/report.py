@@ -60,8 +60,8 @@ LineKey = str | tuple[str, str]
 
 _NONE = np.empty(0, np.int64)
 _COPIED = (
-    "checkpoint", "run", "step", "commit", "temperature", "threshold", "calibration", "subset",
-    "reference_reals",
+    "trained_on", "maybe_trained_on", "detector", "checkpoint", "run", "step", "commit",
+    "temperature", "threshold", "calibration", "subset", "reference_reals",
 )  # fmt: skip
 
 
@@ -90,9 +90,6 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
             *on_training_data(about),
             *(sentences[name] for name in dict.fromkeys([*first, *reports])),
         ],
-        "trained_on": about.get("trained_on", []),
-        "maybe_trained_on": about.get("maybe_trained_on", []),
-        "detector": about.get("detector"),
         **{name: about[name] for name in _COPIED},
         "band": list(band_of(about)),
         "intervals": {
@@ -100,7 +97,6 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
         },
         "sets": {
             name: {
-                "robustness": None,
                 **about["sets"][name],
                 **set_report,
                 "unreadable": _unreadable(scores, name),
@@ -380,12 +376,12 @@ def on_training_data(about: Mapping[str, Any]) -> list[str]:
     `maybe_trained_on` of `about`, each only if there are such sets.
     """
     warnings = []
-    if sets := about.get("trained_on"):
+    if sets := about["trained_on"]:
         warnings.append(
             f"THE CHECKPOINT WAS TRAINED ON {', '.join(sets)}: its figures for these sets say "
             "nothing about images that it has not seen"
         )
-    if sets := about.get("maybe_trained_on"):
+    if sets := about["maybe_trained_on"]:
         warnings.append(
             f"THE CHECKPOINT MAY HAVE LEARNED IMAGES OF {', '.join(sets)}: it was trained on "
             "another set of that name; if that was an earlier build of the same images, its "
@@ -449,7 +445,7 @@ def _of_known_generators(of_set: Mapping[str, Any]) -> str:
     """Return the end of a set's headline: the generators of its fakes of which training had other
     images, for which recall says nothing about new generators; "" if there are none.
     """
-    known = of_set.get("known_generators", [])
+    known = of_set["known_generators"]
     more = f" and {len(known) - 3} more" if len(known) > 3 else ""
     names = ", ".join(known[:3]) + more
     return f"; training had other images of {names}" if known else ""

@@ -213,10 +213,13 @@ def read_scores(path: Path) -> ScoreTable:
 
 
 _KEYS = (
-    "checkpoint", "run", "step", "commit", "precision", "backend", "subset", "sets",
-    "reference_reals",
+    "checkpoint", "run", "step", "detector", "commit", "precision", "backend", "subset", "sets",
+    "reference_reals", "trained_on", "maybe_trained_on",
 )  # fmt: skip
 """Keys of the metadata that a report reads, besides those of `calibration_fault`."""
+
+_OF_SET = {"index_sha256", "split", "known_generators", "robustness"}
+"""Keys of the entry of a set."""
 
 _ENTRIES = {"subset": {"file", "samples"}, "reference_reals": {"set", "why", "for_all"}}
 """Key whose value may be null -> keys of its value."""
@@ -227,12 +230,12 @@ def _fault_in(evaluation: Mapping[str, Any]) -> str:
     if missing := [key for key in _KEYS if key not in evaluation]:
         return f"{missing[0]} is missing"
     sets = evaluation["sets"]
-    if not (
-        isinstance(sets, dict) and all(_has(v, {"index_sha256", "split"}) for v in sets.values())
-    ):
-        return f"sets is {short(sets)}, expected the hash and the split of each set"
+    if not (isinstance(sets, dict) and all(_has(entry, _OF_SET) for entry in sets.values())):
+        return f"sets is {short(sets)}, expected the {', '.join(sorted(_OF_SET))} of each set"
+    if not _has(evaluation["detector"], {"kind", "name"}):
+        return f"detector is {short(evaluation['detector'])}, expected its kind and its name"
     for entry in sets.values():
-        known = entry.get("known_generators", [])
+        known = entry["known_generators"]
         if not (isinstance(known, list) and all(isinstance(name, str) for name in known)):
             return f"known_generators is {short(known)}, expected a list of texts"
     for key, needed in _ENTRIES.items():

@@ -184,7 +184,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     known = {name, rows[0].reference}
     of = {name: len(images.reals) + len(images.fakes) for name, images in sources.items()}
     by_generator = {name: len(images.fakes) for name, images in generators.items()}
-    robustness = [run.scores.evaluation["sets"][name].get("robustness") for run in runs]
+    robustness = [run.scores.evaluation["sets"][name]["robustness"] for run in runs]
     alike = _perturbed_alike([entry for entry in robustness if entry])
     entries = []
     for index in order:
@@ -320,13 +320,12 @@ def _worst(values: Mapping[str, float | None], images: Mapping[str, int]) -> dic
 
 
 def _perturbed_alike(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the same images were perturbed. Files of before have only their numbers."""
-    hashes = {entry["images_sha256"] for entry in entries if "images_sha256" in entry}
-    numbers = {
-        (entry["images"], *((row["name"], row["images"]) for row in entry["perturbations"]))
+    """Return whether the same images were perturbed, and as many of them could be scored."""
+    images = {
+        (entry["images_sha256"], *((row["name"], row["images"]) for row in entry["perturbations"]))
         for entry in entries
     }
-    return len(hashes) < 2 and len(numbers) < 2
+    return len(images) < 2
 
 
 def _worst_perturbation(robustness: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -274,7 +274,7 @@ def _left_out(meta: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
         shown = markdown(name) + (f": {markdown(titles[name])}" if name in titles else "")
         for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
             if rates[metric] is not None:
-                # Calibrations of before have only the share of both classes together.
+                # That of detectors/clip has only the share of both classes together.
                 alone = rates["uncertain"] if not (rates["reals"] and rates["fakes"]) else None
                 uncertain = rates.get(f"uncertain_{label}", alone)
                 rows.append(

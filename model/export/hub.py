@@ -218,7 +218,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         raise HubError(
             f"{path} has report version {version}, expected {REPORT_VERSION}; {MEASURE_AGAIN}"
         )
-    if missing := [key for key in ("run", "step", "threshold", "sets") if key not in report]:
+    if missing := [key for key in _REPORT_KEYS if report.get(key) is None]:
         raise HubError(f"{path} has no {', '.join(missing)}, so it is damaged; {MEASURE_AGAIN}")
     measured, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
     if measured != expected:
@@ -227,7 +227,7 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"{expected[1]}; {_MEASURE}"
         )
     weights = meta["sha256"][weights_name(meta)]
-    scored = (report.get("detector") or {}).get("sha256", weights)  # older reports have none
+    scored = report["detector"].get("sha256", "")
     if scored != weights:
         raise HubError(
             f"{path} is of another file of {measured[0]} step {measured[1]} (sha256 {scored[:12]}, "
@@ -236,6 +236,9 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
+_REPORT_KEYS = (
+    "run", "step", "detector", "threshold", "sets", "trained_on", "maybe_trained_on",
+)  # fmt: skip
 _MEASURE = f"measure this checkpoint with `{command('evaluate')} --checkpoint FOLDER --shards SET`"
 
 

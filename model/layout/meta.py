@@ -76,26 +76,26 @@ class CalibrationEntry(TypedDict):
     band: tuple[float, float]
     """Lower end and upper end of *uncertain*, as probabilities of fake. Below: *no sign of AI*. At
     the upper end or above: *likely AI*."""
-    roc: NotRequired[list[tuple[float, float, float]]]
+    roc: list[tuple[float, float, float]]
     """Threshold, false-positive rate and recall on the calibration images, by rising threshold."""
     before: Fit
     """Fit at temperature 1."""
     after: Fit
     """Fit at the fitted temperature."""
-    method: NotRequired[str]
+    method: str
     """Scores that the calibration was fitted to: `validation`, `sources left out, <rule>`, or
     `validation sets by source, <rule>`. The rule is `calibration.threshold` of the recipe."""
-    sources: NotRequired[dict[str, SourceRates]]
+    sources: dict[str, SourceRates]
     """Rates of each source. With `sources left out`, by a head trained without the source. Empty
     for `validation`."""
     sources_used: NotRequired[dict[str, tuple[int, int]]]
     """By class: sources with enough images for the threshold (`real`) and for the lower end of the
     band (`fake`), and sources with any. 0 if all were joined as one. Empty if the rates hold for
     all images together."""
-    at_fpr: NotRequired[list[tuple[float, float]]]
+    at_fpr: list[tuple[float, float]]
     """Pairs for `--max-fpr`: an error rate, and the lowest threshold at which at most that share of
     real images is called fake."""
-    at_miss: NotRequired[list[tuple[float, float]]]
+    at_miss: list[tuple[float, float]]
     """Pairs for `--max-miss`: an error rate, and the highest threshold below which at most that
     share of fakes lies."""
 
@@ -115,12 +115,12 @@ class Compared(TypedDict):
 
     forgetting: float | None
     """Mean loss of balanced accuracy over the old sources; a gain counts as 0. Null if the
-    validation sets hold no old source. Older files then have 0."""
+    validation sets hold no old source."""
     worst: float | None
     """Largest loss of an old source. Null as above."""
     sources: list[Change]
     """Balanced accuracy of each source before and after."""
-    mistakes: NotRequired[Mistakes | None]
+    mistakes: Mistakes | None
     """Kept mistakes before and after. Null without `gate.mistakes`."""
 
 
@@ -160,8 +160,8 @@ class FirstWeights(TypedDict):
     """Origin of the weights of the run's first step."""
 
     kind: str
-    """`timm`, `random`, `file` (a weights file; `imagenet` in older files), `checkpoint`, or
-    `average` (two checkpoints that did not begin from the same recorded weights)."""
+    """`timm`, `random`, `file` (a weights file), `checkpoint`, or `average` (two checkpoints that
+    did not begin from the same recorded weights)."""
     name: str
     """Name of timm's network, of the file, or of each run and checkpoint."""
     sha256: str

@@ -154,9 +154,9 @@ class SwapEntry(TypedDict):
     """Rates of the images as packed in the shards."""
     after: Rates
     """Rates after re-encoding."""
-    failed: NotRequired[int]
+    failed: int
     """Images that could not be re-encoded, or have no finite score then."""
-    failed_first: NotRequired[str | None]
+    failed_first: str | None
     """Reason of the first failure."""
 
 
@@ -169,7 +169,7 @@ class Robustness(TypedDict):
     """Images of the set."""
     unreadable: int
     """Images of the sample that could not be read, or have no finite score as packed."""
-    images_sha256: NotRequired[str]
+    images_sha256: str
     """SHA-256 of the sorted file hashes of `images`: equal where two runs perturbed the same."""
     perturbations: list[PerturbationEntry]
     """Figures after each perturbation."""
@@ -186,9 +186,9 @@ class SetReport(TypedDict):
     """Hash of the set."""
     split: str
     """Split of the set."""
-    known_generators: NotRequired[list[str]]
+    known_generators: list[str]
     """Generators of a test set of which training had other images. Only those that the catalogs of
-    both name alike, and of detectors of this program. Missing in older files."""
+    both name alike, and of detectors of this program."""
     robustness: Robustness | None
     """Figures of `--robustness`. Null: not measured."""
     overall: Figures
@@ -273,8 +273,8 @@ class Report(TypedDict):
     maybe_trained_on: list[str]
     """Other sets of the report that have the name of a set that the checkpoint was trained on, but
     another hash: perhaps later builds of it."""
-    detector: Identity | None
-    """Detector that was measured. Null in reports on scores of an earlier version."""
+    detector: Identity
+    """Detector that was measured."""
     checkpoint: str
     """Path of the checkpoint."""
     run: str

@@ -356,7 +356,7 @@ def _first_weights(
 
 def _of_timm(first_weights: Mapping[str, Any] | None) -> bool:
     """Return whether a run began from timm's weights, or from a file of such."""
-    return first_weights is not None and first_weights["kind"] in ("timm", "file", "imagenet")
+    return first_weights is not None and first_weights["kind"] in ("timm", "file")
 
 
 def _words_for(first_weights: Mapping[str, Any] | None) -> str:
@@ -368,7 +368,6 @@ def _words_for(first_weights: Mapping[str, Any] | None) -> str:
     return {
         "checkpoint": f"checkpoint {name}{digest}",
         "file": f"file {name}{digest}",
-        "imagenet": f"file {name}{digest}",  # the word of earlier versions
         "timm": f"timm's {name} (license {first_weights['license']})",
         "random": "random, not pretrained",
     }[kind]

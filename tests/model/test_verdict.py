@@ -7,7 +7,7 @@ import pytest
 
 from model import checkpoint
 from model.network import build
-from model.verdict import describe_band
+from model.verdict import describe_band, left_out_sources
 from tests.builders import TINY, small_recipe
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
@@ -37,6 +37,15 @@ def test_an_impossible_calibration_is_refused(tmp_path: Path, said: str) -> None
     checkpoint.seal(folder, checkpoint.read_meta(folder) | IMPOSSIBLE[said])
     with pytest.raises(checkpoint.DamagedError, match=rf"meta\.json cannot be used: {said}"):
         checkpoint.load_network(folder)
+
+
+def test_only_a_calibration_that_says_so_was_fitted_to_left_out_sources() -> None:
+    calibration = {"band": [0.1, 0.9], "sources": {"a": {"recall": 0.5}}}
+    left_out = calibration | {"method": "sources left out, pooled"}
+    assert left_out_sources({"calibration": left_out}) == calibration["sources"]
+    assert left_out_sources({"calibration": calibration}) == {}
+    assert left_out_sources({"calibration": calibration | {"method": "validation"}}) == {}
+    assert left_out_sources({"calibration": None}) == {}
 
 
 def test_the_band_in_words() -> None:

@@ -53,7 +53,10 @@ def test_a_share_is_never_shown_as_0_or_100() -> None:
 
 
 def test_the_first_screen_shows_the_rates_on_left_out_sources() -> None:
-    calibration = {"fitted_on": ["phase1"], "sources": SOURCES, "roc": ROC}
+    calibration = {
+        "fitted_on": ["phase1"], "sources": SOURCES, "roc": ROC,
+        "method": "sources left out, pooled",
+    }  # fmt: skip
     measured = rates({"calibration": calibration, "threshold": 0.7})
     assert measured.false_positives == Measured(pytest.approx(0.075), 400, 0.0, 0.1)
     assert measured.recall == Measured(pytest.approx(0.4), 100, 0.4, 0.4)

@@ -56,11 +56,11 @@ def robustness() -> dict[str, Any]:
     before = rates | {"recall": 0.9, "false_positive_rate": 0.0}
     swap = {"name": "fakes-as-reals", "what": "fakes re-encoded as JPEG 95 420", "images": 100,
             "shift": {"real": None, "fake": shift}, "before": before,
-            "after": before | {"recall": 0.2}}  # fmt: skip
+            "after": before | {"recall": 0.2}, "failed": 0, "failed_first": None}  # fmt: skip
     container = {"format": "JPEG", "chroma": "420", "quality": 95, "share": 0.8,
                  "name": "JPEG 95 420"}  # fmt: skip
-    return {"images": 100, "of": 300, "unreadable": 0, "perturbations": lines, "codec_swap": [swap],
-            "containers": {"real": container, "fake": None}}  # fmt: skip
+    return {"images": 100, "of": 300, "unreadable": 0, "images_sha256": "a", "perturbations": lines,
+            "codec_swap": [swap], "containers": {"real": container, "fake": None}}  # fmt: skip
 
 
 def made(rows_: list[dict[str, Any]], *names: str, **about: Any) -> tuple[dict, ScoreTable]:

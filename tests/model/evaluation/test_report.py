@@ -28,7 +28,7 @@ from model.verdict import probability
 from report.page import mistakes_of, render
 from report.terminal import print_report
 from sharding.format import ShardSet
-from tests.builders import ABOUT, table_of
+from tests.builders import ABOUT, ABOUT_SET, table_of
 
 
 def prompts(generators: dict[str, float], of_each: int = 4) -> list[dict[str, Any]]:
@@ -269,8 +269,7 @@ def scored(shards: ShardSet, failed: tuple[int, ...] = ()) -> Scores:
 def test_scores_are_written_and_read_row_by_row(
     old: ShardSet, new: ShardSet, tmp_path: Path
 ) -> None:
-    held = {"index_sha256": "h", "split": "test"}
-    about = ABOUT | {"sets": {"old": held, "new": held}, "temperature": 2.0}
+    about = ABOUT | {"sets": {"old": ABOUT_SET, "new": ABOUT_SET}, "temperature": 2.0}
     parts = [rows_of("old", old, scored(old, (3, 7)), 2.0), rows_of("new", new, scored(new), 2.0)]
     path = tmp_path / "scores.parquet"
     write_scores(path, parts, about)
@@ -386,20 +385,23 @@ def test_other_files_are_refused_with_one_clear_error(old: ShardSet, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sets": None}, "sets is None, expected the hash"),
-        ({"sets": {"old": {}}}, "sets is {'old': {}}, expected the hash"),
+        ({"sets": None}, "sets is None, expected the index_sha256, known_generators"),
+        ({"sets": {"old": {}}}, "sets is {'old': {}}, expected the index_sha256"),
+        ({"sets": {"old": {**ABOUT_SET, "known_generators": 1}}}, "known_generators is 1"),
+        ({"detector": None}, "detector is None, expected its kind and its name"),
         ({"threshold": None}, "threshold is None, expected a number from 0 to 1"),
         ({"calibration": {}}, "band is None"),
         ({"reference_reals": {"set": "val"}}, "reference_reals is .*, expected null or for_all"),
         ({"subset": 5}, "subset is 5, expected null or file, samples"),
         ("sets", "sets is missing"),
+        ("maybe_trained_on", "maybe_trained_on is missing"),
         ("temperature", "temperature is missing"),
     ],
 )
 def test_metadata_that_cannot_be_used_are_one_clear_error(
     old: ShardSet, tmp_path: Path, change: dict | str, said: str
 ) -> None:
-    about = ABOUT | {"sets": {"old": {"index_sha256": "h", "split": "test"}}}
+    about = ABOUT | {"sets": {"old": ABOUT_SET}}
     if isinstance(change, str):
         del about[change]
     path = tmp_path / "x.parquet"

@@ -45,7 +45,7 @@ def frozen(folder: Path, path: Path, seed: int = 3, **changes: object) -> Path:
         recipe=small_recipe(name="tiny", preprocess=PREPROCESS, network=network),
         record=checkpoint.Record(
             step=7, epoch=1, metrics={}, selection=0.5, data={"train": ["old"], "replay": []},
-            first_weights={"kind": "imagenet", "name": "/home/me/b.safetensors", "sha256": digest,
+            first_weights={"kind": "file", "name": "/home/me/b.safetensors", "sha256": digest,
                            "license": None, "first_weights": None},
         ),
     )  # fmt: skip

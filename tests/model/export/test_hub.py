@@ -152,6 +152,8 @@ def report_of(meta: dict, **changes: object) -> dict:
     name, step = meta["recipe"]["name"], meta["step"]
     return {
         "report_version": REPORT_VERSION, "run": name, "step": step, "threshold": 0.6, "sets": sets,
+        "detector": {"kind": "checkpoint", "sha256": meta["sha256"][checkpoint.weights_name(meta)]},
+        "trained_on": [], "maybe_trained_on": [],
     } | changes  # fmt: skip
 
 
@@ -301,7 +303,7 @@ def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: 
         ),
         (
             f'{{"report_version": {REPORT_VERSION}, "run": "tiny", "sets": {{}}}}',
-            "has no step, threshold, so it is damaged",
+            "has no step, detector, threshold, trained_on, maybe_trained_on, so it is damaged",
         ),
         ({"step": 8}, "is of tiny step 8, the checkpoint is tiny step 7"),
         (
