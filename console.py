@@ -11,7 +11,8 @@ given `total`. `log` is the logger; `rank_log` is for warnings about one rank's 
 
 `Command` and `Group` use `plain_errors()`, a context manager that prints an error in one line.
 `note(text)` prints a line on standard error, if it can be written. `counted(2, "image")` is "2
-images", `address("::1", 80)` is "http://[::1]:80". Options of commands: cli.py.
+images", `duration(700)` is "12 min", `address("::1", 80)` is "http://[::1]:80". Options of
+commands: cli.py.
 """
 
 import contextlib
@@ -231,18 +232,18 @@ def _progress_lines(label: str, total: int | None) -> Callable[..., None]:
         of = "" if size is None else f" of {size:,}"
         left = ""
         if size is not None and size > count and more:
-            left = f", about {_duration((size - count) / more * seconds)} left"
+            left = f", about {duration((size - count) / more * seconds)} left"
         log.info("%s: %s%s%s%s", label, f"{round(count):,}", of, left, f" ({note})" if note else "")
 
     return advance
 
 
-def _duration(seconds: float) -> str:
-    """Format a long time: `12 min`, `3.5 h`, `2.1 days`."""
-    for unit, name in ((86400, "days"), (3600, "h")):
+def duration(seconds: float) -> str:
+    """Format a time: `0.012 s`, `64 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for unit, name, decimals in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
         if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{max(1, round(seconds / 60))} min"
+            return f"{seconds / unit:.{decimals}f} {name}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def counted(number: int, noun: str) -> str:

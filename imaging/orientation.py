@@ -11,6 +11,9 @@ the orientation that Pillow has not applied when decoding. `carries_exif(data, i
 returns whether a JPEG, PNG or WebP has EXIF data. An orientation is undone in two steps: first,
 rows and columns are exchanged if `is_transposed(orientation)` is true; then `mirrored(orientation)`
 returns two bools, whether to reverse the order of the rows, and of the columns.
+
+`webp_chunks(data)` yields the four letters of each chunk of a WebP, and where its content starts
+and ends.
 """
 
 import re
@@ -129,14 +132,21 @@ def _of_hex(profile: bytes) -> bytes:
 
 
 def _in_webp(data: bytes) -> Iterator[tuple[str, bytes]]:
+    for kind, start, end in webp_chunks(data):
+        if kind == b"EXIF":
+            yield "exif", data[start:end]
+        elif kind == b"XMP ":
+            yield "xmp", data[start:end]
+
+
+def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (four letters, start, end) of the content of each chunk of a WebP; a cut one ends after
+    the data.
+    """
     at = 12  # RIFF, its length, WEBP
     while at + 8 <= len(data):
-        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-        content = data[at + 8 : at + 8 + size]
-        if kind == b"EXIF":
-            yield "exif", content
-        elif kind == b"XMP ":
-            yield "xmp", content
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        yield data[at : at + 4], at + 8, at + 8 + size
         at += 8 + size + size % 2
 
 

@@ -55,7 +55,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from escape import one_line
 from model.inference.detector import ImageDetector
-from model.mistakes.keep import Label, MistakeError, Verdict, keep_mistake, verdict_of
+from model.mistakes.keep import Label, MistakeError, Verdict, entry_path, keep_mistake, verdict_of
 from model.verdict import VERDICTS, capital
 from page.detector import folder_in
 from page.html import icon, show
@@ -154,7 +154,7 @@ def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | No
     except (MistakeError, OSError) as error:
         return Report(refusal_html(error), "The verdict was not kept.")
     text = capital(kept.text)
-    path = folder / f"{hashlib.sha256(data).hexdigest()}.json"
+    path = entry_path(folder, hashlib.sha256(data).hexdigest())
     place = f": {path}" if kept.kept else ""
     return Report(Markup("<p>{}{}</p>").format(text, place), f"{text}.")
 

@@ -437,8 +437,9 @@ class _SetBuild:
         write_text(folder / TIMM_FILE, json.dumps(timm_info(index), indent=1) + "\n")
         remove_earlier(folder, self.marks, {shard.name for shard in shards})
         # If shards were written, their workers have deleted the index: see `write_shard`.
-        if self.todo or not (folder / INDEX_FILE).exists() or _text_of(folder / INDEX_FILE) != text:
-            write_text(folder / INDEX_FILE, text)
+        path = folder / INDEX_FILE
+        if self.todo or not path.exists() or read_text(path) != text:
+            write_text(path, text)
         return BuiltSet(self.name, index, len(self.todo), self.excluded)
 
     def _about(self, name: str) -> dict[str, Any]:
@@ -485,7 +486,3 @@ def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
         "source": dict(sorted(Counter(table.column("source").to_pylist()).items())),
         "generator": dict(sorted(Counter(table.column("generator").to_pylist()).items())),
     }
-
-
-def _text_of(path: AnyPath) -> str:
-    return read_text(path)

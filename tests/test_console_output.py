@@ -94,6 +94,14 @@ def test_progress_bars_are_of_the_encoding_of_standard_error(
     assert console.ERR.encoding == "latin-1"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0123, "0.012 s"), (64, "64 s"), (700, "12 min"), (8000, "2.2 h"), (3e5, "3.5 days")],
+)
+def test_durations_have_readable_units(seconds: float, said: str) -> None:
+    assert console.duration(seconds) == said
+
+
 def test_without_a_terminal_long_work_prints_a_line_a_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +131,7 @@ def test_without_a_terminal_long_work_prints_a_line_a_minute(
         "scoring: 400,000 of 1,000,000, about 20.6 h left",
         "scoring: 400,200 of 1,000,000, about 7.3 days left",
         "comparing: 10",
-        "backbone, MiB: 75 of 100, about 1 min left",
+        "backbone, MiB: 75 of 100, about 20 s left",
         "backbone, MiB: 120 of 100",
     ]
 

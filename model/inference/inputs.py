@@ -85,7 +85,7 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
                 folders.add(os.path.join(match, ""))  # noqa: PTH118
             yield from _images_of(match, excluded)
         if not matched:
-            yield _unreadable(path, "no file matches this pattern")
+            yield unreadable(path, "no file matches this pattern")
 
 
 def _without_last_stars(pattern: str) -> str:
@@ -136,7 +136,8 @@ def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         yield ImageFile(path, partial(read_file, path))
 
 
-def _unreadable(name: str, reason: str) -> ImageFile:
+def unreadable(name: str, reason: str) -> ImageFile:
+    """Return an image whose `read()` raises `DecodeError` with this reason."""
     return ImageFile(name, partial(_fail, reason))
 
 
@@ -196,7 +197,7 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             for shard in shards:
                 if not Path(entry.path).with_name(shard).exists():
                     path = str(Path(entry.path).with_name(shard))
-                    yield _unreadable(path, f"listed in {INDEX_FILE}, but missing")
+                    yield unreadable(path, f"listed in {INDEX_FILE}, but missing")
         elif (shards := shards_of(str(Path(entry.path).with_name(INDEX_FILE)))) is not None:
             if entry.name in shards:
                 yield from _in_tar(entry.path, Counter())
@@ -231,7 +232,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str] | ImageFile]:
             while run := sorted(islice(entries, RUN), key=lambda entry: entry.name):
                 yield from run
     except OSError as error:
-        yield _unreadable(folder, error.strerror or str(error))
+        yield unreadable(folder, error.strerror or str(error))
 
 
 def _no_image_inside(name: str) -> str:
@@ -249,11 +250,11 @@ def _in_zip(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             elif not is_image(member.name):
                 excluded[_no_image_inside(member.name)] += 1
             elif member.excluded:
-                yield _unreadable(name, member.excluded)
+                yield unreadable(name, member.excluded)
             else:
                 yield ImageFile(name, partial(zip.read_member, Path(path), member.where, version))
     except (zip.ZipError, OSError) as error:
-        yield _unreadable(path, getattr(error, "strerror", None) or str(error))
+        yield unreadable(path, getattr(error, "strerror", None) or str(error))
 
 
 def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -271,11 +272,11 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         for member in tar.members(Path(path), wanted):
             name, read = f"{path}/{member.name}", member.read
             if read is None:
-                yield _unreadable(name, member.excluded)
+                yield unreadable(name, member.excluded)
             else:  # the bytes of a packed member are in memory, so reading it costs nothing
                 yield ImageFile(name, read, read) if packed else ImageFile(name, read)
     except (DecodeError, OSError) as error:
-        yield _unreadable(path, getattr(error, "strerror", None) or str(error))
+        yield unreadable(path, getattr(error, "strerror", None) or str(error))
 
 
 # --- watching a folder ----------------------------------------------------------------------------

@@ -63,6 +63,7 @@ from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
 from imaging.orientation import orientation_left, upright
 from imaging.rgb import to_rgb
 from model.inference.fitness import Notice, notices, word_for
+from model.inference.inputs import unreadable
 from model.verdict import NOT_FINITE, band_at, band_of, verdict
 from storage import cores
 
@@ -138,7 +139,7 @@ def as_source(image: Picture, index: int = 0) -> Source:
                 pixels = upright(to_rgb(image), orientation_left(image))
             return Pixels(name, np.ascontiguousarray(pixels))
         except DecodeError as error:
-            return ImageFile(name, functools.partial(_refuse, _one_line(error)))
+            return unreadable(name, _one_line(error))
     if isinstance(image, Picture):
         return as_file(image, index)
     raise _unknown(image)
@@ -161,10 +162,6 @@ def as_file(
         data = bytes(image)  # a caller may fill the same buffer with the next image
         return ImageFile(f"image {index}", lambda: data)
     return ImageFile(str(image), lambda: read_file(image))
-
-
-def _refuse(reason: str) -> bytes:
-    raise DecodeError(reason)
 
 
 def _rgb_of(array: np.ndarray) -> np.ndarray:

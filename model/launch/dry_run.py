@@ -334,10 +334,9 @@ def _report(
     if trial.validation_s:
         count = _validations_left(planned)
         seconds += count * trial.validation_s
-        parts.append(f"{count} validations of {_duration(trial.validation_s)}")
-    estimate = (
-        f"{_duration(seconds)} for {', '.join(parts)}" if parts else "all features are stored"
-    )
+        parts.append(f"{count} validations of {console.duration(trial.validation_s)}")
+    time_in_words = console.duration(seconds)
+    estimate = f"{time_in_words} for {', '.join(parts)}" if parts else "all features are stored"
     yield f"estimate: {estimate}"
     yield (
         f"batches measured for the estimate: {max(1, trial.timed)}. The disk cache, other programs "
@@ -355,11 +354,3 @@ def _validations_left(planned: RunPlan) -> int:
         epoch % settings.validate_every == 0 or epoch == settings.epochs for epoch in epochs
     )
     return count + bool(planned.baseline and not planned.baseline.exists())
-
-
-def _duration(seconds: float) -> str:
-    """Format a time in days, hours, minutes or seconds for the terminal."""
-    for unit, length in (("days", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -101,6 +101,11 @@ class Verdict:
     date: str
 
 
+def entry_path(folder: Path, sha256: str) -> Path:
+    """Return the file of the entry of an image with this SHA-256 (hexadecimal)."""
+    return folder / f"{sha256}.json"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
     """One entry; see the module. `image` is the suffix of the image's copy, or None."""
@@ -112,7 +117,7 @@ class Mistake:
 
     def entry_path(self, folder: Path) -> Path:
         """Return the file of the entry."""
-        return folder / f"{self.sha256}.json"
+        return entry_path(folder, self.sha256)
 
     def image_path(self, folder: Path) -> Path | None:
         """Return the file of the image's copy, or None if there is no copy."""
@@ -176,7 +181,7 @@ def keep_mistake(
         OSError: the folder cannot be written.
     """
     sha256 = hashlib.sha256(data).hexdigest()
-    path = folder / f"{sha256}.json"
+    path = entry_path(folder, sha256)
     stands = standing(label, given.verdict)
     known = read_mistake(path) if path.exists() else None
     added = known is None

@@ -242,6 +242,12 @@ def advice_of(result: Audit) -> list[str]:
     ]
 
 
+def count_groups(labels: np.ndarray, groups: np.ndarray) -> tuple[int, int]:
+    """Count the groups of real (0) and of fake (1) images."""
+    reals, fakes = (len(np.unique(groups[labels == label])) for label in (0, 1))
+    return reals, fakes
+
+
 def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Estimate | None:
     """Compute the AUROC of `scores` for `labels` and its interval. Returns None if a class has too
     few groups (`MIN_GROUPS`) for a meaningful figure.
@@ -250,7 +256,7 @@ def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Esti
     """
     known = np.isfinite(scores)
     labels, scores, groups = labels[known], scores[known], groups[known]
-    reals, fakes = (len(np.unique(groups[labels == label])) for label in (0, 1))
+    reals, fakes = count_groups(labels, groups)
     if not min(reals, fakes):
         return None
     area = float(extra("sklearn.metrics").roc_auc_score(labels, scores))
@@ -364,10 +370,7 @@ def _audit_sources(
         if others is not None:
             held_out[here] = others.decision_function(source_metadata.values[:, columns])
         within, note = None, ""
-        counts = [
-            len(np.unique(source_metadata.groups[source_metadata.labels == label]))
-            for label in (0, 1)
-        ]
+        counts = count_groups(source_metadata.labels, source_metadata.groups)
         if not reals or not fakes:
             note = f"only {CLASSES[bool(fakes)]} images"
         elif here.all():
@@ -450,7 +453,7 @@ def _notes(
 ) -> list[str]:
     """Return what a reader must know to interpret the figures."""
     notes = []
-    groups = [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
+    groups = count_groups(metadata.labels, metadata.groups)
     if not min(groups):
         kind = f"only {CLASSES[bool(groups[1])]}" if max(groups) else "no"
         notes.append(f"There are {kind} images: no shortcut can be measured.")

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from installed import command
-from sharding.audit.audit import MIN_GROUPS, Estimate, cross_fit, estimate
+from sharding.audit.audit import MIN_GROUPS, Estimate, count_groups, cross_fit, estimate
 from sharding.audit.libraries import one_thread
 from sharding.audit.metadata import FEATURES, Metadata, assign_folds, metadata_of
 from sharding.format import ShardSet
@@ -97,10 +97,11 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
     for round_index in range(_ROUNDS + 1):
         left = metadata.take(rows)
-        counts = _count_groups(left)
+        counts = count_groups(left.labels, left.groups)
         if min(counts) < MIN_GROUPS:
             if not round_index and min(counts):  # few from the start: count possible matches
-                counts = _count_groups(left.take(_balanced(strata, left.labels, rng)))
+                kept = left.take(_balanced(strata, left.labels, rng))
+                counts = count_groups(kept.labels, kept.groups)
             raise MatchError(
                 f"{where}: only {counts[0]:,} real and {counts[1]:,} fake images (counted in "
                 f"groups) can be matched on metadata, {MIN_GROUPS} of each are needed; add sources "
@@ -120,11 +121,6 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         f"{where}: after {_ROUNDS} rounds of matching, the AUROC of metadata is still {now}, "
         f"expected {MATCHED} at most; the classes differ too much to be matched"
     )
-
-
-def _count_groups(metadata: Metadata) -> list[int]:
-    """Count the groups of real and of fake images."""
-    return [len(np.unique(metadata.groups[metadata.labels == label])) for label in (0, 1)]
 
 
 def _home(metadata: Metadata) -> np.ndarray:

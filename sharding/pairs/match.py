@@ -36,7 +36,7 @@ from PIL import Image
 
 from imaging import jpeg
 from imaging.decode import Facts, prepare
-from imaging.orientation import is_transposed, mirrored
+from imaging.orientation import is_transposed, mirrored, webp_chunks
 from imaging.quiet import without_warnings
 
 CHROMA_NAMES = {"420": "4:2:0", "422": "4:2:2", "444": "4:4:4"}
@@ -192,13 +192,7 @@ def _png_or_webp_like(
 
 def _is_lossless(data: bytes) -> bool:
     """Return whether a WebP has a chunk of a lossless image."""
-    at = 12  # RIFF, its length, WEBP
-    while at + 8 <= len(data):
-        if data[at : at + 4] == b"VP8L":
-            return True
-        size = int.from_bytes(data[at + 4 : at + 8], "little")
-        at += 8 + size + size % 2
-    return False
+    return any(kind == b"VP8L" for kind, _, _ in webp_chunks(data))
 
 
 def _webp_quality(original: Image.Image, size: int, kept: dict[str, Any]) -> int:

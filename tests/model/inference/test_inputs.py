@@ -98,8 +98,8 @@ def test_a_file_that_is_put_back_beside_a_folder_that_always_fails_is_yielded_ag
     for name in ("a.jpg", "b.jpg", "set.tar"):
         (tmp_path / name).write_bytes(b"12")
         os.utime(tmp_path / name, (1, 1))
-    closed = inputs._unreadable(str(tmp_path / "closed"), "Permission denied")
-    member = inputs._unreadable(str(tmp_path / "set.tar/a.jpg"), "not of a file of its own")
+    closed = inputs.unreadable(str(tmp_path / "closed"), "Permission denied")
+    member = inputs.unreadable(str(tmp_path / "set.tar/a.jpg"), "not of a file of its own")
 
     def entries(_folder: str) -> Iterator[object]:
         images = (entry for entry in os.scandir(tmp_path) if entry.name.endswith(".jpg"))
@@ -135,7 +135,7 @@ def test_images_of_a_folder_that_drops_out_are_not_yielded_again(
             share.mkdir()
         if fault in ("not listed", "cut short"):
             listed = [entry for entry in os.scandir(share) if entry.name == "a.jpg"]
-            failed = inputs._unreadable(str(share), "Input/output error")
+            failed = inputs.unreadable(str(share), "Input/output error")
             found = [*(listed if fault == "cut short" else []), failed]
             patch.setattr(inputs, "_entries", lambda _folder: iter(found))
         assert next(looks).files == []

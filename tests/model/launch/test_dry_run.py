@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 import recipes
 import train as command
 from model.launch import dry_run as trying
-from model.launch.dry_run import _duration
 from model.network import build
 from model.recipe import Recipe
 from model.training.run import train
@@ -142,11 +141,3 @@ def test_of_several_ranks_only_the_first_prints(
     assert "tried 4 steps of 16 images" in first.stdout
     assert second.stdout == ""
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.0123, "0.012 s"), (64, "64 s"), (600, "10.0 min"), (8000, "2.2 h"), (3e5, "3.5 days")],
-)
-def test_durations_have_readable_units(seconds: float, said: str) -> None:
-    assert _duration(seconds) == said
