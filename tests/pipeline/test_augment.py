@@ -372,3 +372,53 @@ def test_every_field_has_a_check() -> None:
             wrong = 1.5 if field.type is float else (0, 1)
             with pytest.raises(ValueError, match=f"{field.name} must be"):
                 AugmentPolicy(**{field.name: wrong})
+
+
+def linear_and_offset(params: list[AugmentParams]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the color matrices, (N, 3, 3), and the offsets of the channels, (N, 3)."""
+    matrices = np.reshape([d.color for d in params], (-1, 3, 4))
+    return matrices[..., :3], matrices[..., 3]
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_each_color_setting_gives_its_own_factor_in_its_own_range(name: str) -> None:
+    """The factor follows from the trace of the matrix: 3 f, 1 + 2 s, or 1 + 2 cos of the hue."""
+    params = many_params(AugmentPolicy(color_jitter=1.0, **{name: 0.2}), 500)
+    linear, _ = linear_and_offset(params)
+    trace = np.trace(linear, axis1=1, axis2=2)
+    factor = trace / 3 if name in ("brightness", "contrast") else (trace - 1) / 2
+    if name == "hue":
+        factor = np.arccos(factor.clip(-1, 1)) / (2 * np.pi)
+    low, high = (0.0, 0.2) if name == "hue" else (0.8, 1.2)
+    assert low - 1e-3 <= factor.min() < low + 0.02 and high - 0.02 < factor.max() <= high + 1e-3
+    for d, value in zip(params, factor.tolist(), strict=True):
+        signs = (value, -value) if name == "hue" else (value,)
+        wanted = [color_matrix(**{name: sign}) for sign in signs]
+        assert min(np.abs(np.subtract(d.color, one)).max() for one in wanted) < 0.01
+
+
+def test_the_factors_of_color_are_independent() -> None:
+    policy = AugmentPolicy(color_jitter=1.0, brightness=0.2, contrast=0.2, saturation=0.2)
+    linear, offset = linear_and_offset(many_params(policy))
+    contrast = 1 - offset[:, 0] / 127.5
+    both = (linear @ np.ones(3))[:, 0]  # gray stays gray: brightness times contrast
+    saturation = (np.trace(linear, axis1=1, axis2=2) / both - 1) / 2
+    together = np.corrcoef([both / contrast, contrast, saturation])
+    assert np.abs(together - np.eye(3)).max() < 0.07  # four sigma of 4,000 samples
+
+
+def test_a_small_image_is_not_enlarged_to_the_crop() -> None:
+    """Web sites leave small images alone. Enlarging them would mark all small sources."""
+    policy = AugmentPolicy(whole_resize=1.0, whole_resize_scale=(0.3, 1.0))
+    assert all(d.whole_height == 0 for d in many_params(policy, 300, 200, 150))
+
+
+def test_the_filter_of_a_whole_image_does_not_depend_on_its_size() -> None:
+    policy = AugmentPolicy(
+        whole_resize=1.0, whole_resize_scale=(0.3, 1.0), resample=1.0,
+        resample_filters=("bilinear", "lanczos"), resample_scale=(0.5, 0.9),
+    )  # fmt: skip
+    params = [d for d in many_params(policy) if d.whole_height > Preprocess().crop_size]
+    columns = [(d.whole_filter, d.whole_height, d.filter, d.resample) for d in params]
+    together = np.corrcoef(np.transpose(columns))
+    assert np.abs(together - np.eye(4)).max() < 0.08

@@ -431,3 +431,20 @@ def test_the_gpu_graph_agrees_with_the_reference(old: ShardSet) -> None:
         images[backend] = torch.cat(batches)
     difference = (images["pil"] - images["dali"]).abs().float()
     assert difference.mean() < 1.0
+
+
+def test_the_record_of_replayed_samples_ends_with_the_steps_that_were_done(
+    make_stream: Callable,
+) -> None:
+    stream = make_stream(ratio="1:2")
+    steps, batch = stream.steps_per_epoch, stream.loader.global_batch
+    keys = stream.pool.shards.table.column("key").to_pylist()
+    epochs = [(number, stream.epoch(number)) for number in (0, 1)]
+    order = [
+        (is_old, (number, keys[sample]))
+        for number, epoch in epochs
+        for sample, is_old in zip(epoch.samples, epoch.replayed, strict=True)
+    ]
+    for done in (1, steps - 1, steps + 2):
+        expected = [entry for is_old, entry in order[: done * batch] if is_old]
+        assert expected and stream.replayed_until(done) == expected

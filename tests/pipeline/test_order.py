@@ -1,11 +1,13 @@
 """Order and replay: exact counts, the same on any number of ranks and from any step."""
 
+import hashlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from pipeline.order import (
+    ORDER_VERSIONS,
     REPEAT,
     REPLAY,
     OrderError,
@@ -20,10 +22,9 @@ from pipeline.order import (
 from pipeline.replay import Replay, interleave, sample_old, share_out
 
 
-def epoch(count: int = 1000, batch: int = 24, number: int = 0, **options):
-    return training_epoch(
-        np.arange(count), seed=5, number=number, global_batch=batch, **options
-    )  # fmt: skip
+def epoch(count: int = 1000, batch: int = 24, number: int = 0, new=None, **options):
+    new = np.arange(count) if new is None else new
+    return training_epoch(new, seed=5, number=number, global_batch=batch, **options)
 
 
 @pytest.mark.parametrize("shuffle", ["global", "block"])
@@ -260,3 +261,37 @@ def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
 def test_an_unknown_shuffle_is_refused() -> None:
     with pytest.raises(OrderError, match="shuffled by global or block, got 'blocks'"):
         epoch(shuffle="blocks")
+
+
+def test_the_rest_goes_to_other_sources_and_classes_each_time() -> None:
+    """An epoch with fewer old samples than sources replays not always those of the first sources,
+    and not always a real image of each.
+    """
+    pool = pools(a=(50, 50), b=(50, 50), c=(50, 50))
+    for count, share in ((1, 1 / 6), (3, 1 / 2)):
+        total: dict[tuple[int, int], int] = {}
+        for number in range(300):
+            chosen = sample_old(*pool, count, rng_of(1, number, REPLAY))
+            for stratum, times in counts(chosen, *pool).items():
+                total[stratum] = total.get(stratum, 0) + times
+        assert len(total) == 6
+        assert all(abs(times / 300 - share) < 0.1 for times in total.values())
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "version", "digest"),
+    [("global", 1, "d97a9c62b61ec358"), ("block", 2, "d3dab441ad721f01")],
+)
+def test_an_order_changes_only_with_its_version(shuffle: str, version: int, digest: str) -> None:
+    """A run that resumes in another order sees some images twice and others never, unless the
+    version refuses it: raise it in `ORDER_VERSIONS` if a digest changes.
+    """
+    count = 40_000
+    old = sample_old(*pools(a=(400, 400), b=(300, 0)), 5_001, rng_of(5, 3, REPLAY)) + count
+    new = repeat(
+        np.arange(count), np.arange(count) // 9_000, {1: 0.3, 2: 2.5}, rng_of(5, 3, REPEAT)
+    )
+    third = epoch(number=3, shuffle=shuffle, old=old, new=np.sort(new))
+    content = third.samples.astype("<i8").tobytes() + third.replayed.tobytes()
+    assert ORDER_VERSIONS[shuffle] == version
+    assert hashlib.sha256(content).hexdigest()[:16] == digest

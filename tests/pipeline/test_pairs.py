@@ -160,3 +160,13 @@ def test_both_backends_compress_the_same_fakes_alike(pairs: ShardSet) -> None:
     changed = np.abs(before - seen["dali"]).mean(axis=(1, 2, 3)) > 0.3
     wanted = [sample_of(pairs, f"pairs/fake/{n:03d}") for n, (_, w) in REALS.items() if w]
     assert sorted(np.flatnonzero(changed)) == sorted(wanted)
+
+
+def test_a_partner_of_unusual_chroma_changes_no_fake(pairs: ShardSet) -> None:
+    """Such as 4:1:1, which no JPEG of the loader has: with another one the fake would differ."""
+    table = pairs.table
+    place = table.schema.get_field_index("chroma")
+    chroma = ["411"] * len(table)
+    unusual = replace(pairs, table=table.set_column(place, "chroma", [chroma]), _columns={})
+    partners = partners_of(unusual, ("pairs",))
+    assert not partners.quality.any() and not partners.chroma.any()
