@@ -80,3 +80,23 @@ def test_padding_that_cannot_be_read_is_no_failure(data: Path, tmp_path: Path) -
     assert len(shards) == 80 and not last[0].images[3:].any()
     assert 0 in scores.samples and 0 not in scores.failures
     assert sorted([*scores.samples, *scores.failures]) == list(range(80))
+
+
+def test_scores_stay_with_their_images_if_others_cannot_be_read(
+    data: Path, old: ShardSet, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = build(TINY, pretrained=False).eval()
+    shards = broken_copy(data, tmp_path, [2, 30], "all")
+    whole, part = (
+        score_set(net, open_loader(
+            one, preprocess=PREPROCESS, loading=Loading(batch_size=16, num_workers=0), device=CPU
+        ))
+        for one in (old, shards)
+    )  # fmt: skip
+    assert sorted(part.failures) == [2, 30]
+    kept = np.delete(np.arange(len(old)), [2, 30])
+    assert part.samples.tolist() == kept.tolist()
+    np.testing.assert_array_equal(part.labels, whole.labels[kept])
+    spread = np.abs(np.diff(whole.logits)).mean()
+    np.testing.assert_allclose(part.logits, whole.logits[kept], atol=spread / 100)

@@ -7,7 +7,7 @@ import pytest
 
 from model import checkpoint
 from model.network import build
-from model.verdict import describe_band, left_out_sources
+from model.verdict import band_at, describe_band, left_out_sources
 from tests.builders import TINY, small_recipe
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
@@ -52,3 +52,15 @@ def test_the_band_in_words() -> None:
     both = "no sign of AI below 0.25, likely AI from 0.765524, uncertain between"
     assert describe_band((0.25, 0.76552407)) == both
     assert describe_band((0.744, 0.744)) == "likely AI from 0.744"
+
+
+def test_an_error_rate_takes_the_threshold_of_the_next_smaller_stored_rate() -> None:
+    meta = {
+        "calibration": {
+            "at_fpr": [[0.01, 0.9], [0.05, 0.7], [0.1, 0.5]],
+            "at_miss": [[0.01, 0.1], [0.05, 0.3], [0.1, 0.8]],
+        }
+    }
+    assert band_at(meta, (0.2, 0.6), max_fpr=0.07) == (0.2, 0.7)
+    assert band_at(meta, (0.2, 0.6), max_miss=0.07) == (0.3, 0.6)
+    assert band_at(meta, (0.2, 0.6), 0.1, 0.1) == (0.5, 0.5)  # never the other way round

@@ -1,4 +1,5 @@
 import json
+import math
 from typing import get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ from model.calibration.fit import (
     ThresholdAt,
     calibrate,
     calibrate_by,
+    calibrate_sources,
     fit_temperature,
     threshold_at_fpr,
     threshold_over_sources,
@@ -17,7 +19,7 @@ from model.calibration.fit import (
 )
 from model.metrics import measure
 from model.recipe import Calibrating
-from model.verdict import band_of, probability, verdict
+from model.verdict import band_of, calibration_fault, probability, verdict
 from page.figures import ends
 from sharding.format import CLASSES
 
@@ -171,3 +173,66 @@ def test_a_lower_error_rate_never_has_a_lower_threshold() -> None:
     few = thresholds_at_rates(reals, "most_sources")
     alone = threshold_over_sources(easy, 0.01, "most_sources")
     assert dict(few)[0.01] == dict(few)[0.02] > alone
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 7])
+def test_a_rate_over_most_sources_holds_for_three_quarters_of_them(count: int) -> None:
+    """Three quarters are rounded up: 4 of 5. Each source has higher scores than the one before."""
+    reals = [np.linspace(0, 0.5, 100) + 0.05 * number for number in range(count)]
+    threshold = threshold_over_sources(reals, 0.05, "most_sources")
+    kept = sum((of_source >= threshold).mean() <= 0.05 for of_source in reals)
+    assert kept == math.ceil(0.75 * count)
+
+
+def test_the_band_of_a_strong_detector_has_its_lower_end_first() -> None:
+    """Here the miss rate alone would put it above the upper end, and such a file is refused."""
+    labels, logits = calibrated_scores(4_000, scale=5.0)
+    fitted = calibrate_by(Calibrating(threshold="pooled"), labels, logits, np.full(4_000, "a"))
+    low, high = fitted.band
+    assert low == high == fitted.threshold
+    assert calibration_fault(json.loads(json.dumps(fitted.entries({})))) == ""
+
+
+@pytest.mark.parametrize("over", ["most_sources", "worst_source"])
+def test_a_source_of_few_images_decides_no_threshold(over: Over) -> None:
+    """A source of 19 reals, all called fake, is only listed in the table of the sources."""
+    labels, logits = calibrated_scores(3_000)
+    odd = np.array([0] * 19), np.full(19, 9.0)
+    fitted = calibrate_sources({"a": (labels, logits), "odd": odd}, Calibrating(threshold=over))
+    assert fitted.threshold < probability(np.array([8.0]), fitted.temperature)
+    assert fitted.sources["odd"]["false_positive_rate"] == 1.0
+    assert fitted.sources_used["real"] == (1, 2)
+
+
+@pytest.mark.parametrize("rule", ["auto", Calibrating(threshold="pooled")])
+def test_thresholds_for_error_rates_are_those_of_their_own_class(
+    rule: ThresholdAt | Calibrating,
+) -> None:
+    """`--max-fpr` takes them from `at_fpr`, `--max-miss` from `at_miss`."""
+    labels, logits = calibrated_scores(4_000)
+    fitted = calibrate_by(rule, labels, logits, np.full(4_000, "a"))
+    fake = probability(logits, fitted.temperature)
+    assert len(fitted.at_fpr) == len(fitted.at_miss) == 9
+    for rate, threshold in fitted.at_fpr:
+        assert (fake[labels == 0] >= threshold).mean() == pytest.approx(rate, abs=0.001)
+    for rate, threshold in fitted.at_miss:
+        assert (fake[labels == 1] < threshold).mean() == pytest.approx(rate, abs=0.001)
+
+
+def test_targets_of_the_temperature_depend_on_the_images_of_their_class() -> None:
+    """Of Platt's targets: 201 / 202 for 200 reals, 21 / 22 for 20 fakes. At the best temperature
+    the mean probability of the true class is their mean, because all scores are -4 or 4.
+    """
+    labels = np.repeat([0, 1], [200, 20])
+    temperature = fit_temperature(labels, np.where(labels == 1, 4.0, -4.0))
+    wanted = (20 * 21 / 22 + 200 * 201 / 202) / 220
+    assert probability(np.array([4.0]), temperature)[0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_band_of_20_fakes_begins_at_the_lowest() -> None:
+    """A new fake is below it in 1 of 21 cases, below the second lowest in 2."""
+    labels = np.repeat([0, 1], [200, 20])
+    logits = np.append(np.linspace(-4, 1, 200), np.linspace(-2, 4, 20))
+    fitted = calibrate(labels, logits)
+    fake = probability(logits, fitted.temperature)[labels == 1]
+    assert fitted.band[0] == min(0.5, fake.min()) < 0.5

@@ -153,3 +153,14 @@ def test_reference_reals_are_compared() -> None:
     others = {"reference_reals": about["reference_reals"] | {"set": "others"}}
     with pytest.raises(ScoresError, match="different reference reals"):
         compare(*(table_of(both, ["evalgen"], **ABOUT | one) for one in (about, others)))
+
+
+def test_intervals_use_the_threshold_of_each_run() -> None:
+    """At a higher threshold the same scores have a lower recall and fewer false positives."""
+    before = table_of(rows(), ["val"], **ABOUT)
+    after = table_of(rows(), ["val"], threshold=0.8, temperature=2.0)
+    changes = compare(before, after)[0].changes
+    for metric in ("recall", "false_positive_rate"):
+        change = changes[metric]
+        assert change.low <= change.after - change.before <= change.high < 0
+    assert changes["auroc"].low == changes["auroc"].high == 0
