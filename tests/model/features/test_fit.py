@@ -376,3 +376,15 @@ def test_a_signal_ends_a_fit_and_the_same_command_fits_again(
     saved = train(recipe, data, tmp_path / "runs", init_from=weights)
     whole = train(recipe, data, tmp_path / "whole", init_from=weights)
     np.testing.assert_array_equal(head_of(saved)[0], head_of(whole)[0])
+
+
+def test_labels_are_smoothed_as_in_training_in_steps(recipe: Recipe) -> None:
+    """At the minimum the bias has no gradient in torch's cross entropy with label smoothing."""
+    net = build(recipe.network, pretrained=False)
+    samples = random_samples(net)
+    fit_head(net, samples, Optim(lr=1, weight_decay=0.02, label_smoothing=0.2))
+    losses = torch.nn.functional.cross_entropy(
+        net.classify(samples.features), samples.labels.long(), reduction="none", label_smoothing=0.2
+    )
+    ((losses * samples.weights).sum() / samples.weights.sum()).backward()
+    assert net.backbone.stage_head.fc.bias.grad.abs().max() < 1e-4

@@ -7,6 +7,7 @@ import numpy as np
 
 from model.features.store import BackboneId, ShardFile, View, files_of
 from pipeline.augment import AugmentPolicy
+from pipeline.params import train_params, view_params
 from sharding.format import ShardSet
 from tests.builders import SMALL_PREPROCESS
 
@@ -61,3 +62,20 @@ def test_other_partners_of_the_fakes_are_another_identity(old: ShardSet, tmp_pat
     assert [file.path.name for file in unmatched] == names  # as in earlier stores
     keys = {"version", "backbone", "shard", "shard_sha256", "view", "seed", "policy"}
     assert all(file.id.keys() == keys for file in unmatched)
+
+
+def test_a_view_augments_each_image_of_a_tar_for_itself(old: ShardSet) -> None:
+    """View v as epoch v - 1. If this changed, features of the old views would be read as those of
+    the new ones, because their identity would be the same.
+    """
+    policy = AugmentPolicy(jpeg=1.0, jpeg_quality=(1, 100))
+    augment = {"train": policy, "dda": policy}
+    everyone, none = np.arange(len(old)), np.zeros(len(old), np.int64)
+    for number in (1, 2, 3):
+        view = view_params(old, augment, "train", SMALL_PREPROCESS, 5, number)
+        epoch = train_params(old, augment, "train", SMALL_PREPROCESS, 5, number - 1)
+        params = view(everyone, none)
+        expected = replace(epoch, numbers=view.numbers)(everyone, none)
+        assert list(params.rows()) == list(expected.rows())
+        for rows in old.rows_of_shards().values():
+            assert len(np.unique(params.jpeg[rows])) > len(rows) / 2

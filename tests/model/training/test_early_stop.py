@@ -4,16 +4,19 @@ at the same step after any interruptions.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import recipes
 from model import checkpoint
-from model.metrics import Validation
+from model.metrics import Validation, measure_sets
 from model.recipe import Recipe
+from model.score import Scores
 from model.tracking.history import rows_of
 from model.training.run import train
 from model.training.validation import Best, Gain, better
+from sharding.format import ShardSet
 from tests.builders import ends_alike
 from tests.checkpoints import last_of
 
@@ -85,3 +88,17 @@ def test_better_prefers_the_higher_figure_then_the_later_checkpoint() -> None:
     assert better(high, low) is high
     assert better(high, later) is later
     assert better(none, at(5, None)).path.name == "step_0000005"
+
+
+def test_a_checkpoint_is_selected_by_the_mean_balanced_accuracy_of_the_sets(old: ShardSet) -> None:
+    """If all images are called fake, a set of 10 reals and 30 fakes has a balanced accuracy of 0.5
+    and an accuracy of 0.75. A set of fakes alone counts with its accuracy, 1.
+    """
+    labels = old.column("label")
+    rows = np.r_[np.flatnonzero(labels == 0)[:10], np.flatnonzero(labels == 1)[:30]]
+    scored = []
+    for name, shards in (("mixed", old.take(rows)), ("fakes", old.take(rows[10:]))):
+        samples, fives = np.arange(len(shards)), np.full(len(shards), 5.0, np.float32)
+        own = Scores(samples, shards.column("label").astype(np.int64), fives, {})
+        scored.append((name, shards, own))
+    assert measure_sets(scored).selection == (0.5 + 1.0) / 2

@@ -7,7 +7,7 @@
 | the schedule advances once per step and once more per epoch | test_one_step_of_the_schedule_per_optimizer_step |
 | incomplete AMP: a scaler without autocast, or autocast around one block | test_autocast_is_on_around_the_whole_network, test_gradients_are_scaled |
 | layer-wise rates are stored and never applied | tests/model/training/test_optim.py::test_after_warm_up_there_are_as_many_rates_as_groups, tests/model/training/test_optim.py::test_the_rates_are_used_by_the_step |
-| an unreadable image becomes a black one labeled real | test_an_unreadable_image_is_never_a_black_real_one, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
+| an unreadable image becomes a black one labeled real | test_an_unreadable_image_is_never_a_black_real_one, test_an_unreadable_image_counts_nothing_whatever_replayed_ones_count, tests/model/training/test_run.py::test_images_that_could_not_be_decoded_do_not_count, tests/sharding/test_build.py::test_bad_files_are_quarantined_with_their_reason |
 | a bad file is retried by recursion until the recursion limit | tests/pipeline/test_loader.py::test_a_whole_bad_batch_is_survived, tests/pipeline/test_loader.py::test_too_many_bad_images_stop_the_run |
 | classes depend on the order of directories | tests/sharding/test_catalog.py::test_labels_come_from_whole_path_parts_and_never_from_their_order, tests/sharding/test_listing.py::test_cashbowman_has_doubled_folders_and_reversed_order |
 | a dot in a file name breaks the reader | tests/sharding/test_write.py::test_any_file_name_is_stored_and_read_back |
@@ -31,12 +31,12 @@ import recipes
 from model import checkpoint
 from model.distributed import DistEnv
 from model.network import build
-from model.recipe import Optim, Recipe
+from model.recipe import Network, Optim, Recipe
 from model.score import score_set
 from model.tracking.history import rows_of
 from model.training.optim import make_optimizer, schedule
 from model.training.run import train
-from model.training.step import TrainState, first_bad, train_step, wrap_ddp
+from model.training.step import TrainState, average_of, first_bad, train_step, wrap_ddp
 from pipeline.batch import Batch
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
@@ -298,3 +298,57 @@ def test_nothing_is_unpickled() -> None:
         "torch.load", "np.load", "pickle.loads",
     ]  # fmt: skip
     assert unpicklers("torch.load(p, weights_only=False)") == ["torch.load"]
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.9), (80, 0.1), (10_000, 0.01)])
+def test_an_average_follows_the_first_steps(step: int, share: float) -> None:
+    """With a decay of 0.99 from the first step on, a short run would be validated and saved with
+    the weights that it began from.
+    """
+    state = small_trainer(torch.float32)
+    state.ema = average_of(state.net)
+    first = [parameter.clone() for parameter in state.net.parameters()]
+    train_step(state, state.net, small_batch(), replace(OPTIM, ema_decay=0.99), step=step)
+    for averaged, now, was in zip(
+        state.ema.parameters(), state.net.parameters(), first, strict=True
+    ):
+        torch.testing.assert_close(averaged, was + share * (now - was), rtol=1e-6, atol=1e-7)
+
+
+def test_an_average_has_the_statistics_of_the_batch_norms() -> None:
+    """Validation normalizes with them: the first ones, 0 and 1, would fit no image."""
+    net = build(Network(name="mobilenetv2_035", pretrained=False), pretrained=False)
+    optimizer = make_optimizer(net.backbone, OPTIM, fused=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(net, optimizer, scaler, CPU, torch.float32, ema=average_of(net))
+    before = net.backbone.bn1.running_mean.clone()
+    train_step(state, net, small_batch(), replace(OPTIM, ema_decay=0.9), step=5)
+    assert not torch.equal(net.backbone.bn1.running_mean, before)
+    for (name, averaged), (_, buffer) in zip(
+        state.ema.named_buffers(), net.named_buffers(), strict=True
+    ):
+        assert torch.equal(averaged, buffer), name
+
+
+@pytest.mark.parametrize(("weight", "distill"), [(3.0, 0.0), (1.0, 0.5)])
+def test_an_unreadable_image_counts_nothing_whatever_replayed_ones_count(
+    weight: float, distill: float
+) -> None:
+    """Its pixels and label change neither the loss nor the distance to the teacher."""
+    batch = replace(
+        small_batch(), valid=torch.tensor([True, True, False, True]),
+        replayed=np.array([False, True, True, False]),
+    )  # fmt: skip
+    images, labels = batch.images.clone(), batch.labels.clone()
+    images[2], labels[2] = 0, 0
+    results = []
+    for given in (batch, replace(batch, images=images, labels=labels)):
+        state = small_trainer(torch.float32)
+        torch.manual_seed(1)
+        state.teacher = build(TINY, pretrained=False).eval()
+        torch.manual_seed(2)  # of the drop path
+        loss = train_step(
+            state, state.net, given, OPTIM, replay_weight=weight, distill_weight=distill
+        )
+        results.append([loss, *(parameter.grad for parameter in state.learning)])
+    torch.testing.assert_close(results[0], results[1])
