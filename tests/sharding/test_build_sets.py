@@ -320,3 +320,13 @@ def test_a_source_without_raw_files_and_without_recorded_rules_is_refused(tmp_pa
     pq.write_table(table, path)
     shutil.rmtree(tmp_path / "raw/a")
     refused(tmp_path, r"a\.parquet is damaged \(no notes of its listing: 'rules'\)", text)
+
+
+def test_changed_groups_of_packed_images_are_stored(tmp_path: Path) -> None:
+    """The tars do not change, but folds, pairs and intervals follow from the groups."""
+    put(tmp_path / "raw/a/real", range(20))
+    text = catalog(("a", "a", '"tr"', REAL))
+    pack(tmp_path, text)
+    pack(tmp_path, text.replace(REAL, REAL + "\ngroup = '/([0-9])[0-9]?\\.png$'"))
+    groups = open_shards([tmp_path / "out/tr"]).table.column("group").to_pylist()
+    assert len(groups) == 20 and len(set(groups)) == 10

@@ -8,7 +8,8 @@ import pytest
 
 from sharding.catalog import BUILT_IN, CatalogError, read_catalog
 from sharding.listing import folder_pattern, list_source
-from sharding.split import choose_set
+from sharding.plan import sample_key
+from sharding.split import choose_set, hash_point
 from tests.builders import ROOT, build_all, encode, photo
 
 
@@ -350,3 +351,12 @@ def test_exclude_lists_hashes_in_files_beside_the_catalog(tmp_path: Path) -> Non
         path.write_text(text + "\n")
         with pytest.raises(CatalogError, match=words):
             read_catalog([path])
+
+
+def test_a_group_goes_to_the_same_set_in_every_version_of_the_program() -> None:
+    """With another hash, training would use images that were held out before."""
+    assert hash_point("mine/real/a") == 0.6610301559758797
+    shares = {"train": 0.6, "val": 0.2, "test": 0.2}
+    chosen = [choose_set(f"mine/real/{number}", shares) for number in range(12)]
+    assert " ".join(chosen) == "train train train val train train train train val train train train"
+    assert sample_key("mine", "mine/real/a.png") == "mine_b9aa5f7ccf4d2b8d"

@@ -320,3 +320,12 @@ def test_an_image_read_from_memory_is_described_like_one_from_disk(tmp_path: Pat
         assert (row["width"], row["height"]) == image.size
     assert row["exif"] is False
     assert len(row["jpeg_tables"]) == 8
+
+
+def test_a_later_copy_does_not_rename_a_group() -> None:
+    """The name decides to which set a group goes. If it were the last one, a copy in a later source
+    would move packed images from the training set to the test set, or back.
+    """
+    one, two = ("first", b"a", 0, 0, "m"), ("first", b"b", 0, 0, "z")
+    assert decided(one).groups.tolist() == ["m"]
+    assert decided(one, two).groups.tolist() == decided(two, one).groups.tolist() == ["m", "m"]

@@ -96,9 +96,9 @@ def test_a_checkpoint_is_selected_by_the_mean_balanced_accuracy_of_the_sets(old:
     """
     labels = old.column("label")
     rows = np.r_[np.flatnonzero(labels == 0)[:10], np.flatnonzero(labels == 1)[:30]]
-    scored = []
+    scored = {}
     for name, shards in (("mixed", old.take(rows)), ("fakes", old.take(rows[10:]))):
         samples, fives = np.arange(len(shards)), np.full(len(shards), 5.0, np.float32)
         own = Scores(samples, shards.column("label").astype(np.int64), fives, {})
-        scored.append((name, shards, own))
+        scored[name] = shards, own
     assert measure_sets(scored).selection == (0.5 + 1.0) / 2

@@ -458,3 +458,31 @@ def test_without_the_extra_the_error_names_it(
     result = run(sets / "lonely", "--out", tmp_path)
     assert result.exit_code == 1
     assert "install the extra `audit`" in result.output
+
+
+def test_a_model_of_the_other_sources_has_not_seen_the_source(sets: Path) -> None:
+    """It is wrong for every image if the other source has the opposite shortcut."""
+    metadata = facts.metadata_of(shards_of(sets, "planted"))
+    labels = np.where(metadata.sources == 1, 1 - metadata.labels, metadata.labels)
+    turned, columns = replace(metadata, labels=labels), facts.FEATURES["format"]
+    folds = facts.assign_folds(turned, 0)
+    sources, across = audit._audit_sources(turned, folds, columns, 0, None, lambda _: None)
+    assert sources["mixed"].within.auroc > 0.9
+    assert sources["mixed"].from_others.auroc < 0.1
+    assert across.auroc < 0.1
+
+
+def test_images_are_matched_within_their_source_if_it_has_both_classes() -> None:
+    sources, labels = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 0, 1], np.int8)
+    values = np.zeros((5, 10), np.float32)
+    values[:, facts.SOURCE[0]] = sources
+    metadata = facts.Metadata(values, labels, np.arange(5), {})
+    assert match._home(metadata).tolist() == [0, 0, -1, -1, -1]
+
+
+def test_a_match_balances_each_fold(sets: Path, matched: match.Match) -> None:
+    """Otherwise the match itself would push the AUROC after it below 0.5."""
+    metadata = facts.metadata_of(shards_of(sets, "partly"))
+    folds, labels = facts.assign_folds(metadata, 0)[matched.rows], metadata.labels[matched.rows]
+    for fold in range(facts.FOLDS):
+        assert labels[folds == fold].mean() == 0.5
