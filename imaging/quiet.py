@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import logging
 import os
-import re
+import subprocess
 import sys
 import threading
 import warnings
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
+
+from imaging import chatter
 
 
 def silence_pillow() -> None:
@@ -59,41 +61,33 @@ def without_warnings() -> Iterator[None]:
 
 # --- lines that native code writes ----------------------------------------------------------------
 
-_CHATTER = re.compile(
-    # nvImageCodec
-    rb"\[(ERROR|WARNING|FATAL)\] ?(\x1b\[0m)?\[[\w-]*(decoder|parser|ext|imgcodec)\w*\]"
-    rb"|\[ ?(ERROR|WARN|INFO):\d+@[\d.]+\]"  # OpenCV
-    rb"|^(Corrupt JPEG data: |Premature end of JPEG|Invalid SOS parameters for sequential JPEG"
-    rb"|Inconsistent progression sequence for component|Unknown Adobe color transform"
-    rb"|Warning: unknown JFIF revision|Bogus |Unsupported marker type 0x|Invalid JPEG file struct"
-    rb"|Invalid progressive|Quantization table 0x|Huffman table 0x|Didn't expect more than one scan"
-    rb"|Unsupported JPEG |Not a JPEG file|Sorry, there are legal|Empty JPEG image"
-    rb"|Invalid component ID \d|Input file read error"
-    rb"|libpng (warning|error): )"
-    rb"|^> |^\s*'[^']*' (is|where) |^Unsupported number of channels"  # OpenCV's second lines
-)
-
 
 class _Filter:
-    """Sends standard error of the process through a pipe and drops the lines of decoders."""
+    """Sends standard error of the process through `imaging/chatter.py`, which drops the lines of
+    decoders.
+
+    This is another process: a thread would die with this one, so that the last lines of a crash
+    were lost, and would wait for the GIL, which a crashing thread may hold while it writes.
+    """
 
     def __init__(self) -> None:
-        sys.stderr.flush()
+        if sys.stderr:
+            sys.stderr.flush()
         self.real = os.dup(2)
-        reading, writing = os.pipe()
-        os.dup2(writing, 2)
-        os.close(writing)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", chatter.__file__],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            os.close(self.real)
+            raise
+        assert self.process.stdin
+        with self.process.stdin as writing:
+            os.dup2(writing.fileno(), 2)
         self.before = sys.stderr
         if _is_native(sys.stderr):  # Python's lines need no filter, progress bars need a terminal
             sys.stderr = os.fdopen(os.dup(self.real), "w", buffering=1, errors="backslashreplace")
-        self.thread = threading.Thread(target=self._copy, args=(reading,), daemon=True)
-        self.thread.start()
-
-    def _copy(self, reading: int) -> None:
-        with os.fdopen(reading, "rb") as lines:
-            for line in lines:
-                if line.strip() and not _CHATTER.search(line):
-                    os.write(self.real, line)
 
     def close(self) -> None:
         """Restore standard error. Returns after the last line was copied."""
@@ -101,9 +95,9 @@ class _Filter:
             sys.stderr.close()
             sys.stderr = self.before
         os.dup2(self.real, 2)
-        self.thread.join(timeout=1)  # a child that inherited the pipe may hold it open
-        if not self.thread.is_alive():
-            os.close(self.real)
+        os.close(self.real)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1)  # a child that inherited the pipe may hold it open
 
 
 def _is_native(stream: Any) -> bool:
@@ -129,12 +123,13 @@ def without_chatter() -> Iterator[None]:
     global _users
     with _filtering:
         if not _users:
-            _filters.append(_Filter())
+            with contextlib.suppress(OSError):  # no process: all lines are printed
+                _filters.append(_Filter())
         _users += 1
     try:
         yield
     finally:
         with _filtering:
             _users -= 1
-            if not _users:
+            if not _users and _filters:
                 _filters.pop().close()

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +27,7 @@ def test_only_decoders_are_silent(capfd: pytest.CaptureFixture) -> None:
     with without_chatter(), without_chatter():
         for line in [*CHATTER, *OTHERS]:
             os.write(2, f"{line}\n".encode())
-        sys.stderr.write("from Python\n")  # one call: the filter's thread writes at the same time
+        sys.stderr.write("from Python\n")  # one call: the filter writes at the same time
     os.write(2, b"[ERROR] [jpeg_parser] afterward\n")
     said = capfd.readouterr().err.splitlines()
     assert sorted(said) == sorted([*OTHERS, "from Python", "[ERROR] [jpeg_parser] afterward"])
@@ -33,7 +35,7 @@ def test_only_decoders_are_silent(capfd: pytest.CaptureFixture) -> None:
 
 def test_threads_share_the_filter(capfd: pytest.CaptureFixture) -> None:
     def work() -> None:
-        for _ in range(50):
+        for _ in range(10):
             with without_chatter():
                 os.write(2, f"{CHATTER[1]}\n{OTHERS[0]}\n".encode())
 
@@ -42,13 +44,58 @@ def test_threads_share_the_filter(capfd: pytest.CaptureFixture) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert capfd.readouterr().err.splitlines() == [OTHERS[0]] * 200
+    assert capfd.readouterr().err.splitlines() == [OTHERS[0]] * 40
 
 
 def test_a_traceback_is_still_printed() -> None:
+    assert "RuntimeError: mine" in printed("raise RuntimeError('mine')")
+
+
+DEEP = """def deep(n):
+    deep(n - 1) if n else time.sleep(60)
+for _ in range(16):
+    threading.Thread(target=deep, args=(110,), daemon=True).start()
+time.sleep(0.5)
+"""
+SEGFAULT = "ctypes.string_at(0)"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (SEGFAULT, "Fatal Python error: Segmentation fault"),
+        (DEEP + SEGFAULT, "Fatal Python error: Segmentation fault"),  # more than fits in a pipe
+        ("ctypes.CDLL(None).perror(b'mine'); ctypes.CDLL(None).abort()", "mine: "),
+        ("os.write(2, b'no end of line'); os._exit(0)", "no end of line"),
+        ("os.killpg(0, signal.SIGTERM)", "handler"),
+    ],
+)
+def test_the_last_lines_of_a_process_that_dies_are_printed(body: str, expected: str) -> None:
+    handler = "signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b'handler'), os._exit(0)))\n"
+    assert expected in printed(f"{handler}time.sleep(0.3)\n{body}")
+
+
+def printed(body: str) -> str:
+    """Return what a program prints to standard error that runs `body` with decoders silenced."""
     script = (
+        "import ctypes, faulthandler, os, signal, threading, time\n"
         "from imaging.quiet import without_chatter\n"
-        "with without_chatter():\n raise RuntimeError('mine')"
+        "faulthandler.enable()\n"
+        f"with without_chatter():\n{textwrap.indent(body, ' ')}"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "RuntimeError: mine" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+        start_new_session=True,
+    )  # fmt: skip
+    return done.stderr
+
+
+def test_without_a_process_for_the_filter_all_lines_are_printed(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/none")
+    before = {*Path("/proc/self/fd").iterdir()}
+    with without_chatter():
+        os.write(2, f"{CHATTER[0]}\n".encode())
+    assert capfd.readouterr().err.splitlines() == [CHATTER[0]]
+    assert {*Path("/proc/self/fd").iterdir()} == before
