@@ -19,10 +19,12 @@ world_size)` returns the slice of one rank's batch. The number of ranks does not
 of a step: 2 ranks with 12 each see together the same 24 as one rank.
 
 A run resumes from a dict: `state_of(seed=..., number=..., step=..., global_batch=...,
-index_sha256=..., shuffle=...)` returns it for the next step of epoch `number` and the set's hash
-(`ShardSet.sha256`). `check_state(state, seed=..., global_batch=..., index_sha256=..., shuffle=...)`
-returns the (epoch, step) in it. It raises `OrderError` if the state has another seed, batch size or
-hash than these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`. `repeat()`
+index_sha256=..., shuffle=..., settings=...)` returns it for the next step of epoch `number` and the
+set's hash (`ShardSet.sha256`). `settings` has all else that decides the order: a dict, name of a
+setting -> its value as text. `check_state(state, ...)` takes the same keywords without `number` and
+`step`, and returns the (epoch, step) in the state. It raises `OrderError` if the state has another
+value than one of these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`.
+What a state of an earlier version lacks is not compared. `repeat()`
 lists the samples of a source several times, `mixing_of()` measures how well an order is shuffled
 (`Mixing`), and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT`
 as purpose.
@@ -244,10 +246,11 @@ def _blocks(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 
 
 def state_of(
-    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str, shuffle: Shuffle
-) -> dict[str, Any]:
-    """Return the integers and the index hash that `check_state` needs to resume before `step` of
-    epoch `number`. The order itself is not needed.
+    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str, shuffle: Shuffle,
+    settings: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what `check_state` needs to resume before `step` of epoch `number`: integers and short
+    texts. The order itself is not needed.
     """
     return {
         "order_version": ORDER_VERSIONS[shuffle],
@@ -256,6 +259,8 @@ def state_of(
         "step": step,
         "global_batch": global_batch,
         "index_sha256": index_sha256,
+        "loading.shuffle": shuffle,
+        **settings,
     }
 
 
@@ -268,24 +273,30 @@ _CHANGED = {
 
 
 def check_state(
-    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str, shuffle: Shuffle
-) -> tuple[int, int]:
+    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str, shuffle: Shuffle,
+    settings: Mapping[str, str],
+) -> tuple[int, int]:  # fmt: skip
     """Return the (epoch, step) to resume from.
 
     Raises:
-        OrderError: the state belongs to other shards, another seed, global batch or order version.
+        OrderError: the state belongs to other shards, another seed, global batch or order version,
+            or to other `settings`.
     """
     expected = {
+        "loading.shuffle": shuffle,  # before the version, which differs between shuffles
         "order_version": ORDER_VERSIONS[shuffle],
         "seed": seed,
         "index_sha256": index_sha256,  # before the batch size, which `--folder` takes from the sets
+        **settings,
         "global_batch": global_batch,
     }
     for name, value in expected.items():
-        if state[name] != value:
+        if (before := state.get(name, value)) != value:
+            if name == "index_sha256":
+                before, value = before[:16], index_sha256[:16]
             raise OrderError(
-                f"cannot resume: {_CHANGED[name]} ({name} was {str(state[name])[:16]} and is "
-                f"{str(value)[:16]}), so the order of samples would change; undo the change, or "
-                "start a new run with --run NAME"
+                f"cannot resume: {_CHANGED.get(name, f'{name} has changed since this run began')} "
+                f"({name} was {before} and is {value}), so the order of samples would change; "
+                "undo the change, or start a new run with --run NAME"
             )
     return int(state["epoch"]), int(state["step"])

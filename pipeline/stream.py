@@ -42,8 +42,8 @@ Errors:
   `repeats` that the new sets lack, `ValueError` if there is no old sample to replay.
 - `Stream.batches()`: `LoadError` if the policy of a source is not in `augment`, too many images are
   unreadable, or no batch comes in time.
-- `Stream.resume()`: `OrderError` if the state has other data, another seed or batch size, or was
-  made by a version of the program that orders samples in another way.
+- `Stream.resume()`: `OrderError` if the state has other data, another seed, batch size, shuffle,
+  `repeats` or replay, or was made by a version of the program that orders samples in another way.
 - `evaluation_batches()`: `OrderError` if the set is empty; `LoadError` as above.
 """
 
@@ -310,9 +310,7 @@ class Stream:
         return replayed
 
     def state(self, done: int) -> dict[str, Any]:
-        """Return what `resume` needs to continue after `done` steps: a few integers and the index
-        hash.
-        """
+        """Return what `resume` needs to continue after `done` steps: a few integers and texts."""
         epoch_number, step = divmod(done, self.steps_per_epoch)
         return state_of(
             seed=self.seed,
@@ -321,14 +319,31 @@ class Stream:
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
             shuffle=self.loader.loading.shuffle,
+            settings=self._settings,
         )
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """All that decides the order of samples, besides the sets, seed, batch size and shuffle.
+        Settings without an effect are left out.
+        """
+        ratio = self.replay.fraction
+        excluded = sorted({*self.replay.exclude_sources}) if ratio else []
+        repeats = sorted((name, times) for name, times in self.repeats.items() if times != 1)
+        return {
+            "data.train": f"{len(self.pool.new)} images",
+            "data.repeats": ", ".join(f"{name} {float(times)}" for name, times in repeats)
+            or "none",
+            "replay.ratio": f"{ratio.numerator}:{ratio.denominator}",
+            "replay.exclude_sources": ", ".join(excluded) or "none",
+        }
 
     def resume(self, state: Mapping[str, Any]) -> int:
         """Return the number of finished steps in a saved state.
 
         Raises:
-            OrderError: the state belongs to other shards, another seed, global batch or order
-            version.
+            OrderError: the state belongs to another order: other shards, another seed, global
+                batch, shuffle, `repeats`, replay or order version.
         """
         epoch_number, step = check_state(
             state,
@@ -336,6 +351,7 @@ class Stream:
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
             shuffle=self.loader.loading.shuffle,
+            settings=self._settings,
         )
         return epoch_number * self.steps_per_epoch + step
 

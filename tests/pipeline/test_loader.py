@@ -164,6 +164,25 @@ def test_resume_with_another_index_is_refused(make_stream: Callable, data: Path)
         other.resume(state)
 
 
+def test_resume_with_another_order_is_refused(make_stream: Callable, data: Path) -> None:
+    stream = make_stream()
+    state = stream.state(23)
+    less = replace(stream.replay, exclude_sources=["alpha"])
+    new, old = np.split(np.arange(len(stream.pool.shards)), [len(stream.pool.new) + 1])
+    for name, other in (
+        ("replay.ratio was 1:8 and is 1:2", make_stream(ratio="1:2")),
+        ("loading.shuffle was global and is block", make_stream(shuffle="block")),
+        ("data.repeats was none and is gamma 2.0", replace(stream, repeats={"gamma": 2})),
+        ("replay.exclude_sources was none and is alpha",
+         replace(stream, replay=less, pool=open_pool(data, ["new"], less))),
+        (f"data.train was {len(new) - 1} images and is {len(new)} images",
+         replace(stream, pool=replace(stream.pool, new=new, old=old))),
+    ):  # fmt: skip
+        with pytest.raises(OrderError, match=rf"{name}\), so the order of samples would change"):
+            other.resume(state)
+    assert replace(make_stream(ratio=0.125), repeats={"gamma": 1}).resume(state) == 23
+
+
 def test_replay_counts_are_exact_over_an_epoch_and_within_one_per_batch(
     make_stream: Callable,
 ) -> None:

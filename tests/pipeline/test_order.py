@@ -79,21 +79,32 @@ def test_too_few_samples_are_an_error() -> None:
         epoch(7)
 
 
-@pytest.mark.parametrize("changed", ["order_version", "seed", "global_batch", "index_sha256"])
+NOW = {
+    "seed": 5, "global_batch": 24, "index_sha256": "abc", "shuffle": "global",
+    "settings": {"replay.ratio": "1:8"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed", ["order_version", "seed", "global_batch", "index_sha256", "loading.shuffle",
+                "replay.ratio"],
+)  # fmt: skip
 def test_a_state_of_another_run_is_refused(changed: str) -> None:
-    now = {"seed": 5, "global_batch": 24, "index_sha256": "abc", "shuffle": "global"}
-    state = state_of(number=2, step=17, **now)
-    assert check_state(state, **now) == (2, 17)
-    with pytest.raises(OrderError, match=rf"cannot resume: .* \({changed} was"):
-        check_state(state | {changed: "other"}, **now)
+    state = state_of(number=2, step=17, **NOW)
+    assert check_state(state, **NOW) == (2, 17)
+    with pytest.raises(OrderError, match=rf"cannot resume: .* \({changed} was other and is"):
+        check_state(state | {changed: "other"}, **NOW)
 
 
-def test_only_the_order_of_blocks_is_a_new_one() -> None:
-    now = {"seed": 5, "global_batch": 24, "index_sha256": "abc"}
-    before = state_of(number=2, step=17, shuffle="global", **now) | {"order_version": 1}
-    assert check_state(before, shuffle="global", **now) == (2, 17)
+def test_a_state_of_an_earlier_version_resumes() -> None:
+    """It has neither the shuffle nor the settings, and only the order of blocks is a new one."""
+    before = {
+        "order_version": 1, "seed": 5, "epoch": 2, "step": 17, "global_batch": 24,
+        "index_sha256": "abc",
+    }  # fmt: skip
+    assert check_state(before, **NOW) == (2, 17)
     with pytest.raises(OrderError, match="order_version was 1 and is 2"):
-        check_state(before, shuffle="block", **now)
+        check_state(before, **{**NOW, "shuffle": "block"})
 
 
 @pytest.mark.parametrize("replay_ratio", ["1:8", "1:1", "1:16", "3:7"])
