@@ -14,9 +14,10 @@ shuffles the samples and drops a last partial batch. All arguments after the fir
 `evaluation_epoch(samples, global_batch)` lists row numbers once and in order, padded to whole
 batches. Both return an `Epoch`: `samples`, the row number (int64) at each global position, `valid`,
 False for padding, `replayed`, True for old samples, and `steps`, the number of batches. They raise
-`OrderError` if there is no sample or, in training, less than a batch. `epoch.positions(step, rank,
-world_size)` returns the slice of one rank's batch. The number of ranks does not change the samples
-of a step: 2 ranks with 12 each see together the same 24 as one rank.
+`OrderError` if there is no sample or, in training, less than a batch, and `TypeError` for a mask of
+booleans instead of row numbers. `epoch.positions(step, rank, world_size)` returns the slice of one
+rank's batch. The number of ranks does not change the samples of a step: 2 ranks with 12 each see
+together the same 24 as one rank.
 
 A run resumes from a dict: `state_of(seed=..., number=..., step=..., global_batch=...,
 index_sha256=..., shuffle=..., settings=...)` returns it for the next step of epoch `number` and the
@@ -24,10 +25,9 @@ set's hash (`ShardSet.sha256`). `settings` has all else that decides the order: 
 setting -> its value as text. `check_state(state, ...)` takes the same keywords without `number` and
 `step`, and returns the (epoch, step) in the state. It raises `OrderError` if the state has another
 value than one of these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`.
-What a state of an earlier version lacks is not compared. `repeat()`
-lists the samples of a source several times, `mixing_of()` measures how well an order is shuffled
-(`Mixing`), and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT`
-as purpose.
+What a state of an earlier version lacks is not compared. `repeat()` lists the samples of a source
+several times, `mixing_of()` measures how well an order is shuffled (`Mixing`), and `rng_of(seed,
+number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT` as purpose.
 """
 
 import functools
@@ -38,6 +38,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from pipeline.replay import interleave, rows_by_code
+from sharding.format import row_numbers
 
 Shuffle = Literal["global", "block"]
 
@@ -131,12 +132,13 @@ def training_epoch(
 
     Raises:
         OrderError: fewer samples than one global batch, or an unknown `shuffle`.
+        TypeError: a mask of booleans instead of numbers.
     """
     if shuffle not in get_args(Shuffle):
         known = " or ".join(get_args(Shuffle))
         raise OrderError(f"the order is shuffled by {known}, got {shuffle!r}")
     rng = rng_of(seed, number, _SHUFFLE)
-    old = np.empty(0, np.int64) if old is None else old
+    new, old = row_numbers(new), row_numbers(() if old is None else old)
     if shuffle == "global":
         samples, replayed = interleave(new[rng.permutation(len(new))], old)
     else:
@@ -214,10 +216,11 @@ def evaluation_epoch(samples: np.ndarray, global_batch: int) -> Epoch:
 
     Raises:
         OrderError: there are no samples.
+        TypeError: a mask of booleans instead of numbers.
     """
     if not len(samples):
         raise OrderError("there is no sample to evaluate")
-    padded = np.pad(samples.astype(np.int64), (0, -len(samples) % global_batch))
+    padded = np.pad(row_numbers(samples), (0, -len(samples) % global_batch))
     valid = np.arange(len(padded)) < len(samples)
     return Epoch(0, 0, global_batch, padded, np.zeros(len(padded), np.bool_), valid)
 

@@ -15,8 +15,9 @@ Its `read(samples)` takes row numbers of the set (a list or an int array) and re
 each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object (returned, not raised)
 with the reason, such as a missing or cut tar, an address that does not answer, another width or
 height in the image's header than in the index, or another SHA-256. It raises OSError if too many
-files are open. Several threads may use one reader. It can be pickled, and used after a fork. In a
-forked process, let one thread finish a first `read()` before other threads call it.
+files are open, and TypeError for a mask of booleans. Several threads may use one reader. It can be
+pickled, and used after a fork. In a forked process, let one thread finish a first `read()` before
+other threads call it.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
 another length than in the index. `max_open()` is the number of tars that may be open at a time.
@@ -40,7 +41,7 @@ from imaging.decode import DecodeError, decode_image
 from imaging.header import claimed_size
 from imaging.orientation import is_transposed
 from pipeline.remote import Cache, RemoteShards
-from sharding.format import ShardSet
+from sharding.format import ShardSet, row_numbers
 from storage import is_local, size_of
 
 MAX_OPEN = 256
@@ -128,8 +129,9 @@ class ShardReader:
 
         Raises:
             OSError: too many open files. This is not the fault of an image.
+            TypeError: a mask of booleans instead of row numbers.
         """
-        rows = np.asarray(samples, np.int64)
+        rows = row_numbers(samples)
         locations = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
         wanted = list(zip(*locations, strict=True))
         if isinstance(self._files, _Files):

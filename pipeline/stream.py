@@ -4,7 +4,7 @@ Main entries: `open_pool(data, train, replay)` returns a `Pool`: all sets opened
 (`shards`), the row numbers of its `new` and its `old` samples (int64), and `hashes` (name of a set
 -> SHA-256 of its index).
 
-- `data`: the folder of all sets (a `Path`, or a `UPath` for an address).
+- `data`: the folder of all sets, or its address (a text, `Path` or `UPath`).
 - `train`: a list of the names of the training sets.
 - `replay`: the `Replay` (`pipeline/replay.py`) that names the old sets; `Replay()` for none.
 
@@ -75,7 +75,7 @@ from pipeline.params import ParamsFor, eval_params, train_params, view_params
 from pipeline.preprocess import Preprocess
 from pipeline.replay import Replay, sample_old
 from sharding.format import INDEX_FILE, ShardError, ShardSet, open_shards
-from storage import AnyPath, sha256_of
+from storage import AnyPath, any_path, sha256_of
 
 
 class BatchLoader(Protocol):
@@ -137,13 +137,14 @@ class Pool:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_pool(data: AnyPath, train: Sequence[str], replay: Replay) -> Pool:
+def open_pool(data: str | AnyPath, train: Sequence[str], replay: Replay) -> Pool:
     """Open the sets `train` and, if replay is on, the old sets below the folder `data` as one shard
     set.
 
     Raises:
         ShardError: a folder has no shard set that can be read.
     """
+    data = any_path(data)
     new = open_shards([data / name for name in train])
     names = [*train, *replay.used_sets]
     try:

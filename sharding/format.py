@@ -1,16 +1,17 @@
 """Define the disk format of a shard set (images packed in tars), and read its `index.json` and its
 table of samples.
 
-Main entries: `open_shards(folders)` takes a list of the folders of one or more sets, each a `Path`
-or, for an address such as `s3://...`, a `UPath`; a text is not accepted. It returns them as one
-`ShardSet`, the rows in the order of `folders`. A sample is a row number of its `table`, a pyarrow
-table; `len(shard_set)` is the number of samples. The columns are those of `SAMPLES_SCHEMA`, but
+Main entries: `open_shards(folders)` takes a list of the folders of one or more sets, each a path or
+an address such as `s3://...`, as a text, `Path` or `UPath`. It returns them as one `ShardSet`, the
+rows in the order of `folders`. A sample is a row number of its `table`, a pyarrow table;
+`len(shard_set)` is the number of samples. The columns are those of `SAMPLES_SCHEMA`, but
 `shard_code`, the position of a tar in the tuple `shards`, replaces `shard`, its name.
 `column(name)` returns a column of numbers as a NumPy array (such as `label`: 0 real, 1 fake),
 `codes(name)` a column of names as (int32 codes, names), and `text(name, sample)` one value of a
 text column. `names(column, samples)` returns the names of some samples, `shard_path(sample)` the
-path of the tar with a sample, and `take(samples)` a `ShardSet` of these samples. A `ShardSet` also
-has:
+path of the tar with a sample, and `take(samples)` a `ShardSet` of these samples: a list or an array
+of row numbers (`TypeError` for a mask of booleans; `np.flatnonzero(mask)` has its row numbers). A
+`ShardSet` also has:
 
 - `folders`, `shards`, `shard_samples`, `shard_bytes`, `shard_sha256`: one entry per tar: folder,
   file name, number of samples, size and hash.
@@ -35,7 +36,8 @@ folder with these files:
 `hashes_of(sets)` returns the `sha256` of each `ShardSet` of a dict, by the same names.
 `member_metadata(row)` returns the content of `<key>.json` for a row (a dict) of the table, and
 `timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a hash of an index.
-`numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet` does.
+`numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet` does, and
+`row_numbers(samples)` returns row numbers as an int64 array or raises `TypeError`.
 `table_from(data)` reads a table from the bytes of a parquet file. `docs/shards.md` describes the
 format without reference to this code.
 """
@@ -59,6 +61,7 @@ from installed import DEMO
 from storage import (
     MAX_TABLE_BYTES,
     AnyPath,
+    any_path,
     is_local,
     parse_json,
     read_plain,
@@ -247,15 +250,30 @@ class ShardSet:
         path = self.shard_path(sample)
         return f"{path.parent.name}/{path.name}:{self.text('key', sample)}"
 
-    def take(self, samples: np.ndarray) -> "ShardSet":
+    def take(self, samples: Sequence[int] | np.ndarray) -> "ShardSet":
         """Return a `ShardSet` of these samples, in this order, with another `sha256`."""
-        rows = np.asarray(samples, np.int64)
+        rows = row_numbers(samples)
         digest = hashlib.sha256(self.sha256.encode() + rows.astype("<i8").tobytes())
         return replace(self, table=self.table.take(rows), sha256=digest.hexdigest(), _columns={})
 
     def describe(self) -> str:
         """List the folders for messages."""
         return ", ".join(dict.fromkeys(str(folder) for folder in self.folders))
+
+
+def row_numbers(samples: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return row numbers as an array, int64 (n,).
+
+    Raises:
+        TypeError: other values than whole numbers, such as a mask of booleans.
+    """
+    rows = np.asarray(samples)
+    if rows.size and rows.dtype.kind not in "iu":
+        raise TypeError(
+            f"expected row numbers, got values of type {rows.dtype}; np.flatnonzero(mask) returns "
+            "those of a mask of booleans"
+        )
+    return rows.astype(np.int64, copy=False)
 
 
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -283,13 +301,14 @@ def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return codes, chunks[0].dictionary.to_pylist()
 
 
-def read_index(folder: AnyPath) -> dict[str, Any]:
+def read_index(folder: str | AnyPath) -> dict[str, Any]:
     """Read and check the `index.json` of a set.
 
     Raises:
         ShardError: no folder, no `index.json` (the build did not finish), another format version,
             or a damaged index.
     """
+    folder = any_path(folder)
     with _explained(folder):
         return _read_index(folder)
 
@@ -375,13 +394,16 @@ def _refuse_other_facts(
                 )
 
 
-def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
+def open_shards(folders: Sequence[str | AnyPath]) -> ShardSet:
     """Open sets as one `ShardSet`, with the rows in the order of `folders`.
 
     Raises:
         ShardError: see `read_index`; a samples table does not match its index; sets give a source
             other facts; or `folders` is empty.
+        TypeError: `folders` is one folder, not a list.
     """
+    if isinstance(folders, str | AnyPath):
+        raise TypeError(f"expected a list of folders, got one; use open_shards([{str(folders)!r}])")
     if not folders:
         raise ShardError("no shard sets to open; name at least one folder")
     tables, counts, sizes, hashes, homes = [], [], [], [], []
@@ -389,7 +411,7 @@ def open_shards(folders: Sequence[AnyPath]) -> ShardSet:
     sources: dict[str, Mapping[str, Any]] = {}
     home_of: dict[str, AnyPath] = {}
     digest = hashlib.sha256()
-    for folder in folders:
+    for folder in map(any_path, folders):
         index = read_index(folder)
         with _explained(folder):
             data = read_plain(folder / SAMPLES_FILE, MAX_TABLE_BYTES)

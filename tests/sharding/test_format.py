@@ -1,0 +1,65 @@
+"""Opening shard sets and choosing their samples."""
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from upath import UPath
+
+from pipeline.order import evaluation_epoch, training_epoch
+from pipeline.read import ShardReader
+from pipeline.replay import Replay
+from pipeline.stream import open_pool
+from sharding.format import ShardSet, open_shards, read_index, row_numbers
+
+
+def test_folders_are_given_as_text_or_as_paths(data: Path, old: ShardSet) -> None:
+    address = f"memory://{uuid.uuid4().hex}/old"
+    for name in ("index.json", "samples.parquet"):
+        (UPath(address) / name).parent.mkdir(parents=True, exist_ok=True)
+        (UPath(address) / name).write_bytes((data / "old" / name).read_bytes())
+    for folder, path in ((str(data / "old"), data / "old"), (address, UPath(address))):
+        shards = open_shards([folder])
+        assert (shards.sha256, shards.folders[0]) == (old.sha256, path)
+        assert read_index(folder) == read_index(data / "old")
+    assert open_pool(str(data), ["old"], Replay()).shards.folders == old.folders
+
+
+@pytest.mark.parametrize("kind", [str, Path, lambda path: UPath(f"memory://{path}")])
+def test_one_folder_instead_of_a_list_is_refused(data: Path, kind: Callable[[Path], Any]) -> None:
+    with pytest.raises(
+        TypeError, match=r"expected a list of folders, got one; use open_shards\(\["
+    ):
+        open_shards(kind(data / "old"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda shards, rows: shards.take(rows),
+        lambda shards, rows: ShardReader(shards).read(rows),
+        lambda _shards, rows: evaluation_epoch(rows, 2),
+        lambda _shards, rows: training_epoch(rows, seed=0, number=0, global_batch=2),
+        lambda _shards, rows: training_epoch(
+            np.arange(8), seed=0, number=0, global_batch=2, old=rows
+        ),
+    ],
+)
+def test_a_mask_is_not_taken_for_row_numbers(
+    old: ShardSet, use: Callable[[ShardSet, Any], Any]
+) -> None:
+    mask = old.column("label") == 1
+    with pytest.raises(TypeError, match=r"got values of type bool; np\.flatnonzero\(mask\)"):
+        use(old, mask)
+    use(old, np.flatnonzero(mask))
+
+
+def test_row_numbers_are_whole_numbers() -> None:
+    with pytest.raises(TypeError, match="got values of type float64"):
+        row_numbers([0.0, 1.0])
+    for rows in ([], (), range(3), [1, 2], np.array([1], np.uint8)):
+        assert row_numbers(rows).dtype == np.int64
+        assert row_numbers(rows).tolist() == [*rows]
