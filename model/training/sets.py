@@ -28,8 +28,9 @@ most of the sets again. Two checks take what these functions returned, and retur
 - `LoadError` if the training sets lack a source of `data.repeats`, or the recipe lacks the
   augmentation policy of a source;
 - `ValueError` if the replayed sets lack a source of `replay.exclude_sources`, if there is nothing
-  to replay, if `data.repeats` is so low for a source that no epoch takes an image of it, or if all
-  samples are of one class (unless `data.allow_one_class`).
+  to replay, if `data.repeats` is so low for a source that no epoch takes an image of it, or
+  `replay.ratio` so low that no epoch takes an old one, or if all samples are of one class (unless
+  `data.allow_one_class`).
 
 `new_sources(stream)` returns the names of the sources that are trained on, replayed ones apart (a
 set). `unjudged_limits(recipe, stream, validation, starts_trained)` returns a sentence (in a list)
@@ -202,7 +203,7 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
         OrderError: the samples do not fill a batch.
         ValueError: there is nothing to replay, the replayed sets lack a source of
             `replay.exclude_sources`, no epoch takes an image of a source that `data.repeats` does
-            not leave out, or all samples are of one class.
+            not leave out, `replay.ratio` is less than one image, or all samples are of one class.
     """
     shards, seed = stream.pool.shards, recipe.run.seed
     replayed = _sources_of(stream.pool.shards, slice(len(stream.pool.new), None))
@@ -224,10 +225,11 @@ def check_sets(recipe: ResolvedRecipe, stream: Stream) -> None:
 
 
 def _refuse_too_few(stream: Stream) -> None:
-    """Refuse a repeat above 0 that rounds to no image. Every epoch has the same number of images of
-    a source, so the source would never be trained on.
+    """Refuse a repeat or a replay ratio above 0 that rounds to no image. Every epoch has the same
+    number of images of a source and of old ones, so the source would never be trained on, and
+    nothing would be replayed.
     """
-    shards = stream.pool.shards
+    shards, new = stream.pool.shards, stream.new_per_epoch
     for name in sorted(new_sources(stream) - {*_sources_of(shards, stream.new(0))}):
         count = shards.names("source", stream.used_new).count(name)
         images = console.counted(count, "image")
@@ -235,6 +237,12 @@ def _refuse_too_few(stream: Stream) -> None:
             f"data.repeats.{name} is {stream.repeats[name]:g}, so no epoch takes an image of this "
             f"source, which has {images}; set {1 / count:.3g} to take one in each epoch, or 0 to "
             "leave the source out"
+        )
+    if 0 < stream.replay.fraction * new < 1:
+        raise ValueError(
+            f"replay.ratio is {stream.replay.ratio}, so no epoch replays an old image: it has "
+            f"{console.counted(new, 'new image')}; set 1:{new} to replay one in each epoch, or 0 "
+            "for no replay"
         )
 
 

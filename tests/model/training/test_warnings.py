@@ -170,6 +170,18 @@ def test_a_repeat_that_takes_no_image_is_refused(load: Load, data: Path, tmp_pat
         assert old.names("source", stream.new(0)).count("alpha") == images
 
 
+def test_a_ratio_that_replays_no_image_is_refused(load: Load, data: Path, tmp_path: Path) -> None:
+    """It rounds to 0 in every epoch, so replay would be off without a word."""
+    count = len(open_shards([data / "new"]))
+    phase_2 = ['data.train=["new"]', 'replay.sets=["old"]']
+    said = f"replay.ratio is 1:200, .* it has {count} new images; set 1:{count} to replay one in"
+    with pytest.raises(ValueError, match=said):
+        plan(load(*phase_2, "replay.ratio=1:200"), data, tmp_path)
+    for ratio, images in (("0", 0), (f"1:{count}", 1)):
+        stream = plan(load(*phase_2, f"replay.ratio={ratio}"), data, tmp_path).stream
+        assert np.count_nonzero(stream.epoch(0, whole=True).replayed) == images
+
+
 def test_sources_that_are_not_replayed_are_not_looked_up_without_replay(
     load: Load, data: Path, tmp_path: Path
 ) -> None:
