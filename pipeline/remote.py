@@ -10,9 +10,10 @@ Main entry: `RemoteShards(shards, cache)`. Both must be given.
 Its `read(code, offset, size)` takes the number of a shard (a position in `shards.shards`), and an
 offset and a size in bytes, both inside the shard. It returns these bytes. If the remote does not
 answer, it is asked again after growing delays (`DELAYS_S`); then `RemoteError`, an OSError, is
-raised. A shard that does not exist or may not be read raises FileNotFoundError or PermissionError
-at once. (On https://, only status 404 does so; every other error counts as no answer.) OSError is
-also raised if the cache cannot be written.
+raised, and for `REFUSE_S` seconds also for other reads of the same piece, without asking. A shard
+that does not exist or may not be read raises FileNotFoundError or PermissionError at once. (On
+https://, only status 404 does so; every other error counts as no answer.) OSError is also raised if
+the cache cannot be written.
 
 Shards are fetched in pieces of `PIECE` bytes, one file per piece in the cache's folder. All
 processes of this machine share them; the pieces used longest ago are deleted. A piece whose file
@@ -22,6 +23,7 @@ has not the expected size is fetched again.
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -45,6 +47,11 @@ piece is soon no longer needed.
 
 DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between tries. After the last try the read fails."""
+
+REFUSE_S = 60.0
+"""Seconds after that last try in which a process does not ask for the piece again: a batch may have
+many images of one piece.
+"""
 
 
 class RemoteError(OSError):
@@ -80,6 +87,7 @@ class RemoteShards:
         # A tar that was built again has other bytes, so its pieces need other names.
         self._sha256 = shards.shard_sha256
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
+        self._failed: dict[Path, tuple[float, str]] = {}  # piece -> time of the last try, reason
         with contextlib.suppress(PermissionError):  # some may be of another user
             remove_left(cache.folder)
 
@@ -127,7 +135,14 @@ class RemoteShards:
         with FileLock(path.with_suffix(".lock")):
             if size_of(path) == self._size(code, index):  # another worker fetched it meanwhile
                 return
-            data = self._ask(code, index)
+            failed_at, reason = self._failed.get(path, (-math.inf, ""))
+            if time.monotonic() < failed_at + REFUSE_S:
+                raise RemoteError(reason)
+            try:
+                data = self._ask(code, index)
+            except RemoteError as error:
+                self._failed[path] = time.monotonic(), str(error)
+                raise
             self._make_room(len(data))
             write_bytes(path, data)
         with contextlib.suppress(OSError):

@@ -231,6 +231,22 @@ def test_a_remote_that_keeps_failing_is_named(web: Callable, tmp_path: Path) -> 
     assert "503" in str(item)
 
 
+def test_a_piece_that_failed_is_not_asked_for_by_each_of_its_images(
+    web: Callable, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PIECE", 2**20)  # a whole tar
+    shards, expected = web(*["busy"] * 100), ShardReader(old).read(range(8))
+    reader = ShardReader(shards, cache=Cache(folder=tmp_path), threads=8)
+    for item in reader.read(range(8)):
+        assert isinstance(item, ReadError) and "did not answer in 4 tries" in str(item)
+    assert web.handler.asked == 4
+    web.handler.wrong.clear()
+    assert isinstance(reader.read([0])[0], ReadError)
+    monkeypatch.setattr(remote, "REFUSE_S", 0.0)
+    assert reader.read(range(8)) == expected
+    assert web.handler.asked == 5
+
+
 def test_an_address_that_fails_while_opening_is_one_error(web: Callable) -> None:
     folder = web().folders[0]
     web.handler.wrong[:] = ["busy"] * 10
