@@ -4,7 +4,7 @@ of samples).
 Main entry: `ShardReader(shards, *, verify_checksums, threads, cache)`.
 
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns, with local
-  tars or tars at an address.
+  tars, tars at an address, or both.
 - `verify_checksums`: whether every image's SHA-256 is compared with the index (default False).
 - `threads`: number of parallel reads from an address (default 1; local tars need none).
 - `cache`: a `Cache(folder=Path, limit=BYTES)` of pipeline/remote.py, for tars at an address: the
@@ -26,12 +26,13 @@ another length than in the index. `max_open()` is the number of tars that may be
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,6 +68,10 @@ _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 UNREAD = "cannot be read: "
 """Start of the text of a `ReadError` that is the fault of the disk or the network."""
+
+
+_Range = tuple[int, int, int]
+"""Bytes of a tar: the code of the shard, the offset and the size in bytes."""
 
 
 class ReadError(ValueError):
@@ -109,10 +114,9 @@ class ShardReader:
         cache: Cache | None = None,
     ):
         self.shards, self.verify_checksums, self.threads = shards, verify_checksums, threads
-        local = all(is_local(folder) for folder in shards.folders)
-        self._files: _Files | RemoteShards = (
-            _Files(shards) if local else RemoteShards(shards, cache or Cache())
-        )
+        self._files = _Files(shards)
+        self._far = {code for code, folder in enumerate(shards.folders) if not is_local(folder)}
+        self._remote = RemoteShards(shards, cache or Cache()) if self._far else None
         self._waited = True
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -134,21 +138,32 @@ class ShardReader:
         rows = row_numbers(samples)
         locations = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
         wanted = list(zip(*locations, strict=True))
-        if isinstance(self._files, _Files):
-            # Threads cost three times as much as cached reads and make disk reads no faster.
-            began = time.perf_counter()
-            if self._waited:
-                self._files.expect(wanted)
-            images = [self._read_one(location) for location in wanted]
-            self._waited = time.perf_counter() - began > CACHED_READ_S * len(wanted)
-        else:
-            images = list(self._threads.map(self._read_one, wanted))
+        is_far = [code in self._far for code, _, _ in wanted]
+        fetched = iter(self._fetch(list(itertools.compress(wanted, is_far))))
+        read = iter(self._read_files([w for w, far in zip(wanted, is_far, strict=True) if not far]))
+        images = [next(fetched if far else read) for far in is_far]
         images = self._check_sizes(rows, images)
         if self.verify_checksums:
             # Not `take`, which copies the whole column first.
             hashes = self.shards.table.column("sha256")
             expected = [hashes[row].as_py() for row in rows.tolist()]
             images = [_checked(data, sha) for data, sha in zip(images, expected, strict=True)]
+        return images
+
+    def _fetch(self, wanted: list[_Range]) -> Iterable[bytes | ReadError]:
+        """Start to read these ranges from addresses, and return the results in their order."""
+        return self._threads.map(self._read_one, wanted) if wanted else ()
+
+    def _read_files(self, wanted: list[_Range]) -> list[bytes | ReadError]:
+        """Read these ranges from tars on this machine. Threads cost three times as much as cached
+        reads and make disk reads no faster.
+        """
+        began = time.perf_counter()
+        if self._waited:
+            self._files.expect(wanted)
+        images = [self._read_one(location) for location in wanted]
+        if wanted:
+            self._waited = time.perf_counter() - began > CACHED_READ_S * len(wanted)
         return images
 
     def pixels(self, sample: int) -> np.ndarray:
@@ -188,10 +203,11 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
         return self._pool
 
-    def _read_one(self, location: tuple[int, int, int]) -> bytes | ReadError:
+    def _read_one(self, location: _Range) -> bytes | ReadError:
         code, offset, size = location
         try:
-            data = self._files.read(code, offset, size)
+            reader = self._remote if self._remote and code in self._far else self._files
+            data = reader.read(code, offset, size)
         except OSError as error:
             if error.errno in _TOO_MANY:
                 raise OSError(
@@ -231,7 +247,7 @@ class _Files:
     def __setstate__(self, state: dict[str, Any]) -> None:
         _Files.__init__(self, state["shards"])
 
-    def expect(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+    def expect(self, ranges: Sequence[_Range]) -> None:
         """Prefetch these byte ranges with posix_fadvise, if available."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # the read that follows raises the error

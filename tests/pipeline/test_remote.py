@@ -5,6 +5,8 @@ fails on purpose.
 import http.server
 import json
 import os
+import pickle
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,6 +308,27 @@ def test_other_selections_of_a_set_use_the_same_pieces(web: Callable, tmp_path: 
     asked = web.handler.asked
     part = shards.take(np.arange(5))
     assert len(ShardReader(part, cache=Cache(folder=tmp_path)).read(range(5))) == 5
+    assert web.handler.asked == asked
+
+
+def test_tars_on_this_disk_are_not_read_through_the_cache(
+    web: Callable, data: Path, tmp_path: Path
+) -> None:
+    """Rows of both are mixed in one call."""
+    local = Path(shutil.copytree(data / "new", tmp_path / "new"))
+    shards = open_shards([local, web().folders[0]])
+    reader = ShardReader(shards, cache=Cache(folder=tmp_path / "cache"), threads=4)
+    order = np.random.default_rng(0).permutation(len(shards))
+    expected = ShardReader(open_shards([data / "new", data / "old"])).read(order)
+    assert reader.read(order) == expected
+    far = [s for s, f in zip(shards.shard_bytes, shards.folders, strict=True) if f != local]
+    cached = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.piece"))
+    assert len(far) < len(shards.shards) and cached <= sum(far)
+    (tar,) = local.glob("*.tar")
+    os.truncate(tar, shards.column("offset")[0] + 1)
+    asked = web.handler.asked
+    (cut,) = pickle.loads(pickle.dumps(reader)).read([0])
+    assert "its tar has" in str(cut)
     assert web.handler.asked == asked
 
 
