@@ -72,8 +72,9 @@ _READ_ONLY = ("http", "https")
 _OF_THIS_MACHINE = ("", "file", "local")
 
 
-def any_path(text: str | os.PathLike) -> AnyPath:
-    """Convert a text to a `Path` (this machine) or a `UPath` (an address such as s3://...).
+def any_path(text: str | os.PathLike | UPath) -> AnyPath:
+    """Convert a text to a `Path` (this machine) or a `UPath` (an address such as s3://...). A
+    `UPath` of an address keeps its options.
 
     Raises:
         ValueError: an empty text, a zero byte, an address without bucket or host, or an address
@@ -88,7 +89,7 @@ def any_path(text: str | os.PathLike) -> AnyPath:
             f"{text} names no bucket or host; expected an address like s3://bucket/folder"
         )
     if ":" not in str(text):
-        return Path(text)
+        return Path(str(text))
     try:
         path = UPath(text)
         return Path(path.path) if path.protocol in _OF_THIS_MACHINE else path
