@@ -262,17 +262,11 @@ class ShardSet:
 
 
 def row_numbers(samples: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return row numbers as an array, int64 (n,).
-
-    Raises:
-        TypeError: other values than whole numbers, such as a mask of booleans.
-    """
+    """Return row numbers as int64 (n,), or raise TypeError for other values, such as a mask."""
     rows = np.asarray(samples)
     if rows.size and rows.dtype.kind not in "iu":
-        raise TypeError(
-            f"expected row numbers, got values of type {rows.dtype}; np.flatnonzero(mask) returns "
-            "those of a mask of booleans"
-        )
+        said = f"expected row numbers, got values of type {rows.dtype}"
+        raise TypeError(f"{said}; np.flatnonzero(mask) returns those of a mask of booleans")
     return rows.astype(np.int64, copy=False)
 
 
