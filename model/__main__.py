@@ -372,11 +372,12 @@ def export_command(
 def _hub_place(text: str) -> "HubPlace":
     repository, _, rest = text.partition("@")
     revision, _, file = rest.partition(":")
-    if "/" not in repository or not revision or not file:
-        raise click.BadParameter(f"{text!r} is not OWNER/NAME@REVISION:FILE")
     from model.shipped.backbone import HubPlace
 
-    return HubPlace(repository=repository, revision=revision, file=file)
+    try:
+        return HubPlace(repository=repository, revision=revision, file=file)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not OWNER/NAME@REVISION:FILE ({error})") from error
 
 
 def _export_onnx(checkpoint: Path, out: Path, images: Path | None) -> None:

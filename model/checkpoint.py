@@ -250,9 +250,10 @@ def verify(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is damaged, or the checkpoint cannot be used.
     """
     meta = _read_meta(folder)
-    for name in meta["sha256"]:
+    for name in _HASHED:  # other names in the meta may be paths out of the folder
         # A copy may lack files such as state.pt on purpose; loading them reports it.
-        if name != META_FILE and ((folder / name).exists() or name == weights_name(meta)):
+        recorded = name in meta["sha256"] and (folder / name).exists()
+        if recorded or name == weights_name(meta):
             _verify(folder, meta, name)
     return meta
 

@@ -170,9 +170,16 @@ class Network:
     """Number of crops of an image that the head reads together. Leave it out: it follows from
     `preprocess.detail_crop`. Range: 1 to 2"""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`, passed unchanged."""
+    """Further arguments of `timm.create_model`, passed unchanged. None that names
+    files (`checkpoint_path`, `cache_dir`)."""
 
     def __post_init__(self) -> None:
+        # The checkpoints of strangers have options too.
+        if files := sorted({"checkpoint_path", "cache_dir"} & self.options.keys()):
+            raise ValueError(
+                f"options takes no {files[0]}, which names files of this machine; give weights "
+                "with --init-from, and the cache of the hub as HF_HOME"
+            )
         if (self.head == "class_tokens") != bool(self.blocks):
             raise ValueError(
                 "head class_tokens and blocks are set together: list the blocks, such as "

@@ -142,6 +142,8 @@ def test_keys_inside_a_table_are_changed_too() -> None:
         ("optim.lr=[2026-01-01]", 'optim.lr takes a number, got ["2026-01-01"]'),
         ("optim.lr={a = [07:30:00]}", 'optim.lr takes a number, got {"a": ["07:30:00"]}'),
         ("network.options.day=2026-01-01", "network.options.day takes no date or time, got 2026"),
+        ('network.options.checkpoint_path="x"', "network: options takes no checkpoint_path, which"),
+        ('network.options.cache_dir="x"', "network: options takes no cache_dir, which names files"),
         ("optim.lr=true", "optim.lr takes a number, got true"),
         ("run.epochs=true", "run.epochs takes a whole number, got true"),
         ('run.epochs="3"', 'run.epochs takes a whole number, got "3"'),

