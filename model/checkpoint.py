@@ -44,17 +44,11 @@ from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
+from model.shipped.entries import CheckpointEntries, checked
 from model.verdict import calibration_fault
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
-from storage import (
-    atomic_folder,
-    is_partial,
-    parse_json,
-    read_text,
-    sha256_of,
-    write_text,
-)
+from storage import atomic_folder, is_partial, parse_json, read_text, sha256_of, write_text
 
 if TYPE_CHECKING:
     from model.recipe import ResolvedRecipe
@@ -191,7 +185,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no checkpoint, or it has another version or other classes.
-        DamagedError: `meta.json` has changed since it was written.
+        DamagedError: `meta.json` has changed since it was written, or has an entry of a wrong type.
     """
     with _suggest_undamaged(folder):
         return _read_meta(folder)
@@ -221,7 +215,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has classes {classes}, expected {list(CLASSES)}")
     if fault := calibration_fault(meta):
         raise DamagedError(f"{path} cannot be used: {fault}")
-    return meta
+    try:
+        return checked(CheckpointEntries, meta, f"{path} cannot be used")
+    except recipes.RecipeError as error:
+        raise DamagedError(str(error)) from error
 
 
 def _verify(folder: Path, meta: Mapping[str, Any], name: str) -> None:
@@ -352,13 +349,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         CheckpointError: as `read_meta`.
-        DamagedError: the file is missing or has changed.
+        DamagedError: the file is missing, has changed or is no `.safetensors` file.
         BackboneError: the backbone of a shipped detector is not cached, or not a tested one.
     """
     with _suggest_undamaged(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, weights_name(meta))
-    weights = load_file(folder / weights_name(meta))
+        try:
+            weights = load_file(folder / weights_name(meta))
+        except SafetensorError as error:
+            raise DamagedError(
+                f"{folder / weights_name(meta)} is no readable .safetensors file ({error})"
+            ) from error
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     return backbone.read_backbone(spec, folder) | weights if spec else weights
 

@@ -69,7 +69,7 @@ def notices(meta: Mapping[str, Any]) -> list[Notice]:
     data, calibration = meta.get("data") or {}, meta["calibration"]
     texts: list[tuple[Literal["synthetic", "uncalibrated", "known"], str]] = []
     if synthetic := data.get("synthetic_sources"):
-        texts.append(("synthetic", _of_synthetic(synthetic, data["sources"])))
+        texts.append(("synthetic", _of_synthetic(synthetic, data.get("sources", []))))
     texts += [("known", text) for text in data.get("known_against") or ()]
     if not calibration:
         texts.append(

@@ -55,6 +55,7 @@ from model.inference.prediction import (
     preprocess_ahead,
     threads,
 )
+from model.shipped.entries import Entries, checked
 from model.verdict import calibration_fault
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
@@ -72,18 +73,6 @@ META_KEYS = (
 )  # fmt: skip
 """Keys of the file's metadata; each value is JSON text. A key that a checkpoint's `meta.json` also
 has means the same here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Values:
-    """Types of the metadata that scoring reads."""
-
-    preprocess: Preprocess
-    temperature: float
-    threshold: float
-    band: tuple[float, float]
-    data: dict[str, Any] | None
-    calibration: dict[str, Any] | None
 
 
 class OnnxError(ValueError):
@@ -239,19 +228,15 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
         )
     if meta["classes"] != list(CLASSES):
         raise OnnxError(f"{file} has the classes {meta['classes']}, expected {list(CLASSES)}")
-    used = ("preprocess", "temperature", "threshold", "data", "calibration")
-    calibration, threshold = meta["calibration"], meta["threshold"]
-    band = calibration.get("band") if isinstance(calibration, dict) else (threshold, threshold)
-    try:
-        recipes.build(_Values, {key: meta[key] for key in used} | {"band": band}, str(file))
-    except recipes.RecipeError as error:
-        raise OnnxError(
-            f"{error} in its metadata; export the detector again with `python -m model export "
-            "--onnx`"
-        ) from error
     if fault := calibration_fault(meta):
         raise OnnxError(
             f"{file}: {fault} in its metadata; export the detector again with `python -m model "
             "export --onnx`"
         )
-    return meta
+    try:
+        return checked(Entries, meta, str(file))
+    except recipes.RecipeError as error:
+        raise OnnxError(
+            f"{error} in its metadata; export the detector again with `python -m model export "
+            "--onnx`"
+        ) from error

@@ -1,4 +1,5 @@
-"""Shipped detectors: fetch and check the backbone that a shipped head needs.
+"""Shipped detectors: fetch and check the backbone that a shipped head needs, and
+check the `meta.json` of any detector.
 
-Main entries: `fetch.fetch_backbone()` and `backbone.read_backbone()`.
+Main entries: `fetch.fetch_backbone()`, `backbone.read_backbone()` and `entries.checked()`.
 """
