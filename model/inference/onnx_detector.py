@@ -9,9 +9,9 @@ Main entry: `load_onnx(file, *, device, threshold)`.
   "uncertain". None (the default): that of the file.
 
 It returns an `OnnxDetector`. It raises `OnnxError` (a `ValueError`) if ONNX Runtime is missing, if
-there is no such file, if ONNX Runtime cannot load it, or if its metadata are missing or of another
-version. It raises another `ValueError` for metadata that are no JSON, and for a device or threshold
-that is not possible.
+there is no such file, if ONNX Runtime cannot load it, if its metadata are missing or of another
+version, or if its network has other inputs or outputs than an export. It raises another
+`ValueError` for metadata that are no JSON, and for a device or threshold that is not possible.
 
 The detector's `predict(images, batch_size)` takes one image and returns a `Prediction`, or takes an
 iterable of images and returns a list. `stream(images, batch_size, start)` takes an iterable and
@@ -35,7 +35,7 @@ temperature. `preprocess(pixels, settings)` crops and resizes pixels, uint8 (hei
 the `Preprocess` settings say, to the network's input, uint8 (*settings.shape, 3), with Pillow.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,10 @@ META_KEYS = (
 has means the same here."""
 
 
+_OUTPUTS = {"probability": ("batch",), "logits": ("batch", 2)}
+"""Shapes of the network's outputs."""
+
+
 class OnnxError(ValueError):
     """Raised for an ONNX file that cannot be used; the message says what to do."""
 
@@ -109,15 +113,35 @@ class OnnxDetector(AnyDetector):
     def score(self, pixels: np.ndarray) -> np.ndarray:
         """Return the probability of fake of preprocessed images, uint8 (B, height, width, 3):
         float32 (B,).
+
+        Raises:
+            OnnxError: the file gives a number outside 0 to 1, or not one for each image.
         """
-        return self.session.run(["probability"], {"images": pixels})[0]
+        values = self._run("probability", pixels)
+        outside = values[(values < 0) | (values > 1)]  # False for NaN
+        if len(outside):
+            raise OnnxError(
+                f"{self.checkpoint} gives the probability {outside[0]:g}, expected 0 to 1; export "
+                "the detector again with `python -m model export --onnx`"
+            )
+        return values
 
     def logits(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Return the logit of fake minus the logit of real of preprocessed images, before the
         temperature: float32 (B,).
         """
-        real, fake = self.session.run(["logits"], {"images": np.stack(prepared)})[0].T
+        real, fake = self._run("logits", np.stack(prepared)).T
         return fake - real
+
+    def _run(self, output: str, pixels: np.ndarray) -> np.ndarray:
+        values = self.session.run([output], {"images": pixels})[0]
+        shape = (len(pixels), *_OUTPUTS[output][1:])
+        if values.shape != shape:
+            raise OnnxError(
+                f"{self.checkpoint} gives {output} of shape {values.shape}, expected {shape}; "
+                "export the detector again with `python -m model export --onnx`"
+            )
+        return values
 
     @property
     def fixed_batches(self) -> bool:
@@ -157,8 +181,10 @@ def load_onnx(
     file = Path(file)
     session = _open(file, device)
     meta = _meta_of(session, file) | {"sha256": sha256_of(file)}
+    settings = Preprocess(**meta["preprocess"])
+    _check_graph(session, settings, file)
     reason = f"ONNX Runtime, {session.get_providers()[0]}"
-    return OnnxDetector(file, session, Preprocess(**meta["preprocess"]), meta, asked, reason)
+    return OnnxDetector(file, session, settings, meta, asked, reason)
 
 
 def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
@@ -240,3 +266,38 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
             f"{error} in its metadata; export the detector again with `python -m model export "
             "--onnx`"
         ) from error
+
+
+def _check_graph(session: "onnxruntime.InferenceSession", settings: Preprocess, file: Path) -> None:
+    """Check the names, types and shapes of the network's input and outputs.
+
+    Raises:
+        OnnxError: they are not those of an export.
+    """
+    inputs = {"images": ("tensor(uint8)", ("batch", *settings.shape, 3))}
+    outputs = {name: ("tensor(float)", shape) for name, shape in _OUTPUTS.items()}
+    for values, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+        # A size that is no number, such as that of the batch, is known only at run time.
+        actual = {
+            value.name: (
+                value.type,
+                tuple(n if isinstance(n, int) else "batch" for n in value.shape),
+            )
+            for value in values
+        }
+        if actual != expected:
+            raise OnnxError(
+                f"{file} has {_described(actual)}, expected {_described(expected)}; export the "
+                "detector with `python -m model export --onnx`"
+            )
+
+
+def _sizes(shape: Sequence[Any]) -> tuple[int | str, ...]:
+    """Return the sizes of a shape. One that is no number is known only when the network runs; in an
+    export, only that of the batch is so.
+    """
+    return tuple(size if isinstance(size, int) else "batch" for size in shape)
+
+
+def _described(values: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> str:
+    return ", ".join(f"{name}: {kind} {list(shape)}" for name, (kind, shape) in values.items())
