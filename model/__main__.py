@@ -27,8 +27,9 @@ Main entry: `main()`, the click group of these commands (`--help` of each has al
 
 The options of `export`, at least one of the first three:
 
-- `--onnx`: write ONNX files to the folder `--out`. Its default is `onnx/` in the run's folder, or,
-  for a shipped detector, `NAME/onnx/` in `--runs`.
+- `--onnx`: write ONNX files to the folder `--out`. Its default is `onnx/` in the run's folder, or
+  `NAME/onnx/` in `--runs` for a shipped detector (`checkpoint-PARENT-NAME/onnx/` for a folder in no
+  run).
 - `--hub FOLDER`: write this folder for the Hugging Face Hub (with `--onnx`, also the ONNX files).
 - `--head FOLDER`: write the head without the backbone to this folder. The folders of `--hub` and
   `--head` must be new or empty.

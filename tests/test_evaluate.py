@@ -416,6 +416,21 @@ def test_the_folder_of_a_report_is_below_the_run(data: Path, own_runs: Path) -> 
     assert len([*(own_runs / "tiny/evaluation").glob("a*/report.json")]) == 1
 
 
+def test_folders_that_are_in_no_run_have_reports_of_their_own(
+    data: Path, own_runs: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(find(own_runs), tmp_path / "hubs" / name)
+        line = ["--shards", "val", "--checkpoint", str(tmp_path / "hubs" / name)]
+        result = run(data, own_runs, *line, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+    reports = sorted(own_runs.glob("*/evaluation/val/report.json"))
+    names = [json.loads(path.read_text())["detector"]["name"] for path in reports]
+    assert names == ["one", "two"]
+    assert [path.parts[-4] for path in reports] == ["checkpoint-hubs-one", "checkpoint-hubs-two"]
+    assert sorted(path.name for path in (tmp_path / "hubs").iterdir()) == ["one", "two"]
+
+
 def test_an_output_folder_that_cannot_be_made_is_told_before_scoring(
     data: Path, own_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,9 +33,9 @@ key -> new value). If the entry of the cached backbone file in `tested` has valu
 values of `CALIBRATION_KEYS` are written to this entry, and all others to the meta itself. It raises
 the errors of `locate()`. `with_backbone_inside(meta)` returns the meta for a copy that includes the
 backbone (`KEY_INSIDE`). `output_folder(checkpoint, runs)` returns the folder for files about a
-checkpoint: that of its run, or for a shipped detector one below `runs`. `KNOWN` are backbones that
-can be fetched by timm's name. `no_checkpoint(named)` returns the message for a `Path` that names no
-checkpoint and no shipped detector.
+checkpoint: that of its run, or for a detector that is in no run one below `runs`. `KNOWN` are
+backbones that can be fetched by timm's name. `no_checkpoint(named)` returns the message for a
+`Path` that names no checkpoint and no shipped detector.
 """
 
 import re
@@ -49,8 +49,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import recipes
+from model.recipe import STEP_FOLDER
 from model.verdict import CALIBRATION_KEYS, calibration_fault
-from storage import cache_folder, sha256_of
+from storage import cache_folder, file_name, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
 """Folder of the shipped detectors."""
@@ -304,10 +305,16 @@ def is_shipped(folder: Path) -> bool:
 
 
 def output_folder(checkpoint: Path, runs: Path) -> Path:
-    """Return the folder for files derived from a checkpoint: its run, or for a shipped detector,
-    which is never changed, the folder of its name below `runs`.
+    """Return the folder for files derived from a checkpoint: its run. For a shipped detector, which
+    is never changed, or a folder that is in no run, such as one of `model export --hub`, it is a
+    folder of its name below `runs`.
     """
-    return runs / checkpoint.name if is_shipped(checkpoint) else checkpoint.parent
+    if is_shipped(checkpoint):
+        return runs / checkpoint.name
+    folder = checkpoint.resolve()
+    if STEP_FOLDER.fullmatch(folder.name):
+        return checkpoint.parent
+    return runs / file_name(f"checkpoint-{folder.parent.name}-{folder.name}", "")
 
 
 def with_backbone_inside(meta: Mapping[str, Any]) -> dict[str, Any]:
