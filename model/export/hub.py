@@ -57,9 +57,11 @@ from installed import command
 from model.checkpoint import (
     HUB_WEIGHTS_FILE,
     META_FILE,
+    CheckpointError,
     load_network,
     read_meta,
     seal,
+    verify,
     weights_name,
 )
 from model.evaluation.report import REPORT_VERSION
@@ -269,7 +271,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     Return the URL of the commit.
 
     Raises:
-        HubError: the folder is incomplete, or the upload failed.
+        HubError: the folder is incomplete or damaged, or the upload failed.
     """
     needed = [HUB_WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, META_FILE]
     if (folder / META_FILE).is_file() and not is_plain(read_meta(folder)):
@@ -280,6 +282,10 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
             f"{folder} has no {', '.join(missing)}; remove it, and write it again with `python -m "
             f"model export --hub {folder}`"
         )
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        raise HubError(f"{error}; write the folder again with `python -m model export`") from error
     from huggingface_hub import HfApi  # slow import, most of a second
     from huggingface_hub.errors import HFValidationError, HTTPError
 

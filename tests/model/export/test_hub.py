@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -469,3 +471,11 @@ def test_an_incomplete_folder_is_not_uploaded(server: Hub, tmp_path: Path) -> No
     result = CliRunner().invoke(main, ["push", str(half), REPO])
     assert result.exit_code == 1 and not server.made
     assert "has no config.json, README.md, meta.json; remove it, and write it" in result.output
+
+
+def test_a_damaged_folder_is_not_uploaded(server: Hub, folder: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 1000)
+    result = CliRunner().invoke(main, ["push", str(cut), REPO])
+    assert result.exit_code == 1 and not server.made
+    assert "is damaged: its 1,000 bytes do not have the SHA-256" in result.output
