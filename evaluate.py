@@ -367,6 +367,7 @@ def calibrate(
     from model.device import choose_device
     from model.distributed import init_distributed
     from model.evaluation.run import choose_subject
+    from model.export.hub import CARD_FILE
     from model.recipe import Calibrating
     from pipeline.loading import Loading
     from report.terminal import print_calibration
@@ -392,6 +393,11 @@ def calibrate(
                 rule=rule, dist=dist,
             )  # fmt: skip
             kept = f"checkpoint: {chosen}"
+            if (chosen / CARD_FILE).is_file():
+                kept += (
+                    f"\n{chosen / CARD_FILE} still has the thresholds of before; for a new model "
+                    "card, export the detector again (python -m model export)"
+                )
         else:
             calibration, path = calibrate_other(chosen, folders, runs, rule, dist)
             kept = f"calibration: {path}"

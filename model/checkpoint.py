@@ -45,7 +45,7 @@ from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from model.shipped.entries import CheckpointEntries, checked
-from model.verdict import calibration_fault
+from model.verdict import calibration_fault, keep_left_out
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 from storage import atomic_folder, is_partial, parse_json, read_text, sha256_of, write_text
@@ -158,11 +158,15 @@ def seal(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Change entries of `meta.json`. The file is replaced atomically."""
+    """Change entries of `meta.json`. The file is replaced atomically. A new calibration keeps the
+    rates on left-out sources of the one before (`model.verdict.keep_left_out`).
+    """
     meta = read_meta(folder)
     spec = backbone.spec_of(meta, str(folder / META_FILE))
-    changed = backbone.recalibrated(meta, changes, spec, folder) if spec else {**meta, **changes}
-    _write_meta(folder, changed)
+    if spec:
+        _write_meta(folder, backbone.recalibrated(meta, changes, spec, folder))
+    else:
+        _write_meta(folder, {**meta, **keep_left_out(meta, changes)})
 
 
 def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:

@@ -27,6 +27,13 @@ threshold for the rate, such as without a calibration.
 
 `left_out_sources(meta)` returns the error rates of the sources that were left out of training, a
 dict, name -> rates as in `meta.json`; empty if the calibration was fitted otherwise.
+`left_out_rates(meta)` returns them also after another calibration, as a `LeftOut`: `sources`, and
+the `band` at which they were measured. `keep_left_out(meta, changes)` takes changes of a meta, such
+as a new calibration, and returns them with these rates.
+
+`shares_at(roc, threshold)` returns (share of reals, share of fakes) with a score of at least
+`threshold`. `roc` is the ROC curve `meta["calibration"]["roc"]`, a list of (threshold, share of
+reals, share of fakes).
 
 `calibration_fault(meta)` returns what is wrong in the temperature, threshold or calibration of a
 detector, or "" if all can be used. These values come from files of strangers.
@@ -37,9 +44,9 @@ detector, or "" if all can be used. These values come from files of strangers.
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +77,57 @@ def left_out_sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     calibration = meta["calibration"] or {}
     of_left_out = calibration.get("method", "").startswith(LEFT_OUT)
     return (calibration.get("sources") or {}) if of_left_out else {}
+
+
+class LeftOut(NamedTuple):
+    """Rates of each source by a detector that was trained without it, and the band (low, high) at
+    which they were measured. Its ends are probabilities at the temperature in use.
+    """
+
+    sources: Mapping[str, Any]
+    band: tuple[float, float]
+
+
+def left_out_rates(meta: Mapping[str, Any]) -> LeftOut | None:
+    """Return the rates of left-out sources from the calibration in use, or those that it has kept
+    of an earlier one. None if there are none.
+    """
+    if sources := left_out_sources(meta):
+        return LeftOut(sources, band_of(meta))
+    kept = (meta["calibration"] or {}).get("left_out")
+    if not kept:
+        return None
+    low, high = (_at_temperature(p, kept["temperature"], meta["temperature"]) for p in kept["band"])
+    return LeftOut(kept["sources"], (low, high))
+
+
+def _at_temperature(p: float, fitted: float, now: float) -> float:
+    """Return what the probability `p` at the temperature `fitted` is at the temperature `now`."""
+    return float(probability(math.log(p / (1 - p)) * fitted, now)) if 0 < p < 1 else float(p)
+
+
+def keep_left_out(meta: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return changes of a meta. A calibration in them that has no rates of left-out sources gets
+    those of `meta`, with their band and temperature: a calibration changes no weights.
+    """
+    new, old = changes.get("calibration"), meta["calibration"]
+    if not new or not old or left_out_sources(changes):
+        return changes
+    kept = old.get("left_out")
+    if sources := left_out_sources(meta):
+        kept = {"temperature": meta["temperature"], "band": old["band"], "sources": sources}
+    return {**changes, "calibration": {**new, "left_out": kept}} if kept else changes
+
+
+def shares_at(roc: Sequence[Sequence[float]], threshold: float) -> tuple[float, float]:
+    """Return the shares of reals and of fakes with a score of at least `threshold`: those of a row
+    of the curve, or between two rows interpolated.
+    """
+    rows = sorted(map(tuple, roc))
+    # Below 0 every score is at least the threshold, and above 1 none; a row can be just outside.
+    first, last = (min(0.0, rows[0][0]), 1.0, 1.0), (max(1.0, rows[-1][0]), 0.0, 0.0)
+    at, reals, fakes = zip(first, *rows, last, strict=True)
+    return float(np.interp(threshold, at, reals)), float(np.interp(threshold, at, fakes))
 
 
 def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:
@@ -139,7 +197,7 @@ def calibration_fault(meta: Mapping[str, Any]) -> str:
     if missing := [key for key in CALIBRATION_KEYS if key not in meta]:
         return f"{missing[0]} is missing"
     temperature, threshold = meta["temperature"], meta["threshold"]
-    if not (_is_number(temperature) and 0 < temperature <= sys.float_info.max):
+    if not _is_temperature(temperature):
         return f"temperature is {short(temperature)}, expected a finite number above 0"
     if not _is_share(threshold):
         return f"threshold is {short(threshold)}, expected a number from 0 to 1"
@@ -160,14 +218,25 @@ def calibration_fault(meta: Mapping[str, Any]) -> str:
         return f"roc is {short(curve)}, expected a list of a threshold and two rates each"
     if not isinstance(method := calibration.get("method", ""), str):
         return f"method is {short(method)}, expected a text"
-    sources = calibration.get("sources") or {}
-    if not (isinstance(sources, Mapping) and all(map(_has_rates, sources.values()))):
+    if not _are_rates(sources := calibration.get("sources") or {}):
         return f"sources is {short(sources)}, expected the two error rates of each source"
+    kept: Any = calibration.get("left_out")
+    if kept is not None and not (
+        isinstance(kept, Mapping)
+        and _is_temperature(kept.get("temperature"))
+        and _is_pair(kept.get("band"))
+        and _are_rates(kept.get("sources"))
+    ):
+        return f"left_out is {short(kept)}, expected temperature, band and the rates of each source"
     return ""
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_temperature(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= sys.float_info.max
 
 
 def _is_share(value: Any) -> bool:
@@ -180,6 +249,10 @@ def _is_row(value: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
+
+
+def _are_rates(sources: Any) -> bool:
+    return isinstance(sources, Mapping) and all(map(_has_rates, sources.values()))
 
 
 def _has_rates(value: Any) -> bool:

@@ -18,8 +18,7 @@ sign of AI), `uncertain` and `likely` (likely AI).
   `Row` is (threshold, share of reals, share of fakes with a score at or above the threshold).
 - `band`: the uncertain band, (low, high).
 
-`row_at(roc, threshold)` returns the row with the largest threshold <= `threshold`, or the first row
-if there is none. `of_hundred(share)` formats a share as a count of 100, as text ("under 1" and
+`of_hundred(share)` formats a share as a count of 100, as text ("under 1" and
 "over 99" at the ends).
 """
 
@@ -27,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.verdict import left_out_sources
+from model.verdict import left_out_sources, shares_at
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def rates(meta: Mapping[str, Any]) -> Rates | None:
         )
     if not calibration.get("roc"):
         return None
-    _, reals_called, fakes_called = row_at(calibration["roc"], meta["threshold"])
+    reals_called, fakes_called = shares_at(calibration["roc"], meta["threshold"])
     return Rates(
         Measured(fakes_called, calibration["fakes"]),
         Measured(reals_called, calibration["reals"]),
@@ -102,14 +101,6 @@ def _over_sources(sources: list[dict[str, Any]], rate: str, images: str) -> Meas
 Row = tuple[float, float, float]
 
 
-def row_at(roc: list[Row], threshold: float) -> Row:
-    """Return the ROC row (threshold, share of reals, share of fakes) for a threshold.
-
-    Between two rows, the lower threshold is used, so both shares are upper bounds.
-    """
-    return max((row for row in roc if row[0] <= threshold), default=roc[0])
-
-
 @dataclass(frozen=True)
 class Ends:
     """Share of the images of one class that get each verdict; the three shares sum to 1."""
@@ -121,9 +112,10 @@ class Ends:
 
 def ends(roc: list[Row], band: tuple[float, float]) -> tuple[Ends, Ends]:
     """Return the shares of each verdict for real and for fake images, with the band (low, high)."""
-    low, high = (row_at(roc, end) for end in band)
+    low, high = (shares_at(roc, end) for end in band)
     reals, fakes = (
-        Ends(1 - low[column], low[column] - high[column], high[column]) for column in (1, 2)
+        Ends(1 - at_low, at_low - at_high, at_high)
+        for at_low, at_high in zip(low, high, strict=True)
     )
     return reals, fakes
 

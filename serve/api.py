@@ -35,8 +35,8 @@ only one image and it cannot be read, the status is 422, and `detail` has the re
   `Evidence` in model/inference/provenance.py) and `checkpoint` (identity of the detector).
 - `band`: [low, high], between which a verdict is "uncertain". `threshold`: the decision threshold.
 - `calibrated`: whether the detector is calibrated (else the probability is only a score).
-- `notices`: a list of `Reason`s not to rely on the detector: `kind` ("synthetic", "uncalibrated" or
-  "known") and `text`.
+- `notices`: a list of `Reason`s not to rely on the detector: `kind` ("synthetic", "known",
+  "uncalibrated" or "threshold") and `text`.
 
 It raises `Refused` with the HTTP status if the request is invalid, too large or not allowed, or the
 server is busy, too slow or stopping. The application turns this into a JSON response (`Problem`).
@@ -65,6 +65,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from imaging.decode import DecodeError, ImageFile
 from model.c2pa.signatures import State
 from model.inference.detector import ImageDetector
+from model.inference.fitness import Kind
 from model.inference.provenance import MEANING
 from serve import addresses, uploads
 from serve.docs import docs_page
@@ -108,7 +109,7 @@ class Row(BaseModel):
 class Reason(BaseModel):
     """A reason not to rely on the detector."""
 
-    kind: Literal["synthetic", "uncalibrated", "known"]
+    kind: Kind
     text: str
 
 

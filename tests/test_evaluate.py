@@ -11,20 +11,23 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 import evaluate
 from model import distributed, score
-from model.checkpoint import find, read_meta
+from model.checkpoint import annotate, find, read_meta
 from model.distributed import DistEnv
 from model.evaluation.plan import Options
 from model.evaluation.run import evaluate as evaluate_sets
 from model.evaluation.scores import read_scores
+from model.inference.fitness import notices
+from model.verdict import probability
 from pipeline.loading import Loading
 from sharding.format import open_shards
-from tests.builders import ROOT, build_all, encode, photo, train_tiny
+from tests.builders import CALIBRATION, ROOT, build_all, encode, photo, train_tiny
 
 # Warnings come from TensorBoard's use of protobuf and numpy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -309,6 +312,30 @@ def test_calibration_is_stored_in_the_checkpoint_and_used(
     at_half = run(data, own_runs, "calibrate", "--shards", "val", "--threshold", "0.5")
     assert at_half.exit_code == 0, at_half.output
     assert read_meta(find(own_runs))["threshold"] == 0.5
+
+
+def test_calibrating_again_keeps_what_is_known_of_left_out_sources(
+    data: Path, own_runs: Path
+) -> None:
+    """They show what the weights do with new kinds of images, whatever the threshold is."""
+    folder = find(own_runs)
+    rates = {"reals": 99, "fakes": 0, "false_positive_rate": 0.4, "recall": None, "uncertain": 0.0}
+    method = {"method": "sources left out, pooled", "sources": {"faces": rates}}
+    calibration = CALIBRATION | {"band": [0.3, 0.8]} | method
+    annotate(folder, {"temperature": 2.0, "threshold": 0.8, "calibration": calibration})
+    (before,) = notices(read_meta(folder))
+    assert "AI: 40 % of faces (each" in before.text and "at the threshold 0.8)" in before.text
+    (folder / "README.md").write_text("likely AI from 0.8")
+    for threshold in ("auto", "0.5"):  # the second time from what the first one has kept
+        done = run(data, own_runs, "calibrate", "--shards", "val", "--threshold", threshold)
+        assert done.exit_code == 0, done.output
+        assert "README.md still has the thresholds of before" in done.output
+        meta = read_meta(folder)
+        (after,) = notices(meta)
+        same = probability(np.log(0.8 / 0.2) * 2.0, meta["temperature"])
+        at_first = before.text.replace("0.8)", f"{same:.3g})")
+        assert meta["temperature"] != 2.0 and after.text == at_first
+        assert meta["calibration"]["left_out"]["sources"] == {"faces": rates}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,14 @@ from model.evaluation.report import on_subset, on_training_data
 from model.export.license import License, license_of
 from model.inference.fitness import notices, sets_seen
 from model.shipped.backbone import KEY
-from model.verdict import band_of, capital, left_out_sources
+from model.verdict import (
+    LeftOut,
+    band_of,
+    capital,
+    describe_band,
+    left_out_rates,
+    left_out_sources,
+)
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 
@@ -113,7 +120,8 @@ def card_of(
     meta, report, sources = without_paths([meta, report, sources])
     license = license_of(meta)
     preprocess = Preprocess(**meta["preprocess"])
-    new_kinds = bool(left_out or left_out_sources(meta))
+    by_source = left_out_rates(meta)
+    new_kinds = bool(left_out or by_source)
     limits = LIMITS.format(
         share=preprocess.crop_size / preprocess.resize_size,
         size=preprocess.crop_size,
@@ -132,8 +140,8 @@ def card_of(
         _use(meta, onnx),
         *(["## Backbone", _backbone(meta)] if KEY in meta else []),
         *(
-            ["## Sources left out of training", _left_out(meta, report)]
-            if left_out_sources(meta)
+            ["## Sources left out of training", _left_out(meta, by_source, report)]
+            if by_source
             else []
         ),
         *(["## Robustness and subjects", _new_kinds(meta, left_out)] if left_out else []),
@@ -263,14 +271,14 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     return f"Temperature and thresholds were fitted on {images}."
 
 
-def _left_out(meta: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, Any] | None) -> str:
     """Return the table of sources that were each scored by a head trained without that source."""
     rows = [
         "| source | images | called likely AI | uncertain |",
         "|---|---|---|---|",
     ]
     titles = (meta["data"] or {}).get("titles", {})
-    for name, rates in left_out_sources(meta).items():
+    for name, rates in by_source.sources.items():
         shown = markdown(name) + (f": {markdown(titles[name])}" if name in titles else "")
         for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
             if rates[metric] is not None:
@@ -287,10 +295,16 @@ def _left_out(meta: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
         if report
         else ""
     )
+    expect = (
+        "Expect such rates, or somewhat worse ones, for new kinds of images: the thresholds were "
+        "chosen on these scores."
+        if left_out_sources(meta)
+        else "The rates are those of an earlier calibration: "
+        f"{describe_band(by_source.band)}. At this detector's thresholds they differ."
+    )
     return (
-        "Each source was scored by a head that was trained without that source. Expect such rates, "
-        "or somewhat worse ones, for new kinds of images: the thresholds were chosen on these "
-        f"scores.{compared}\n\n" + "\n".join(rows)
+        "Each source was scored by a head that was trained without that source. "
+        f"{expect}{compared}\n\n" + "\n".join(rows)
     )
 
 
@@ -299,7 +313,7 @@ def _new_kinds(meta: Mapping[str, Any], left_out: Mapping[str, Any]) -> str:
     perturbation.
     """
     pairs, inside = left_out["one left out"], left_out["within subjects"]
-    images = "these images" if left_out_sources(meta) else "images of sources left out of training"
+    images = "these images" if left_out_rates(meta) else "images of sources left out of training"
     text = f"Over all {images} the AUROC is {left_out['pooled']:.3f}."
     if pairs is not None:
         low, high = pairs["interval"]

@@ -1,18 +1,20 @@
 """List the known reasons not to rely on a detector, as lines for the terminal, the page, the model
 card and the HTTP API.
 
-Main entry: `notices(meta)` takes the parsed `meta.json` of a checkpoint (or the same dict of an
-ONNX file or third-party detector; a loaded detector has it as `detector.meta`). It returns a list
-of `Notice` (may be empty), the most serious first. Each has a line of `text` and a `kind`:
-"synthetic" (trained on synthetic images), "known" (a measured weakness) or "uncalibrated". They are
-read from two keys of `meta`:
+Main entry: `notices(meta, band)` takes the parsed `meta.json` of a checkpoint (or the same dict of
+an ONNX file or third-party detector; a loaded detector has it as `detector.meta`), and the
+uncertain band in use, (low, high), or None (default) for the band of `meta`. It returns a list of
+`Notice` (may be empty), the most serious first. Each has a line of `text` and a `kind`: "synthetic"
+(trained on synthetic images), "known" (a measured weakness), "uncalibrated", or "threshold" (the
+error rates at a band that was asked for). They are read from two keys of `meta`:
 
 - `data`: a dict, which may be missing. Each of its keys `FITNESS_KEYS` is optional, but if
   "synthetic_sources" is there, "sources" must be there too. "titles" is a dict, source -> what its
   images are; a notice calls a source without a title by its name.
 - `calibration`: None, or a dict. Its `sources`, if there, is a dict, source (dataset) -> its rates
   `false_positive_rate` and `recall` (0 to 1, or None), measured with a detector that was trained
-  without this source. A meta without the key `calibration` raises `KeyError`.
+  without this source, and its `left_out` has those that were measured before it was fitted
+  (`model.verdict.left_out_rates`). A meta without the key `calibration` raises `KeyError`.
 
 A notice on these rates is about the sources whose false-positive rate is above `MOST_CALLED_AI`, or
 about those whose recall is below `LEAST_FOUND`. It names at most `NAMED` of them, the worst, and
@@ -33,11 +35,11 @@ the sources, synthetic sources and titles of both.
 trained on, also by the runs whose weights this one began from. Their images measure nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.verdict import left_out_sources
+from model.verdict import LeftOut, band_of, left_out_rates, shares_at
 
 FITNESS_KEYS = ("sources", "synthetic_sources", "titles", "known_against")
 """Keys of a meta's `data` that this module reads."""
@@ -56,18 +58,23 @@ PROOF = "a {word} is not a proof"
 """Sentence shown with every verdict; `word` is the result of `word_for`."""
 
 
+Kind = Literal["synthetic", "uncalibrated", "known", "threshold"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Notice:
     """A reason not to rely on a detector: `kind` for programs, `text` (one line) for people."""
 
-    kind: Literal["synthetic", "uncalibrated", "known"]
+    kind: Kind
     text: str
 
 
-def notices(meta: Mapping[str, Any]) -> list[Notice]:
-    """Return all notices on a detector with this `meta`, the most serious first. May be empty."""
+def notices(meta: Mapping[str, Any], band: tuple[float, float] | None = None) -> list[Notice]:
+    """Return all notices on a detector with this `meta`, the most serious first. May be empty.
+    `band` is the band in use, None for that of `meta`.
+    """
     data, calibration = meta.get("data") or {}, meta["calibration"]
-    texts: list[tuple[Literal["synthetic", "uncalibrated", "known"], str]] = []
+    texts: list[tuple[Kind, str]] = []
     if synthetic := data.get("synthetic_sources"):
         texts.append(("synthetic", _of_synthetic(synthetic, data.get("sources", []))))
     texts += [("known", text) for text in data.get("known_against") or ()]
@@ -80,7 +87,11 @@ def notices(meta: Mapping[str, Any]) -> list[Notice]:
             )
         )
     titles = data.get("titles") or {}
-    texts += [("known", text) for text in _of_left_out(left_out_sources(meta), titles)]
+    if rates := left_out_rates(meta):
+        texts += [("known", text) for text in _of_left_out(rates, titles)]
+    curve = calibration.get("roc") if calibration else None
+    if curve and band and band != band_of(meta):
+        texts.append(("threshold", _at_band(curve, band)))
     return [Notice(kind=kind, text=text) for kind, text in texts]
 
 
@@ -113,20 +124,35 @@ def _of_synthetic(synthetic: list[str], sources: list[str]) -> str:
     )
 
 
-def _of_left_out(sources: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+def _at_band(curve: Sequence[Sequence[float]], band: tuple[float, float]) -> str:
+    """Return a notice with the rates of a calibration at a band that was asked for."""
+    (low, high), (reals, fakes) = band, shares_at(curve, band[1])
+    text = (
+        f"at the threshold in use, {high:.3g}, {_percent(reals)} of the real images and "
+        f"{_percent(fakes)} of the fakes of the calibration are likely AI"
+    )
+    if low == high:
+        return text
+    reals, fakes = (1 - share for share in shares_at(curve, low))
+    return f"{text}; below {low:.3g}, {_percent(reals)} and {_percent(fakes)} are no sign of AI"
+
+
+def _of_left_out(rates: LeftOut, titles: Mapping[str, str]) -> list[str]:
     """Return notices on sources with a bad result when left out of training, the worst first."""
     called = {
-        name: rates["false_positive_rate"]
-        for name, rates in sources.items()
-        if rates["false_positive_rate"] is not None
-        and rates["false_positive_rate"] > MOST_CALLED_AI
+        name: of_source["false_positive_rate"]
+        for name, of_source in rates.sources.items()
+        if of_source["false_positive_rate"] is not None
+        and of_source["false_positive_rate"] > MOST_CALLED_AI
     }
     missed = {
-        name: rates["recall"]
-        for name, rates in sources.items()
-        if rates["recall"] is not None and rates["recall"] < LEAST_FOUND
+        name: of_source["recall"]
+        for name, of_source in rates.sources.items()
+        if of_source["recall"] is not None and of_source["recall"] < LEAST_FOUND
     }
-    how = "each measured with that source left out of training"
+    how = (
+        f"each measured with that source left out of training, at the threshold {rates.band[1]:.3g}"
+    )
     texts = []
     if called:
         worst = sorted(called, key=lambda name: (-called[name], name))

@@ -377,7 +377,7 @@ class AnyDetector(DecisionRule, ABC):
     @property
     def notices(self) -> list[Notice]:
         """Known reasons not to rely on this detector; may be empty."""
-        return notices(self.meta)
+        return notices(self.meta, self.band)
 
 
 def predictions(

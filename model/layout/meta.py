@@ -59,6 +59,17 @@ class SourceRates(TypedDict):
     """Share of the fake images called uncertain. Null without fake images."""
 
 
+class LeftOutEntry(TypedDict):
+    """Rates of sources by heads trained without them, which a later calibration has kept."""
+
+    temperature: float
+    """Divisor of the logits at which they were measured."""
+    band: tuple[float, float]
+    """Band at which they were measured, as probabilities of fake at that temperature."""
+    sources: dict[str, SourceRates]
+    """Rates of each source."""
+
+
 class CalibrationEntry(TypedDict):
     """Calibration, fitted by `evaluate.py calibrate` or at the end of a training run."""
 
@@ -98,6 +109,8 @@ class CalibrationEntry(TypedDict):
     at_miss: list[tuple[float, float]]
     """Pairs for `--max-miss`: an error rate, and the highest threshold below which at most that
     share of fakes lies."""
+    left_out: NotRequired[LeftOutEntry]
+    """Rates on left-out sources of the calibration before, if the method of this one is another."""
 
 
 class Mistakes(TypedDict):

@@ -50,7 +50,7 @@ from safetensors.torch import load_file
 
 import recipes
 from model.recipe import STEP_FOLDER
-from model.verdict import CALIBRATION_KEYS, calibration_fault
+from model.verdict import CALIBRATION_KEYS, calibration_fault, keep_left_out
 from storage import cache_folder, file_name, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
@@ -291,6 +291,7 @@ def recalibrated(
     """
     _, sha256 = locate(spec, folder)
     own = spec.tested[sha256]
+    changes = keep_left_out({**meta, **own}, changes)
     if not own:
         return {**meta, **changes}
     calibration = {key: changes[key] for key in CALIBRATION_KEYS if key in changes}

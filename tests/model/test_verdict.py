@@ -20,6 +20,12 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "sources is .*, expected the two error rates": {
         "calibration": {"band": [0.1, 0.9], "sources": {"ffhq": {"recall": 2}}}
     },
+    "left_out is .*, expected temperature, band and the rates": {
+        "calibration": {
+            "band": [0.1, 0.9],
+            "left_out": {"temperature": 0, "band": [0.1, 0.9], "sources": {}},
+        }
+    },
 }
 
 

@@ -192,6 +192,26 @@ def test_each_backbone_file_may_have_its_own_calibration(
     )
 
 
+def test_a_new_calibration_keeps_the_rates_that_were_measured_with_the_same_backbone_file(
+    trained: Path, file: Path, tmp_path: Path
+) -> None:
+    def left_out(name: str) -> dict[str, object]:
+        rates = {"reals": 9, "fakes": 0, "false_positive_rate": 0.4, "recall": None, "uncertain": 0}
+        return CALIBRATION | {"method": "sources left out, pooled", "sources": {name: rates}}
+
+    checkpoint.annotate(trained, {"calibration": left_out("faces")})
+    other = backbone_file(tmp_path, 12)
+    own = {"temperature": 3.0, "threshold": 0.6, "calibration": left_out("pets")}
+    folder = head.save_head(
+        trained, tmp_path / "two", spec_of(file, other, tested={other.stem: own})
+    )
+    for name, temperature in (("faces", 1.7), ("pets", 3.0)):
+        checkpoint.annotate(folder, {"calibration": CALIBRATION | {"method": "validation"}})
+        kept = load_detector(folder).meta["calibration"]["left_out"]
+        assert (list(kept["sources"]), kept["temperature"]) == ([name], temperature)
+        file.unlink(missing_ok=True)  # so that the other file is used
+
+
 def test_an_impossible_calibration_of_a_backbone_file_is_refused(
     trained: Path, file: Path, tmp_path: Path
 ) -> None:

@@ -243,6 +243,19 @@ def test_a_card_refers_only_to_parts_that_it_has(
     assert "licenses, see above" not in text  # no set, so no table of licenses
 
 
+def test_the_card_of_a_detector_calibrated_again_says_at_which_thresholds_sources_were_left_out(
+    tiny_checkpoint: Path,
+) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    rates = {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None, "uncertain": 0.1}
+    kept = {"temperature": meta["temperature"], "band": [0.4, 0.9], "sources": {"faces": rates}}
+    meta["calibration"] = meta["calibration"] | {"method": "validation", "left_out": kept}
+    text = " ".join(card_of(meta, None, {}, onnx=False).split())
+    assert "| faces (real) | 9 | 0.200 | 0.100 |" in text and "20 % of faces" in text
+    assert "calibration: no sign of AI below 0.4, likely AI from 0.9, uncertain between" in text
+    assert "chosen on these scores" not in text and "which they had not seen" not in text
+
+
 def test_only_files_of_the_export_are_copied(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     (folder / "private").mkdir(parents=True)

@@ -94,6 +94,40 @@ def test_the_shipped_detector_lists_its_false_alarms() -> None:
     called, missed = notices(meta)
     assert "37 % of faces from photographs on Flickr; 26 % of edited photographs" in called.text
     assert "2 % of avatars by StyleGAN2, 2019 to 2023; 3 % of faces of bored" in missed.text
+    assert called.text.endswith("(each measured with that source left out of training, at the "
+                                "threshold 0.766)")  # fmt: skip
+
+
+ROC = [[0.2, 0.5, 0.9], [0.4, 0.3, 0.8], [0.6, 0.1, 0.7], [0.8, 0.001, 0.2]]
+
+
+@pytest.mark.parametrize(
+    ("band", "said"),
+    [
+        ((0.6, 0.6), "in use, 0.6, 10 % of the real images and 70 % of the fakes of the calibrat"),
+        ((0.5, 0.5), "0.5, 20 % of the real images and 75 % of the fakes of the calibration are"),
+        ((0.2, 0.8), "0.8, under 1 % of the real images and 20 % of the fakes of the calibration "
+                     "are likely AI; below 0.2, 50 % and 10 % are no sign of AI"),
+        ((0.0, 0.0), "0, 100 % of the real images and 100 % of the fakes"),
+    ],
+)  # fmt: skip
+def test_another_threshold_has_the_rates_of_the_calibration(
+    band: tuple[float, float], said: str
+) -> None:
+    meta = meta_of(CALIBRATION | {"roc": ROC})
+    (notice,) = notices(meta, band)
+    assert notice.kind == "threshold" and said in notice.text
+    assert notices(meta, (0.3, 0.6)) == notices(meta) == []  # the band of the calibration itself
+    assert notices(meta_of(), band) == []  # not known
+
+
+def test_predict_names_the_threshold_of_each_rate(uncalibrated: Path) -> None:
+    known = {"method": "sources left out, pooled", "sources": {"faces": rates(0.4, None)}}
+    checkpoint.annotate(uncalibrated, {"calibration": CALIBRATION | known | {"roc": ROC}})
+    lines = ask(uncalibrated, "--threshold", 0.5).stderr.splitlines()
+    assert sum("40 % of faces (each" in line and "threshold 0.6)" in line for line in lines) == 1
+    assert sum("at the threshold in use, 0.5, 20 %" in line for line in lines) == 1
+    assert "threshold in use" not in ask(uncalibrated).stderr
 
 
 def ask(folder: Path, *arguments: object) -> Result:
