@@ -11,6 +11,8 @@ is NaN or infinite (`NOT_FINITE` is the reason as text).
 `probability(logits, temperature)` converts an array of logits (fake minus real) to probabilities of
 fake, float64. A logit that is not finite gives NaN.
 
+`temperature_of(meta)` returns the temperature of a detector's calibration, None without one.
+
 `band_of(meta)` returns the (low, high) of a checkpoint. `meta` is its parsed `meta.json`, a dict.
 Without a calibration, low and high are both its decision threshold.
 
@@ -128,6 +130,11 @@ def shares_at(roc: Sequence[Sequence[float]], threshold: float) -> tuple[float, 
     first, last = (min(0.0, rows[0][0]), 1.0, 1.0), (max(1.0, rows[-1][0]), 0.0, 0.0)
     at, reals, fakes = zip(first, *rows, last, strict=True)
     return float(np.interp(threshold, at, reals)), float(np.interp(threshold, at, fakes))
+
+
+def temperature_of(meta: Mapping[str, Any]) -> float | None:
+    """Return the temperature of a detector's calibration; None without one."""
+    return float(meta["temperature"]) if meta["calibration"] else None
 
 
 def band_of(meta: Mapping[str, Any]) -> tuple[float, float]:

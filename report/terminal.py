@@ -18,7 +18,8 @@ next two functions for each set that has these measurements. `entry` below is
   raises `ScoresError` if the false-positive rates of a set come from different real images in the
   two runs.
 - `print_calibration(calibration)`: `calibration` is a `Calibration` of `model/calibration/fit.py`.
-  It prints the temperature, NLL and ECE before and after, the thresholds and the band.
+  It prints NLL and ECE at temperature 1, at that of the calibration until now and at the fitted
+  one, then the thresholds and the band.
 """
 
 from collections.abc import Mapping, Sequence
@@ -244,16 +245,20 @@ def _change(before: float | None, after: float | None) -> str | None:
 
 
 def print_calibration(calibration: Calibration) -> None:
-    """Print a calibration: temperature, NLL and ECE before and after, thresholds and the band."""
-    rows = [
-        [when, temperature, figures["nll"], figures["ece"]]
-        for when, temperature, figures in (
-            ("before", 1.0, calibration.before),
-            ("after", calibration.temperature, calibration.after),
-        )
-    ]
+    """Print a calibration: NLL and ECE at each temperature, thresholds and the band."""
+    fits = {
+        "uncalibrated": {"temperature": 1.0, **calibration.before},
+        "until now": calibration.earlier,
+        "fitted": {"temperature": calibration.temperature, **calibration.after},
+    }
+    rows = [[n, fit["temperature"], fit["nll"], fit["ece"]] for n, fit in fits.items() if fit]
     console.say(f"fitted to {calibration.reals:,} real and {calibration.fakes:,} fake images")
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
+    if min(fit["nll"] for fit in fits.values() if fit) < calibration.after["nll"]:
+        console.say(
+            "The fitted NLL is not the lowest: with few images the fit leans toward doubt, since "
+            "new images fit less well than these (Platt 1999)."
+        )
     rule: str = calibration.threshold_at
     if rule == "max_fpr":
         rule += f", {calibration.method}"

@@ -312,6 +312,8 @@ def test_calibration_is_stored_in_the_checkpoint_and_used(
     at_half = run(data, own_runs, "calibrate", "--shards", "val", "--threshold", "0.5")
     assert at_half.exit_code == 0, at_half.output
     assert read_meta(find(own_runs))["threshold"] == 0.5
+    (until_now,) = [line for line in at_half.output.splitlines() if "until now" in line]
+    assert f"{meta['temperature']:.3f}" in until_now
 
 
 def test_calibrating_again_keeps_what_is_known_of_left_out_sources(

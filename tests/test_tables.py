@@ -7,13 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 import console
 import train
-from model.calibration.fit import Calibration
+from model.calibration.fit import Calibration, calibrate_by
 from model.evaluation.compare import Change, flips
 from model.metrics import Metrics
 from report.comparison import _with_interval
@@ -144,6 +145,18 @@ def test_tables_of_a_report(
     first, second = re.findall("^verdicts: .*", said, re.M)
     assert first.endswith("uncertain between") and second == "verdicts: likely AI from 0.6"
     assert "all 3 sources with fake images together, because each has too few" in said
+    assert "not the lowest" not in said and [row[0] for row in calls[-1][2]] == [
+        "uncalibrated", "fitted",
+    ]  # fmt: skip
+    # 32 images of each class that hardly overlap: the lowest NLL has a lower temperature.
+    labels = np.repeat([0, 1], 32)
+    logits = np.concatenate([np.linspace(-9, 1, 32), np.linspace(-1, 9, 32)])
+    fitted = calibrate_by("auto", labels, logits, labels, 3.0)
+    print_calibration(fitted)
+    assert [row[:2] for row in calls[-1][2]] == [
+        ["uncalibrated", 1.0], ["until now", 3.0], ["fitted", fitted.temperature],
+    ]  # fmt: skip
+    assert "with few images the fit leans toward doubt" in capsys.readouterr().out
     assert len(calls) >= 7
     check_all(calls, monkeypatch)
 

@@ -52,7 +52,7 @@ from model.calibration.fit import (
     check_images,
     check_validation_sets,
 )
-from model.checkpoint import annotate, load_network
+from model.checkpoint import annotate, check, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv, on_main
 from model.evaluation.scoring import DetectorScorer, Scorer, score_all
@@ -62,6 +62,7 @@ from model.metrics import measure_sets
 from model.recipe import Calibrating
 from model.score import Scores
 from model.shipped.backbone import is_shipped
+from model.verdict import temperature_of
 from pipeline.loading import Loading
 from sharding.format import ShardSet, hashes_of, open_shards
 from storage import AnyPath
@@ -96,7 +97,7 @@ def calibrate_checkpoint(
         )
     sets = _opened(folders, rule)
     scored = score_all(sets, scorer_of(checkpoint, loading, device, dist, features))
-    calibration = _fitted(rule, scored)
+    calibration = _fitted(rule, scored, temperature_of(check(checkpoint)))
     store_calibration(checkpoint, calibration, hashes_of(sets), scored, dist)
     return calibration
 
@@ -125,7 +126,8 @@ def calibrate_other(
             "checkpoint and export the file again"
         )
     sets = _opened(folders, rule)
-    calibration = _fitted(rule, score_all(sets, DetectorScorer(detector, dist)))
+    scored = score_all(sets, DetectorScorer(detector, dist))
+    calibration = _fitted(rule, scored, temperature_of(detector.meta))
     entries = calibration.entries(hashes_of(sets))
     on_main(dist, lambda: keep_calibration(detector, runs, entries))
     return calibration, calibration_path(detector, runs)
@@ -185,12 +187,18 @@ def check_sets(sets: Sequence[ShardSet], rule: ThresholdAt | Calibrating) -> Non
 
 
 def _fitted(
-    rule: ThresholdAt | Calibrating, scored: Mapping[str, tuple[ShardSet, Scores]]
+    rule: ThresholdAt | Calibrating,
+    scored: Mapping[str, tuple[ShardSet, Scores]],
+    earlier: float | None,
 ) -> Calibration:
-    """Fit one calibration to all scored sets."""
+    """Fit one calibration to all scored sets. `earlier` is as in `calibrate_by`."""
     labels, logits = (
         np.concatenate([getattr(scores, part) for _, scores in scored.values()])
         for part in ("labels", "logits")
     )
-    sources = [shards.names("source", scores.samples) for shards, scores in scored.values()]
-    return calibrate_by(rule, labels, logits, np.array([n for names in sources for n in names]))
+    sources = [
+        name
+        for shards, scores in scored.values()
+        for name in shards.names("source", scores.samples)
+    ]
+    return calibrate_by(rule, labels, logits, np.array(sources), earlier)

@@ -8,8 +8,9 @@ Main entries, which write nothing:
   that about 5 % of the fakes are below.
 - `calibrate_sources(scores, calibrating, origin)` fits to two error rates. `scores` is a dict,
   source -> (labels, logits).
-- `calibrate_by(rule, labels, logits, sources)` calls the first if `rule` is one of the texts for
-  `threshold_at`, the second if it is a `Calibrating`.
+- `calibrate_by(rule, labels, logits, sources, earlier)` calls the first if `rule` is one of the
+  texts for `threshold_at`, the second if it is a `Calibrating`. `earlier` is the temperature of the
+  detector's calibration until now, or None (default).
 
 Their arguments:
 
@@ -96,6 +97,8 @@ class Calibration:
     strict threshold than a higher one.
 
     `before` and `after` are NLL and ECE on the same images at temperature 1 and at the fitted one.
+    `earlier` is the temperature of the detector's calibration until now, with NLL and ECE at it;
+    empty without one. It is not stored.
     `method` names the images that the calibration was fitted to. `calibrate_sources` fills the
     last two: `sources` has counts and error rates of each source. `sources_used` maps "real" (for
     the threshold) and "fake" (for the lower end of the band) to the number of sources that have
@@ -117,12 +120,14 @@ class Calibration:
     sources_used: dict[str, tuple[int, int]] = field(default_factory=dict)
     at_fpr: list[tuple[float, float]] = field(default_factory=list)
     at_miss: list[tuple[float, float]] = field(default_factory=list)
+    earlier: dict[str, float] = field(default_factory=dict)
 
     def entries(self, fitted_on: Mapping[str, str]) -> dict[str, Any]:
         """Return the entries for `meta.json`, as `checkpoint.annotate` takes them. `fitted_on` maps
         the name of each scored set to the hash of its index.
         """
         rest = asdict(self)
+        del rest["earlier"]
         decision = {name: rest.pop(name) for name in ("temperature", "threshold")}
         sets = {"fitted_on": list(fitted_on), "index_sha256": dict(fitted_on)}
         return decision | {"calibration": sets | rest | {"band": list(self.band)}}
@@ -231,20 +236,31 @@ def calibrate(
 
 
 def calibrate_by(
-    rule: ThresholdAt | Calibrating, labels: np.ndarray, logits: np.ndarray, sources: np.ndarray
+    rule: ThresholdAt | Calibrating,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    sources: np.ndarray,
+    earlier: float | None = None,
 ) -> Calibration:
     """Fit to validation scores by a rule: the name of a threshold (`calibrate`) or two error rates
-    (`calibrate_sources`). `sources` (N,) contains the name of each image's source.
+    (`calibrate_sources`). `sources` (N,) contains the name of each image's source. `earlier` is the
+    temperature of the detector's calibration until now, None without one.
 
     Raises:
         CalibrationError: as `calibrate` and `calibrate_sources`.
     """
-    if not isinstance(rule, Calibrating):
-        return calibrate(labels, logits, rule)
-    by_source = {
-        str(name): (labels[sources == name], logits[sources == name]) for name in np.unique(sources)
-    }
-    return calibrate_sources(by_source, rule, "validation sets by source")
+    if isinstance(rule, Calibrating):
+        by_source = {
+            str(name): (labels[sources == name], logits[sources == name])
+            for name in np.unique(sources)
+        }
+        fitted = calibrate_sources(by_source, rule, "validation sets by source")
+    else:
+        fitted = calibrate(labels, logits, rule)
+    if earlier is None:
+        return fitted
+    fit = _fit_of(labels, probability(logits, earlier))
+    return replace(fitted, earlier={"temperature": earlier, **fit})
 
 
 def calibrate_sources(

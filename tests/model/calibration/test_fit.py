@@ -104,6 +104,19 @@ def test_shares_of_each_verdict_are_those_of_the_scores(rule: ThresholdAt | Cali
             assert rates[f"uncertain_{CLASSES[label]}"] == measured[1]
 
 
+def test_the_fit_is_compared_with_the_calibration_until_now() -> None:
+    labels, logits = calibrated_scores(400)
+    sources = np.full(len(labels), "a")
+    for rule in ("auto", Calibrating(threshold="pooled")):
+        fitted = calibrate_by(rule, labels, logits, sources, 2.0)
+        assert fitted.earlier == {
+            "temperature": 2.0,
+            "nll": pytest.approx(measure(labels, probability(logits, 2.0)).nll),
+            "ece": pytest.approx(measure(labels, probability(logits, 2.0)).ece),
+        }
+        assert not calibrate_by(rule, labels, logits, sources).earlier
+
+
 def test_entries_of_the_meta_file() -> None:
     fitted = calibrate(*calibrated_scores(400))
     entries = json.loads(json.dumps(fitted.entries({"val": "abc"})))

@@ -405,7 +405,7 @@ def test_the_last_table_uses_the_calibrated_threshold(
     """The figures equal those of `evaluate.py` for the same set."""
 
     def in_the_middle(
-        _rule: str, _labels: np.ndarray, logits: np.ndarray, _sources: np.ndarray
+        _rule: str, _labels: np.ndarray, logits: np.ndarray, *_others: object
     ) -> Calibration:
         return calibration_at(float(np.median(probability(logits, 2.0))))
 
