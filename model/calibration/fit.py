@@ -168,7 +168,9 @@ def check_images(
     reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
     if min(reals, fakes) < FEWEST:
         raise CalibrationError(
-            f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each"
+            f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each; "
+            "add images, or a validation set that has them, or choose a threshold without "
+            "calibrating (predict.py --threshold)"
         )
     if rule == "fpr1" and reals < _needed(0.01):
         raise CalibrationError(
