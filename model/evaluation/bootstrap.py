@@ -28,8 +28,9 @@ dict, metric -> values). It returns a dict, metric -> [low, high], the middle 95
 
 `interval(values, independent, ends)` does this for one metric. It takes the metric's values, the
 number of groups that it depends on (`independent_groups(images, groups)` returns a function, metric
--> number), and its lowest and highest possible value (default 0 and 1; () for a difference). It
-returns None if there is no interval; `intervals()` leaves out such a metric.
+-> number), and its lowest and highest possible value (default 0 and 1; () for a difference, see
+`interval_of_change()` of compare.py). It returns None if there is no interval; `intervals()` leaves
+out such a metric.
 
 Images are not independent: twenty images of one prompt, the frames of a video. So whole groups are
 resampled with replacement (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
@@ -479,12 +480,11 @@ def interval(
 
     `independent` is the number of groups from which the metric is computed. `ends` are the bounds
     of the metric's range: there equal values in all resamples get the exact interval (see the
-    module docstring). Elsewhere equal values say nothing about the variation, except of a paired
-    difference, which has no `ends`. None: such equal values, fewer than two groups, or more than
-    half of the values are NaN.
+    module docstring). Elsewhere equal values say nothing about the variation. None: such equal
+    values, fewer than two groups, or more than half of the values are NaN.
     """
     percentiles = _percentiles(values, independent)
-    if percentiles is None or not ends or percentiles[1] - percentiles[0] >= _SAME:
+    if percentiles is None or percentiles[1] - percentiles[0] >= _SAME:
         return percentiles
     reach = 1 - ((1 - LEVEL) / 2) ** (1 / independent)
     exact = {0.0: [0.0, reach], 1.0: [1 - reach, 1.0]}

@@ -23,7 +23,8 @@ Fields of a `Line`:
 - `changes`: a dict, metric of `COMPARED` -> `Change`, or None if a table lacks the metric. A
   `Change` has the values `before` and `after`, and the interval `low` to `high` of after - before
   (both None: no interval). The intervals come from bootstrap resamples that are the same for both
-  evaluations, so the variation between images does not widen them.
+  evaluations, so the variation between images does not widen them. `interval_of_change` computes
+  them from one `Resampled` for each run.
 
 `compare()` raises `ScoresError` if the false-positive rates of a set come from different real
 images (reference reals).
@@ -39,13 +40,22 @@ list with a tuple per set and class: (set, "real" or "fake", images, flips to wr
 right).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.evaluation.bootstrap import independent_groups, interval, resample
+from model.evaluation.bootstrap import (
+    Groups,
+    Images,
+    Resamples,
+    independent_groups,
+    interval,
+    intervals,
+    resample,
+)
 from model.evaluation.report import LineKey, Rows, lines_of, rows_of_set
 from model.evaluation.scores import ScoresError, ScoreTable
 from model.metrics import measure
@@ -194,10 +204,15 @@ def _compare_set(
             asdict(measure(run.labels[chosen], run.probability[chosen], threshold))
             for run, threshold in zip(rows, thresholds, strict=True)
         ]
-        independent = independent_groups(line_images, rows[0].groups)
-        values = [of_run[key] for of_run in resamples]
+        resampled = [
+            Resampled(run.probability, threshold, of_run[key])
+            for run, threshold, of_run in zip(rows, thresholds, resamples, strict=True)
+        ]
         changes = {
-            metric: _change(metric, figures, values, independent(metric)) for metric in COMPARED
+            metric: _change(
+                metric, figures, interval_of_change(metric, line_images, rows[0].groups, *resampled)
+            )
+            for metric in COMPARED
         }
         kind, own_name = (key, "") if isinstance(key, str) else key
         lines.append(Line(name, kind, own_name, len(chosen), changes))
@@ -210,17 +225,82 @@ def _order(key: LineKey) -> tuple[int, str]:
 
 
 def _change(
-    metric: str,
-    figures_of_runs: Sequence[Mapping[str, Any]],
-    resamples: Sequence[Mapping[str, np.ndarray]],
-    independent: int,
+    metric: str, figures_of_runs: Sequence[Mapping[str, Any]], ends: list[float] | None
 ) -> Change | None:
     before, after = (figures[metric] for figures in figures_of_runs)
     if before is None or after is None:
         return None
-    ends = interval(resamples[1][metric] - resamples[0][metric], independent, ends=())
     low, high = ends if ends else (None, None)
     return Change(before, after, low, high)
+
+
+class Resampled(NamedTuple):
+    """One run: probabilities of fake (N,) of all rows, decision threshold, and metrics of the
+    images of a line in all resamples.
+    """
+
+    probability: np.ndarray
+    threshold: float
+    metrics: Resamples
+
+
+def interval_of_change(
+    metric: str, images: Images, groups: Groups, before: Resampled, after: Resampled
+) -> list[float] | None:
+    """Return the 95 % interval [low, high] of a metric of `after` minus that of `before`, from the
+    values in the same resamples of the groups. None: a run has no such values, or there is no
+    interval.
+
+    It is [0, 0] if all scores are the same. Otherwise equal differences in all resamples say
+    nothing about the variation: two runs without a false positive in 32 images can differ on
+    others. So the interval of recall and of false positives contains the one that follows from the
+    intervals of both runs (`_square_and_add`).
+    """
+    values = [run.metrics.get(metric) for run in (before, after)]
+    if values[0] is None or values[1] is None:
+        return None
+    independent = independent_groups(images, groups)(metric)
+    of_class = {"recall": images.fakes, "false_positive_rate": images.reals}
+    rows = of_class.get(metric, np.concatenate([images.reals, images.fakes]))
+    same_threshold = before.threshold == after.threshold or metric not in of_class
+    if same_threshold and np.array_equal(before.probability[rows], after.probability[rows]):
+        return [0.0, 0.0] if independent > 1 else None
+    low_high = interval(values[1] - values[0], independent, ends=())
+    own = [intervals(images, groups, {metric: of_run}).get(metric) for of_run in values]
+    if metric not in of_class or own[0] is None or own[1] is None:
+        return low_high
+    low, high = _square_and_add((values[0], own[0]), (values[1], own[1]))
+    if low_high:
+        low, high = min(low, low_high[0]), max(high, low_high[1])
+    return [low, high]
+
+
+def _square_and_add(
+    first: tuple[np.ndarray, list[float]], second: tuple[np.ndarray, list[float]]
+) -> tuple[float, float]:
+    """Return the interval of the difference of two shares, second minus first, from the values of
+    each in the same resamples and its own interval: distances to the ends are squared and added,
+    less what the correlation explains (Newcombe, "Improved confidence intervals for the difference
+    between binomial proportions based on paired data", Statistics in Medicine 17, 1998, method 10).
+    """
+    (values, (low, high)), (others, (other_low, other_high)) = first, second
+    share, other = float(np.nanmean(values)), float(np.nanmean(others))
+    spread = math.sqrt(float(np.nanvar(values) * np.nanvar(others)))
+    rho = 0.0
+    if spread > 0:
+        rho = float(np.nanmean((values - share) * (others - other))) / spread
+        # Newcombe's correction for continuity, for as many images as have this variation.
+        product = share * (1 - share) * other * (1 - other)
+        rho = max(0.0, rho - spread / (2 * product)) if rho > 0 else max(rho, -1.0)
+
+    def reach(down: float, up: float) -> float:
+        return math.sqrt(max(0.0, down**2 + up**2 - 2 * rho * down * up))
+
+    change = other - share
+    return (
+        change - reach(other - other_low, high - share),
+        change + reach(other_high - other, share - low),
+    )
 
 
 def flips(before: ScoreTable, after: ScoreTable) -> list[Flip]:

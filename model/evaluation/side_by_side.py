@@ -40,8 +40,8 @@ its reference), `maybe_trained_on` (whether it was trained on another set of suc
   "behind"}. `value` is null if the set lacks a class that the figure needs. `low` and `high` are
   the ends of its interval, null if it depends on fewer than two groups (images that are resampled
   together), or is undefined in most resamples. `behind` is the interval [low, high] of this value
-  minus that of the best run. It is null for the best run itself, without one, and where `low` is
-  null;
+  minus that of the best run. It is null for the best run itself, without one, where `low` is null,
+  and for AUROC and recall at a rate where the difference is the same in all resamples;
 - `common`: {"1": {"recall", "false_positive_rate"}, "5": ...}, at the common thresholds; null
   without such images or without a threshold;
 - `worst_source`, `worst_perturbation` (AUROC), `worst_generator`: each {"name", "value", "images"}
@@ -63,12 +63,10 @@ import pyarrow as pa
 
 from model.evaluation.bootstrap import (
     Images,
-    Resamples,
-    independent_groups,
-    interval,
     intervals,
     resample,
 )
+from model.evaluation.compare import Resampled, interval_of_change
 from model.evaluation.report import Rows, lines_of, rows_of_set
 from model.evaluation.scores import ScoresError, ScoreTable
 from model.metrics import measure
@@ -230,7 +228,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     }
 
 
-def _measured(run: Run, rows: Rows, whole: Images) -> tuple[dict[str, Any], Resamples]:
+def _measured(run: Run, rows: Rows, whole: Images) -> tuple[dict[str, Any], Resampled]:
     """Compute the metrics of a run on a whole set, and their values in all resamples. The resamples
     are the same for every run.
     """
@@ -238,25 +236,23 @@ def _measured(run: Run, rows: Rows, whole: Images) -> tuple[dict[str, Any], Resa
     chosen = np.concatenate([whole.reals, whole.fakes])
     metrics = measure(rows.labels[chosen], rows.probability[chosen], threshold)
     resamples = resample(rows.probability, {"": whole}, rows.groups, threshold)[""]
-    return vars(metrics), resamples
+    return vars(metrics), Resampled(rows.probability, threshold, resamples)
 
 
 def _with_intervals(
     rows: Rows,
     whole: Images,
-    own: tuple[dict[str, Any], Resamples],
-    best: tuple[dict[str, Any], Resamples] | None,
+    own: tuple[dict[str, Any], Resampled],
+    best: tuple[dict[str, Any], Resampled] | None,
 ) -> dict[str, Any]:
     """Return the `FIGURES` of one run: value, interval, interval of the difference to the best."""
-    ends = intervals(whole, rows.groups, own[1])
-    independent = independent_groups(whole, rows.groups)
+    ends = intervals(whole, rows.groups, own[1].metrics)
     result = {}
     for name, metric in FIGURES.items():
         low, high = ends.get(metric) or (None, None)
         behind = None
-        if best and own is not best and metric in own[1] and metric in best[1]:
-            change = own[1][metric] - best[1][metric]
-            behind = interval(change, independent(metric), ends=())
+        if best and own is not best:
+            behind = interval_of_change(metric, whole, rows.groups, best[1], own[1])
         value = own[0][metric]
         result[name] = {"value": value, "low": low, "high": high, "behind": behind}
     return result

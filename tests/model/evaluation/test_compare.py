@@ -8,6 +8,7 @@ import pytest
 from model.evaluation.compare import compare, count_flips, flips, shared_samples
 from model.evaluation.report import report
 from model.evaluation.scores import ScoresError, ScoreTable
+from model.evaluation.side_by_side import Run, side_by_side
 from tests.builders import table_of
 
 ABOUT = {"threshold": 0.5, "temperature": 2.0}
@@ -70,6 +71,55 @@ def test_equally_good_runs_rarely_differ() -> None:
         change = compare(*tables(*pair))[0].changes["auroc"]
         covered += change.low <= 0 <= change.high
     assert 16 <= covered <= 20
+
+
+def alarms(*called: np.ndarray) -> tuple[ScoreTable, ...]:
+    """Return a table for each mask of the reals that a run calls fake. Its fakes are all found, and
+    no two scores are equal.
+    """
+    rng, fakes = np.random.default_rng(len(called[0])), len(called[0])
+    return tuple(
+        table_of(
+            [
+                {"set": "val", "key": f"k{i:03d}", "label": int(i >= len(mask)),
+                 "logit": float(np.where(i >= len(mask) or mask[i], 2, -2) + rng.uniform(-1, 1))}
+                for i in range(len(mask) + fakes)
+            ],
+            ["val"], **ABOUT,
+        )
+        for mask in called
+    )  # fmt: skip
+
+
+def test_no_error_of_two_runs_is_no_difference_of_0() -> None:
+    none = np.zeros(32, bool)
+    before, after = alarms(none, none)
+    line = compare(before, after)[0]
+    alone = report(before)["sets"]["val"]["overall"]["intervals"]["false_positive_rate"]
+    for metric in ("false_positive_rate", "recall"):
+        change = line.changes[metric]
+        assert (change.before, change.high) == (change.after, -change.low)
+        assert 0.05 < alone[1] <= change.high < 0.2
+    ranked = line.changes["auroc"]  # perfect twice
+    assert (ranked.before, ranked.after, ranked.low) == (1, 1, None)
+    assert {change.low for change in compare(before, before)[0].changes.values()} == {0}
+    behind = side_by_side([Run("a", before), Run("b", after)])["val"]["runs"][1]
+    assert behind["recall"]["behind"][1] > 0.05 and behind["auroc"]["behind"] is None
+
+
+@pytest.mark.parametrize("shared", [0, 1], ids=["independent", "correlated"])
+def test_intervals_of_differences_contain_the_truth(shared: int) -> None:
+    """Rates of 5 and 0 %: 80 % of bare percentiles do; 20 and 10 %, the second within the first: 83
+    % do.
+    """
+    rng, covered = np.random.default_rng(3), 0
+    rates = ((0.05, 0.0), (0.2, 0.1))[shared]
+    for _ in range(60):
+        first = rng.random(32) < rates[0]
+        second = first & (rng.random(32) < rates[1] / rates[0])
+        change = compare(*alarms(first, second))[0].changes["false_positive_rate"]
+        covered += change.low <= rates[1] - rates[0] <= change.high
+    assert covered >= 56
 
 
 def test_rows_in_another_order_are_the_same_images() -> None:
