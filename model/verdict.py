@@ -105,7 +105,9 @@ def left_out_rates(meta: Mapping[str, Any]) -> LeftOut | None:
 
 def _at_temperature(p: float, fitted: float, now: float) -> float:
     """Return what the probability `p` at the temperature `fitted` is at the temperature `now`."""
-    return float(probability(math.log(p / (1 - p)) * fitted, now)) if 0 < p < 1 else float(p)
+    if not 0 < p < 1:
+        return float(p)
+    return float(probability(np.array(math.log(p / (1 - p)) * fitted), now))
 
 
 def keep_left_out(meta: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:
