@@ -256,9 +256,9 @@ def interval_of_change(
     others. So the interval of recall and of false positives contains the one that follows from the
     intervals of both runs (`_square_and_add`).
     """
-    values = [run.metrics.get(metric) for run in (before, after)]
-    if values[0] is None or values[1] is None:
+    if metric not in before.metrics or metric not in after.metrics:
         return None
+    values = before.metrics[metric], after.metrics[metric]
     independent = independent_groups(images, groups)(metric)
     of_class = {"recall": images.fakes, "false_positive_rate": images.reals}
     rows = of_class.get(metric, np.concatenate([images.reals, images.fakes]))
