@@ -38,7 +38,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from pipeline.replay import interleave, rows_by_code
-from sharding.format import row_numbers
+from sharding.rows import row_numbers
 
 Shuffle = Literal["global", "block"]
 

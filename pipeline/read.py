@@ -42,7 +42,8 @@ from imaging.decode import DecodeError, decode_image
 from imaging.header import claimed_size
 from imaging.orientation import is_transposed
 from pipeline.remote import Cache, RemoteShards
-from sharding.format import ShardSet, row_numbers
+from sharding.format import ShardSet
+from sharding.rows import row_numbers
 from storage import is_local, size_of
 
 MAX_OPEN = 256

@@ -37,7 +37,6 @@ folder with these files:
 `member_metadata(row)` returns the content of `<key>.json` for a row (a dict) of the table, and
 `timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a hash of an index.
 `numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet` does, and
-`row_numbers(samples)` returns row numbers as an int64 array or raises `TypeError`.
 `table_from(data)` reads a table from the bytes of a parquet file. `docs/shards.md` describes the
 format without reference to this code.
 """
@@ -58,6 +57,7 @@ import pyarrow.parquet as pq
 
 from escape import reason_of, text_fault
 from installed import DEMO
+from sharding.rows import row_numbers
 from storage import (
     MAX_TABLE_BYTES,
     AnyPath,
@@ -259,15 +259,6 @@ class ShardSet:
     def describe(self) -> str:
         """List the folders for messages."""
         return ", ".join(dict.fromkeys(str(folder) for folder in self.folders))
-
-
-def row_numbers(samples: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return row numbers as int64 (n,), or raise TypeError for other values, such as a mask."""
-    rows = np.asarray(samples)
-    if rows.size and rows.dtype.kind not in "iu":
-        said = f"expected row numbers, got values of type {rows.dtype}"
-        raise TypeError(f"{said}; np.flatnonzero(mask) returns those of a mask of booleans")
-    return rows.astype(np.int64, copy=False)
 
 
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "storage": {"installed", "escape"},
     "imaging": {"storage"},
     "sharding": COMMON,
-    "pipeline": {*COMMON, "sharding.format"},
+    "pipeline": {*COMMON, "sharding.format", "sharding.rows"},
     "model": {*COMMON, "sharding", "pipeline"},
     "report": {*COMMON, "sharding", "pipeline", "model"},
     "serve": {*COMMON, "sharding", "pipeline", "model"},

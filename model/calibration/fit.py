@@ -52,6 +52,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from installed import command
 from model.metrics import expected_calibration_error, negative_log_likelihood
 from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD
@@ -170,7 +171,7 @@ def check_images(
         raise CalibrationError(
             f"{reals} real and {fakes} fake images: calibration needs at least {FEWEST} of each; "
             "add images, or a validation set that has them, or choose a threshold without "
-            "calibrating (predict.py --threshold)"
+            f"calibrating (`{command('predict')} --threshold`)"
         )
     if rule == "fpr1" and reals < _needed(0.01):
         raise CalibrationError(

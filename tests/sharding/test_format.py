@@ -13,7 +13,8 @@ from pipeline.order import evaluation_epoch, training_epoch
 from pipeline.read import ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
-from sharding.format import ShardSet, open_shards, read_index, row_numbers
+from sharding.format import ShardSet, open_shards, read_index
+from sharding.rows import row_numbers
 
 
 def test_folders_are_given_as_text_or_as_paths(data: Path, old: ShardSet) -> None:
