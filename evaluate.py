@@ -33,7 +33,8 @@ With which detector, and how:
 
 `--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`.
 Default: `<run's folder>/evaluation/<sets>`, or `<folder of --runs>/<name>/evaluation/<sets>` for a
-detector NAME that is not from a run. (In <sets>, the set `folders/mine` is `folders-mine`.) With
+detector NAME that is not from a run; for a checkpoint in no run, <name> is `checkpoint-`, its
+folder and a hash of its place. (In <sets>, the set `folders/mine` is `folders-mine`.) With
 `--regressions` it gets only `regressions.json` (default: no file). An error is one line and exit
 code 1; wrong options (see `CONFLICTS`) give 2.
 

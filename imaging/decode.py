@@ -41,7 +41,7 @@ from imaging.orientation import (
     is_transposed,
     orientation_left,
     orientation_of,
-    upright,
+    upright_copy,
 )
 from imaging.quiet import silence_pillow, without_warnings
 from imaging.rgb import PixelError, to_rgb
@@ -229,7 +229,7 @@ def decode_image(data: bytes, image_format: str, orientation: int = UPRIGHT) -> 
         DecodeError: truncated or damaged bytes, or not `image_format`.
     """
     with boundary(image_format):
-        return np.ascontiguousarray(upright(_member_pixels(data, image_format), orientation))
+        return upright_copy(_member_pixels(data, image_format), orientation)
 
 
 def _member_pixels(data: bytes, image_format: str) -> np.ndarray:
@@ -260,7 +260,7 @@ def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndar
     else:
         # No `seek`: Pillow opens a file of several pictures at the first or primary one.
         pixels, orientation = to_rgb(image), orientation_left(image)
-    pixels = np.ascontiguousarray(upright(pixels, orientation))
+    pixels = upright_copy(pixels, orientation)
     return pixels, orientation if plain else None
 
 

@@ -254,7 +254,8 @@ def print_calibration(calibration: Calibration) -> None:
     rows = [[n, fit["temperature"], fit["nll"], fit["ece"]] for n, fit in fits.items() if fit]
     console.say(f"fitted to {calibration.reals:,} real and {calibration.fakes:,} fake images")
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
-    if min(fit["nll"] for fit in fits.values() if fit) < calibration.after["nll"]:
+    lowest = min(fit["nll"] for fit in fits.values() if fit)
+    if round(lowest, 3) < round(calibration.after["nll"], 3):  # as the table shows them
         console.say(
             "The fitted NLL is not the lowest: with few images the fit leans toward doubt, since "
             "new images fit less well than these (Platt 1999)."

@@ -90,7 +90,8 @@ def notices(meta: Mapping[str, Any], band: tuple[float, float] | None = None) ->
     if rates := left_out_rates(meta):
         texts += [("known", text) for text in _of_left_out(rates, titles)]
     curve = calibration.get("roc") if calibration else None
-    if curve and band and band != band_of(meta):
+    # Nothing was measured outside of the curve, where the scores of a good detector are crowded.
+    if curve and band and band != band_of(meta) and _is_within(curve, band):
         texts.append(("threshold", _at_band(curve, band)))
     return [Notice(kind=kind, text=text) for kind, text in texts]
 
@@ -122,6 +123,11 @@ def _of_synthetic(synthetic: list[str], sources: list[str]) -> str:
         f"this detector was trained in part on synthetic images, which a program drew "
         f"({', '.join(synthetic)}): what it learned from them says nothing about other pictures"
     )
+
+
+def _is_within(curve: Sequence[Sequence[float]], band: tuple[float, float]) -> bool:
+    thresholds = [row[0] for row in curve]
+    return min(thresholds) <= band[0] and band[1] <= max(thresholds)
 
 
 def _at_band(curve: Sequence[Sequence[float]], band: tuple[float, float]) -> str:

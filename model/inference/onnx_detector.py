@@ -75,6 +75,9 @@ META_KEYS = (
 has means the same here."""
 
 
+ROUNDING = 1e-6
+"""Distance from 0 and 1 at which a number still counts as a probability."""
+
 _OUTPUTS = {"probability": ("batch",), "logits": ("batch", 2)}
 """Shapes of the network's outputs."""
 
@@ -118,13 +121,14 @@ class OnnxDetector(AnyDetector):
             OnnxError: the file gives a number outside 0 to 1, or not one for each image.
         """
         values = self._run("probability", pixels)
-        outside = values[(values < 0) | (values > 1)]  # False for NaN
+        # The sigmoid of ONNX Runtime can round to the number after 1. NaN is not outside.
+        outside = values[(values < -ROUNDING) | (values > 1 + ROUNDING)]
         if len(outside):
             raise OnnxError(
                 f"{self.checkpoint} gives the probability {outside[0]:g}, expected 0 to 1; export "
                 "the detector again with `python -m model export --onnx`"
             )
-        return values
+        return values.clip(0, 1)
 
     def logits(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Return the logit of fake minus the logit of real of preprocessed images, before the
@@ -277,14 +281,7 @@ def _check_graph(session: "onnxruntime.InferenceSession", settings: Preprocess, 
     inputs = {"images": ("tensor(uint8)", ("batch", *settings.shape, 3))}
     outputs = {name: ("tensor(float)", shape) for name, shape in _OUTPUTS.items()}
     for values, expected in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
-        # A size that is no number, such as that of the batch, is known only at run time.
-        actual = {
-            value.name: (
-                value.type,
-                tuple(n if isinstance(n, int) else "batch" for n in value.shape),
-            )
-            for value in values
-        }
+        actual = {value.name: (value.type, _sizes(value.shape)) for value in values}
         if actual != expected:
             raise OnnxError(
                 f"{file} has {_described(actual)}, expected {_described(expected)}; export the "

@@ -60,7 +60,7 @@ from PIL import Image
 
 from escape import reason_of
 from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
-from imaging.orientation import orientation_left, upright
+from imaging.orientation import orientation_left, upright_copy
 from imaging.rgb import to_rgb
 from model.inference.fitness import Notice, notices, word_for
 from model.inference.inputs import unreadable
@@ -136,8 +136,7 @@ def as_source(image: Picture, index: int = 0) -> Source:
         name = str(getattr(image, "filename", "") or f"image {index}")
         try:
             with boundary():
-                pixels = upright(to_rgb(image), orientation_left(image))
-            return Pixels(name, np.ascontiguousarray(pixels))
+                return Pixels(name, upright_copy(to_rgb(image), orientation_left(image)))
         except DecodeError as error:
             return unreadable(name, _one_line(error))
     if isinstance(image, Picture):

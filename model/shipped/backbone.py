@@ -38,6 +38,7 @@ backbones that can be fetched by timm's name. `no_checkpoint(named)` returns the
 `Path` that names no checkpoint and no shipped detector.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -90,7 +91,7 @@ class HubPlace:
     """Name of the file."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(f"{_NAME}/{_NAME}", self.repository):
+        if not re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", self.repository):
             raise ValueError(f"repository {self.repository[:80]!r} is not OWNER/NAME")
         for text in (self.revision, self.file):  # parts of paths in the hub's cache
             if "\\" in text or not {"", ".", ".."}.isdisjoint(text.split("/")):
@@ -160,6 +161,7 @@ class BackboneSpec:
 
 
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+_HUB_NAME = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _VERSION = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"
 
 
@@ -308,14 +310,15 @@ def is_shipped(folder: Path) -> bool:
 def output_folder(checkpoint: Path, runs: Path) -> Path:
     """Return the folder for files derived from a checkpoint: its run. For a shipped detector, which
     is never changed, or a folder that is in no run, such as one of `model export --hub`, it is a
-    folder of its name below `runs`.
+    folder of its name below `runs`, in the second case with a hash of its place.
     """
     if is_shipped(checkpoint):
         return runs / checkpoint.name
     folder = checkpoint.resolve()
     if STEP_FOLDER.fullmatch(folder.name):
         return checkpoint.parent
-    return runs / file_name(f"checkpoint-{folder.parent.name}-{folder.name}", "")
+    place = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return runs / file_name(f"checkpoint-{folder.name}-{place}", "")
 
 
 def with_backbone_inside(meta: Mapping[str, Any]) -> dict[str, Any]:

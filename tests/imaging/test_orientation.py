@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from imaging.decode import as_is, decode, decode_image, prepare
-from imaging.orientation import carries_exif, orientation_of, upright
+from imaging.orientation import TILE_PX, carries_exif, orientation_of, upright, upright_copy
 from tests.builders import ORIENTED_PLACES, encode, oriented, photo
 
 IMAGE = Image.fromarray(photo(2, 40, 30))
@@ -53,6 +53,15 @@ def test_an_image_one_pixel_wide_or_high_has_strides_that_torch_takes(
 def prepared_as_stored(data: bytes, image_format: str) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=[image_format]) as image:
         return image.convert("RGB")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (TILE_PX, 1), (TILE_PX + 1, 2 * TILE_PX - 1)])
+def test_a_copy_has_the_pixels_of_the_view_in_c_order(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    for orientation in range(1, 9):
+        copy = upright_copy(pixels, orientation)
+        assert copy.flags.c_contiguous
+        np.testing.assert_array_equal(copy, upright(pixels, orientation))
 
 
 @pytest.mark.parametrize("stated", [0, 9, 255])

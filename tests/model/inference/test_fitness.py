@@ -108,7 +108,6 @@ ROC = [[0.2, 0.5, 0.9], [0.4, 0.3, 0.8], [0.6, 0.1, 0.7], [0.8, 0.001, 0.2]]
         ((0.5, 0.5), "0.5, 20 % of the real images and 75 % of the fakes of the calibration are"),
         ((0.2, 0.8), "0.8, under 1 % of the real images and 20 % of the fakes of the calibration "
                      "are likely AI; below 0.2, 50 % and 10 % are no sign of AI"),
-        ((0.0, 0.0), "0, 100 % of the real images and 100 % of the fakes"),
     ],
 )  # fmt: skip
 def test_another_threshold_has_the_rates_of_the_calibration(
@@ -119,6 +118,7 @@ def test_another_threshold_has_the_rates_of_the_calibration(
     assert notice.kind == "threshold" and said in notice.text
     assert notices(meta, (0.3, 0.6)) == notices(meta) == []  # the band of the calibration itself
     assert notices(meta_of(), band) == []  # not known
+    assert notices(meta, (0.1, 0.6)) == notices(meta, (0.4, 0.9)) == []  # beyond the curve's ends
 
 
 def test_predict_names_the_threshold_of_each_rate(uncalibrated: Path) -> None:

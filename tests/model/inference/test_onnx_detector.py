@@ -107,6 +107,12 @@ def test_numbers_that_are_no_probabilities_end_the_run(
     assert "likely AI  " not in result.stdout and "unreadable" not in result.output
 
 
+def test_a_sigmoid_that_rounds_up_is_a_probability(tmp_path: Path) -> None:
+    """As that of ONNX Runtime does, for some logits near 17.8."""
+    detector = load_onnx(network(tmp_path / "a.onnx", value=1.0000001), device="cpu")
+    assert detector.predict(photo(1)).probability == 1.0
+
+
 def test_a_result_that_is_not_finite_is_a_failure_of_the_image(tmp_path: Path) -> None:
     detector = load_onnx(network(tmp_path / "a.onnx", value=float("nan")), device="cpu")
     assert "not a finite number" in detector.predict(photo(1)).error
