@@ -76,7 +76,7 @@ class _Filter:
         self.real = os.dup(2)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", chatter.__file__],
+                [sys.executable or "", "-I", "-S", chatter.__file__],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True,
             )  # fmt: skip
         except OSError:

@@ -118,7 +118,13 @@ def _name_depth_of_planes(image: Image.Image) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_planar(image):
         order = "L" if image.tag_v2.prefix == TiffImagePlugin.II else "B"
         if 16 in image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ()):
-            _rename_raw_modes(image, lambda raw: raw if ";" in raw else f"{raw};16{order}")
+            if image.mode == "CMYK" and ";" not in _raw_mode(image):
+                raise PixelError(
+                    f"{_subject(image)}: CMYK of 16 bits in one plane per channel is not read; "
+                    "convert it to 8 bits"
+                )
+            gray = image.mode if image.mode.startswith("I;16") else ""
+            _rename_raw_modes(image, lambda raw: raw if ";" in raw else gray or f"{raw};16{order}")
 
 
 def _is_planar(image: TiffImagePlugin.TiffImageFile) -> bool:

@@ -116,8 +116,10 @@ class ShardReader:
     ):
         self.shards, self.verify_checksums, self.threads = shards, verify_checksums, threads
         self._files = _Files(shards)
-        self._far = {code for code, folder in enumerate(shards.folders) if not is_local(folder)}
-        self._remote = RemoteShards(shards, cache or Cache()) if self._far else None
+        self._remote_codes = {
+            code for code, folder in enumerate(shards.folders) if not is_local(folder)
+        }
+        self._remote = RemoteShards(shards, cache or Cache()) if self._remote_codes else None
         self._waited = True
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -139,10 +141,12 @@ class ShardReader:
         rows = row_numbers(samples)
         locations = [self.shards.column(n)[rows].tolist() for n in ("shard_code", "offset", "size")]
         wanted = list(zip(*locations, strict=True))
-        is_far = [code in self._far for code, _, _ in wanted]
-        fetched = iter(self._fetch(list(itertools.compress(wanted, is_far))))
-        read = iter(self._read_files([w for w, far in zip(wanted, is_far, strict=True) if not far]))
-        images = [next(fetched if far else read) for far in is_far]
+        is_remote = [code in self._remote_codes for code, _, _ in wanted]
+        fetched = iter(self._fetch(list(itertools.compress(wanted, is_remote))))
+        read = iter(
+            self._read_files([w for w, remote in zip(wanted, is_remote, strict=True) if not remote])
+        )
+        images = [next(fetched if remote else read) for remote in is_remote]
         images = self._check_sizes(rows, images)
         if self.verify_checksums:
             # Not `take`, which copies the whole column first.
@@ -207,7 +211,7 @@ class ShardReader:
     def _read_one(self, location: _Range) -> bytes | ReadError:
         code, offset, size = location
         try:
-            reader = self._remote if self._remote and code in self._far else self._files
+            reader = self._remote if self._remote and code in self._remote_codes else self._files
             data = reader.read(code, offset, size)
         except OSError as error:
             if error.errno in _TOO_MANY:

@@ -310,8 +310,9 @@ def _report(
     yield f"{learning:,} of {planned.parameters:,} parameters are trained"
     yield (
         f"tried {1 + trial.timed} steps of {stream.loader.global_batch} images forward and "
-        f"backward: first loss {trial.loss:.3f}; the first step took {trial.first_s:.2f} s"
-        + (f", each later one {trial.step_s:.3g} s" if trial.timed else "")
+        f"backward: first loss {trial.loss:.3f}; the first step took "
+        + console.duration(trial.first_s)
+        + (f", each later one {console.duration(trial.step_s)}" if trial.timed else "")
     )
     gpu = ""
     if memory.gpu:

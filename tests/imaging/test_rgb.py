@@ -71,10 +71,12 @@ def test_12_bits_in_16_are_scaled_where_the_file_says_so() -> None:
 
 
 def color_tiff(
-    values: np.ndarray, white: int = 0, order: str = "<", *, planar: bool, deflate: bool, alpha: int
-) -> bytes:
+    values: np.ndarray, white: int = 0, order: str = "<", *, planar: bool, deflate: bool,
+    alpha: int, colors: int = 2,
+) -> bytes:  # fmt: skip
     """Encode uint16 (height, width, channels) as a TIFF, which Pillow cannot write. `alpha` is the
-    tag of a fourth channel, `white` the tag MaxSampleValue, 0 for none.
+    tag of a fourth channel, `white` the tag MaxSampleValue, 0 for none; `colors` is 1 for gray, 2
+    for RGB, 5 for CMYK.
     """
     height, width, channels = values.shape
     planes = list(values.transpose(2, 0, 1)) if planar else [values]
@@ -82,8 +84,9 @@ def color_tiff(
     strips = [zlib.compress(strip) for strip in strips] if deflate else strips
     starts = np.cumsum([8, *map(len, strips)]).tolist()
     tags = {
-        256: [width], 257: [height], 258: [16] * channels, 259: [8 if deflate else 1], 262: [2],
-        273: starts[:-1], 277: [channels], 278: [height], 279: [len(strip) for strip in strips],
+        256: [width], 257: [height], 258: [16] * channels, 259: [8 if deflate else 1],
+        262: [colors], 273: starts[:-1], 277: [channels], 278: [height],
+        279: [len(strip) for strip in strips],
         281: [white] * channels, 284: [2 if planar else 1], 338: [alpha],
     }  # fmt: skip
     tags = {tag: tags[tag] for tag in tags if tags[tag][0]}
@@ -101,6 +104,15 @@ def color_tiff(
 
 COLOR = np.random.default_rng(0).integers(0, 4096, (24, 32, 4)).astype(np.uint16)
 LAYOUTS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_planes_of_16_bits_that_are_not_rgb(order: str) -> None:
+    layout = {"planar": True, "deflate": False, "alpha": 0}
+    gray = decode(color_tiff(COLOR[:, :, :1] * 16, 0, order, **layout, colors=1))
+    assert np.abs(gray[:, :, 0].astype(int) - (COLOR[:, :, 0] >> 4)).max() <= 1
+    with pytest.raises(DecodeError, match="CMYK of 16 bits in one plane per channel is not read"):
+        decode(color_tiff(COLOR * 16, 0, order, **layout, colors=5))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

@@ -426,6 +426,7 @@ def test_a_worker_does_not_destroy_pipelines_of_dali_that_are_garbage_here(
         batches.close()
     finally:
         gc.enable()
+        gc.collect()
     assert gc.get_freeze_count() == frozen
 
 
