@@ -346,7 +346,7 @@ def export_command(
     if folder is None and head_folder is None and report:
         raise click.UsageError("--report is for --hub FOLDER or --head FOLDER: give one too")
     place = _hub_place(hub_place) if hub_place else None
-    from model.checkpoint import find
+    from model.checkpoint import find, read_meta
     from model.export import head, hub
     from model.shipped.backbone import output_folder
 
@@ -357,15 +357,17 @@ def export_command(
     chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
     out = out or output_folder(chosen, runs) / "onnx"
+    if report:  # refused before anything is written, as is a head, which takes no time
+        hub.read_report(report, read_meta(chosen))
+    if head_folder:
+        spec = head.backbone_of(chosen, place)
+        head.save_head(chosen, head_folder, spec, report=report, data=sets, left_out=left_out)
+        console.say(f"head: {head_folder}; check {head_folder / hub.CARD_FILE} before it ships")
     if onnx:
         _export_onnx(chosen, out, images)
     if folder:
         hub.write_hub(chosen, folder, report=report, data=sets, onnx=out if onnx else None)
         console.say(f"folder for the hub: {folder}; check {folder / hub.CARD_FILE} before you push")
-    if head_folder:
-        spec = head.backbone_of(chosen, place)
-        head.save_head(chosen, head_folder, spec, report=report, data=sets, left_out=left_out)
-        console.say(f"head: {head_folder}; check {head_folder / hub.CARD_FILE} before it ships")
     if report is None and (folder or head_folder):
         console.log.warning("the model card has no evaluation: add one with --report report.json")
 

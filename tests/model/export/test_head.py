@@ -364,3 +364,19 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert backbone.cache_folder() == Path("/home/me/.cache/ai-images-detector/backbones")
+
+
+def test_a_report_of_other_weights_is_refused_before_anything_is_exported(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "model.export.onnx.export_onnx", lambda *_: pytest.fail("ONNX files were written")
+    )
+    report = tmp_path / "report.json"
+    report.write_text("{}")
+    done = CliRunner().invoke(main, [
+        "export", "--onnx", "--hub", str(tmp_path / "hub"), "--report", str(report),
+        "--checkpoint", str(tiny_checkpoint),
+    ])  # fmt: skip
+    assert done.exit_code == 1 and "report.json is not a report.json of" in done.output
+    assert not (tmp_path / "hub").exists()
