@@ -4,10 +4,10 @@
 
 PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
 list of paths on standard input. Each image gives the path, the probability that it is AI-generated,
-and the verdict *likely AI*, *uncertain* or *no sign of AI*, or why it cannot be read. Statements in
-the file about its origin are added. The exit code is 0; 1 if an image could not be read or a file
-not be written; 2 for a wrong command line, no image, or a detector, trust list or `--out` that
-cannot be opened (`NotStarted`); 130 after Ctrl-C. With `--watch`, that is the normal end (0 or 1).
+and the verdict *likely AI*, *uncertain* or *no sign of AI*, or why it has none. Statements in the
+file about its origin are added. The exit code is 0; 1 if an image has no verdict or a file cannot
+be written; 2 for a wrong command line, no image, or a detector, trust list or `--out` that cannot
+be opened (`NotStarted`); 130 after Ctrl-C. With `--watch`, that is the normal end (0 or 1).
 
 Main entry: `main()`, the click command. Options:
 
@@ -176,7 +176,7 @@ def main(
 
     Statements in the file about its origin are printed too. They never change the verdict.
 
-    The exit code is 0 if every image has a verdict, 1 if an image could not be read (its line
+    The exit code is 0 if every image has a verdict, 1 if an image has none (its line
     gives the reason), 2 if nothing could be scored.
     """
     output = output or _format_of(out)
@@ -260,7 +260,7 @@ def _report_mistakes(
     detector: "AnyDetector", paths: tuple[str, ...], label: "Label", folder: Path, keep_image: bool
 ) -> None:
     """Score images of which the true label is known, and record each wrong verdict in `folder`.
-    Print a line per image. Exit with 1 if an image could not be read or recorded.
+    Print a line per image. Exit with 1 if an image has no verdict or is not recorded.
     """
     from model.mistakes.add import keep_wrong
 
@@ -390,7 +390,7 @@ def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
         total = run.done + (len(run.out.names) if run.out else 0)
         again = "; those with a row are not read again: score them into another --out"
         again = again if run.out and run.out.unreadable else ""
-        console.note(f"{unreadable:,} of {total:,} images could not be read{again}")
+        console.note(f"{unreadable:,} of {total:,} images have no verdict{again}")
     if run.undrawn:
         console.note(f"heatmaps that could not be written: {run.undrawn:,}")
     if unreadable or run.undrawn:

@@ -282,7 +282,7 @@ def test_predict_prints_a_line_per_image(runs: Path, photos: Path) -> None:
     lines = [line for line in result.stdout.splitlines() if any(v in line for v in VERDICTS)]
     assert len(lines) == 3
     assert sum("unreadable" in line for line in result.stdout.splitlines()) == 1
-    assert "1 of 4 images could not be read" in result.output
+    assert "1 of 4 images have no verdict" in result.output
     (photos / "broken.jpg").unlink()
     assert run(predict.main, photos, "--runs", runs).exit_code == 0
 

@@ -167,11 +167,11 @@ def test_wrong_commands_give_one_line_and_exit_code_2(
     (photos / "broken.jpg").write_bytes(ALL["a.jpg"][:100])
     result = ask(photos)
     assert result.exit_code == 1
-    assert "1 of 4 images could not be read" in result.stderr
+    assert "1 of 4 images have no verdict" in result.stderr
     assert ask("-", stdin="nowhere.jpg\n").exit_code == 1
     result = ask("-", stdin=f"{photos}/a.jpg\na\0b.jpg\n{photos}/a.jpg\n")
     assert result.exit_code == 1 and "its path has a zero byte" in result.stdout
-    assert "1 of 3 images could not be read" in result.stderr
+    assert "1 of 3 images have no verdict" in result.stderr
     named_none = ask("-", stdin="\n")
     assert named_none.exit_code == 2
     assert "standard input named no image; expected file names" in named_none.stderr

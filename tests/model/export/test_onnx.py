@@ -217,7 +217,7 @@ predict.main()
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr  # one image is unreadable
-    assert "1 of 13 images could not be read" in done.stderr
+    assert "1 of 13 images have no verdict" in done.stderr
     assert len(done.stdout.splitlines()) == 14 and "blocked" not in done.stderr
 
 
