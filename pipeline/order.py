@@ -25,9 +25,10 @@ set's hash (`ShardSet.sha256`). `settings` has all else that decides the order: 
 setting -> its value as text. `check_state(state, ...)` takes the same keywords without `number` and
 `step`, and returns the (epoch, step) in the state. It raises `OrderError` if the state has another
 value than one of these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`.
-What a state of an earlier version lacks is not compared. `repeat()` lists the samples of a source
-several times, `mixing_of()` measures how well an order is shuffled (`Mixing`), and `rng_of(seed,
-number, purpose)` returns a NumPy generator, with `REPLAY` or `REPEAT` as purpose.
+States of earlier versions lack the shuffle and the settings, which are then not compared.
+`repeat()` lists the samples of a source several times, `mixing_of()` measures how well an order is
+shuffled (`Mixing`), and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or
+`REPEAT` as purpose.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""Fit the number of loading processes to the free shared memory, and shield them from signals.
+"""Fit the number of loading processes to the free shared memory, and shield them from signals and
+from the garbage of the process that starts them.
 
 Main entries: `fitting_workers(wanted, batch_bytes, free)` returns how many processes have room for
 their batches, from 0 to `wanted`.
@@ -15,8 +16,8 @@ Linux).
 block ends. Processes that are forked in the block never get these signals, unless they call
 `answer_parent_only()`.
 
-`garbage_held()` is one, too. Processes that are forked in its block never collect the garbage of
-this one.
+`garbage_held()` is a context manager without arguments. Processes that are forked in its block never
+collect objects that are garbage in this process.
 
 `answer_parent_only()` is called in each new process, for example as the `worker_init_fn` of torch's
 `DataLoader`. It takes the number of the process (default 0), which is not used, and returns
