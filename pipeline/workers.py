@@ -16,8 +16,8 @@ Linux).
 block ends. Processes that are forked in the block never get these signals, unless they call
 `answer_parent_only()`.
 
-`garbage_held()` is a context manager without arguments. Processes that are forked in its block never
-collect objects that are garbage in this process.
+`garbage_held()` is a context manager without arguments. Processes that are forked in its block
+never collect objects that are garbage in this process.
 
 `answer_parent_only()` is called in each new process, for example as the `worker_init_fn` of torch's
 `DataLoader`. It takes the number of the process (default 0), which is not used, and returns
