@@ -1,26 +1,34 @@
-"""Handle Ctrl-C (SIGINT) and SIGTERM with three context managers, which take no arguments.
+"""Handle Ctrl-C (SIGINT), SIGTERM and SIGHUP with three context managers, which take no arguments.
 
 `stop_signals()` yields a list to which each received signal (`signal.Signals`) is added, so that a
 loop can save its state and stop. A Ctrl-C that comes after any earlier signal raises
 `KeyboardInterrupt` and is not added. `resumable()` yields nothing; if its block raises
 `KeyboardInterrupt`, it prints that the same command resumes the job, and raises SystemExit with
-exit code 130. `sigterm_interrupts()` yields nothing; in its block, SIGTERM raises
-`KeyboardInterrupt("SIGTERM")`. At the end of a block, the earlier signal handlers are restored.
-Outside the main thread, `stop_signals()` and `sigterm_interrupts()` do not react to signals.
+exit code 130. `terminations_interrupt()` yields nothing; in its block, SIGTERM raises
+`KeyboardInterrupt("SIGTERM")`, and SIGHUP alike. At the end of a block, the earlier signal handlers
+are restored. Outside the main thread, `stop_signals()` and `terminations_interrupt()` do not react
+to signals.
+
+SIGHUP comes when a terminal is closed or its connection is lost. Where it is ignored, as under
+`nohup`, it stays so.
 """
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import console
+
+_TERMINATIONS = [signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _TERMINATIONS.append(signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Yield a list to which each received SIGINT and SIGTERM is added. A SIGINT after the first
-    signal raises `KeyboardInterrupt`. Outside the main thread the list stays empty.
+    """Yield a list to which each received SIGINT, SIGTERM and SIGHUP is added. A SIGINT after the
+    first signal raises `KeyboardInterrupt`. Outside the main thread the list stays empty.
     """
     received: list[signal.Signals] = []
 
@@ -29,15 +37,8 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         console.log.warning("%s: saving, then stopping", received[-1].name)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled([signal.SIGINT, *_TERMINATIONS], note):
         yield received
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -52,17 +53,30 @@ def resumable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, so that SIGTERM and Ctrl-C end a job in the same way."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def terminations_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, so that they end a job as Ctrl-C does."""
 
     def interrupt(number: int, _frame: object) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    with _handled(_TERMINATIONS, interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, object], None]
+) -> Iterator[None]:
+    """Handle signals with `handler` until the block ends, except a SIGHUP that `nohup` ignores.
+    Outside the main thread, where Python handles no signals, change nothing.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -209,7 +209,7 @@ def main(
     run = Run(loaded, output, file, heatmap, anchors)
     try:
         _introduce(run)
-        with interrupts.sigterm_interrupts():
+        with interrupts.terminations_interrupt():
             if watch:
                 predict_as_they_come(run, watch, batch_size)
             else:

@@ -276,7 +276,7 @@ def main(
         if left < stage.least_s:
             failed.append(f"{stage.name} (no time)")
             continue
-        with interrupts.sigterm_interrupts():
+        with interrupts.terminations_interrupt():
             code = run(stage, out, min(stage.limit_s, left), cpu)
         if code:
             failed.append(stage.name)

@@ -462,7 +462,7 @@ def main(
     rows = []
     # SIGTERM ends the server as well.
     with (
-        interrupts.sigterm_interrupts(),
+        interrupts.terminations_interrupt(),
         tempfile.TemporaryDirectory() as temporary,
         serving() as address,
     ):

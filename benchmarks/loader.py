@@ -314,7 +314,7 @@ def main(
     other = os.path.abspath(peers_python) if peers_python else sys.executable  # noqa: PTH100
     pythons = {name: other if name in peers else sys.executable for name in names}
     # SIGTERM as Ctrl-C, so that it, too, ends the contender and removes the images.
-    with interrupts.sigterm_interrupts(), tempfile.TemporaryDirectory() as folder:
+    with interrupts.terminations_interrupt(), tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if shards:
             unpack(place, shards)

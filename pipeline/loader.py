@@ -61,6 +61,7 @@ from pipeline.augment import AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request, labeled_batch
 from pipeline.loading import Backend, Loading
 from pipeline.monitor import (
+    WAITS,
     StallError,
     Watchdog,
     WorkerStatus,
@@ -74,10 +75,10 @@ from pipeline.read import ReadError, ShardReader, damaged_shards
 from pipeline.remote import Cache
 from pipeline.workers import (
     SHARED_MEMORY,
-    answer_parent_only,
     fitting_workers,
     free_shared_memory,
     garbage_held,
+    killed_at_the_end,
     stop_signals_held,
 )
 from sharding.format import ShardSet
@@ -90,6 +91,9 @@ log = logging.getLogger("ai_images_detector.rank")  # `rank_log` of console.py
 
 READ_THREADS = 8
 """Concurrent reads from an address, in each process."""
+
+TIMED_OUT = "DataLoader timed out"
+"""Text in the `RuntimeError` of torch's iterator for a batch that does not come in time."""
 
 MAX_BAD_SHARE = 0.05
 MIN_SEEN = 200
@@ -214,7 +218,7 @@ class Loader:
             lines = str(error).splitlines() or [type(error).__name__]
             of_worker = lines[0].startswith("Caught ")  # a traceback follows; the error is its end
             reason = lines[-1] if of_worker else lines[0]
-            if "DataLoader timed out" in str(error):
+            if TIMED_OUT in str(error):
                 status = self._status.describe()
                 raise LoadError(stalled(self.loading.stall_error_s, status)) from error
             if isinstance(error, RuntimeError) and lines[0].startswith("Too many open files"):
@@ -247,8 +251,8 @@ class Loader:
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_unchanged,
-            worker_init_fn=answer_parent_only,
-            timeout=self.loading.stall_error_s if self._workers else 0,
+            multiprocessing_context=killed_at_the_end() if self._workers else None,
+            timeout=self.loading.stall_error_s / WAITS if self._workers else 0,
             # Without a generator, each start of a DataLoader takes a number from torch's global
             # one, and a run that resumes within an epoch would have another dropout.
             generator=torch.Generator(),
@@ -257,7 +261,7 @@ class Loader:
         # No stop signal reaches a worker while it starts.
         with stop_signals_held(), garbage_held():
             decoded = iter(loader)
-        for taken, pixels in enumerate(decoded, start=1):
+        for taken, pixels in enumerate(_patient(decoded), start=1):
             ready = self._status.made() - before - taken
             yield replace(pixels, timing=replace(pixels.timing, ready=ready))
 
@@ -404,6 +408,23 @@ class _Requests(Dataset):
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _patient(decoded: Iterator[Pixels]) -> Iterator[Pixels]:
+    """Yield the items of torch's iterator. Where it gives none in time, ask it `WAITS` times."""
+    waits = 0
+    while True:
+        try:
+            pixels = next(decoded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waits += 1
+            if waits == WAITS or TIMED_OUT not in str(error):
+                raise
+        else:
+            waits = 0
+            yield pixels
 
 
 def open_loader(

@@ -63,6 +63,12 @@ log = logging.getLogger("ai_images_detector.rank")  # `rank_log` of console.py
 STAGES = ("idle", "reading", "decoding")
 
 
+WAITS = 4
+"""Parts into which a wait for a batch is divided. A clock runs on while this process is stopped (by
+Ctrl-Z, `docker pause` or a batch system), so a stop ends one part, not the whole wait.
+"""
+
+
 class StallError(ValueError):
     """No batch came in time; the message gives each worker's stage."""
 
@@ -145,14 +151,17 @@ class Watchdog:
             self._asked = None
 
     def _watch(self) -> None:
-        said = 0.0
-        while not self._ended.wait(self.stall_warning_s / 4):
-            asked, now = self._asked, time.monotonic()
-            if asked and now - max(asked[1], said) > self.stall_warning_s:
-                said = now
+        waited: tuple[int, float] | None = None
+        parts = 0
+        while not self._ended.wait(self.stall_warning_s / WAITS):
+            asked = self._asked
+            parts = parts + 1 if asked is waited else 0
+            waited = asked
+            if asked and parts == WAITS:
+                parts = 0
                 log.warning(
                     "no batch for %.0f s at step %d: %s",
-                    *(now - asked[1], asked[0], self.describe()),
+                    *(time.monotonic() - asked[1], asked[0], self.describe()),
                 )
                 log.debug("threads of this process:\n%s", _stacks())
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.batch import Request
-from pipeline.monitor import StallError, WorkerStatus, stalled
+from pipeline.monitor import WAITS, StallError, WorkerStatus, stalled
 
 QUEUE_BATCHES = 4
 """Batches of encoded bytes that are read ahead of the decoder."""
@@ -73,10 +73,12 @@ class ReadAhead:
             StopIteration: there are no more requests.
             StallError: no request came for `stall_error_s` seconds.
         """
-        try:
-            item = self._queue.get(timeout=self._stall_error_s)
-        except queue.Empty:
-            raise StallError(stalled(self._stall_error_s, self._status.describe())) from None
+        for _ in range(WAITS):
+            with contextlib.suppress(queue.Empty):
+                item = self._queue.get(timeout=self._stall_error_s / WAITS)
+                break
+        else:
+            raise StallError(stalled(self._stall_error_s, self._status.describe()))
         if isinstance(item, BaseException):
             self._put(item)  # for the graph, which may call `next` again while it drains
             try:

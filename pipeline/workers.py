@@ -1,5 +1,5 @@
-"""Fit the number of loading processes to the free shared memory, and shield them from signals and
-from the garbage of the process that starts them.
+"""Fit the number of loading processes to the free shared memory, shield them from signals and from
+the garbage of the process that starts them, and end them.
 
 Main entries: `fitting_workers(wanted, batch_bytes, free)` returns how many processes have room for
 their batches, from 0 to `wanted`.
@@ -12,29 +12,28 @@ their batches, from 0 to `wanted`.
 `/dev/shm` by default) is not writable, None if there is no limit (also on systems other than
 Linux).
 
-`stop_signals_held()` is a context manager without arguments. It delays SIGINT and SIGTERM until its
-block ends. Processes that are forked in the block never get these signals, unless they call
-`answer_parent_only()`.
+`stop_signals_held()` is a context manager without arguments. It delays SIGINT, SIGTERM and SIGHUP
+until its block ends. Processes that are started in the block never get these signals.
 
 `garbage_held()` is a context manager without arguments. Processes that are forked in its block
 never collect objects that are garbage in this process.
 
-`answer_parent_only()` is called in each new process, for example as the `worker_init_fn` of torch's
-`DataLoader`. It takes the number of the process (default 0), which is not used, and returns
-nothing. The process then ends on a SIGTERM of its parent process. It ignores SIGINT, and a SIGTERM
-of any other sender, such as a batch system. On macOS, where the sender is not known, it ignores
-both signals.
+`killed_at_the_end()` takes no arguments and returns what torch's `DataLoader` expects as its
+`multiprocessing_context`. Its processes are forked on Linux. They are ended by SIGKILL, which needs
+no answer, where Python and torch would send SIGTERM.
 """
 
 import contextlib
+import copy
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("ai_images_detector")
 
@@ -73,8 +72,11 @@ def fitting_workers(wanted: int, batch_bytes: int, free: int | None) -> int:
 
 @contextlib.contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM until the block ends. Processes that are forked in the block never
-    receive these signals, unless they call `answer_parent_only`.
+    """Delay SIGINT, SIGTERM and SIGHUP until the block ends. Processes that are started in the
+    block never receive these signals.
+
+    A signal to the whole process group (from a terminal, `timeout`, systemd or a batch system) is
+    meant for the parent. The parent saves with the help of its workers and then ends them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
@@ -99,22 +101,31 @@ def garbage_held() -> Iterator[None]:
             gc.unfreeze()
 
 
-_STOPS = {signal.SIGINT, signal.SIGTERM}
+_STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+_Process: Any = (
+    multiprocessing.get_context("fork").Process
+    if sys.platform == "linux"
+    else multiprocessing.Process
+)
 
 
-def answer_parent_only(_worker: int = 0) -> None:
-    """Make this worker process end on a SIGTERM only if its parent sent it.
+class _KilledProcess(_Process):
+    """Process that `terminate()` ends by SIGKILL.
 
-    A signal to the whole process group (from a terminal, `timeout`, systemd or a batch system) is
-    meant for the parent. The parent saves with the help of its workers and then ends them.
+    A SIGTERM is not enough: it waits while the process is stuck, and two of them become one, so
+    that the process cannot distinguish its parent's from one that was sent to the whole group.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell the sender of a signal
-        threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
+
+    def start(self) -> None:
+        super().start()
+        self._popen.terminate = self._popen.kill  # Python calls this one at its end
 
 
-def _end_by_parent() -> None:
-    while True:
-        received = signal.sigwaitinfo(_STOPS)
-        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
-            os._exit(0)
+def killed_at_the_end() -> Any:
+    """Return a `multiprocessing` context whose processes are ended by SIGKILL. On Linux they are
+    forked.
+    """
+    context = copy.copy(multiprocessing.get_context("fork" if sys.platform == "linux" else None))
+    vars(context)["Process"] = _KilledProcess
+    return context

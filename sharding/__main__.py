@@ -169,7 +169,7 @@ def build_command(
 
     catalog = read_catalog([*SHIPPED, *catalogs])
 
-    with interrupts.resumable(), interrupts.sigterm_interrupts():
+    with interrupts.resumable(), interrupts.terminations_interrupt():
         scan, built = build(
             catalog, raw, out,
             only=only, jobs=jobs or 0, engine=engine,

@@ -106,10 +106,11 @@ def _run_processes(
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM until this block ends: a worker that loses its parent while it
-    starts would print a traceback.
+    """Delay Ctrl-C, SIGTERM and SIGHUP until this block ends: a worker that loses its parent while
+    it starts would print a traceback.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -269,14 +270,26 @@ def test_a_line_that_cannot_be_written_does_not_end_a_training(
         broken.close()
 
 
-def test_a_stop_by_sigterm_is_called_one() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_termination_is_called_by_its_name(number: signal.Signals) -> None:
     def action() -> None:
-        with interrupts.resumable(), interrupts.sigterm_interrupts():
-            signal.raise_signal(signal.SIGTERM)
+        with interrupts.resumable(), interrupts.terminations_interrupt():
+            signal.raise_signal(number)
 
     result = run(action)
     assert result.exit_code == 130
-    assert result.stderr == "stopped by SIGTERM; run the same command again to resume\n"
+    assert result.stderr == f"stopped by {number.name}; run the same command again to resume\n"
+
+
+@pytest.mark.parametrize("handling", [interrupts.stop_signals, interrupts.terminations_interrupt])
+def test_nohup_is_respected(handling: Callable) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handling() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert not received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_counts_have_their_nouns() -> None:

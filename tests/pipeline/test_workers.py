@@ -1,6 +1,5 @@
 """Loading processes: shared memory, stop signals, and a batch that never comes."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import workers
-from pipeline.loader import LoadError
-from pipeline.monitor import stalled
+from pipeline.loader import LoadError, _patient
+from pipeline.monitor import WAITS, stalled
 from pipeline.read import ShardReader
 from pipeline.workers import fitting_workers, free_shared_memory
 from tests.builders import ROOT, can_mount
@@ -120,32 +119,103 @@ def test_a_batch_that_never_comes_ends_the_run(
         next(stream.batches(0, 1))
 
 
-ANSWERS = """
-import json, os, signal, sys, time
-from pipeline.workers import answer_parent_only
-if (child := os.fork()) == 0:
-    answer_parent_only()
-    print("ready", flush=True)
-    time.sleep(30)
-    os._exit(7)
-signal.signal(signal.SIGUSR1, lambda *_arguments: os.kill(child, signal.SIGTERM))
-print(json.dumps(child), flush=True)
-print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+PAUSED = """
+import sys, time
+from pathlib import Path
+import torch
+from pipeline.loader import open_loader
+from pipeline.loading import Loading
+from pipeline.preprocess import Preprocess
+from pipeline.read import ShardReader
+from pipeline.stream import evaluation_batches
+from sharding.format import open_shards
+
+read = ShardReader.read
+def slowly(self, samples):
+    if slowly.first:
+        print("reading", flush=True)
+        time.sleep(1)
+    slowly.first = False
+    return read(self, samples)
+slowly.first = True
+ShardReader.read = slowly
+backend, workers = sys.argv[2], int(sys.argv[3])
+loading = Loading(
+    batch_size=30, num_workers=workers, backend=backend, stall_error_s=6, stall_warning_s=4
+)
+shards = open_shards([Path(sys.argv[1]) / "old"])
+loader = open_loader(shards, preprocess=Preprocess(), loading=loading, device=torch.device("cpu"))
+print(sum(int(batch.valid.sum()) for batch in evaluation_batches(loader)))
 """
 
 
-def test_a_worker_ends_on_signals_of_its_parent_only() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", ANSWERS], cwd=ROOT, stdout=subprocess.PIPE, text=True
+@pytest.mark.parametrize(("backend", "workers"), [("pil", 1), ("dali", 0)])
+@pytest.mark.slow
+def test_a_stopped_process_goes_on(data: Path, backend: str, workers: int) -> None:
+    """The clock runs on while a process is stopped, here for longer than `stall_error_s`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, str(data), backend, str(workers)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "reading\n"
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(8)
+    os.killpg(process.pid, signal.SIGCONT)
+    said, errors = process.communicate(timeout=HANG_S)
+    assert (said, errors) == ("80\n", "")
+
+
+def test_torch_is_asked_again_before_a_stall_is_an_error() -> None:
+    class Late:
+        """Gives an item every `late` + 1 times that it is asked."""
+
+        def __init__(self, late: int):
+            self.late, self.asked = late, 0
+
+        def __next__(self) -> int:
+            self.asked += 1
+            if self.asked % (self.late + 1):
+                raise RuntimeError("DataLoader timed out after 1 seconds")
+            return self.asked
+
+    batches = _patient(Late(WAITS - 1))
+    assert [next(batches) for _ in range(2)] == [WAITS, 2 * WAITS]
+    with pytest.raises(RuntimeError, match="timed out"):
+        next(_patient(Late(WAITS)))
+
+
+SIGNALS = """
+import itertools, os, signal, sys
+import torch
+from torch.utils import data
+
+from pipeline.workers import garbage_held, killed_at_the_end, stop_signals_held
+
+data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # torch waits so long for a worker to end by itself
+
+with stop_signals_held(), garbage_held():
+    batches = iter(
+        data.DataLoader(range(10**6), num_workers=1, multiprocessing_context=killed_at_the_end())
     )
-    lines = sorted(parent.stdout.readline().strip() for _ in range(2))
-    child = json.loads(lines[0])
-    assert lines[1] == "ready"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        os.kill(child, number)
-        time.sleep(0.3)
-        os.kill(child, 0)
-    os.kill(parent.pid, signal.SIGUSR1)
-    assert json.loads(parent.stdout.readline()) == 0
-    assert parent.wait(HANG_S) == 0
-    parent.stdout.close()
+(worker,) = batches._workers
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    os.kill(worker.pid, number)
+print(len(list(itertools.islice(batches, 20))), worker.is_alive(), flush=True)
+os.kill(worker.pid, signal.SIGSTOP)  # it answers nothing any more
+print(worker.pid)
+if sys.argv[1] == "closed":
+    del batches
+"""
+
+
+@pytest.mark.parametrize("ending", ["closed", "left open"])
+def test_a_worker_ignores_signals_and_ends_with_its_parent(ending: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALS, ending],
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True,
+    )  # fmt: skip
+    said, worker = done.stdout.splitlines()
+    assert (said, done.stderr) == ("20 True", "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)

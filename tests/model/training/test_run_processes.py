@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pty
 import random
 import re
 import shutil
@@ -90,6 +91,25 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
         while time.monotonic() < deadline:
             os.killpg(running.process.pid, 0)
             time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_saves(tiny_recipe: Path, data: Path, tmp_path: Path) -> None:
+    """The system sends SIGHUP, and nothing can be printed any more."""
+    settings = ["run.epochs=300", "loading.num_workers=2"]
+    arguments = map(str, command(tiny_recipe, data, tmp_path / "runs", *settings))
+    terminal, its_end = pty.openpty()
+    running = subprocess.Popen(
+        ["setsid", "--ctty", sys.executable, "train.py", *arguments],
+        cwd=ROOT, stdin=its_end, stdout=its_end, stderr=its_end,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(its_end)
+    wait_for_rows(tmp_path / "runs/tiny", 3, running)
+    os.close(terminal)
+    assert running.wait(HANG_S) == 130
+    last = last_of(tmp_path / "runs/tiny")
+    assert checkpoint.read_meta(last)["step"] >= 3
 
 
 @pytest.mark.slow
