@@ -95,6 +95,13 @@ class Metrics:
     ece: float | None
     """Expected calibration error, over 15 bins."""
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Metrics":
+        """Rebuild metrics from JSON. A figure that an earlier version did not compute is None; one
+        that is no longer computed is ignored.
+        """
+        return cls(**{field.name: saved.get(field.name) for field in fields(cls)})
+
 
 def measure(
     labels: np.ndarray, probabilities: np.ndarray, threshold: float = DEFAULT_THRESHOLD
@@ -240,7 +247,7 @@ class Validation:
     def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
         """Rebuild a validation from the JSON in `meta.json` and `baseline_metrics.json`."""
         sets, sources = (
-            {name: Metrics(**metrics) for name, metrics in saved[kind].items()}
+            {name: Metrics.from_json(metrics) for name, metrics in saved[kind].items()}
             for kind in ("sets", "sources")
         )
         return cls(sets, sources, saved["selection"])

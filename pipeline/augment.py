@@ -97,7 +97,7 @@ class AugmentPolicy:
     grayscale: float = 0.0
     """Probability of conversion to gray. Range: 0 to 1"""
     resample_filters: tuple[Filter, ...] = ("bilinear",)
-    """Filters that `resample` chooses from."""
+    """Filters that `resample` chooses from. One that is named twice is chosen twice as often."""
     num_jpegs: tuple[int, int] = (1, 1)
     """Number of successive JPEG compressions, if `jpeg` applies. Range: 1 to 3"""
     jpeg_grid_shift: float = 0.0
@@ -320,7 +320,8 @@ class PolicyTable:
         }
         codes = [[FILTERS.index(name) for name in policy.resample_filters] for policy in policies]
         self._filter_counts = np.array([len(row) for row in codes])
-        self._filters = np.array([(row + [0] * len(FILTERS))[: len(FILTERS)] for row in codes])
+        longest = max(map(len, codes), default=0)
+        self._filters = np.array([row + [0] * (longest - len(row)) for row in codes])
 
     def filter(self, rows: np.ndarray, share: np.ndarray) -> np.ndarray:
         """Choose a filter for each row, int32 (N,) positions in `FILTERS`. `share`, float (N,) in

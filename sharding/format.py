@@ -113,6 +113,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("origin", pa.string()),  # path below the raw folder
     ]
 )
+SAMPLES_SCHEMA = pa.schema([field.with_nullable(False) for field in SAMPLES_SCHEMA])
 
 
 _SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
@@ -410,7 +411,7 @@ def open_shards(folders: Sequence[str | AnyPath]) -> ShardSet:
         try:
             table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
             tables.append(_number_shards(table, names, len(shards)))
-        except (KeyError, OSError, pa.ArrowException) as error:
+        except (KeyError, OSError, ValueError, pa.ArrowException) as error:
             reason = reason_of(error)
             raise ShardError(
                 f"{folder / SAMPLES_FILE} is not a samples table ({reason}); {_ANEW}"

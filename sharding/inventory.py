@@ -43,6 +43,7 @@ source, and `folder` a path:
 A damaged file of the inventory raises `ShardError`.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import defaultdict
@@ -92,8 +93,8 @@ FACT_SCHEMA = pa.schema(
         SAMPLES_SCHEMA.field("sha256"), ("stored", pa.int32()),  # of the bytes to pack
         ("original", pa.binary(32)),  # SHA-256 of the bytes that were read
         ("thumbnail", pa.binary(256)),
-        *map(SAMPLES_SCHEMA.field, ("width", "height", "format", "chroma", "jpeg_quality",
-             "jpeg_tables", "exif", "orientation", "phash", "transcoded_from")),
+        SAMPLES_SCHEMA.field("phash"),
+        *(SAMPLES_SCHEMA.field(fact.name) for fact in dataclasses.fields(Facts)),
     ]
 )  # fmt: skip
 

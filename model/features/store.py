@@ -61,7 +61,9 @@ from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
 from storage import parse_json, write_atomically, write_text
 
-STORE_VERSION = 1
+STORE_VERSION = 2
+"""Version of the files. Change it when a default of `AugmentPolicy` or `Preprocess` changes: values
+that equal the default are no part of an identity, so that a new setting keeps stored features."""
 
 BACKBONE_FILE = "backbone.json"
 _ID_KEY = b"ai_images_detector.features"
@@ -95,9 +97,7 @@ class BackboneId:
     @property
     def folder(self) -> str:
         """Name of the backbone's folder in a store."""
-        own = asdict(self)
-        if not self.preprocess.detail_crop:  # as in stores that are older than this setting
-            del own["preprocess"]["detail_crop"]
+        own = asdict(self) | {"preprocess": _changed(self.preprocess)}
         digest = hashlib.sha256(_canonical(own).encode()).hexdigest()
         return f"{self.network}-{digest[:16]}"
 
@@ -145,6 +145,12 @@ def frozen_sha256(net: Detector) -> str:
     return digest.hexdigest()
 
 
+def _changed(settings: Preprocess | AugmentPolicy) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, by name."""
+    defaults = asdict(type(settings)())
+    return {name: v for name, v in asdict(settings).items() if v != defaults[name]}
+
+
 def _canonical(value: Any) -> str:
     """Format a value as JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
@@ -167,7 +173,7 @@ class View:
         """
         if not self.number:
             return "view0"
-        text = _canonical([policy and asdict(policy), self.seed])
+        text = _canonical([policy and _changed(policy), self.seed])
         return f"view{self.number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -201,7 +207,7 @@ def files_of(store: Path, backbone: BackboneId, shards: ShardSet, view: View) ->
         }
         policy = policies.get(names[source_codes[row]])
         if view.number and policy is not None:
-            entry |= {"seed": view.seed, "policy": asdict(policy)}
+            entry |= {"seed": view.seed, "policy": _changed(policy)}
         name = f"{shard[:-4]}-{shards.shard_sha256[code][:12]}"
         if partners and policy is not None and policy.match_pair_jpeg:
             jpegs = np.stack([column[rows_of[code]] for column in partners]).astype("<i4")

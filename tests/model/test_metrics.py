@@ -6,7 +6,7 @@ import sklearn.metrics as sk
 import torch
 import torchmetrics.functional.classification as tm
 
-from model.metrics import measure, what_is_missing
+from model.metrics import Validation, measure, what_is_missing
 from model.verdict import probability
 
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
@@ -203,3 +203,12 @@ def test_tpr_at_fpr_counts_ties_at_the_threshold() -> None:
     fake = np.concatenate([np.linspace(0, 0.5, 98), [0.8, 0.9], [0.9, 0.9, 0.8, 0.95]])
     assert measure(labels, fake).tpr_at_fpr_1 == 0.75
     assert measure(labels, fake).tpr_at_fpr_5 == 1.0
+
+
+def test_metrics_of_other_versions_are_read() -> None:
+    """A checkpoint of an earlier version lacks a new figure, and has one that is gone."""
+    saved = asdict(Validation({"val": measure(LABELS, SCORES)}, {}, 0.75))
+    del saved["sets"]["val"]["eer"]
+    saved["sets"]["val"]["sharpness"] = 0.5
+    metrics = Validation.from_json(saved).sets["val"]
+    assert (metrics.count, metrics.recall, metrics.eer) == (8, 0.75, None)

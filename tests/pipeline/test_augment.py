@@ -23,7 +23,7 @@ from pipeline.color import IDENTITY
 from pipeline.philox import uniform
 from pipeline.pil import apply as apply_to
 from pipeline.pil import gaussian_blur, jpeg_round_trip
-from pipeline.preprocess import Preprocess
+from pipeline.preprocess import FILTERS, Preprocess
 from tests.builders import HARSH, PREPROCESS, color_matrix, photo
 from tests.goldens import Golden
 
@@ -372,6 +372,30 @@ def test_every_field_has_a_check() -> None:
             wrong = 1.5 if field.type is float else (0, 1)
             with pytest.raises(ValueError, match=f"{field.name} must be"):
                 AugmentPolicy(**{field.name: wrong})
+
+
+EVERYTHING = replace(
+    HARSH, vflip=0.5, whole_jpeg=0.5, whole_jpeg_quality=(50, 90), whole_resize=0.5,
+    whole_resize_scale=(0.8, 0.9), whole_webp=0.5, whole_webp_quality=(50, 90),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(AugmentPolicy)])
+def test_every_setting_changes_what_is_sampled(name: str) -> None:
+    if name == "match_pair_jpeg":
+        pytest.skip("it takes the JPEG of a partner: tests/pipeline/test_pairs.py")
+    value = getattr(EVERYTHING, name)
+    assert value != getattr(AugmentPolicy(), name), f"EVERYTHING lacks {name}"
+    other = value / 2 if isinstance(value, float) else value[1:] * len(value)
+    changed = many_params(replace(EVERYTHING, **{name: other}), 50)
+    assert changed != many_params(EVERYTHING, 50)
+
+
+def test_a_filter_that_is_named_more_often_is_chosen_more_often() -> None:
+    filters = ("bilinear",) * 5 + ("lanczos",)
+    params = many_params(replace(PHASE1, resample=1.0, resample_filters=filters))
+    share = np.mean([FILTERS.index("lanczos") == p.filter for p in params])
+    assert share == pytest.approx(1 / 6, abs=0.02)
 
 
 def linear_and_offset(params: list[AugmentParams]) -> tuple[np.ndarray, np.ndarray]:

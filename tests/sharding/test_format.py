@@ -1,11 +1,15 @@
 """Opening shard sets and choosing their samples."""
 
+import hashlib
+import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
@@ -13,7 +17,7 @@ from pipeline.order import evaluation_epoch, training_epoch
 from pipeline.read import ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import open_pool
-from sharding.format import ShardSet, open_shards, read_index
+from sharding.format import SAMPLES_SCHEMA, ShardError, ShardSet, open_shards, read_index
 from sharding.rows import row_numbers
 
 
@@ -64,3 +68,18 @@ def test_row_numbers_are_whole_numbers() -> None:
     for rows in ([], (), range(3), [1, 2], np.array([1], np.uint8)):
         assert row_numbers(rows).dtype == np.int64
         assert row_numbers(rows).tolist() == [*rows]
+
+
+def test_a_table_with_missing_values_is_refused(data: Path, tmp_path: Path) -> None:
+    """As of a column that the writer does not fill: it would be found by whoever reads it first."""
+    table = pq.read_table(data / "old/samples.parquet")
+    rows = [row | {"chroma": None} for row in table.to_pylist()]
+    with pytest.raises(ValueError, match="chroma"):
+        pq.write_table(pa.Table.from_pylist(rows, SAMPLES_SCHEMA), tmp_path / "samples.parquet")
+    optional = pa.schema([field.with_nullable(True) for field in SAMPLES_SCHEMA])
+    pq.write_table(pa.Table.from_pylist(rows, optional), tmp_path / "samples.parquet")
+    index = read_index(data / "old")
+    digest = hashlib.sha256((tmp_path / "samples.parquet").read_bytes()).hexdigest()
+    (tmp_path / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
+    with pytest.raises(ShardError, match=r"is not a samples table .*chroma"):
+        open_shards([tmp_path])

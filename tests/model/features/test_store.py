@@ -1,6 +1,6 @@
 """Identity of stored features: what decides whether a file is computed anew."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from model.features.store import BackboneId, ShardFile, View, files_of
 from pipeline.augment import AugmentPolicy
 from pipeline.params import train_params, view_params
+from pipeline.preprocess import Preprocess
 from sharding.format import ShardSet
 from tests.builders import SMALL_PREPROCESS
 
@@ -79,3 +80,26 @@ def test_a_view_augments_each_image_of_a_tar_for_itself(old: ShardSet) -> None:
         assert list(params.rows()) == list(expected.rows())
         for rows in old.rows_of_shards().values():
             assert len(np.unique(params.jpeg[rows])) > len(rows) / 2
+
+
+def test_a_new_setting_keeps_stored_features() -> None:
+    """Its default does what the program did before."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class LongerPolicy(AugmentPolicy):
+        sepia: float = 0.0
+
+    @dataclass(frozen=True, kw_only=True)
+    class LongerPreprocess(Preprocess):
+        sharpen: bool = False
+
+    view, policies = View(number=1, policy="train"), (AugmentPolicy, LongerPolicy)
+    assert len({view.folder_of(policy(hflip=0.5)) for policy in policies}) == 1
+    assert view.folder_of(LongerPolicy(hflip=0.5, sepia=0.1)) != view.folder_of(
+        LongerPolicy(hflip=0.5)
+    )
+    sizes = {"crop_size": 224, "resize_size": 224}
+    kinds = (Preprocess(**sizes), LongerPreprocess(**sizes))
+    assert len({replace(BACKBONE, preprocess=kind).folder for kind in kinds}) == 1
+    sharp = replace(BACKBONE, preprocess=LongerPreprocess(**sizes, sharpen=True))
+    assert sharp.folder != replace(BACKBONE, preprocess=kinds[0]).folder
