@@ -19,9 +19,10 @@ settings as keywords, and return the new pixels. Encoders are Pillow's (libjpeg-
 libaom).
 """
 
+import contextlib
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from imaging.decode import MAX_PIXELS, decode_image
+from pipeline.pil import encode_jpeg, webp_round_trip
 
 Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -68,16 +70,15 @@ def jpeg(
     """Compress as baseline JPEG at libjpeg's `quality`, 1 to 100. `chroma` is 420, 422, 444 or
     Gray.
     """
-    image = Image.fromarray(pixels)
-    if chroma == "Gray":
-        return decode_image(_encode(image.convert("L"), "JPEG", quality=quality), "JPEG")
-    ratio = ":".join(chroma)
-    return decode_image(_encode(image, "JPEG", quality=quality, subsampling=ratio), "JPEG")
+    with _sides_fit(pixels, "JPEG"):
+        data = encode_jpeg(pixels, quality, chroma)
+    return decode_image(data, "JPEG")
 
 
 def webp(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.ndarray:
     """Compress as lossy WebP at libwebp's `quality`, 1 to 100."""
-    return decode_image(_encode(Image.fromarray(pixels), "WEBP", quality=quality), "WEBP")
+    with _sides_fit(pixels, "WEBP"):
+        return webp_round_trip(pixels, quality)
 
 
 def avif(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.ndarray:
@@ -85,7 +86,9 @@ def avif(pixels: np.ndarray, _rng: np.random.Generator, *, quality: int) -> np.n
     because the default speed of 6 takes four times as long.
     """
     options = {"codec": "aom", "speed": 8, "max_threads": 1, "subsampling": "4:2:0"}
-    stream = io.BytesIO(_encode(Image.fromarray(pixels), "AVIF", quality=quality, **options))
+    stream = io.BytesIO()
+    with _sides_fit(pixels, "AVIF"):
+        Image.fromarray(pixels).save(stream, "AVIF", quality=quality, **options)
     with Image.open(stream, formats=["AVIF"]) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -148,14 +151,14 @@ def screenshot(pixels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
     return screen
 
 
-def _encode(image: Image.Image, image_format: str, **options: object) -> bytes:
-    stream = io.BytesIO()
+@contextlib.contextmanager
+def _sides_fit(pixels: np.ndarray, image_format: str) -> Iterator[None]:
+    """Turn a codec's error about a side that is too long into a `ValueError`."""
     try:
-        image.save(stream, image_format, **options)
-    except (OSError, RuntimeError) as error:  # a side too long for JPEG, for AVIF
-        width, height = image.size
+        yield
+    except (OSError, RuntimeError) as error:
+        height, width = pixels.shape[:2]
         raise ValueError(f"{width} x {height} pixels, no {image_format}: {error}") from error
-    return stream.getvalue()
 
 
 def _resized(pixels: np.ndarray, width: float, height: float, kind: Image.Resampling) -> np.ndarray:
