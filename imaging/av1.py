@@ -4,6 +4,9 @@ Main entry: `frame_pixels(data)` takes the bytes of an AVIF and returns the pixe
 frame that a sequence header states, or 0 without any. The box `ispe`, which states the size of the
 picture, may be wrong: a decoder scales a larger frame down. It raises `ValueError` for too many
 parts, and for parts that overlap.
+
+`Boxes(data).inside(start, end, *path)` yields (start, end) of the content of each box at a path of
+types (`b"meta"`, ...).
 """
 
 import contextlib
@@ -14,16 +17,17 @@ MAX_PARTS = 20_000
 """Boxes, items and units of AV1 data that are read of one file."""
 
 
-class _Reader:
-    """Reads the boxes of a file, and counts them."""
+class Boxes:
+    """Reads the boxes of a file (AVIF, HEIF, JPEG 2000), and counts them."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.left, self.bytes_left = data, MAX_PARTS, 2 * len(data)
 
     def count(self) -> None:
+        """Count one part, and raise a `ValueError` if there are too many."""
         self.left -= 1
         if self.left < 0:
-            raise ValueError(f"an AVIF of more than {MAX_PARTS:,} parts")
+            raise ValueError(f"a file of more than {MAX_PARTS:,} parts")
 
     def joined(self, pieces: list[tuple[int, int]]) -> bytes:
         """Return the bytes at these (start, size); a size of 0 means all that follow."""
@@ -64,7 +68,7 @@ def frame_pixels(data: bytes) -> int:
     Raises:
         ValueError: more than `MAX_PARTS` parts, or parts that overlap.
     """
-    reader = _Reader(data)
+    reader = Boxes(data)
     largest = 0
     for coded in (*_items(reader), *_first_samples(reader)):
         for content in _sequence_headers(reader, coded):
@@ -73,7 +77,7 @@ def frame_pixels(data: bytes) -> int:
     return largest
 
 
-def _items(reader: _Reader) -> Iterator[bytes]:
+def _items(reader: Boxes) -> Iterator[bytes]:
     """Yield the AV1 data of each coded item: the picture, its tiles, its transparency."""
     data, whole = reader.data, len(reader.data)
     for meta, meta_end in reader.inside(0, whole, b"meta"):
@@ -91,15 +95,13 @@ def _items(reader: _Reader) -> Iterator[bytes]:
                         yield reader.joined([(first + start, size) for start, size in extents])
 
 
-def _entries(reader: _Reader, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _entries(reader: Boxes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield the entries of the list of items; their number has 2 or 4 bytes."""
     for at, stop in reader.inside(start, end, b"iinf"):
         yield from reader.boxes(at + (6 if reader.data[at : at + 1] == b"\0" else 8), stop)
 
 
-def _locations(
-    reader: _Reader, box: io.BytesIO
-) -> Iterator[tuple[int, bool, list[tuple[int, int]]]]:
+def _locations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, bool, list[tuple[int, int]]]]:
     """Yield (number of the item, whether it is in the box `idat`, its pieces) of a box `iloc`."""
     version, sizes, more = _number(box, 4) >> 24, _number(box, 1), _number(box, 1)
     for _ in range(_number(box, 4 if version == 2 else 2)):
@@ -114,7 +116,7 @@ def _locations(
         yield item, method == 1, extents
 
 
-def _first_samples(reader: _Reader) -> Iterator[bytes]:
+def _first_samples(reader: Boxes) -> Iterator[bytes]:
     """Yield the AV1 data of the first picture of each track: the first of an animation is shown."""
     data, path = reader.data, (b"moov", b"trak", b"mdia", b"minf", b"stbl")
     for table, end in reader.inside(0, len(data), *path):
@@ -134,7 +136,7 @@ def _number(stream: io.BytesIO, size: int) -> int:
     return int.from_bytes(content, "big")
 
 
-def _sequence_headers(reader: _Reader, coded: bytes) -> Iterator[bytes]:
+def _sequence_headers(reader: Boxes, coded: bytes) -> Iterator[bytes]:
     """Yield the start of each sequence header in AV1 data (section 5.3)."""
     at = 0
     while at < len(coded) and coded[at] < 128:  # the forbidden bit

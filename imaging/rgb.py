@@ -16,10 +16,12 @@ save memory):
 - Other integers: 65,535 becomes 255; zero becomes 0.
 - In a TIFF that stores white as 0, the gray levels are then inverted.
 - Of 16-bit color, and of gray with alpha, Pillow reads the upper 8 bits, which are the result. Only
-  of a TIFF that declares a white level are the lower 8 bits read too, and the values scaled. If the
-  image was loaded before, this cannot be done.
+  of a TIFF that declares a white level are the lower 8 bits read too, and the values scaled.
+- In a JPEG 2000, gray of fewer than 8 bits is scaled.
 
-`PixelError` (a `ValueError`) is raised in four cases:
+Of an image that was loaded before, lower bits and the depth of a JPEG 2000 cannot be read.
+
+`PixelError` (a `ValueError`) is raised in five cases:
 
 - No value is finite.
 - No white level is declared, and the image is a TIFF of signed or 32-bit integers, or has integers
@@ -28,6 +30,7 @@ save memory):
   would look black.
 - A white level of 16-bit color is declared, but the lower bits cannot be read: they are multiplied
   by alpha, or compressed in one plane per channel.
+- A JPEG 2000 is of more or fewer than 8 bits, which Pillow reads right only of gray (9 to 16 bits).
 """
 
 import io
@@ -36,7 +39,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
+from PIL import Image, ImageCms, ImageFile, Jpeg2KImagePlugin, TiffImagePlugin
+
+from imaging.av1 import Boxes
 
 BAND_PIXELS = 2**22
 """Pixels of more than 8 bits that are converted at a time: 32 MB as float64, 96 MB in color."""
@@ -69,6 +74,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     Raises:
         PixelError: an image of more than 8 bits without a white level, or without a finite value.
     """
+    if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile) and image.tile:
+        return _from_jpeg2000(image)
     _name_depth_of_planes(image)
     if image.mode in _UPPER_OF_COLOR and _raw_mode(image)[-3:] in _SWAPPED:
         return _from_deep_color(image)
@@ -176,6 +183,40 @@ def _lower_bytes(image: Image.Image) -> np.ndarray | None:
         _rename_raw_modes(other, lambda raw: raw[:-3] + _SWAPPED[raw[-3:]])
         other.load()
         return _from_loaded(other)
+
+
+def _from_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> np.ndarray:
+    """Load and convert a JPEG 2000. Pillow rounds white of more than 8 bits to 256, which is stored
+    as 0 (not in the mode I;16), and shifts values of fewer bits, so that white becomes gray.
+
+    Raises:
+        PixelError: a depth that Pillow reads wrong.
+    """
+    depths = _depths_of_jpeg2000(image)
+    bits = min(depths) if len(depths) == 1 else 0
+    is_scaled = bits < 8 and image.mode in ("L", "LA")
+    if not bits or not (bits == 8 or is_scaled or (image.mode == "I;16" and 8 < bits <= 16)):
+        stated = "/".join(map(str, sorted(depths))) or "unknown"
+        raise PixelError(
+            f"{_subject(image)}: {stated}-bit {image.mode} is not read; export it as PNG"
+        )
+    image.load()
+    pixels = _from_loaded(image)
+    return _scaled(pixels >> (8 - bits), 0.0, 2.0**bits - 1) if is_scaled else pixels
+
+
+def _depths_of_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> set[int]:
+    """Read the bits of the channels but alpha (ISO 15444-1, A.5.1), and of a palette (I.5.3.4)."""
+    assert image.fp is not None  # it is not loaded yet
+    image.fp.seek(0)
+    data = image.fp.read()
+    boxes, end = Boxes(data), len(data)
+    start = 0 if image.codec == "j2k" else next(boxes.inside(0, end, b"jp2c"), (end, end))[0]
+    colors = sum(band not in "Aa" for band in image.getbands())
+    depths = set(data[start + 42 : start + 42 + 3 * colors : 3])
+    for palette, _ in boxes.inside(0, start, b"jp2h", b"pclr"):
+        depths |= set(data[palette + 3 : palette + 3 + data[palette + 2]])
+    return {(depth & 127) + 1 for depth in depths}
 
 
 def _from_deep(image: Image.Image) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Every mode becomes 8-bit RGB, scaled by what the file declares, or is refused with a reason."""
 
+import base64
 import io
 import struct
 import zlib
@@ -10,6 +11,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 
 from imaging import rgb
 from imaging.decode import DecodeError, as_is, decode, prepare
+from imaging.rgb import to_rgb
 from tests.builders import encode, photo, png_of_rows
 
 RAMP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
@@ -182,6 +184,83 @@ def test_converting_in_bands_changes_no_pixel(monkeypatch: pytest.MonkeyPatch) -
     whole = decode(tiff(RAMP))
     monkeypatch.setattr(rgb, "BAND_PIXELS", 64 * 5)
     np.testing.assert_array_equal(decode(tiff(RAMP)), whole)
+
+
+# --- depths of a JPEG 2000 -----------------------------------------------------------------------
+
+# `opj_compress -n 1` of a PPM of 12 x 8 pixels with 16 bits: columns of 65,535, 40,000 and 0.
+RGB_OF_16_BITS = base64.b64decode(
+    "/0//UQAvAAAAAAAMAAAACAAAAAAAAAAAAAAADAAAAAgAAAAAAAAAAAADDwEBDwEBDwEB/1IADAAAAAEBAAQEAAH/XA"
+    "AEQID/ZAAlAAFDcmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjD/kAAKAAAAAACnAAH/k9/4lJg7DQz7PjiE"
+    "xGLwAMHCPBP9QgGBBT2lHmw/NiDXSrmxBYHvmxB/SnhgWoAFQDAtH2JP6U8MC1AAqAYFqABUAwLUACoBgWoAFQDAtQ"
+    "AKgI+5TQwLUACoBgWj7En9KeGBagAVAMC1AAqAYFqABUAwLUACoBgWoAFQDAtQAKgGBagAVAMC1AAqAYFqABUAwLUA"
+    "CoBgWoGAgP/Z"
+)
+
+
+def jpeg2000(image: Image.Image, *depths: int, jp2: bool) -> bytes:
+    """Encode an image, lossless, and state other bits of its channels. A value of 128 is the middle
+    one of any depth, and the other values differ from the middle one as before.
+    """
+    data = bytearray(encode(image, "JPEG2000", no_jp2=not jp2))
+    start = data.index(b"\xff\x4f\xff\x51") + 42
+    data[start : start + 3 * len(depths) : 3] = bytes(bits - 1 for bits in depths)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (RGB_OF_16_BITS, "16-bit RGB"),
+        *(
+            (jpeg2000(Image.new(mode, (9, 8)), *depths, jp2=jp2), said)
+            for jp2 in (False, True)
+            for mode, depths, said in (
+                ("LA", [9, 8], "9-bit LA"), ("RGB", [16, 16, 16], "16-bit RGB"),
+                ("RGB", [8, 8, 12], "8/12-bit RGB"), ("RGB", [4, 4, 4], "4-bit RGB"),
+                ("RGBA", [10, 10, 10, 10], "10-bit RGBA"), ("RGBA", [1, 1, 1, 8], "1-bit RGBA"),
+            )
+        ),
+        (jpeg2000(Image.new("L", (9, 8)), 9, jp2=True), "9-bit L"),
+    ],
+)  # fmt: skip
+def test_a_jpeg_2000_of_a_depth_that_pillow_reads_wrong_is_refused(data: bytes, said: str) -> None:
+    """Pillow made white of more bits black, and white of 4 bits a level of 240."""
+    for read in (decode, prepare, lambda data: to_rgb(Image.open(io.BytesIO(data)))):
+        with pytest.raises(ValueError, match=f"^JPEG2000 .*: {said} is not read; export it as PNG"):
+            read(data)
+
+
+def test_the_depth_of_alpha_in_a_jpeg_2000_does_not_matter() -> None:
+    data = jpeg2000(Image.new("RGBA", (9, 8), "white"), 8, 8, 8, 1, jp2=True)
+    assert (decode(data) == 255).all()
+
+
+def test_a_jpeg_2000_with_a_palette_of_few_bits_is_refused() -> None:
+    plain = encode(Image.new("L", (9, 8)), "JPEG2000")
+    start = plain.index(b"jp2h") - 4
+    end = start + int.from_bytes(plain[start : start + 4], "big")
+
+    def with_palette(bits: int) -> bytes:
+        colors = struct.pack(">I4sHB3B6B", 20, b"pclr", 2, 3, *[bits - 1] * 3, *range(10, 16))
+        mapped = struct.pack(">I4s12B", 20, b"cmap", 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 2)
+        header = plain[start + 4 : end - 4] + struct.pack(">I", 16)  # sRGB in place of gray
+        size = struct.pack(">I", end - start + 40)
+        return plain[:start] + size + header + colors + mapped + plain[end:]
+
+    assert (decode(with_palette(8)) == (10, 11, 12)).all()
+    with pytest.raises(DecodeError, match=r"^JPEG2000 .*: 4/8-bit P is not read"):
+        decode(with_palette(4))
+
+
+@pytest.mark.parametrize("jp2", [False, True])
+@pytest.mark.parametrize("mode", ["L", "LA"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8])
+def test_gray_of_few_bits_in_a_jpeg_2000_is_scaled(bits: int, mode: str, jp2: bool) -> None:
+    levels = np.arange(2**bits)
+    image = Image.fromarray((levels + 128 - 2**bits // 2).astype(np.uint8)[None]).convert(mode)
+    pixels = decode(jpeg2000(image.resize((2**bits, 4), 0), bits, jp2=jp2))
+    np.testing.assert_array_equal(pixels[2, :, 1], np.rint(levels * 255 / (2**bits - 1)))
 
 
 # --- profiles -------------------------------------------------------------------------------------
