@@ -45,7 +45,7 @@ from imaging.orientation import (
 )
 from imaging.quiet import silence_pillow, without_warnings
 from imaging.rgb import PixelError, to_rgb
-from imaging.signature import is_cut_off, why_not_opened
+from imaging.signature import is_cut_off, unread_kind, why_not_opened
 from storage import RefusedFileError, read_plain
 
 register_heif_opener()
@@ -372,6 +372,8 @@ _PYTHON = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>|\bb(?=['\"])")
 def _in_words(error: Exception) -> str:
     """Format a library's message as one line without Python's object and bytes notation."""
     said = " ".join(_PYTHON.sub("", str(error)).split())[:200]
+    if said.startswith("decoder error"):  # with a number, of libtiff
+        return "damaged pixels, or a compression that is not read; export it as PNG"
     if said and isinstance(error, ValueError | OSError | SyntaxError | EOFError):
         return said
     return f"its parts contradict each other ({type(error).__name__})"
@@ -434,6 +436,8 @@ _MENDED = "mended"
 
 def open_image(data: bytes) -> Image.Image:
     """Open an image as decoding does: bad metadata is left out. Raises DecodeError."""
+    if kind := unread_kind(data):
+        raise DecodeError(f"{kind} is not read; export it as PNG")
     try:
         return Image.open(_stream(data), formats=READABLE)
     except Image.DecompressionBombError:

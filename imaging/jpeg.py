@@ -19,6 +19,7 @@ a hash of 8 hex digits (0 and "" without tables). All other functions take the b
   segments as libjpeg does, and gives the pixels of a scan the pseudo-marker `PIXELS`.
 - `before_scan()` returns the bytes before the first scan, or all bytes if there is no scan.
 - `has_end()` returns False for a cut-off file.
+- `unread_kind()` returns "lossless JPEG" or another kind that is not read, or "".
 - `mended()` returns the JPEG with only the segments that its pixels need.
 - `count_scans()` first finds an upper bound of the number of scans. If the bound is at most
   `MAX_SCANS`, it returns the bound; else it returns the exact number, which takes longer. Callers
@@ -67,6 +68,8 @@ PIXELS = 0
 """Pseudo-marker for the pixels of a scan. No real marker has this code."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, _DAC}
+_UNREAD = dict.fromkeys(_FRAMES - {*_SOF, 0xC9, 0xCA}, "hierarchical JPEG")
+_UNREAD |= {0xC3: "lossless JPEG", 0xCB: "lossless JPEG", 0xF7: "JPEG-LS"}
 
 
 class Segment(NamedTuple):
@@ -202,6 +205,20 @@ def lenient_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             following = _MARKER.search(data, at)
             start, at = at, following.start() if following else len(data)
             yield PIXELS, start, at
+
+
+def unread_kind(data: bytes) -> str:
+    """Name the kind of a JPEG that libjpeg does not decode, or decodes to wrong colors: nothing
+    states those of a lossless one. Returns "" for every other file.
+    """
+    for marker, start, _ in lenient_segments(data):
+        if marker == SOS:
+            break
+        if marker in _UNREAD:
+            return _UNREAD[marker]
+        if marker in _FRAMES:
+            return "12-bit JPEG" if data[start + 4 : start + 5] == b"\x0c" else ""
+    return ""
 
 
 def mended(data: bytes) -> bytes:

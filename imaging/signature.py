@@ -4,6 +4,7 @@ Main entries, which take `data`, the bytes of a file:
 
 - `format_of(data)` returns the format as Pillow calls it ("TIFF", "HEIF", ...), or "" for bytes
   that begin like none that is read. TGA and DIB have no signature. Nothing is raised.
+- `unread_kind(data)` names a kind of image that is not read, such as "JPEG XL", or returns "".
 - `is_cut_off(data, name)` returns True if the header of a WebP or TIFF (`name`: "WEBP" or "TIFF")
   points beyond the end of the file.
 - `why_not_opened(data, said)` returns the message about a file that Pillow does not open. `said` is
@@ -12,7 +13,7 @@ Main entries, which take `data`, the bytes of a file:
 
 import re
 
-from imaging import png
+from imaging import jpeg, png
 
 _SIGNATURES = {
     "JPEG": rb"\xff\xd8\xff",
@@ -29,17 +30,39 @@ _SIGNATURES = {
 }
 """Patterns of the first bytes by format. A file of the kind `ftyp` lists its brands, of 4 bytes."""
 
+_UNREAD = {
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG XR": rb"II\xbc",
+    "PSD": rb"8BPS",
+    "ICO": rb"\0\0\x01\0",
+    "DDS": rb"DDS ",
+    "PAM": rb"P7\s",
+    "PFM in color": rb"PF\s",
+}
+"""Patterns of the first bytes of images that are not read."""
+
 _SIGNATURE_BYTES = 64
 """Bytes in which a signature is searched, with the brands of an AVIF or HEIF."""
 
 
 def format_of(data: bytes) -> str:
     """Return the format, as Pillow calls it, whose signature the bytes have, or ""."""
+    return _first_match(_SIGNATURES, data)
+
+
+def _first_match(signatures: dict[str, bytes], data: bytes) -> str:
     start = data[:_SIGNATURE_BYTES]
     if start[4:8] == b"ftyp":
         start = start[: int.from_bytes(start[:4], "big")]
-    fits = (name for name, pattern in _SIGNATURES.items() if re.match(pattern, start, re.DOTALL))
+    fits = (name for name, pattern in signatures.items() if re.match(pattern, start, re.DOTALL))
     return next(fits, "")
+
+
+def unread_kind(data: bytes) -> str:
+    """Name the kind of an image that is not read: a format, or a kind of JPEG. Returns "" for every
+    other file.
+    """
+    return jpeg.unread_kind(data) or _first_match(_UNREAD, data)
 
 
 def is_cut_off(data: bytes, name: str) -> bool:
@@ -64,8 +87,8 @@ def why_not_opened(data: bytes, said: str) -> str:
         return f"{subject}damaged header: {said}"
     if name:
         return (
-            f"{subject}its header is damaged or cut off, or it is of a kind that is not read; copy "
-            "the file again, or export it as PNG"
+            f"{subject}it is of a kind that is not read, or its header is damaged or cut off; "
+            "export it as PNG, or copy the file again"
         )
     return f"not an image this program reads (it begins with {_readable(data[:8])})"
 

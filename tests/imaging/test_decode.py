@@ -170,8 +170,44 @@ def test_a_file_that_is_cut_off_is_called_by_its_format(name: str, options: dict
 def test_a_tiff_of_a_kind_that_is_not_read_is_called_a_tiff() -> None:
     data = encode(PIXELS, "TIFF")
     bits = data.replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 7, 7, 7))
-    with pytest.raises(DecodeError, match=r"TIFF .*, or it is of a kind that is not read"):
+    with pytest.raises(DecodeError, match=r"TIFF .*: it is of a kind that is not read, or its"):
         decode(bits)
+    packed = encode(PIXELS, "TIFF", compression="tiff_lzw")  # 5, of which WebP is 50,001
+    webp = packed.replace(struct.pack("<2HI2H", 259, 3, 1, 5, 0),
+                          struct.pack("<2HI2H", 259, 3, 1, 50_001, 0))  # fmt: skip
+    with pytest.raises(DecodeError, match=r"TIFF .*: damaged pixels, or a compression that is not"):
+        decode(webp)
+
+
+def lossless_jpeg() -> bytes:
+    """Return a JPEG of 8 x 8 pixels that are 228, 128, 128. No segment says in which color space:
+    ffmpeg writes YCbCr so.
+    """
+    bits = "10" + f"{228 - 128:b}" + 3 * 64 * "0"  # codes of a difference of 7 bits, and of none
+    head = struct.pack(">HB2H10B", 17, 8, 8, 8, 3, 1, 17, 0, 2, 17, 0, 3, 17, 0)
+    codes = struct.pack(">H19B", 21, 0, 1, 1, *bytes(14), 0, 7)
+    scan = struct.pack(">H10B", 12, 3, 1, 0, 2, 0, 3, 0, 1, 0, 0)
+    coded = int(bits.ljust(208, "1"), 2).to_bytes(26, "big")
+    return b"\xff\xd8\xff\xc3%b\xff\xc4%b\xff\xda%b%b\xff\xd9" % (head, codes, scan, coded)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (lossless_jpeg(), "lossless JPEG"),
+        (JPEG.replace(b"\xff\xc0", b"\xff\xc5"), "hierarchical JPEG"),
+        (JPEG.replace(b"\xff\xc0", b"\xff\xf7"), "JPEG-LS"),
+        (JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "12-bit JPEG"),
+        (b"\xff\x0a" + bytes(99), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
+        (encode(IMAGE, "ICO"), "ICO"),
+        (b"8BPS" + bytes(99), "PSD"),
+    ],
+)
+def test_a_kind_of_image_that_is_not_read_is_named(data: bytes, kind: str) -> None:
+    for read in (decode, prepare, as_is):
+        with pytest.raises(DecodeError, match=f"^{kind} is not read; export it as PNG$"):
+            read(data)
 
 
 def test_files_of_all_formats_that_are_read_are_images_by_their_names() -> None:
