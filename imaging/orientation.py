@@ -56,8 +56,11 @@ def carries_exif(data: bytes, image_format: str) -> bool:
 
 def orientation_left(image: Image.Image) -> int:
     """Return the orientation still to be applied, 1 to 8, after Pillow has decoded an image of any
-    other format. Some of Pillow's plugins (TIFF, HEIF) have applied it already.
+    other format. Some of Pillow's plugins (TIFF, HEIF) have applied it already. In an AVIF only its
+    own boxes count. Pillow states them as EXIF, but would read XMP, too.
     """
+    if image.format == "AVIF":
+        return _of_exif(image.info.get("exif", b"")) or UPRIGHT
     stated = image.getexif().get(_TAG)
     return stated if isinstance(stated, int) and 1 <= stated <= 8 else UPRIGHT
 

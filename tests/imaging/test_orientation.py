@@ -100,6 +100,20 @@ def test_formats_that_are_transcoded_end_upright(image_format: str, orientation:
     assert np.abs(facts.pixels.astype(int) - expected).mean() < 3
 
 
+@pytest.mark.parametrize(("orientation", "shape"), [(0, (30, 40)), (1, (30, 40)), (6, (40, 30))])
+def test_xmp_does_not_turn_an_avif(orientation: int, shape: tuple[int, int]) -> None:
+    """Converters turn the pixels, or write the box that turns them, and copy the XMP as it was."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "camera", orientation
+    options = {"exif": exif.tobytes()} if orientation else {}
+    plain, tagged = (
+        decode(encode(IMAGE, "AVIF", **options, **more))
+        for more in ({}, {"xmp": b'<rdf:Description tiff:Orientation="8"/>'})
+    )
+    assert plain.shape[:2] == shape
+    np.testing.assert_array_equal(tagged, plain)
+
+
 def text_chunk(keyword: bytes, content: bytes) -> bytes:
     """Return a compressed iTXt chunk of a PNG."""
     body = b"iTXt" + keyword + b"\0\1\0\0\0" + zlib.compress(content, 9)
