@@ -1,9 +1,10 @@
-"""Find the size of the frames that a decoder of an AVIF decodes (AV1, section 5.5; ISO 14496-12).
+"""Read of an AVIF what Pillow does not: the size of its frames, and whether it is cropped.
 
 Main entry: `frame_pixels(data)` takes the bytes of an AVIF and returns the pixels of the largest
 frame that a sequence header states, or 0 without any. The box `ispe`, which states the size of the
-picture, may be wrong: a decoder scales a larger frame down. It raises `ValueError` for too many
-parts, and for parts that overlap.
+picture, may be wrong: a decoder scales a larger frame down (AV1, section 5.5; ISO 14496-12).
+`is_cropped(data, size)` returns whether only a part of the picture of this (width, height) is to be
+shown. Both raise `ValueError` for too many parts, and for parts that overlap.
 
 `Boxes(data).inside(start, end, *path)` yields (start, end) of the content of each box at a path of
 types (`b"meta"`, ...).
@@ -15,6 +16,10 @@ from collections.abc import Iterator
 
 MAX_PARTS = 20_000
 """Boxes, items and units of AV1 data that are read of one file."""
+
+
+_TABLES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+"""Path of the boxes that describe the pictures of a track."""
 
 
 class Boxes:
@@ -77,6 +82,27 @@ def frame_pixels(data: bytes) -> int:
     return largest
 
 
+def is_cropped(data: bytes, size: tuple[int, int]) -> bool:
+    """Return whether a box `clap` (ISO 14496-12) shows a part of an AVIF of this (width, height).
+
+    Raises:
+        ValueError: more than `MAX_PARTS` parts.
+    """
+    reader, end = Boxes(data), len(data)
+    shown: list[tuple[int, int]] = []
+    for meta, stop in reader.inside(0, end, b"meta"):
+        shown += reader.inside(meta + 4, stop, b"iprp", b"ipco", b"clap")
+    for table, stop in reader.inside(0, end, *_TABLES, b"stsd"):
+        for _, entry, entry_end in reader.boxes(table + 8, stop):
+            shown += reader.inside(entry + 78, entry_end, b"clap")
+    for at, _ in shown:
+        # Width and height are fractions. A part as large as the picture is the whole.
+        sides = [int.from_bytes(data[n : n + 4], "big") for n in range(at, at + 16, 4)]
+        if (sides[0], sides[2]) != (size[0] * sides[1], size[1] * sides[3]):
+            return True
+    return False
+
+
 def _items(reader: Boxes) -> Iterator[bytes]:
     """Yield the AV1 data of each coded item: the picture, its tiles, its transparency."""
     data, whole = reader.data, len(reader.data)
@@ -118,8 +144,8 @@ def _locations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, bool, list
 
 def _first_samples(reader: Boxes) -> Iterator[bytes]:
     """Yield the AV1 data of the first picture of each track: the first of an animation is shown."""
-    data, path = reader.data, (b"moov", b"trak", b"mdia", b"minf", b"stbl")
-    for table, end in reader.inside(0, len(data), *path):
+    data = reader.data
+    for table, end in reader.inside(0, len(data), *_TABLES):
         for kind, width in ((b"stco", 4), (b"co64", 8)):
             for at, _ in reader.inside(table, end, kind):
                 start = int.from_bytes(data[at + 8 : at + 8 + width], "big")

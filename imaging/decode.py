@@ -26,7 +26,7 @@ from PIL import Image, TiffImagePlugin
 from pillow_heif import register_heif_opener
 
 from imaging import png
-from imaging.av1 import frame_pixels
+from imaging.av1 import frame_pixels, is_cropped
 from imaging.budget import decoding
 from imaging.jpeg import PLAIN_SPACES, Header, Tables, describe_tables, mended, read_header
 from imaging.jpeg_pixels import (
@@ -396,6 +396,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             )
         if (pixels := work_pixels(image, data)) > MAX_PIXELS:
             raise DecodeError(_too_large(pixels))
+        if image.format == "AVIF" and is_cropped(data, image.size):
+            raise DecodeError("a cropped AVIF, of which all would be read; export it as PNG")
         slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
         if slow and image.width * image.height > MAX_SLOW_PIXELS:
             raise DecodeError(_too_large(image.width * image.height, MAX_SLOW_PIXELS))

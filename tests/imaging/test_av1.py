@@ -1,5 +1,6 @@
 """What a decoder works on may be larger than the picture: frames of an AVIF, tiles of a TIFF."""
 
+import base64
 import io
 import random
 import struct
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from imaging import av1, decode
-from imaging.av1 import frame_pixels
+from imaging.av1 import frame_pixels, is_cropped
 from imaging.decode import DecodeError, as_is, prepare
 from imaging.decode_lock import pixels_of
 from tests.builders import encode, photo
@@ -105,6 +106,36 @@ def test_the_header_of_a_sequence_with_timing_is_read() -> None:
     unit = b"\x0a\x20" + header  # a sequence header of 32 bytes
     assert len(unit) < len(coded)
     assert frame_pixels(AVIF.replace(coded, unit.ljust(len(coded), b"\x80"))) == 640 * 360
+
+
+# `avifenc --min 0 --max 20 -s 10 -y 444 --crop 8,8,16,8` of a PNG of 32 x 24 pixels.
+CROPPED = base64.b64decode(
+    "AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAARttZXRhAAAAAAAAAChoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAA"
+    "AAAAbGliYXZpZgAAAAAOcGl0bQAAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAE/AAAAjgAAAChpaW5mAAAAAAAB"
+    "AAAAGmluZmUCAAAAAAEAAGF2MDFDb2xvcgAAAACTaXBycAAAAHNpcGNvAAAAFGlzcGUAAAAAAAAAIAAAABgAAAAQcGl4"
+    "aQAAAAADDAwMAAAADGF2MUOBQGAAAAAAE2NvbHJuY2x4AAEADQAGgAAAAChjbGFwAAAAEAAAAAEAAAAIAAAAAQAAAAAA"
+    "AAABAAAAAAAAAAEAAAAYaXBtYQAAAAAAAAABAAEFAQKDBIUAAACWbWRhdBIACglYET92NAQ0GiAyfxKAAwwwxAC8rUeH"
+    "xH7vJz9bPedfPm1zPByDzb+g91fazsBHJ+tEsKdkNo67cBY5mcLQCh+jtMhu3qG51qmQZQI/WvKpA+B/QeqPgVHWQmxJ"
+    "q7qkmEeFRZwJtSCmN+1kvwlOQmAauTyhoazxKMSntoDZe1hjJGaeHDu1vfpgX4A="
+)
+CROP = content_of(CROPPED, b"clap")
+
+
+def test_a_cropped_avif_is_refused() -> None:
+    for read in (decode.decode, prepare, as_is):
+        with pytest.raises(DecodeError, match="a cropped AVIF, of which all would be read; export"):
+            read(CROPPED)
+    whole = CROPPED.replace(CROP[:16], struct.pack(">4I", 64, 2, 24, 1))
+    assert decode.decode(whole).shape == (24, 32, 3)
+
+
+def test_a_crop_in_a_track_is_read() -> None:
+    data = box(b"stsd", bytes(8), box(b"av01", bytes(78), box(b"clap", CROP)))
+    for kind in (b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+        data = box(kind, data)
+    assert is_cropped(data, (32, 24))
+    assert not is_cropped(data, (16, 8))
+    assert not is_cropped(animation(), (80, 70))
 
 
 def tiled(side: int) -> bytes:
