@@ -61,12 +61,16 @@ class AnyAddress(click.ParamType):
     name = "folder or address"
 
     def __init__(self, *, writes: bool = False) -> None:
-        self._parse = storage.writable_path if writes else storage.any_path
+        self._writes = writes
 
     def convert(self, value: Any, param: Any, context: Any) -> storage.AnyPath:
         """Check one value and convert it to a path, without any network access."""
         try:
-            path = self._parse(value)
+            path = storage.any_path(value)
+            if self._writes and not storage.is_local(path) and path.protocol in storage.READ_ONLY:
+                raise ValueError(
+                    f"{value} can only be read; write to a folder or to s3://bucket/folder"
+                )
             if storage.is_local(path) and path.exists() and not path.is_dir():
                 raise ValueError(f"{value} is not a folder")
         except (ValueError, OSError) as error:

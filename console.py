@@ -18,10 +18,12 @@ commands: cli.py.
 import contextlib
 import io
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import click
@@ -55,25 +57,37 @@ class _StandardError(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         """Return its encoding: rich draws bars of ASCII if it is not UTF-8."""
-        return sys.stderr.encoding or "utf-8"
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        return sys.stderr.isatty()
+        return sys.stderr is not None and sys.stderr.isatty()
 
     def write(self, text: str) -> int:
         """Write a text at once, or drop it."""
         stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # under a progress bar
-        with contextlib.suppress(OSError):
-            stream.write(text)
-            stream.flush()
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.write(text)
+                stream.flush()
         return len(text)
+
+
+def _standard_output() -> TextIO:
+    """Return standard output.
+
+    Raises:
+        OSError: it was closed.
+    """
+    if sys.stdout is None:
+        raise OSError("standard output is closed; the result could not be printed")
+    return sys.stdout
 
 
 def _console(stderr: bool) -> Console:
     """Return a rich console for standard output (results), or for standard error (progress and log
     lines), so that results can be piped.
     """
-    stream = cast(TextIO, _StandardError()) if stderr else sys.stdout
+    stream = cast(TextIO, _StandardError()) if stderr else _standard_output()
     width = None if stream.isatty() else _WIDE
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
@@ -123,12 +137,38 @@ def plain_errors() -> Iterator[None]:
         raise click.ClickException(_shown(one_line(error))) from error
 
 
+def _open_closed_streams() -> None:
+    """Open the null device in place of standard streams that are closed (`>&-`). Else a file that
+    is opened would have such a descriptor, and native code would write to it. Standard output stays
+    None, so that a result is not lost without a word.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", ""), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if mode:
+                setattr(sys, name, os.fdopen(descriptor, mode))
+
+
+def _check_current_folder() -> None:
+    """Check that the current folder exists: libraries say little where it does not.
+
+    Raises:
+        FileNotFoundError: it was removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("the current folder was removed; change to another one") from None
+
+
 class Command(click.Command):
     """A click command that reports errors by `plain_errors`."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the command line."""
+        _open_closed_streams()
         with plain_errors():
+            _check_current_folder()
             return super().make_context(*args, **kwargs)
 
     def invoke(self, context: click.Context) -> object:
@@ -163,7 +203,7 @@ def say(text: str = "") -> None:
     """Print a result on standard output, never wrapped, and above a running progress bar.
     On a terminal, control characters are escaped.
     """
-    is_terminal = sys.stdout.isatty()
+    is_terminal = _standard_output().isatty()
     text = printable(text) if is_terminal else text
     if is_terminal and ERR.is_terminal:
         ERR.print(text, soft_wrap=True)
@@ -175,7 +215,7 @@ def say_data(text: str) -> None:
     """Print a line of CSV or JSON on standard output, always in UTF-8. Bytes of a file name that
     are not UTF-8 are written unchanged. On a terminal, print by `say`.
     """
-    if sys.stdout.isatty():
+    if _standard_output().isatty():
         say(text)
     else:
         click.echo(text.encode("utf-8", "surrogateescape"))

@@ -5,9 +5,8 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 
 - `any_path(text)` returns an `AnyPath` for a text (a `Path` for `file://`). It refuses an empty
   text, a zero byte, an address without bucket or host, and one whose file system is not installed.
-  `local_path(text)` returns a `Path`; it also refuses addresses, except `file://`.
-  `writable_path(text)` returns what `any_path(text)` does; it also refuses addresses that can only
-  be read (http, https). All three raise `ValueError` for what they refuse.
+  `local_path(text)` returns a `Path`; it also refuses addresses, except `file://`. Both raise
+  `ValueError` for what they refuse.
 - `write_atomically(path, write)` writes a file, whose folder must exist (except in an object
   store). It calls `write(partial)` with the `Path` of a temporary file, which `write` fills, then
   renames or uploads the file, so that `path` is missing, old or complete, never partial. It raises
@@ -17,10 +16,9 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 - `atomic_folder(path, *, replace=False)` is a context manager for a `Path`: it yields a temporary
   folder to fill, and publishes it as `path` if the block ends without an error.
 - `publish(partial, path, *, replace=False)` takes two `Path`s. It syncs the file or folder
-  `partial` to the disk and renames it to `path`. A file replaces an older file. A folder replaces
-  an empty folder; a folder with files is kept, and `OSError` is raised (by `atomic_folder()` at the
-  end of its block). With `replace` it gets the name `<name>.old.<number>.partial` just before, and
-  is removed at the end; a kill in between leaves it so.
+  `partial` to the disk and renames it to `path`. A file replaces an older file, and a folder an
+  empty one, or with `replace` any other, which has the name `<name>.old.<number>.partial` while it
+  is removed. Without `replace`, a folder with files is kept, and `OSError` is raised.
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
   removes it at the end. First it removes those that killed processes left, or renames an `.old.`
   one to `path`. It and `atomic_folder()` raise `BlockingIOError` if another one writes `path`.
@@ -28,16 +26,17 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
 `partial_of(path)` takes a `Path` and returns its temporary path. `whole_name(name)` is the reverse,
 for the writes of any process: the final name, or None if `name` is not a temporary one.
 `file_name(stem, suffix)` joins both texts to a file name, cut if it is too long. `naming(path)` is
-a context manager that adds the path to the error of a full disk. `check_reachable(path)` raises
-`OSError` if an address does not answer. `remote_errors(path, fault)` is a context manager that
-raises `OSError` for errors of an address's client. `check_inside(path, folder)` raises `ValueError`
-if the path is outside the folder. `read_plain(path, most)` returns the bytes of a whole file,
-`read_text(path, most)` its UTF-8 text. Both raise `RefusedFileError` (an `OSError`) for pipes,
-devices and more than `most` bytes. `open_plain(path)` is a context manager that opens a file, but
-no pipe and no device. `size_of(path)` returns bytes, or None if there is no file.
-`parse_json(text)` returns the value of a JSON text; it raises `ValueError`, also for one that is
-nested too deeply. `cores()` returns the number of processor cores that this process may use,
-`cache_folder()` the folder for downloaded weights (of the variable `DETECTOR_CACHE`).
+a context manager that names the path in errors of a full disk or a temporary file.
+`check_reachable(path)` raises `OSError` if an address does not answer. `remote_errors(path, fault)`
+is a context manager that raises `OSError` for errors of an address's client. `check_inside(path,
+folder)` raises `ValueError` if the path is outside the folder. `read_plain(path, most)` returns the
+bytes of a whole file, `read_text(path, most)` its UTF-8 text. Both raise `RefusedFileError` (an
+`OSError`) for pipes, devices and more than `most` bytes. `open_plain(path)` is a context manager
+that opens a file, but no pipe and no device. `size_of(path)` returns bytes, or None if there is no
+file. `parse_json(text)` returns the value of a JSON text; it raises `ValueError`, also for one that
+is nested too deeply. `cores()` returns the number of processor cores that this process may use,
+`cache_folder()` the folder for downloaded weights (variable `DETECTOR_CACHE`; `ValueError`: none).
+`make_socket_folder()` prepares this process for starting others.
 """
 
 import contextlib
@@ -46,6 +45,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 AnyPath = Path | UPath
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
-_READ_ONLY = ("http", "https")
+READ_ONLY = ("http", "https")  # protocols of addresses to which nothing can be written
 _OF_THIS_MACHINE = ("", "file", "local")
 
 
@@ -110,18 +110,6 @@ def local_path(text: str | os.PathLike) -> Path:
     return path
 
 
-def writable_path(text: str | os.PathLike) -> AnyPath:
-    """Convert a text to a path like `any_path`, but refuse read-only addresses (http, https).
-
-    Raises:
-        ValueError: as `any_path`, or a read-only address.
-    """
-    scheme = _ADDRESS.match(str(text))
-    if scheme and scheme[1].lower() in _READ_ONLY:
-        raise ValueError(f"{text} can only be read; write to a folder or to s3://bucket/folder")
-    return any_path(text)
-
-
 def check_reachable(path: AnyPath) -> None:
     """Check that an address answers, before work begins that needs it. Does nothing for a `Path`.
 
@@ -131,7 +119,7 @@ def check_reachable(path: AnyPath) -> None:
     """
     if is_local(path):
         return
-    is_http = path.protocol in _READ_ONLY
+    is_http = path.protocol in READ_ONLY
     try:
         if path.exists():
             return
@@ -152,8 +140,7 @@ def check_reachable(path: AnyPath) -> None:
 @contextlib.contextmanager
 def remote_errors(path: AnyPath, fault: str) -> Iterator[None]:
     """Raise OSError (`path`, `fault` such as "could not be read", the reason) for any error of an
-    address's client: some are no OSErrors (of HTTP, of botocore), others name the address only.
-    ValueError passes.
+    address's client: some are no OSErrors (HTTP, botocore), or only name it. ValueError passes.
     """
     try:
         yield
@@ -208,9 +195,7 @@ def partial_of(path: Path) -> Path:
 
 @functools.cache
 def _writer_of(_process_id: int) -> int:
-    """Return the random number of a process. Containers have the same process ids, and may write to
-    one shared folder.
-    """
+    """Return a random number of a process. Containers that write to one folder share its ids."""
     return int.from_bytes(os.urandom(6))
 
 
@@ -265,7 +250,7 @@ def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     Its mode follows the umask.
 
     Raises:
-        OSError: from `write`, or an upload failed; if the disk is full, the message names `path`.
+        OSError: from `write`, or an upload failed.
     """
     if not is_local(path):
         with naming(path), tempfile.TemporaryDirectory() as folder:
@@ -289,14 +274,14 @@ def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def naming(path: AnyPath) -> Iterator[None]:
-    """Add the file name `path` to errors of a full disk, which have none."""
+    """Name the file `path` in errors of a full disk, which name none, and of a temporary file."""
     try:
         yield
     except OSError as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if error.errno not in full or error.filename is not None:
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not str(error.filename).endswith(".partial"):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
@@ -480,17 +465,33 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-CACHE_VARIABLE = "DETECTOR_CACHE"
-
-
 def cache_folder() -> Path:
     """Return the folder for fetched backbones: `DETECTOR_CACHE`, or `ai-images-detector/backbones`
     in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    Raises:
+        ValueError: this user has no home folder.
     """
-    if own := os.environ.get(CACHE_VARIABLE):
+    if own := os.environ.get("DETECTOR_CACHE"):
         return Path(own)
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "ai-images-detector" / "backbones"
+    try:
+        return Path(caches).expanduser() / "ai-images-detector" / "backbones"
+    except RuntimeError as error:
+        raise ValueError("this user has no home folder; set DETECTOR_CACHE to a folder") from error
+
+
+def make_socket_folder() -> None:
+    """Create the folder in which multiprocessing makes sockets in this process and in those that it
+    starts: in /tmp if TMPDIR is too long. The name of a socket has at most 103 bytes (macOS).
+    """
+    before = tempfile.gettempdir()
+    if os.name == "posix" and len(os.fsencode(before)) + len("/pymp-/listener-") + 2 * 8 > 103:
+        tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
 
 
 def cores() -> int:

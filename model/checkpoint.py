@@ -138,8 +138,8 @@ def save(
             seal(partial, meta)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} could not be written ({reason_of(error)}); the previous checkpoint is kept, "
-            "and the same command goes on from there"
+            f"{folder} could not be written ({reason_of(error)}); earlier checkpoints are kept, "
+            "and the same command resumes from the last one, if there is one"
         ) from error
 
 

@@ -23,17 +23,22 @@ never collect objects that are garbage in this process.
 no answer, where Python and torch would send SIGTERM.
 """
 
+import atexit
 import contextlib
 import copy
+import functools
 import gc
 import logging
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from storage import make_socket_folder
 
 log = logging.getLogger("ai_images_detector")
 
@@ -122,10 +127,27 @@ class _KilledProcess(_Process):
         self._popen.terminate = self._popen.kill  # Python calls this one at its end
 
 
+class _Queue(multiprocessing.queues.Queue):
+    """Queue that passes on the error of an item that cannot be passed. Python prints the error and
+    drops the item, and torch would wait for it.
+    """
+
+    def _on_queue_feeder_error(self, error: Exception, item: Any) -> None:
+        from torch._utils import ExceptionWrapper
+
+        caught = (type(error), error, error.__traceback__)
+        self.put((item[0], ExceptionWrapper(caught, "in DataLoader worker process")))
+
+
+@functools.cache
 def killed_at_the_end() -> Any:
     """Return a `multiprocessing` context whose processes are ended by SIGKILL. On Linux they are
     forked.
     """
+    make_socket_folder()  # else each process makes one, which a SIGKILL leaves
+    if hasattr(signal, "SIGCHLD"):
+        # torch would take the end of these processes for an error while Python ends.
+        atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
     context = copy.copy(multiprocessing.get_context("fork" if sys.platform == "linux" else None))
-    vars(context)["Process"] = _KilledProcess
+    vars(context).update(Process=_KilledProcess, Queue=functools.partial(_Queue, ctx=context))
     return context

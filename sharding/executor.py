@@ -37,7 +37,7 @@ from typing import Any, Literal
 from escape import printable
 from imaging.budget import share_large
 from installed import install_extra
-from storage import cores
+from storage import cores, make_socket_folder
 
 Engine = Literal["local", "ray"]
 
@@ -77,6 +77,7 @@ def _run_processes(
     # Forking a process that has threads (a progress bar, a test runner) can deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # once, not per worker
+    make_socket_folder()
     with _deaf_to_interrupts():
         forkserver.ensure_running()
     with ProcessPoolExecutor(

@@ -95,7 +95,7 @@ def test_addresses_and_folders_become_paths(tmp_path: Path) -> None:
 def test_an_http_address_is_refused_for_writing() -> None:
     kind = cli.AnyAddress(writes=True)
     assert "can only be read" in said_of(kind, "http://here.org/shards")
-    result = CliRunner().invoke(sharding, ["build", "--out", "http://"])
+    result = CliRunner().invoke(sharding, ["build", "--out", "http://here.org"])
     assert result.exit_code == 2
     assert "can only be read" in result.output
 

@@ -270,6 +270,47 @@ def test_a_line_that_cannot_be_written_does_not_end_a_training(
         broken.close()
 
 
+WITH_CLOSED_STREAMS = """
+import sys
+import click, console
+
+@click.command(cls=console.Command)
+def command() -> None:
+    with open(sys.executable) as file:
+        console.note(f"descriptor {file.fileno()}")
+    console.say_data(f"input {len(sys.stdin.buffer.read())}")
+    console.say("a text")
+    console.table("a table", ["column"], [["value"]])
+
+command()
+"""
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_closed_standard_streams(closed: int) -> None:
+    """As by `<&-`, `>&-` and `2>&-`. Python sets them to None."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_CLOSED_STREAMS],
+        cwd=ROOT, input="abc", capture_output=True, text=True, preexec_fn=lambda: os.close(closed),
+    )  # fmt: skip
+    if closed == 1:
+        problem = "Error: standard output is closed; the result could not be printed\n"
+        assert (done.returncode, done.stderr) == (1, f"descriptor 3\n{problem}")
+        return
+    assert (done.returncode, done.stderr) == (0, "" if closed == 2 else "descriptor 3\n")
+    size, text, title, *_table = done.stdout.splitlines()
+    assert (size, text, title) == (f"input {3 if closed else 0}", "a text", "a table")
+
+
+def test_a_current_folder_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    result = run(lambda: None)
+    assert result.stderr == "Error: the current folder was removed; change to another one\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_termination_is_called_by_its_name(number: signal.Signals) -> None:
     def action() -> None:

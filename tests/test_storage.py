@@ -322,6 +322,14 @@ for name, write in (
 """
 
 
+@pytest.mark.parametrize("name", ["none/file", "folder"])
+def test_an_error_about_the_temporary_file_names_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / name, "")
+    assert caught.value.filename == str(tmp_path / name)
+
+
 @pytest.mark.skipif(not can_mount(), reason="mounting a small file system needs root")
 def test_a_full_disk_error_names_the_file(tmp_path: Path) -> None:
     disk = tmp_path / "disk"

@@ -39,6 +39,7 @@ public list, and `OFFLINE` the settings of the library that forbid network acces
 """
 
 import base64
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -118,14 +119,17 @@ def usual_trust_list() -> TrustList | None:
     Raises:
         TrustListError: the list cannot be used.
     """
-    return _usual_trust_list(os.environ.get(VARIABLE), cache_folder() / CACHED)
+    cached = None
+    with contextlib.suppress(ValueError):  # a user without a home folder has downloaded nothing
+        cached = cache_folder() / CACHED
+    return _usual_trust_list(os.environ.get(VARIABLE), cached)
 
 
 @functools.lru_cache(maxsize=2)
-def _usual_trust_list(named: str | None, cached: Path) -> TrustList | None:
+def _usual_trust_list(named: str | None, cached: Path | None) -> TrustList | None:
     if named:
         return read_trust_list(Path(named), VARIABLE)
-    return read_cached(cached) if cached.is_file() else None
+    return read_cached(cached) if cached and cached.is_file() else None
 
 
 def read_trust_list(path: Path, origin: str = "--trust-list") -> TrustList:

@@ -226,6 +226,21 @@ def test_too_few_descriptors_for_a_batch_of_a_worker_are_named(old: ShardSet) ->
         list(batches)
 
 
+def test_a_batch_that_a_worker_cannot_pass_ends_the_run(
+    old: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python prints the error, and torch would wait for the batch."""
+
+    def failing(_descriptor: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("multiprocessing.reduction.DupFd", failing)  # a worker is forked with it
+    loading = Loading(batch_size=4, backend="pil", num_workers=1, stall_error_s=8)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
+    with pytest.raises(OSError, match=r"^\[Errno 24\] Too many open files$"):
+        list(evaluation_batches(loader))
+
+
 # torch's signal handler may raise while torch opens a file, and the file is then never closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_ends_the_run_with_one_error(old: ShardSet) -> None:

@@ -196,9 +196,9 @@ data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # torch waits so long for a worker t
 
 with stop_signals_held(), garbage_held():
     batches = iter(
-        data.DataLoader(range(10**6), num_workers=1, multiprocessing_context=killed_at_the_end())
+        data.DataLoader(range(10**6), num_workers=3, multiprocessing_context=killed_at_the_end())
     )
-(worker,) = batches._workers
+worker, *_others = batches._workers
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     os.kill(worker.pid, number)
 print(len(list(itertools.islice(batches, 20))), worker.is_alive(), flush=True)
@@ -210,11 +210,16 @@ if sys.argv[1] == "closed":
 
 
 @pytest.mark.parametrize("ending", ["closed", "left open"])
-def test_a_worker_ignores_signals_and_ends_with_its_parent(ending: str) -> None:
+def test_a_worker_ignores_signals_and_ends_with_its_parent(ending: str, tmp_path: Path) -> None:
+    """Also where the temporary folder has too long a name for the sockets that pass batches."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", SIGNALS, ending],
+        [sys.executable, "-W", "ignore", "-c", SIGNALS, ending],
         cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True,
+        env=os.environ | {"TMPDIR": str(long)},
     )  # fmt: skip
+    assert not list(long.iterdir())
     said, worker = done.stdout.splitlines()
     assert (said, done.stderr) == ("20 True", "")
     with pytest.raises(ProcessLookupError):

@@ -1,5 +1,6 @@
 """Tests of the processes that run the tasks of a build, when they or their parent are killed."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,19 @@ def test_a_killed_worker_is_one_error_that_says_what_to_do() -> None:
     tasks = [(signal.SIGKILL,), (signal.SIGKILL,)]
     with pytest.raises(OSError, match=r"killed, .* lack of memory; .* again, with fewer --jobs"):
         list(run_all(signal.raise_signal, tasks, jobs=2))
+
+
+def test_tasks_run_where_the_temporary_folder_has_a_long_name(tmp_path: Path) -> None:
+    """Its name would be too long for the socket of multiprocessing's fork server."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    code = "from sharding.executor import run_all; print(sum(run_all(abs, [(-1,), (-2,)], jobs=2)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG_S,
+        env=os.environ | {"TMPDIR": str(long)},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 PROGRAM = """

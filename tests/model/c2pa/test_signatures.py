@@ -252,6 +252,20 @@ def test_which_list_is_used(
         usual_trust_list()
 
 
+def test_without_a_home_folder_no_list_was_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a user who is in no table of users."""
+    for name in ("DETECTOR_CACHE", "XDG_CACHE_HOME", "DETECTOR_TRUST_LIST"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(_path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    assert usual_trust_list() is None
+    with pytest.raises(ValueError, match="no home folder; set DETECTOR_CACHE"):
+        cache_folder()
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "sha256", "pem", "fetched"])
 def test_a_damaged_list_in_the_cache_is_an_error(damage: str, cached: Path) -> None:
     keep(cached, pem(make_authority().root), **({damage: "20"} if damage.isalnum() else {}))
