@@ -118,9 +118,8 @@ def verify(
         index = read_index(folder)
         faults += _check_totals(folder, index, shards)
         entries, rows_of = index["shards"], shards.rows_of_shards()
-        # Rows are copied by `take`: pickling a slice for a process would send the whole table.
         tasks = (
-            (str(folder), entry, shards.table.take(rows_of.get(code, np.empty(0, np.int64))))
+            (str(folder), entry, _copied(shards.table, rows_of.get(code, np.empty(0, np.int64))))
             for code, entry in enumerate(entries)
         )
         for count, new_faults in run_all(
@@ -129,6 +128,15 @@ def verify(
             faults += new_faults
             on_images(count)
     return sorted(faults) + _check_splits(folders, opened)
+
+
+def _copied(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Copy rows of the table: pickling a slice for a process would send the whole table. But `take`
+    first copies all chunks of what it takes from, so it takes from a slice: rows of one shard are
+    next to each other.
+    """
+    first, end = (rows.min(), rows.max() + 1) if len(rows) else (0, 0)
+    return table.slice(first, end - first).take(rows - first)
 
 
 def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[int, list[str]]:

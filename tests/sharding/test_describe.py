@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
-from sharding.catalog import CatalogError, read_catalog
+from sharding.catalog import SHIPPED, Catalog, CatalogError, read_catalog
 from sharding.describe import describe
 from sharding.listing import list_source
-from tests.builders import write_zip
+from tests.builders import encode, photo, write_zip
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -133,3 +133,49 @@ def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
     arguments[-1] += ".toml"
     output = CliRunner().invoke(main, arguments).output
     assert "no folder of fake images by its name: training needs both classes" in output
+
+
+def test_a_word_for_content_below_fakes_makes_no_real_images(tmp_path: Path) -> None:
+    for name in ("fake/human/a.jpg", "real/human/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encode(photo(1)))
+    assert describe(tmp_path).folders == {"fake": ("fake", 1), "real/human": ("real", 1)}
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Catalog:
+    return read_catalog(SHIPPED)
+
+
+@pytest.mark.parametrize("name", ["dda", "Raid", "val", "test", "stylegan2"])
+def test_describe_takes_no_name_of_the_shipped_catalogs(
+    tmp_path: Path, shipped: Catalog, name: str
+) -> None:
+    """The source would inherit the other keys of the shipped one."""
+    (tmp_path / name / "real").mkdir(parents=True)
+    (tmp_path / name / "real/a.jpg").write_bytes(encode(photo(1)))
+    text = describe(tmp_path / name).text
+    assert f'[sources.my-{name.lower()}]\nroot = "{name}"' in text
+    (tmp_path / "x.toml").write_text(text)
+    catalog = read_catalog([*SHIPPED, tmp_path / "x.toml"])
+    assert catalog.sources.items() >= shipped.sources.items()
+    assert catalog.sets.keys() - shipped.sets.keys() == {
+        f"my-{name.lower()}{end}" for end in ("", "-val", "-test")
+    }
+
+
+def test_describe_says_that_a_line_also_labels_the_folders_below(tmp_path: Path) -> None:
+    for path in ("a.jpg", "x/b.jpg", "x/c.jpg", "x/y/d.jpg", "x/z/e.jpg", "x/z/real/f.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(encode(photo(1)))
+    text = describe(tmp_path).text
+    listed = "in folders below that are listed too"
+    for kind in ("real", "fake"):
+        assert f'# {{ folder = "." }},  # 5 images, 4 of them {listed}: {kind}?' in text
+        assert f'# {{ folder = "x" }},  # 4 images, 2 of them {listed}: {kind}?' in text
+        assert f'# {{ folder = "x/y" }},  # 1 image: {kind}?' in text
+    ignored = text[text.index("ignore = [") :]
+    assert ignored == 'ignore = [\n    # "x/y",  # 1 image that no rule may label?\n]\n'
+    (tmp_path / "c.toml").write_text(text.replace('    # "x/y"', '    "x/y"'))
+    (source,) = read_catalog([tmp_path / "c.toml"]).sources.values()
+    assert source.ignore == ["x/y"]

@@ -6,19 +6,18 @@ import os
 import shlex
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from sharding.__main__ import main
-from sharding.catalog import SHIPPED, Catalog, read_catalog
-from sharding.describe import describe
 from sharding.format import SAMPLES_SCHEMA, ShardError, open_shards
-from sharding.verify import sets_in, verify
+from sharding.verify import _copied, sets_in, verify
 from tests.builders import build_all, encode, photo
 
 
@@ -114,6 +113,23 @@ def test_an_image_in_two_splits_is_found(copy: Path) -> None:
     assert "in another split than an image of the same group" in faults
     assert "in another split than an image with the same perceptual hash" in faults
     assert "the same bytes as old:" in faults
+
+
+@pytest.mark.parametrize("rows", [range(1500, 2500), [2003, 1, 2001], []])
+def test_rows_of_a_shard_are_copied_without_the_rest_of_the_table(rows: Sequence[int]) -> None:
+    """A `take` of a table of many chunks first copies all of it: once per shard, this was quadratic
+    in the number of images.
+    """
+    chunk = pa.table({"key": [f"key-{number:04}" for number in range(1000)]})
+    table = pa.concat_tables([chunk] * 64)
+    pool = pa.proxy_memory_pool(default := pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        keys = _copied(table, np.array(rows, np.int64)).column("key").to_pylist()
+    finally:
+        pa.set_memory_pool(default)
+    assert keys == [f"key-{row % 1000:04}" for row in rows]
+    assert (pool.max_memory() or 0) < table.nbytes / 8
 
 
 def test_a_foreign_member_is_found(copy: Path, tmp_path: Path) -> None:
@@ -290,52 +306,6 @@ def test_the_command_that_describe_prints_runs(tmp_path: Path) -> None:
     words = shlex.split(output.partition("then: python -m sharding ")[2])
     status, output = run(*words, "--out", tmp_path / "out", "--jobs", 1, "--allow-incomplete")
     assert status == 0, output
-
-
-def test_a_word_for_content_below_fakes_makes_no_real_images(tmp_path: Path) -> None:
-    for name in ("fake/human/a.jpg", "real/human/b.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(encode(photo(1)))
-    assert describe(tmp_path).folders == {"fake": ("fake", 1), "real/human": ("real", 1)}
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Catalog:
-    return read_catalog(SHIPPED)
-
-
-@pytest.mark.parametrize("name", ["dda", "Raid", "val", "test", "stylegan2"])
-def test_describe_takes_no_name_of_the_shipped_catalogs(
-    tmp_path: Path, shipped: Catalog, name: str
-) -> None:
-    """The source would inherit the other keys of the shipped one."""
-    (tmp_path / name / "real").mkdir(parents=True)
-    (tmp_path / name / "real/a.jpg").write_bytes(encode(photo(1)))
-    text = describe(tmp_path / name).text
-    assert f'[sources.my-{name.lower()}]\nroot = "{name}"' in text
-    (tmp_path / "x.toml").write_text(text)
-    catalog = read_catalog([*SHIPPED, tmp_path / "x.toml"])
-    assert catalog.sources.items() >= shipped.sources.items()
-    assert catalog.sets.keys() - shipped.sets.keys() == {
-        f"my-{name.lower()}{end}" for end in ("", "-val", "-test")
-    }
-
-
-def test_describe_says_that_a_line_also_labels_the_folders_below(tmp_path: Path) -> None:
-    for path in ("a.jpg", "x/b.jpg", "x/c.jpg", "x/y/d.jpg", "x/z/e.jpg", "x/z/real/f.jpg"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(encode(photo(1)))
-    text = describe(tmp_path).text
-    listed = "in folders below that are listed too"
-    for kind in ("real", "fake"):
-        assert f'# {{ folder = "." }},  # 5 images, 4 of them {listed}: {kind}?' in text
-        assert f'# {{ folder = "x" }},  # 4 images, 2 of them {listed}: {kind}?' in text
-        assert f'# {{ folder = "x/y" }},  # 1 image: {kind}?' in text
-    ignored = text[text.index("ignore = [") :]
-    assert ignored == 'ignore = [\n    # "x/y",  # 1 image that no rule may label?\n]\n'
-    (tmp_path / "c.toml").write_text(text.replace('    # "x/y"', '    "x/y"'))
-    (source,) = read_catalog([tmp_path / "c.toml"]).sources.values()
-    assert source.ignore == ["x/y"]
 
 
 def test_describe_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:
