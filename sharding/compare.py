@@ -16,11 +16,15 @@ Samples are matched by their key (source and hash of the path). The columns `IGN
 of a sample in the tars, and the key) are not compared.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardSet
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sharding.format import CLASSES, SAMPLES_SCHEMA, ShardSet, numbers_of
 
 IGNORED = {"shard", "offset", "key"}
 """Columns that are not compared: the location of a sample, and the key that matches samples."""
@@ -42,30 +46,32 @@ class Difference:
 
 def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
     """Match the samples of two sets by key (source and hash of the origin) and list differences."""
-    names = [name for name in SAMPLES_SCHEMA.names if name not in IGNORED]
-    old, new = (
-        dict(zip(s.table.column("key").to_pylist(), range(len(s)), strict=True))
-        for s in (before, after)
+    keys, old_keys = after.table.column("key"), before.table.column("key")
+    old_row = numbers_of(pc.fill_null(pc.index_in(keys, value_set=old_keys), -1))
+    added, shared = np.flatnonzero(old_row < 0), np.flatnonzero(old_row >= 0)
+    removed = np.flatnonzero(~numbers_of(pc.is_in(old_keys, value_set=keys)))
+    changed = defaultdict(list)
+    for name in (name for name in SAMPLES_SCHEMA.names if name not in IGNORED):
+        old, new = _values(before, name, old_row[shared]), _values(after, name, shared)
+        differ = pc.not_equal(old, new)  # null if one of them is
+        differ = pc.coalesce(differ, pc.xor(old.is_null(), new.is_null()))
+        for row in np.flatnonzero(numbers_of(differ)).tolist():
+            change = _say(name, old[row].as_py(), new[row].as_py())
+            changed[after.text("key", shared[row])].append(change)
+    return Difference(
+        sorted(keys.take(added).to_pylist()),
+        sorted(old_keys.take(removed).to_pylist()),
+        dict(sorted(changed.items())),
+        {"added": _count(after, added), "removed": _count(before, removed)},
     )
-    columns = {
-        name: (before.table.column(name).to_pylist(), after.table.column(name).to_pylist())
-        for name in names
-    }
-    changed = {}
-    for key in sorted(old.keys() & new.keys()):
-        differing = [
-            _say(name, old_values[old[key]], new_values[new[key]])
-            for name, (old_values, new_values) in columns.items()
-            if old_values[old[key]] != new_values[new[key]]
-        ]
-        if differing:
-            changed[key] = differing
-    added, removed = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
-    counts = {
-        "added": _count(after, [new[key] for key in added]),
-        "removed": _count(before, [old[key] for key in removed]),
-    }
-    return Difference(added, removed, changed, counts)
+
+
+def _values(shards: ShardSet, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+    """Return the values of a column in `rows`: names themselves, not codes of one table."""
+    column = shards.table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.take(rows)
 
 
 def _say(name: str, before: Any, after: Any) -> str:
@@ -76,6 +82,9 @@ def _say(name: str, before: Any, after: Any) -> str:
     return f"{name}: {before} -> {after}"
 
 
-def _count(shards: ShardSet, rows: list[int]) -> Counter[str]:
-    sources, labels = shards.table.column("source"), shards.column("label")
-    return Counter(f"{sources[row].as_py()}, {CLASSES[labels[row]]}" for row in rows)
+def _count(shards: ShardSet, rows: np.ndarray) -> Counter[str]:
+    labels = shards.column("label")[rows].tolist()
+    sources = shards.names("source", rows)
+    return Counter(
+        f"{source}, {CLASSES[label]}" for source, label in zip(sources, labels, strict=True)
+    )

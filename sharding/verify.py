@@ -39,7 +39,6 @@ import pyarrow as pa
 from imaging import tar
 from imaging.decode import DecodeError, prepare
 from imaging.fingerprint import fingerprints, green_grid
-from sharding.dedupe import SPLIT_RANK
 from sharding.executor import run_all
 from sharding.format import (
     CLASSES,
@@ -48,8 +47,10 @@ from sharding.format import (
     INDEX_FILE,
     TIMM_FILE,
     ShardSet,
+    codes_of,
     content_sha256,
     member_metadata,
+    numbers_of,
     open_shards,
     read_index,
     timm_info,
@@ -262,13 +263,13 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
         yield f"{where}: the index belongs to set {index['set']}"
     if len(shards) != index["samples"]:
         yield f"{where}: {len(shards):,} rows, the index says {index['samples']:,}"
-    keys = shards.table.column("key").to_pylist()
-    for key, count in Counter(keys).items():
-        if count > 1:
-            yield f"{where}:{key}: {count} samples have this key"
-    labels = Counter(CLASSES[label] for label in shards.column("label").tolist())
-    if dict(labels) != index["totals"]["label"]:
-        yield f"{where}: labels are {dict(labels)}, the index says {index['totals']['label']}"
+    again = Counter(first for _row, first in _repeated(shards.table.column("key")))
+    for row, count in again.items():
+        yield f"{where}:{shards.text('key', row)}: {1 + count} samples have this key"
+    present, counts = np.unique(shards.column("label"), return_counts=True)
+    labels = {CLASSES[label]: int(count) for label, count in zip(present, counts, strict=True)}
+    if labels != index["totals"]["label"]:
+        yield f"{where}: labels are {labels}, the index says {index['totals']['label']}"
     for name in ("source", "generator"):
         codes, names = shards.codes(name)
         counts = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
@@ -314,19 +315,17 @@ def _check_splits(folders: Sequence[AnyPath], opened: Sequence[ShardSet]) -> lis
     if not opened:
         return []
     table = pa.concat_tables([shards.table.drop_columns("shard_code") for shards in opened])
-    table = table.unify_dictionaries()
-    sizes = [len(shards) for shards in opened]
-    home = np.repeat(np.arange(len(opened)), sizes)
-    rank = np.array([SPLIT_RANK[split] for split in table.column("split").to_pylist()], np.int8)
-    keys, origins = table.column("key").to_pylist(), table.column("origin").to_pylist()
+    home = np.repeat(np.arange(len(opened)), [len(shards) for shards in opened])
+    splits, _names = codes_of(table.column("split"))
 
     def name(row: int) -> str:
-        return f"{folders[home[row]].name}:{keys[row]} ({origins[row]})"
+        key, origin = (table.column(column)[row].as_py() for column in ("key", "origin"))
+        return f"{folders[home[row]].name}:{key} ({origin})"
 
     faults = []
     for column, what in _TIES:
-        for a, b in _repeated(table.column(column).to_pylist()):
-            if rank[a] != rank[b] or column == "sha256":
+        for a, b in _repeated(table.column(column)):
+            if splits[a] != splits[b] or column == "sha256":
                 faults.append(f"{name(a)}: {what} {name(b)}")
     return faults
 
@@ -338,9 +337,16 @@ _TIES = (
 )
 
 
-def _repeated(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Yield each row with a repeated value, and the first row with that value."""
-    first: dict[Any, int] = {}
-    for row, value in enumerate(values):
-        if first.setdefault(value, row) != row:
-            yield row, first[value]
+def _repeated(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
+    """Yield each row with a repeated value, and the first row with that value. No value becomes an
+    object of Python: of a hundred million images, these would need 100 GB.
+    """
+    if not pa.types.is_integer(column.type):  # distinct texts of all sets may exceed 2 GiB
+        column = column.cast(pa.large_binary())
+    encoded = [chunk.indices for chunk in column.dictionary_encode().chunks]
+    codes = numbers_of(pa.chunked_array(encoded, pa.int32()))
+    rows = np.arange(len(codes))
+    first = np.empty_like(rows)
+    first[codes[::-1]] = rows[::-1]  # of equal codes, the last assignment stays: the first row
+    again = np.flatnonzero(first[codes] != rows)
+    yield from zip(again.tolist(), first[codes[again]].tolist(), strict=True)

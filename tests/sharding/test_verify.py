@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from sharding.__main__ import main
 from sharding.format import SAMPLES_SCHEMA, ShardError, open_shards
-from sharding.verify import _copied, sets_in, verify
+from sharding.verify import _copied, _repeated, sets_in, verify
 from tests.builders import build_all, encode, photo
 
 
@@ -130,6 +131,25 @@ def test_rows_of_a_shard_are_copied_without_the_rest_of_the_table(rows: Sequence
         pa.set_memory_pool(default)
     assert keys == [f"key-{row % 1000:04}" for row in rows]
     assert (pool.max_memory() or 0) < table.nbytes / 8
+
+
+def test_repeated_values_are_found_with_few_bytes_for_each_row() -> None:
+    """Python's objects of all rows were 2 kB for each image, and minutes after the last shard."""
+    count = 20_000
+    texts = [f"text-{number}" for number in range(count)]
+    texts[7], texts[-1], texts[-2] = "text-5", "text-5", "text-100"
+    column = pa.chunked_array([texts[:6000], texts[6000:]])
+    tracemalloc.start()
+    try:
+        repeated = [*_repeated(column)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert repeated == [(7, 5), (count - 2, 100), (count - 1, 5)]
+    assert peak < 100 * count
+    numbers = pa.chunked_array([[3, 4], [4, 3, 3]], pa.uint64())
+    assert [*_repeated(numbers)] == [(2, 1), (3, 0), (4, 0)]
+    assert [*_repeated(column[:0])] == []
 
 
 def test_a_foreign_member_is_found(copy: Path, tmp_path: Path) -> None:
