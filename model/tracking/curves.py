@@ -45,16 +45,14 @@ def draw(run: Path, out: Path) -> int:
             f"{run} is no run (it has no {HISTORY_FILE}); {run.parent} holds "
             f"{', '.join(beside) or 'none'}"
         )
-    rows = rows_of(run)
-    steps = [row for row in rows if row["kind"] == "train"]
+    steps, sets, last = _read(run)
     if not steps:
         raise CurvesError(f"{run} has not logged a step yet; a row comes every run.log_every steps")
-    sets = _validated(run, rows)
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     axes = figure.subplots(2, 3).ravel()
     figure.suptitle(run.name)
-    _line(axes[0], "loss", [(row["step"], row["loss"]) for row in steps], "training")
-    _line(axes[1], "learning rate of the head", [(row["step"], row["lr"]) for row in steps])
+    _line(axes[0], "loss", [(step, loss) for step, loss, _lr in steps], "training")
+    _line(axes[1], "learning rate of the head", [(step, lr) for step, _loss, lr in steps])
     for panel, (name, title) in zip(axes[2:5], _PANELS, strict=True):
         for label, rows_of_set in sets.items():
             _line(panel, title, [(step, row[name]) for step, row in rows_of_set], label)
@@ -74,20 +72,29 @@ def draw(run: Path, out: Path) -> int:
     }
     axes[5].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     write_atomically(out, lambda partial: figure.savefig(partial, format="png", dpi=100))
-    return rows[-1]["step"]
+    return last
 
 
-def _validated(run: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict]]]:
-    """Return (step, metrics) of each validation set, by rising step."""
+def _read(
+    run: Path,
+) -> tuple[list[tuple[int, float, float]], dict[str, list[tuple[int, dict]]], int]:
+    """Return what is drawn of a run: step, loss and learning rate of each logged step, (step,
+    metrics) of each validation set, by rising step, and the last step. Of many sources, the other
+    rows and values would not fit into memory.
+    """
+    steps, last = [], 0
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
     if (run / BASELINE_FILE).exists():
         before = parse_json(read_text(run / BASELINE_FILE))
         metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
-    for row in rows:
+    for row in rows_of(run):
+        last = row["step"]
         kind, _, name = row["kind"].partition("/")
+        if kind == "train":
+            steps.append((last, row["loss"], row["lr"]))
         if kind == "validate" and name and "/" not in name:  # with a slash it is a source
-            metrics_of_set.setdefault(name, []).append((row["step"], row))
-    return metrics_of_set
+            metrics_of_set.setdefault(name, []).append((last, row))
+    return steps, metrics_of_set, last
 
 
 def _line(panel: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:

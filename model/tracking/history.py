@@ -16,24 +16,24 @@ is the step's number, `kind` a text such as "train" or "validate/SET", and `row`
 number or None. `sync()` flushes the rows to the disk. On several ranks, only rank 0 makes a
 `History`.
 
-`rows_of(folder)` returns the rows of `metrics.jsonl` as a list of dicts, each also with `step` and
-`kind`. It raises `FileNotFoundError` if there is no file. `rows_of()` and `History` raise
+`rows_of(folder)` yields the rows of `metrics.jsonl`, dicts that also have `step` and `kind`. It
+raises `FileNotFoundError` if there is no file. `rows_of()` and `History` raise
 `ValueError` if the file does not begin with a row with `step` and `kind`, or if rows follow a
 damaged line. `History` raises it, too, if `removed.jsonl` is damaged in the same way. An incomplete
 end, left by a kill, is ignored. `scalars_of(kind, row)` returns a dict, `kind/name` -> value, as
 TensorBoard and the tracker get it; values that are None are left out.
 """
 
-import itertools
+import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from model.lean_import import without
 from model.tracking.tracker import Tracker
-from storage import parse_json, read_plain, write_text
+from storage import MAX_FILE_BYTES, open_plain, parse_json, write_atomically, write_text
 
 with without("boto3"):  # runs are in local folders
     from torch.utils.tensorboard import SummaryWriter
@@ -46,38 +46,37 @@ no longer in `HISTORY_FILE`. A run that is interrupted twice would send them aga
 """
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Read the rows that a run in `folder` has written, each with `step` and `kind`. An incomplete
-    end, left by a kill or a power cut, is ignored.
+def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows that a run in `folder` has written, each with `step` and `kind`. An incomplete
+    end, left by a kill or a power cut, is ignored. A long run has more rows than fit into memory.
 
     Raises:
         ValueError: the file does not start with such a row, or rows follow a line that is none.
     """
-    return _rows_in(folder / HISTORY_FILE)
+    return (row for _line, row in _rows_in(folder / HISTORY_FILE))
 
 
-def _rows_in(path: Path) -> list[dict[str, Any]]:
-    lines = read_plain(path).splitlines(keepends=True)
-    parsed = [_row_in(line) for line in lines]
-    rows = [row for row in itertools.takewhile(lambda row: row is not None, parsed) if row]
-    if len(rows) == len(lines):
-        return rows
-    damaged = lines[len(rows)]
-    if any(parsed[len(rows) :]):
-        raise ValueError(
-            f"{path}, line {len(rows) + 1}: {damaged[:40]!r} is no row, and rows follow it; "
-            "restore the file from a copy, or move it away"
-        )
-    if not rows and damaged.endswith(b"\n") and damaged.strip(b"\0\n"):
+def _rows_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each row of a file, with its line before it."""
+    damaged = b""
+    count = 0  # of lines before the damaged one
+    with open_plain(path) as opened, io.BufferedReader(opened) as stream:
+        for line in iter(lambda: stream.readline(MAX_FILE_BYTES), b""):
+            row = _row_in(line)
+            if row and damaged:
+                raise ValueError(
+                    f"{path}, line {count + 1}: {damaged[:40]!r} is no row, and rows follow it; "
+                    "restore the file from a copy, or move it away"
+                )
+            if row:
+                count += 1
+                yield line, row
+            damaged = damaged or (b"" if row else line)
+    if not count and damaged.endswith(b"\n") and damaged.strip(b"\0\n"):
         raise ValueError(
             f"{path} is no history of a run (it begins with {damaged[:40]!r}); move it away, or "
             "use --run NAME for another folder"
         )
-    return rows
-
-
-def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def _row_in(line: bytes) -> dict[str, Any] | None:
@@ -108,14 +107,28 @@ class History:
         self.path, self.tracker = folder / HISTORY_FILE, tracker
         self.sent: set[tuple[int, str]] = set()
         if self.path.exists():
-            rows, removed = rows_of(folder), folder / REMOVED_FILE
-            before = _rows_in(removed) if removed.exists() else []
-            self.sent = {(row["step"], row["kind"]) for row in [*rows, *before]}
-            if later := sorted(key for key in self.sent if key[0] > done):
-                keys = ({"step": step, "kind": kind} for step, kind in later)
-                write_text(removed, _as_lines(keys))  # first: after a kill, both files have them
-            write_text(self.path, _as_lines(row for row in rows if row["step"] <= done))
+            self._drop_later(folder / REMOVED_FILE, done)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def _drop_later(self, removed: Path, done: int) -> None:
+        size = 0  # of the rows that stay
+        for line, row in _rows_in(self.path):
+            if row["step"] > done:
+                self.sent.add((row["step"], row["kind"]))
+            else:
+                size += len(line)
+        if removed.exists():
+            rows = (row for _line, row in _rows_in(removed) if row["step"] > done)
+            self.sent |= {(row["step"], row["kind"]) for row in rows}
+        if self.sent:  # first: after a kill, both files have them
+            keys = ({"step": step, "kind": kind} for step, kind in sorted(self.sent))
+            write_text(removed, "".join(f"{json.dumps(key)}\n" for key in keys))
+        if size < self.path.stat().st_size:
+            write_atomically(self.path, lambda partial: self._copy_until(done, partial))
+
+    def _copy_until(self, done: int, partial: Path) -> None:
+        with partial.open("wb") as stream:
+            stream.writelines(line for line, row in _rows_in(self.path) if row["step"] <= done)
 
     def __enter__(self) -> "History":
         return self

@@ -36,7 +36,7 @@ def test_a_run_learns_and_writes_everything_down(
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=8", "optim.lr=8e-3", "data.policy=dda"])
     best = train(recipe, data, tmp_path / "runs")
-    rows = rows_of(best.parent)
+    rows = [*rows_of(best.parent)]
     losses = losses_of(best.parent)
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
     validated = [row for row in rows if row["kind"] == "validate/val/gamma"]
@@ -53,7 +53,7 @@ def test_epochs_between_validations_are_not_scored(
 ) -> None:
     recipe = recipes.load(Recipe, tiny_recipe, ["run.epochs=3", "run.validate_every=2"])
     best = train(recipe, data, tmp_path / "runs")
-    rows = rows_of(best.parent)
+    rows = [*rows_of(best.parent)]
     selections = {row["step"]: row["selection"] for row in rows if row["kind"] == "validate"}
     last = max(row["step"] for row in rows)
     assert [3 * step // last for step in selections] == [2, 3]  # the last epoch always

@@ -84,7 +84,7 @@ def test_a_run_killed_at_random_steps_ends_as_the_uninterrupted_one(
         train(recipe, data, tmp_path / "whole", init_from=start)
     whole, parts = (tmp_path / name / recipe.name for name in ("whole", "parts"))
     start = start if phase == 2 else None
-    steps = rows_of(whole)[-1]["step"]
+    steps = [*rows_of(whole)][-1]["step"]
     rng = np.random.default_rng(phase)
     real_step = step_module.train_step
     for last in sorted(rng.choice(np.arange(1, steps), kills, replace=False).tolist()):
