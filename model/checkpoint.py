@@ -8,7 +8,7 @@ checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main en
   one. `net`: `Detector` of `network.py`. `recipe`: `resolved(Recipe)` of `backbones/resolve.py`.
   `record`: a `Record`: `step`, `epoch`, `selection` (highest in the best one, or None), `metrics`
   (may be {}) and `data` go to `meta.json`; more may be left out. `state`: any dict to resume from,
-  or None. `replayed`: pairs (epoch, key of a replayed sample), or None. `CheckpointError`: failed.
+  or None. `replayed`: pairs (key of a replayed sample, count), or None. `CheckpointError`: failed.
 - `load_network(folder)` returns the `Detector` (CPU, evaluation mode), `Preprocess` and meta
   (dict). `CheckpointError`: no usable checkpoint. `DamagedError`, its subclass: a missing or
   changed file. Another `ValueError`: weights do not fit, or a backbone is not fetched.
@@ -27,7 +27,7 @@ import pickle
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,12 +101,13 @@ def save(
     recipe: "ResolvedRecipe",
     record: Record,
     state: Mapping[str, Any] | None,
-    replayed: Sequence[tuple[int, str]] | None = None,
+    replayed: Iterable[tuple[str, int]] | None = None,
 ) -> None:
     """Write a checkpoint under a temporary name, then rename it. When `save` returns, the
     checkpoint is on the disk and survives a power cut.
 
-    `state` is what resuming needs. `replayed` lists (epoch, key) of the replayed samples so far.
+    `state` is what resuming needs. `replayed` yields the key of each replayed sample, and how often
+    it came so far.
     """
     try:
         with atomic_folder(folder, replace=True) as partial:
@@ -115,8 +116,9 @@ def save(
             if state is not None:
                 torch.save(dict(state), partial / STATE_FILE)
             if replayed is not None:
-                text = "epoch,key\n" + "".join(f"{epoch},{key}\n" for epoch, key in replayed)
-                (partial / REPLAYED_FILE).write_text(text, encoding="utf-8")
+                with (partial / REPLAYED_FILE).open("w", encoding="utf-8") as stream:
+                    stream.write("key,count\n")
+                    stream.writelines(f"{key},{count}\n" for key, count in replayed)
             meta = {
                 "format_version": FORMAT_VERSION,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

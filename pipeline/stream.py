@@ -182,7 +182,7 @@ class Stream:
     seed: int
     repeats: Mapping[str, float] = field(default_factory=dict)
     views: int | None = None
-    _replayed: dict[int, list[str]] = field(default_factory=dict, init=False, repr=False)
+    _replayed: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def new_per_epoch(self) -> int:
@@ -289,26 +289,28 @@ class Stream:
             )
             epoch_number += 1
 
-    def replayed_until(self, done: int, *, whole: bool = False) -> list[tuple[int, str]]:
-        """Return (epoch, key) of every old sample in the first `done` steps, in their order. With
-        `whole`, those of whole epochs, as in `epoch()`. The keys of finished epochs are kept for
-        the next call: a run asks at each of its checkpoints.
+    def replayed_until(self, done: int, *, whole: bool = False) -> Iterator[tuple[str, int]]:
+        """Yield the key of each old sample in the first `done` steps, and how often it came. With
+        `whole`, whole epochs count, as in `epoch()`. The counts of finished epochs are kept for the
+        next call: a run asks at each of its checkpoints.
         """
-        replayed = []
-        for epoch_number in range(-(-done // self.steps_per_epoch)):
-            left = done - epoch_number * self.steps_per_epoch
-            finished = left >= self.steps_per_epoch and not whole
-            keys = self._replayed.get(epoch_number) if finished else None
-            if keys is None:
-                epoch = self.epoch(epoch_number, whole=whole)
-                steps = epoch.steps if whole else min(epoch.steps, left)
-                seen = slice(0, steps * epoch.global_batch)
-                old = epoch.samples[seen][epoch.replayed[seen]]
-                keys = self.pool.shards.table.column("key").take(old).to_pylist()
-            if finished:
-                self._replayed[epoch_number] = keys
-            replayed += [(epoch_number, key) for key in keys]
-        return replayed
+        finished, left = divmod(done, self.steps_per_epoch)
+        if whole:
+            finished, left = finished + (left > 0), 0
+        known = max((n for n in self._replayed if n <= finished and not whole), default=0)
+        none = np.zeros(len(self.pool.shards), np.int32)
+        counts = self._replayed.get(known, none).copy()
+        for epoch_number in range(known, finished):
+            _add_replayed(counts, self.epoch(epoch_number, whole=whole))
+        if not whole:
+            self._replayed.clear()
+            self._replayed[finished] = counts
+        if left:
+            counts = counts.copy()
+            _add_replayed(counts, self.epoch(finished), left)
+        samples = np.flatnonzero(counts)
+        keys = self.pool.shards.table.column("key").take(samples)
+        return ((key.as_py(), int(count)) for key, count in zip(keys, counts[samples], strict=True))
 
     def state(self, done: int) -> dict[str, Any]:
         """Return what `resume` needs to continue after `done` steps: a few integers and texts."""
@@ -355,6 +357,12 @@ class Stream:
             settings=self._settings,
         )
         return epoch_number * self.steps_per_epoch + step
+
+
+def _add_replayed(counts: np.ndarray, epoch: Epoch, steps: int | None = None) -> None:
+    """Add the old samples of an epoch, or of its first steps, to the counts of all samples."""
+    seen = slice(None if steps is None else steps * epoch.global_batch)
+    np.add.at(counts, epoch.samples[seen][epoch.replayed[seen]], 1)
 
 
 def evaluation_batches(loader: BatchLoader) -> Iterator[Batch]:

@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_detected_at_any_position(tmp_path: Path, name: str) ->
     """
     older = save(tmp_path, state=STATE)
     folder = save(tmp_path, step=2, state=STATE)
-    (folder / "replayed.csv").write_text("epoch,key\n0,a\n")
+    (folder / "replayed.csv").write_text("key,count\na,1\n")
     checkpoint.seal(folder, checkpoint.read_meta(folder))
     assert checkpoint.verify(folder)["step"] == 2
     path = folder / name
