@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path, PurePath
@@ -105,7 +105,7 @@ class Run:
         Images that are in the results file already are skipped in whole batches. So a resumed run
         has the same batches, and to the last bit the same probabilities, as an uninterrupted run.
         """
-        remaining, start = self._remaining(files, batch_size)
+        remaining, start = yield from self._remaining(files, batch_size)
         first = next(group_sizes(batch_size, start))
         notes: deque[Note] = deque()
 
@@ -158,9 +158,9 @@ class Run:
 
     def _remaining(
         self, files: Iterable[ImageFile], batch_size: int
-    ) -> tuple[Iterator[tuple[ImageFile, bool]], int]:
+    ) -> Generator[int, None, tuple[Iterator[tuple[ImageFile, bool]], int]]:
         """Return the files from the first incomplete batch on, each with `_is_written` of it, and
-        the number of files before.
+        the number of files before. Yields the number of processed images, as `over` does.
         """
         states = ((file, self._is_written(file)) for file in files)
         start = 0
@@ -178,6 +178,7 @@ class Run:
                 return chain(group, states), start
             start += size
             self.skipped += len(group)
+            yield self.done + self.skipped
         raise AssertionError("group_sizes has no end")
 
     def _noted(self, file: ImageFile, note: Note) -> ImageFile:
@@ -285,6 +286,9 @@ def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
 def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
     """Score the images of `paths`, with a progress bar."""
     counted: list[int] = []
+    if run.out and (rows := len(run.out.names)):
+        written = console.counted(rows, "row")
+        console.log.info("%s written before; looking for the first new image", written)
     with console.progress("predicting", None) as advance:
         if console.ERR.is_terminal:
             count_in_background(paths, counted)

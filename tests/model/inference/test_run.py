@@ -6,16 +6,19 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 import predict
+from imaging.decode import ImageFile
 from model.inference import detector, inputs, results
-from model.inference.run import count_in_background, heatmap_path
+from model.inference.prediction import Prediction
+from model.inference.run import Run, count_in_background, heatmap_path
 from tests.builders import encode, photo, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -302,3 +305,22 @@ def test_an_index_of_another_program_hides_nothing(
     names = [json.loads(line)["path"] for line in result.stdout.splitlines()]
     assert [Path(name).name for name in names] == ["a.png"]
     assert "an archive (name it to look inside)" in result.stderr
+
+
+def test_a_resumed_run_counts_the_rows_that_it_passes_over() -> None:
+    """A million rows were half a minute without a sign, which looked as if it hung."""
+    files = [ImageFile(str(number), bytes) for number in range(100)]
+    out: Any = SimpleNamespace(names=range(99), take=lambda name: name != "99")
+    scored: list[ImageFile] = []
+
+    def stream(images: Iterator[ImageFile], *_options: int) -> Iterator[Prediction]:
+        scored.extend(images)
+        yield from ()
+
+    counts = []
+    detector: Any = SimpleNamespace(stream=stream)
+    for count in Run(detector, "csv", out).over(files, 8):
+        assert not scored
+        counts.append(count)
+    assert len(counts) > 10 and counts == sorted(counts) and counts[-1] >= 92
+    assert scored[-1].name == "99"
