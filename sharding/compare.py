@@ -53,9 +53,7 @@ def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
     changed = defaultdict(list)
     for name in (name for name in SAMPLES_SCHEMA.names if name not in IGNORED):
         old, new = _values(before, name, old_row[shared]), _values(after, name, shared)
-        differ = pc.not_equal(old, new)  # null if one of them is
-        differ = pc.coalesce(differ, pc.xor(old.is_null(), new.is_null()))
-        for row in np.flatnonzero(numbers_of(differ)).tolist():
+        for row in np.flatnonzero(numbers_of(pc.not_equal(old, new))).tolist():
             change = _say(name, old[row].as_py(), new[row].as_py())
             changed[after.text("key", shared[row])].append(change)
     return Difference(
