@@ -2,17 +2,17 @@
 paths.
 
 Main entries: none raises an error. Most functions take one `text` (str) and return a new str.
-`printable()` replaces control characters, which a terminal would execute, and characters that it
-cannot show by visible escapes; newlines stay. `spreadsheet_cell()` puts a `'` before a text, or a
-part after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes its result
-and returns the original text. `markdown()` returns one line in which markup is escaped and
-addresses do not become links; all words stay readable. (A text that is only a number with a full
-stop, such as `7.`, is not escaped: it can show as a list item.) `without_secrets()` replaces the
-logins, queries and fragments of web addresses (passwords, tokens, signatures) by `***`.
-`reason_of(error)` returns the message of an exception as one line, without secrets, and
-`typed_reason_of(error)` puts the name of its type before it. `one_line(error)` returns a message
-for the user: for an `OSError`, the file and the reason. `text_fault(error)` describes an error of
-reading a text or JSON file.
+`printable()` replaces control characters, which a terminal would execute, and characters that a
+reader cannot see by visible escapes (or by its `replacement`); newlines stay. `spreadsheet_cell()`
+puts a `'` before a text, or a part after `;` or a tab, that would run as a formula, and
+`from_spreadsheet_cell()` takes its result and returns the original text. `markdown()` returns one
+line in which markup is escaped and addresses do not become links; all words stay readable. (A text
+that is only a number with a full stop, such as `7.`, is not escaped: it can show as a list item.)
+`without_secrets()` replaces the logins, queries and fragments of web addresses (passwords, tokens,
+signatures) by `***`. `reason_of(error)` returns the message of an exception as one line, without
+secrets, and `typed_reason_of(error)` puts the name of its type before it. `one_line(error)` returns
+a message for the user: for an `OSError`, the file and the reason. `text_fault(error)` describes an
+error of reading a text or JSON file.
 `without_paths(value)` takes a record (a dict, a list, or any value in one) and returns it without
 private paths and secrets.
 """
@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from tempfile import gettempdir
 from typing import Any
+from unicodedata import bidirectional, category, combining
 
 # First characters of a formula by OWASP's page "CSV Injection", and their full-width forms, which
 # some programs run too. Quotes before them are matched so that escaping can be undone.
@@ -36,13 +37,43 @@ _RUNS = re.compile(f"{_START}(?={_FORMULA})")
 _ESCAPED = re.compile(f"{_START}'(?={_FORMULA})")
 
 
-def printable(text: str) -> str:
-    """Escape all characters that a terminal would execute or cannot show: control characters, marks
-    that change the writing direction, and bytes of a file name that are not UTF-8. Newlines stay.
+def printable(text: str, replacement: str | None = None) -> str:
+    """Replace all characters that a terminal would execute or that deceive a reader by escapes, or
+    each by `replacement`: control characters, marks that change the writing direction, invisible
+    characters, and bytes of a file name that are not UTF-8. Newlines and what people write stay:
+    spaces of any width, and joiners within words and emoji.
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return "".join(
+        c if _is_shown(text, at) else ascii(c)[1:-1] if replacement is None else replacement
+        for at, c in enumerate(text)
+    )
+
+
+def _is_shown(text: str, at: int) -> bool:
+    """Return whether the character at the index `at` may be shown as it is. A joiner (ZWJ, ZWNJ)
+    may if it changes its neighbors: at a virama of Indic scripts, between Arabic letters, in emoji.
+    """
+    character = text[at]
+    if character.isprintable() or character == "\n" or category(character) == "Zs":
+        return True
+    if character not in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}" or at == 0:
+        return False
+    before, after = text[at - 1], text[at + 1 : at + 2] or " "
+    if _VIRAMA in (combining(before), combining(after)):
+        return True
+    if bidirectional(before) in ("AL", "NSM") and bidirectional(after) == "AL":
+        return True
+    return bool(_EMOJI_PARTS.fullmatch(before + character + after))
+
+
+# Combining class of the signs that remove the vowel of an Indic letter.
+_VIRAMA = 9
+# A ZWJ between two symbols; the first may have a color of skin or a variation selector.
+_EMOJI_PARTS = re.compile(
+    "[\ufe0f\u2190-\u2bff\U0001f000-\U0001faff]\u200d[\u2190-\u2bff\U0001f000-\U0001faff]"
+)
 
 
 def spreadsheet_cell(text: str) -> str:

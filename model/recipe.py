@@ -45,6 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from escape import printable
 from model.tracking.tracker import TrackerName
 from pipeline.augment import AugmentPolicy
 from pipeline.loading import Loading
@@ -439,7 +440,8 @@ def check_run_name(name: str) -> None:
         ValueError: the name is empty, hidden, temporary (`.partial`), not printable, or `step_...`.
     """
     for part in name.split("/"):
-        if not part or part.startswith(".") or is_partial(Path(part)) or not part.isprintable():
+        is_line = printable(part).split("\n") == [part]
+        if not part or part.startswith(".") or is_partial(Path(part)) or not is_line:
             raise ValueError(
                 f"a run cannot be called {name!r}: use letters and digits, slashes only between "
                 "them, and no dot at the start"

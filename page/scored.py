@@ -77,8 +77,8 @@ class Scored:
 
     @property
     def printable_name(self) -> str:
-        """The name, in which marks that change the writing direction are visible: text next to it
-        would be shown backwards.
+        """The name, in which invisible characters and marks that change the writing direction are
+        visible: text next to it would be shown backwards.
         """
         return printable(self.name)
 

@@ -53,6 +53,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import recipes
+from escape import printable
 from imaging.names import leaves_archive
 from sharding.fetch_spec import Fetch
 from storage import read_text
@@ -196,7 +197,7 @@ class Source:
     def __post_init__(self) -> None:
         if not self.real and not self.fake:
             raise ValueError("names neither real nor fake images")
-        if len(self.title) > LONGEST_TITLE or not self.title.isprintable():
+        if len(self.title) > LONGEST_TITLE or printable(self.title).split("\n") != [self.title]:
             raise ValueError(
                 f"title is {self.title[:100]!r}; expected one line of at most {LONGEST_TITLE} "
                 "characters"

@@ -22,7 +22,10 @@ from escape import (
 @pytest.mark.parametrize(
     "text",
     ["\x1b[2Ja", "\x9b31mred", "\x1b]0;title\x07", "a\rb", "\x7f", "\u202egpj.exe", "caf\udce9",
-     "\x00", "\u2028"],
+     "\x00", "\u2028", "\u2066a", "a\u061cb", "pay\u200bpal", "pay\u200dpal", "pay\u200cpal",
+     "\u200d", "\u0633\u200c\u200c\u0647", "\u0633\u200c.jpg", "a\u200d\U0001f469",
+     "\U0001f468\u200d", "\ufeffa", "a\u2060b", "a\xadb", "\U000e0061",
+     "\U0001f468\u200c\U0001f469", "\ue000"],
 )  # fmt: skip
 def test_terminal_text_has_no_control_characters(text: str) -> None:
     shown = printable(text)
@@ -32,8 +35,31 @@ def test_terminal_text_has_no_control_characters(text: str) -> None:
 
 
 def test_printable_text_stays_unchanged() -> None:
-    for text in ("FLUX.1 [dev]", "東京 é", "a\nb", ":skull:"):
+    for text in ("FLUX.1 [dev]", "東京 é", "e\u0301", "a\nb", ":skull:"):
         assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Screenshot 2026-01-01 at 9.41.00\u202fAM.png",  # macOS
+        "IMG\xa02026.jpg",
+        "写真\u3000まとめ.jpg",
+        "\u0639\u06a9\u0633\u200c\u0647\u0627\u06cc.jpg",  # Persian
+        "\u0646\u0647\u0654\u200c\u0647\u0627.jpg",  # with a mark before the joiner
+        "क्\u200dष.jpg",
+        "ಸಾಫ್ಟ್\u200cವೇರ್.jpg",
+        "র\u200d্যাম.jpg",  # Bengali, before the virama
+        "അവന്\u200d.jpg",  # Malayalam, at the end of a word
+        "👨\u200d👩\u200d👧 picnic.jpg",
+        "❤\ufe0f\u200d🔥 👨🏽\u200d🌾 🙂\u200d↔\ufe0f.jpg",
+    ],
+)
+def test_names_are_shown_as_people_write_them(name: str) -> None:
+    assert printable(name) == name
+    hidden = f"{name[:1]}\u202e{name}\u200b"
+    assert printable(hidden) == rf"{name[:1]}\u202e{name}\u200b"
+    assert printable(hidden, " ") == f"{name[:1]} {name} "
 
 
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(1)", "\t=1", "\r=1", "\uff1d1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import recipes
-from model.recipe import STEP_FOLDER, Recipe, step_folder
+from model.recipe import STEP_FOLDER, Recipe, check_run_name, step_folder
 from tests.builders import ROOT
 
 BUILT_IN = sorted(
@@ -309,3 +309,12 @@ def test_recipes_that_cannot_be_read_are_one_line(
 def test_values_of_set_that_are_out_of_range(override: str, said: str) -> None:
     with pytest.raises(recipes.RecipeError, match=said):
         recipes.load(Recipe, recipes.FOLDER / "phase1.toml", [override])
+
+
+def test_a_run_may_be_called_what_people_write() -> None:
+    for name in (
+        "写真\u3000まとめ",
+        "\u0639\u06a9\u0633\u200c\u0647/क्\u200dष",
+        "👨\u200d👩\u200d👧 photos",
+    ):
+        check_run_name(name)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from console import counted
+from escape import printable
 from imaging.jpeg import APP1, segments
 from imaging.quiet import without_warnings
 from installed import install_extra
@@ -265,8 +266,7 @@ def _line(text: str) -> str:
     """Return one printable line of at most `MAX_TEXT` characters. A file must not be able to send
     escape sequences to a terminal.
     """
-    plain = _ESCAPES.sub(" ", text[: 20 * MAX_TEXT])
-    plain = " ".join("".join(c if c.isprintable() else " " for c in plain).split())
+    plain = " ".join(printable(_ESCAPES.sub(" ", text[: 20 * MAX_TEXT]), " ").split())
     return plain if len(plain) <= MAX_TEXT else plain[: MAX_TEXT - 1] + "…"
 
 

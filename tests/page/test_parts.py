@@ -169,6 +169,8 @@ def test_a_name_cannot_turn_the_text_beside_it_round(small_runs: Path) -> None:
         sentence(detector, Scored(name, refused), UNREADABLE),
     ]  # fmt: skip
     assert all(r"photo\u202egpj.exe" in text and "\u202e" not in text for text in shown)
+    screenshot = "Screenshot at 9.41.00\u202fAM.png"
+    assert row("a", replace(judged, name=screenshot), "uncertain")["name"] == screenshot
 
 
 def test_the_scale_shows_the_band_and_has_an_aria_label() -> None:

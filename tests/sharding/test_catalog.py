@@ -175,6 +175,12 @@ def test_a_bad_catalog_is_one_clear_error(tmp_path: Path, text: str, said: str) 
     assert said in str(caught.value)
 
 
+def test_a_title_may_have_any_spaces_and_joiners(tmp_path: Path) -> None:
+    title = "写真\u3000まとめ, क्\u200dष"
+    text = f'[sources.s]\nlicense = "x"\nset = "train"\nreal = ["a"]\ntitle = "{title}"\n'
+    assert catalog_of(tmp_path, text).sources["s"].title == title
+
+
 @pytest.mark.parametrize("name", ["../x", "/srv/x", "..", ".build", "a/b", "A", "", "x\\n"])
 def test_a_set_name_must_be_safe_as_a_folder_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "catalog.toml"

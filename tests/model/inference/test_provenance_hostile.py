@@ -13,6 +13,7 @@ import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
+from escape import printable
 from model.inference.provenance import MAX_EVIDENCE, MAX_TEXT, read_evidence
 from tests.builders import KINDS, awkward_files, encode, photo
 from tests.provenance_files import (
@@ -54,7 +55,7 @@ def all_kinds(signer: c2pa.Signer) -> Iterator[bytes]:
 def harmless(data: bytes) -> None:
     for evidence in read_evidence(data):
         for text in (evidence.kind, evidence.value, evidence.where):
-            assert text.isprintable()
+            assert printable(text) == text and "\n" not in text
             assert len(text) <= MAX_TEXT
 
 
@@ -172,6 +173,12 @@ def test_a_file_cannot_write_to_the_terminal() -> None:
     assert evidence.value.isprintable()
     assert evidence.value.startswith("Stable Diffusion settings: a cat")
     assert len(evidence.value) == MAX_TEXT
+
+
+def test_a_prompt_is_shown_as_people_write_it() -> None:
+    prompt = "\u0639\u06a9\u0633\u200c\u0647\u0627\u06cc 👨\u200d👩\u200d👧"
+    (evidence,) = read_evidence(png(parameters=A1111.replace("a cat", f"{prompt}\u200b\u202ecat")))
+    assert evidence.value.startswith(f"Stable Diffusion settings: {prompt} cat")
 
 
 def test_a_file_with_many_statements_gives_limited_evidence() -> None:
