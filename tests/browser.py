@@ -117,6 +117,20 @@ def violations(page: "Page") -> list[str]:
     ]
 
 
+def unprinted(page: "Page") -> set[str]:
+    """Return the elements with a background of their own that browsers do not print, by the class
+    of their parent. Cards and links to sections are as good without one.
+    """
+    return set(
+        page.evaluate(
+            """() => [...document.querySelectorAll("main *:not(.card, nav *)")].filter((part) => {
+              const { backgroundColor, printColorAdjust } = getComputedStyle(part);
+              return backgroundColor !== "rgba(0, 0, 0, 0)" && printColorAdjust !== "exact";
+            }).map((part) => `${part.parentElement.className} ${part.tagName}`)"""
+        )
+    )
+
+
 def bytes_held(address: str) -> int:
     """Return the bytes of uploads in the server's memory, from its metrics."""
     text = requests.get(f"{address}/_stcore/metrics", timeout=10).text

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from report.comparison import (
     read_runs,
     stability_sentence,
 )
-from tests.browser import violations
+from tests.browser import unprinted, violations
 from tests.builders import table_of
 from tests.report.test_page import CONTRAST, HOSTILE, robustness, rows
 
@@ -205,5 +206,10 @@ def test_in_a_browser(chromium: Any, tmp_path: Path, width: int, height: int, sc
     for box in page.locator(".scroll").all():  # wide tables scroll in their own box, by keyboard
         fits = box.evaluate("(e) => e.scrollWidth <= e.clientWidth")
         assert fits or (width < 760 and box.get_attribute("tabindex") == "0")
+    for bar in page.locator(".bars .row").all():
+        assert re.search(r"\d(\s%)?\s+[\d.]+ to [\d.]+(\s%)?$", bar.inner_text().strip())
+    assert unprinted(page) == set()
+    page.emulate_media(media="print")
+    assert lines.first.locator(".word").first.is_visible()  # a page of paper cuts wide tables off
     assert violations(page) == []
     context.close()

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +20,7 @@ from report.page import Estimate, Rates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
 from report.thumbnails import Mistake, thumbnails, worst_mistakes
 from sharding.format import ShardSet
-from tests.browser import violations
+from tests.browser import unprinted, violations
 from tests.builders import table_of
 
 HOSTILE = "<script>window.hacked = 1</script>"
@@ -324,6 +325,9 @@ def test_in_a_browser(
     for rate in page.locator(".rates").all():
         assert rate.locator(".fpr").count() == 1
         assert rate.locator(".recall").count() == 1
+    for bar in page.locator(".bars .row").all():
+        assert re.search(r"\d\s%\s+[\d.]+ to [\d.]+\s%$", bar.inner_text().strip())
+    assert unprinted(page) == set()
     context.close()
 
 
