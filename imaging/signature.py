@@ -41,8 +41,17 @@ _UNREAD = {
 }
 """Patterns of the first bytes of images that are not read."""
 
-_SIGNATURE_BYTES = 64
-"""Bytes in which a signature is searched, with the brands of an AVIF or HEIF."""
+_ARCHIVES = {
+    "ZIP": rb"PK\x03\x04",
+    "tar": rb".{257}ustar",
+    "gzip": rb"\x1f\x8b",
+    "7z": rb"7z\xbc\xaf\x27\x1c",
+    "RAR": rb"Rar!\x1a\x07",
+}
+"""Patterns of the first bytes of archives."""
+
+_SIGNATURE_BYTES = 300
+"""Bytes in which a signature is searched: brands of an AVIF or HEIF, and that of a tar after 257."""
 
 
 def format_of(data: bytes) -> str:
@@ -89,6 +98,11 @@ def why_not_opened(data: bytes, said: str) -> str:
         return (
             f"{subject}it is of a kind that is not read, or its header is damaged or cut off; "
             "export it as PNG, or copy the file again"
+        )
+    if archive := _first_match(_ARCHIVES, data):
+        return (
+            f"not an image this program reads but a {archive} archive: unpack it and use the "
+            "images in it (`predict` in a terminal reads ZIP and tar archives)"
         )
     return f"not an image this program reads (it begins with {_readable(data[:8])})"
 

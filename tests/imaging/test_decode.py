@@ -1,6 +1,7 @@
 """Any file is decoded to the right pixels and facts, or refused with one clear reason."""
 
 import io
+import shutil
 import struct
 import warnings
 from collections import Counter
@@ -151,6 +152,17 @@ JPEG, PNG, WEBP = encode(PIXELS), encode(PIXELS, "PNG"), encode(PIXELS, "WEBP")
 )
 def test_a_file_that_cannot_be_decoded_has_a_reason(data: bytes, said: str) -> None:
     with pytest.raises(DecodeError, match=said):
+        prepare(data)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
+def test_an_archive_is_called_one(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(JPEG)
+    data = Path(shutil.make_archive(str(tmp_path / "packed"), kind, folder)).read_bytes()
+    name = {"zip": "ZIP", "tar": "tar", "gztar": "gzip"}[kind]
+    with pytest.raises(DecodeError, match=f"but a {name} archive: unpack it and use the images"):
         prepare(data)
 
 

@@ -180,6 +180,7 @@ BODIES = {
     "a large file": (FORM, multipart(FILE, bytes(MB)), 413, "more than 1 MB"),
     "a large image": ("image/png", bytes(MB + 1), 413, "more than 1 MB"),
     "an empty image": ("image/png", b"", 422, "empty"),
+    "an archive": ("image/png", b"PK\3\4" + bytes(60), 422, "a ZIP archive: unpack it"),
     "no content type": ("", PHOTO, 415, "expected multipart/form-data"),
     "an unsupported type": ("text/html", PHOTO, 415, "text/html"),
     "a list of URLs": ("application/json", b'{"urls": ["http://a"]}', 403, "fetch URLs"),
@@ -263,6 +264,7 @@ def test_the_docs_page_needs_no_other_host_and_describes_every_route(serve: Serv
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert not re.search(r"<script|src=|https?://(?!HOST)", page.text)
     assert "at most 7 images" in page.text
+    assert "(<code>?name=</code> gives its name)" in page.text and "`" not in page.text
     for path in document["paths"]:
         assert f" {path}</code>" in page.text
     assert set(document["paths"]) == {"/predict", "/healthz", "/readyz", "/metrics"}
