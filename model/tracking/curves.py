@@ -10,6 +10,7 @@ checkpoint is damaged. It raises `KeyError` if a row lacks a figure, and `OSErro
 be written.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ _PANELS = (
 )
 
 
+_FONTS = (
+    "DejaVu Sans", "Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Noto Sans Devanagari",
+    "Nirmala UI",
+)  # fmt: skip
+"""Fonts for the name of a run, by falling priority. The first one comes with matplotlib and has no
+letters of East and South Asia."""
+
+
 class CurvesError(ValueError):
     """A run that has nothing to plot. The message says what there is."""
 
@@ -38,6 +47,7 @@ def draw(run: Path, out: Path) -> int:
         CurvesError: `run` is no run, or has not logged a step yet.
     """
     from matplotlib.figure import Figure  # the import takes half a second
+    from matplotlib.font_manager import get_font_names
 
     if not (run / HISTORY_FILE).exists():
         beside = sorted(path.parent.name for path in run.parent.glob(f"*/{HISTORY_FILE}"))
@@ -50,7 +60,8 @@ def draw(run: Path, out: Path) -> int:
         raise CurvesError(f"{run} has not logged a step yet; a row comes every run.log_every steps")
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     axes = figure.subplots(2, 3).ravel()
-    figure.suptitle(run.name)
+    installed = get_font_names()
+    figure.suptitle(run.name, family=[name for name in _FONTS if name in installed])
     _line(axes[0], "loss", [(step, loss) for step, loss, _lr in steps], "training")
     _line(axes[1], "learning rate of the head", [(step, lr) for step, _loss, lr in steps])
     for panel, (name, title) in zip(axes[2:5], _PANELS, strict=True):
@@ -71,7 +82,9 @@ def draw(run: Path, out: Path) -> int:
         for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     axes[5].legend(entries.values(), entries.keys(), loc="center", frameon=False)
-    write_atomically(out, lambda partial: figure.savefig(partial, format="png", dpi=100))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Glyph .* missing")  # drawn as a box
+        write_atomically(out, lambda partial: figure.savefig(partial, format="png", dpi=100))
     return last
 
 

@@ -59,6 +59,11 @@ def test_the_plot_shows_the_logged_values(tmp_path: Path, monkeypatch: pytest.Mo
     assert (one == again).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_of_any_letters_gives_no_warnings(tmp_path: Path) -> None:
+    draw(write_run(tmp_path / "写真 क्षᚠ👨", 20, 0.1), tmp_path / "curves.png")
+
+
 @pytest.mark.parametrize(
     ("rows", "said"), [(None, "is no run (it has no metrics.jsonl)"), ("", "has not logged a step")]
 )
