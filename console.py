@@ -164,6 +164,10 @@ def _check_current_folder() -> None:
 class Command(click.Command):
     """A click command that reports errors by `plain_errors`."""
 
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first sentence of the help, whole: click cuts it to a part of a line."""
+        return super().get_short_help_str(max(limit, 1000))
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the command line."""
         _open_closed_streams()

@@ -9,10 +9,12 @@ nothing from other hosts.
 - `limits`: the limits of the server, a `Limits` of `serve/limits.py`: `service.limits`.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from serve.limits import MB, Limits
 
@@ -22,6 +24,7 @@ TEMPLATE = Path(__file__).with_name("docs.html")
 def docs_page(document: dict[str, Any], limits: Limits) -> str:
     """Return the HTML page that describes an OpenAPI document and the limits of this server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["code"] = _code
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     routes = [
         {"method": method.upper(), "path": path, **operation}
@@ -43,6 +46,11 @@ def docs_page(document: dict[str, Any], limits: Limits) -> str:
         info=document["info"], routes=routes, schemas=schemas, limits=limits,
         megabytes=f"{limits.max_bytes / MB:g}",
     )  # fmt: skip
+
+
+def _code(text: str) -> Markup:
+    """Return a text as HTML, with `code` in backticks marked as such."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _type_of(schema: dict[str, Any]) -> str:

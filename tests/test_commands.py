@@ -425,6 +425,12 @@ def test_every_command_has_help_and_few_flags(command) -> None:
     assert len(flags) <= budgets.get(command, 8)
 
 
+@pytest.mark.parametrize("group", [sharding, pipeline, model])
+def test_the_help_of_a_group_has_whole_sentences(group) -> None:
+    lines = run(group, "--help").stdout.partition("Commands:")[2].splitlines()
+    assert len(lines) > 2 and not [line for line in lines if line.endswith("...")]
+
+
 def test_the_demo_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
     """Compare a few of its images; the whole demo takes half a minute."""
     from sharding.demo.render import SOURCES, path_of, shots_of, write_shot
