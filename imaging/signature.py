@@ -51,7 +51,7 @@ _ARCHIVES = {
 """Patterns of the first bytes of archives."""
 
 _SIGNATURE_BYTES = 300
-"""Bytes in which a signature is searched: brands of an AVIF or HEIF, and that of a tar after 257."""
+"""Bytes in which a signature is searched: brands of an AVIF or HEIF, a tar after 257."""
 
 
 def format_of(data: bytes) -> str:
@@ -102,7 +102,7 @@ def why_not_opened(data: bytes, said: str) -> str:
     if archive := _first_match(_ARCHIVES, data):
         return (
             f"not an image this program reads but a {archive} archive: unpack it and use the "
-            "images in it (`predict` in a terminal reads ZIP and tar archives)"
+            "images in it (in a terminal, predict reads ZIP and tar archives)"
         )
     return f"not an image this program reads (it begins with {_readable(data[:8])})"
 

@@ -142,5 +142,6 @@ def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:
     return (
         f"{result.printable_name}: {capital(verdict)}. {capital(fitness.number(detector.meta))}: "
         f"{percent(probability)}. {'The file itself names AI. ' if result.names_ai else ''}"
+        f"{'The file has an invalid signature. ' if result.is_badly_signed else ''}"
         f"{capital(fitness.proof(detector.meta))}."
     )

@@ -82,7 +82,8 @@ def photo_html(
     detail = ", and the small frame at full resolution" if len(crops) > 1 else ""
     return Markup(
         '<figure class="photo"><div class="picture"><img src="{}" alt="{}">{}</div>'
-        "<figcaption><b>{}</b> The network sees {}, at {} x {} pixels{}.{}</figcaption></figure>"
+        "<figcaption><b><bdi>{}</bdi></b> The network sees {}, at {} x {} pixels{}.{}</figcaption>"
+        "</figure>"
     ).format(
         data_url(result.preview), result.printable_name, Markup("").join(frames),
         result.printable_name, seen, size, size, detail,

@@ -85,7 +85,19 @@ class Scored:
     @property
     def names_ai(self) -> bool:
         """Whether a statement in the file suggests that the image is AI-generated."""
-        return any(item.suggests == "AI" for item in self.evidence)
+        return any(map(names_ai, self.evidence))
+
+    @property
+    def is_badly_signed(self) -> bool:
+        """Whether the file has a C2PA signature that is invalid."""
+        return any(item.state == "invalid" for item in self.evidence)
+
+
+def names_ai(item: Evidence) -> bool:
+    """Return whether a statement suggests that the image is AI-generated. One whose signature is
+    invalid does not: it may have been made for another file.
+    """
+    return item.suggests == "AI" and item.state != "invalid"
 
 
 def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[str, Scored]:

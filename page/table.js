@@ -51,7 +51,7 @@ export default function ({ parentElement, data, setStateValue }) {
       ? element("img", { src: row.picture, alt: "" }) : element("span", { className: "blank" });
     const open = element("button", { type: "button" }, row.name);
     const verdict = element("span", {}, element("span", { className: `mark ${row.kind}` }, row.verdict));
-    if (row.names) verdict.append(" ", element("span", { className: "state ai" }, row.names));
+    for (const [text, kind] of row.marks) verdict.append(" ", element("span", { className: `state ${kind}` }, text));
     const number = element("td", { className: "number" });
     if (row.probability !== null) {
       const fill = element("i");

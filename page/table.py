@@ -13,10 +13,10 @@ refused (if all were refused, the first).
   "unreadable" for a refused file. A missing id raises KeyError.
 
 `summary(scored, verdicts)` returns the number of images in all and per verdict, and of files that
-name AI, as text. `row(key, result, verdict)` returns the values of one row as a dict for
-`table.js`; `key` is the file id, `result` its `Scored`. `as_csv(detector, scored, verdicts)`
-returns the table as text in the format of `predict.py --format csv`. `HERE` is the folder of this
-module.
+name AI or have an invalid signature, as text. `row(key, result, verdict)` returns the values of one
+row as a dict for `table.js`; `key` is the file id, `result` its `Scored`. `as_csv(detector, scored,
+verdicts)` returns the table as text in the format of `predict.py --format csv`. `HERE` is the
+folder of this module.
 """
 
 from collections import Counter
@@ -46,12 +46,17 @@ _table = st.components.v2.component(
 
 
 def summary(scored: Mapping[str, Scored], verdicts: Mapping[str, str]) -> str:
-    """Return the number of images in all and per verdict, and of files that name AI, as text."""
+    """Return the number of images in all and per verdict, and of files that name AI or have an
+    invalid signature, as text.
+    """
     counts = Counter(verdicts.values())
-    said = ", ".join(f"{counts[name]} {name}" for name in KINDS if name in counts)
-    naming = sum(result.names_ai for result in scored.values())
-    named = f"; {counted(naming, 'file')} {'names' if naming == 1 else 'name'} AI" if naming else ""
-    return f"{len(scored)} images: {said}{named}"
+    said = [", ".join(f"{counts[name]} {name}" for name in KINDS if name in counts)]
+    if naming := sum(result.names_ai for result in scored.values()):
+        said.append(f"{counted(naming, 'file')} {'names' if naming == 1 else 'name'} AI")
+    if broken := sum(result.is_badly_signed for result in scored.values()):
+        verb = "has" if broken == 1 else "have"
+        said.append(f"{counted(broken, 'file')} {verb} an invalid signature")
+    return f"{len(scored)} images: {'; '.join(said)}"
 
 
 def show_table(
@@ -91,13 +96,15 @@ def first_of(scored: Mapping[str, Scored]) -> str:
 def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
     """Return the values of one table row for `table.js`."""
     probability = result.prediction.probability
+    marks = [("names AI", "ai")] if result.names_ai else []
+    marks += [("invalid signature", "invalid")] if result.is_badly_signed else []
     return {
         "id": key,
         "name": result.printable_name,
         "picture": data_url(result.thumbnail) if result.thumbnail else "",
         "verdict": capital(verdict),
         "kind": KINDS[verdict],
-        "names": "names AI" if result.names_ai else "",
+        "marks": marks,  # texts and their CSS classes
         "probability": probability,
         "said": "" if probability is None else percent(probability),
     }

@@ -30,7 +30,7 @@ from model.inference.provenance import Evidence
 from model.verdict import capital, percent
 from page.examples import ABOUT
 from page.html import KINDS, icon
-from page.scored import Scored
+from page.scored import Scored, names_ai
 
 _STATES = {"trusted": "trusted", "valid, signer unknown": "unknown", "invalid": "invalid"}
 
@@ -86,22 +86,24 @@ def evidence_html(evidence: Sequence[Evidence], level: int) -> Markup:
 
 
 def _statement(item: Evidence) -> Markup:
-    value = Markup("{}").format(item.value)
+    """Return a list entry. Text of the file is isolated: in another writing direction it would turn
+    the text around it.
+    """
+    state: Markup | str = ""
     if item.state:  # the value starts with the state, so text of the file cannot come before it
-        rest = item.value.removeprefix(item.state)
-        value = Markup('<span class="state {}">{}</span>{}').format(
-            _STATES[item.state], item.state, rest
-        )
-    names = Markup(' <span class="state ai">names AI</span>') if item.suggests == "AI" else ""
-    return Markup('<li><b>{}</b>{} {} <span class="quiet">({})</span></li>').format(
-        item.kind, names, value, item.where
-    )
+        state = Markup('<span class="state {}">{}</span>').format(_STATES[item.state], item.state)
+    names = Markup(' <span class="state ai">names AI</span>') if names_ai(item) else ""
+    return Markup(
+        '<li><b>{}</b>{} {}<bdi>{}</bdi> <span class="quiet">(<bdi>{}</bdi>)</span></li>'
+    ).format(item.kind, names, state, item.value.removeprefix(item.state), item.where)
 
 
 def refused_html(refused: Sequence[Scored]) -> Markup:
     """Return the card with the refused files and the reasons."""
     items = Markup().join(
-        Markup("<li><b>{}</b>: {}</li>").format(result.printable_name, result.prediction.error)
+        Markup("<li><b><bdi>{}</bdi></b>: {}</li>").format(
+            result.printable_name, result.prediction.error
+        )
         for result in refused
     )
     return Markup('<div class="card refused">{}<ul>{}</ul></div>').format(icon("refused"), items)

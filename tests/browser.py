@@ -105,6 +105,16 @@ def in_window(part: "Locator") -> bool:
     )
 
 
+def isolated(part: "Locator") -> bool:
+    """Return whether text of another writing direction in an element, such as the name of a file,
+    leaves the text around it as it is.
+    """
+    return part.evaluate(
+        "(part) => [part, ...part.querySelectorAll('bdi')]"
+        ".some((one) => getComputedStyle(one).unicodeBidi === 'isolate')"
+    )
+
+
 def violations(page: "Page") -> list[str]:
     """What axe finds, its best practices too: rule, element, why."""
     from axe_playwright_python.sync_playwright import Axe

@@ -357,7 +357,7 @@ def test_the_page_shows_a_verdict_and_an_error(
     assert not shown.exception
     page_html = "".join(html_of(shown))
     assert "<h2>2 images: 1 " in page_html and "1 unreadable</h2>" in page_html
-    assert "<b>b.jpg</b>: not an image" in page_html
+    assert "<b><bdi>b.jpg</bdi></b>: not an image" in page_html
     assert "so no figures are shown here" in page_html
     (expected,) = load_detector(runs=runs).predict([encode(photo(1), "PNG")])
     assert f"<strong>{percent(expected.probability)}</strong>" in page_html

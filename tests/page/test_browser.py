@@ -25,6 +25,7 @@ from tests.browser import (
     holds,
     in_browser,
     in_window,
+    isolated,
     probability_shown,
     violations,
     wait_for,
@@ -157,18 +158,20 @@ def bomb() -> bytes:
         ("empty.png", b"", "empty file"),
         ("bomb.png", bomb(), "more than the 200 allowed"),
         ("tiny.png", encode(photo(1, 31, 200), "PNG"), "31 x 200 pixels: too small to judge"),
+        ("all.zip", b"PK\3\4" + bytes(60), "a ZIP archive: unpack it and use the images in it"),
         (
             "![a](http://x/y) :red[b] $c$.png", b"?",
             "![a](http://x/y) :red[b] $c$.png: not an",
         ),
     ],
-    ids=["broken", "other", "empty", "bomb", "tiny", "markdown"],
+    ids=["broken", "other", "empty", "bomb", "tiny", "archive", "markdown"],
 )  # fmt: skip
 def test_a_refusal_is_one_clear_line(visit, name: str, content: bytes, said: str) -> None:
     page = visit()
     browse(page, file_of(name, content))
     wait_for(page, said)
     page.wait_for_timeout(500)
+    assert isolated(page.locator(".card.refused b"))
     assert page.locator(".card.refused:visible").count() == 1
     assert page.locator(".card.refused:visible").inner_text().count(said) == 1
     reason = said.rpartition(": ")[2]
@@ -188,6 +191,7 @@ def test_file_names_and_metadata_are_shown_as_plain_text(visit) -> None:
     page = visit()
     browse(page, file_of(name, encode(photo(1), exif=exif)))
     wait_for(page, "What the file says", "camera")
+    assert all(map(isolated, page.locator("figcaption b, .says b ~ *").all()))
     page.wait_for_timeout(500)
     main = page.get_by_test_id("stMain")
     assert main.locator("a").count() == 0
@@ -239,8 +243,7 @@ def test_every_upload_that_the_server_refuses_is_listed_with_the_reason(visit) -
     assert lines.all_inner_texts() == [
         f"{name}: {full}", f"two.jpg: {late}", f"three.jpg: {full}",
     ]  # fmt: skip
-    direction = "(part) => getComputedStyle(part).unicodeBidi"  # the reason is not turned round
-    assert lines.first.locator("b").evaluate(direction) == "isolate"
+    assert isolated(lines.first.locator("b"))  # the reason is not turned round
     assert violations(page) == []
     spoken = page.locator("[data-testid=stFileChip] [role=alert]")
     assert sorted(spoken.all_text_contents()) == sorted([full, late, full])
@@ -324,7 +327,7 @@ def test_the_keyboard_reaches_everything(visit) -> None:
     wait_for(page, "2 images", "What the file says")
     page.locator(".images").wait_for()
     page.get_by_role("slider").wait_for()  # drawn after the image
-    reached = []
+    reached, bare = [], set()
     for _ in range(45):
         page.keyboard.press("Tab")
         reached.append(
@@ -337,6 +340,8 @@ def test_the_keyboard_reaches_everything(visit) -> None:
                 }"""
             )
         )
+        if not page.evaluate(IS_RINGED):
+            bare.add(reached[-1])
     order = [
         "Remove one.jpg", "Add files", "Paste from the clipboard", "Remove all", "File", "Verdict",
         "Probability of AI", "one.jpg", "two.png", "Download as CSV", "Heatmap", "Threshold",
@@ -351,6 +356,20 @@ def test_the_keyboard_reaches_everything(visit) -> None:
     ]
     assert None not in places, dict(zip(order, places, strict=True))
     assert places == sorted(places)
+    assert bare == set(), "no ring shows that these have the focus"
+    for kind in ("Add files", "Remove one.jpg"):  # a finger needs 24 px (WCAG 2.2)
+        box = page.get_by_role("button", name=kind).bounding_box()
+        assert min(box["width"], box["height"]) >= 24
+
+
+# Whether the element with the focus is drawn with a ring. The page itself needs none.
+IS_RINGED = """() => {
+  let one = document.activeElement;
+  while (one.shadowRoot?.activeElement) one = one.shadowRoot.activeElement;
+  const { outlineStyle, boxShadow } = getComputedStyle(one);
+  const needsNone = "body, main, [tabindex='-1']"; // the last of these only a script can reach
+  return outlineStyle !== "none" || boxShadow !== "none" || one.matches(needsNone);
+}"""
 
 
 @in_browser

@@ -141,10 +141,10 @@ def test_the_detail_crop_has_a_frame_and_a_heatmap_of_its_own() -> None:
 def test_a_signature_is_shown_with_its_state(state: str, kind: str) -> None:
     value = f"{state} (why): signed by <b>x</b>"
     html = evidence_html([Evidence("C2PA", value, "C2PA manifest", "AI", state)], 3)
-    assert f'<span class="state {kind}">{state}</span> (why): signed by &lt;b&gt;x' in html
+    assert f'<span class="state {kind}">{state}</span><bdi> (why): signed by &lt;b&gt;x' in html
     assert (
         html.striptags().count(state) == 1
-        and "names AI" in html
+        and ("names AI" in html) == (state != "invalid")
         and html.startswith('<div class="card"><h3>')
     )
     plain = evidence_html([Evidence("camera", f"{state} (why)", "EXIF")], 2)
@@ -222,9 +222,35 @@ def test_many_images_and_a_sentence_say_which_files_name_ai(small_runs: Path) ->
     scored = {name: score(detector, name, data) for name, data in files.items()}
     verdicts = dict.fromkeys(files, "uncertain")
     assert summary(scored, verdicts) == "2 images: 2 uncertain; 1 file names AI"
-    assert [row(name, scored[name], "uncertain")["names"] for name in files] == ["", "names AI"]
+    marks = [row(name, scored[name], "uncertain")["marks"] for name in files]
+    assert marks == [[], [("names AI", "ai")]]
     said = [sentence(detector, scored[name], "uncertain") for name in files]
     assert ["The file itself names AI." in one for one in said] == [False, True]
+
+
+def test_a_statement_whose_signature_is_invalid_does_not_count(small_runs: Path) -> None:
+    """Whoever moves the manifest of an AI image onto a photograph gets such a signature."""
+    said = Prediction(name="a", probability=0.4, verdict="uncertain")
+    moved = Evidence("C2PA", "invalid (x): AI", "C2PA manifest", "AI", "invalid")
+    signed = replace(moved, state="valid, signer unknown")
+    label = Evidence("source type", "trainedAlgorithmicMedia", "XMP", "AI")
+    scored = {
+        name: Scored(name, said, evidence)
+        for name, evidence in {"a": [moved], "b": [signed], "c": [moved, label]}.items()
+    }
+    counts = summary(scored, dict.fromkeys(scored, "uncertain"))
+    assert counts == "3 images: 3 uncertain; 2 files name AI; 2 files have an invalid signature"
+    counts = summary({"a": scored["a"]}, {"a": "uncertain"})
+    assert counts == "1 images: 1 uncertain; 1 file has an invalid signature"
+    marks = {
+        name: [text for text, _ in row(name, result, "uncertain")["marks"]]
+        for name, result in scored.items()
+    }
+    assert marks == {
+        "a": ["invalid signature"], "b": ["names AI"], "c": ["names AI", "invalid signature"],
+    }  # fmt: skip
+    spoken = sentence(load_detector(runs=small_runs), scored["a"], "uncertain")
+    assert "names AI" not in spoken and "The file has an invalid signature." in spoken
 
 
 def test_large_images_do_not_delay_small_ones_and_waiting_has_a_limit(
