@@ -8,17 +8,21 @@ or written.
 - `tolerance`: a `Tolerance` (`max_bad`: the largest share of missing or unreadable images;
   `allow_incomplete`: whether a catalog rule, or `group`, may match no image). Default: 1 %, False.
 
+A source of the user takes the place of a source of this program (`SHIPPED`) with the same root,
+unless the user changed a key of the latter: two sources would divide the same images.
+
 It raises `CatalogError` if the files contradict the catalog, `RawError` for a broken archive, and
 `OSError` if a folder cannot be read.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from console import counted
-from sharding.catalog import Catalog, CatalogError, Source
+from console import counted, log
+from sharding.catalog import SHIPPED, Catalog, CatalogError, Source, read_catalog
 from sharding.format import CLASSES
 from sharding.inventory import item_table
 from sharding.listing import Listing, links_in, list_source
@@ -74,9 +78,16 @@ def find_sources(
     """
     scan = SourceScan()
     inventory = out / WORK_FOLDER / "inventory"
+    replaced = _replaced(catalog)
     for name, source in catalog.sources.items():
         source = replace(source, root=folder_of(raw, source.root or name))
-        if (raw / source.root).is_dir():
+        if name in replaced:
+            if (raw / source.root).is_dir():
+                log.info(
+                    "folder %s is source %s of your catalog, not the built-in source %s",
+                    source.root, replaced[name], name,
+                )  # fmt: skip
+        elif (raw / source.root).is_dir():
             listing = list_source(name, source, raw)
             if not listing.items and (inventory / f"{name}.parquet").exists():
                 scan.packed_only.append(name)  # the files were deleted, the folder was not
@@ -95,6 +106,23 @@ def find_sources(
         else:
             scan.missing.append(name)
     return scan
+
+
+def _replaced(catalog: Catalog) -> dict[str, str]:
+    """Return the source of the user that has the root of a shipped one, by the shipped one."""
+    by_root: dict[PurePosixPath, list[str]] = defaultdict(list)
+    for name, source in catalog.sources.items():
+        by_root[PurePosixPath(source.root or name)].append(name)
+    several = [names for names in by_root.values() if len(names) > 1]
+    shipped = read_catalog(SHIPPED).sources if several else {}
+    return {
+        name: own
+        for names in several
+        for own in names
+        if own not in shipped
+        for name in names
+        if catalog.sources[name] == shipped.get(name)
+    }
 
 
 def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:

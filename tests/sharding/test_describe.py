@@ -10,6 +10,7 @@ from sharding.__main__ import main
 from sharding.catalog import SHIPPED, Catalog, CatalogError, read_catalog
 from sharding.describe import describe
 from sharding.listing import list_source
+from sharding.scan import find_sources
 from tests.builders import encode, photo, write_zip
 
 
@@ -114,6 +115,27 @@ def test_folders_have_names_of_their_own(tmp_path: Path) -> None:
         "写真": "mine-9c3250ff", "絵": "mine-99369fd9", "Łódź" * 20: "odz_" * 14 + "odz-56041dff",
     }  # fmt: skip
     assert {folder: name_of(tmp_path / folder) for folder in names} == names
+
+
+def test_a_folder_named_like_a_shipped_source_is_read_by_its_own_catalog_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The shipped source found no image of its rules there, or divided the images with the own."""
+    catalogs = []
+    for root in ("raid", "genimage", "coco"):  # the source of the last has another name
+        touch(tmp_path / "raw" / root, "val/nature/0.png", "val/ai/0.png")  # genimage has rules for
+        catalogs.append(tmp_path / f"{root}.toml")
+        catalogs[-1].write_text(describe(tmp_path / "raw" / root).text)
+    catalog = read_catalog([*SHIPPED, *catalogs])
+    with caplog.at_level("INFO"):
+        scan = find_sources(catalog, tmp_path / "raw", tmp_path / "out")
+    assert scan.items.keys() == {"my-raid", "my-genimage", "coco"}
+    assert {table.num_rows for table in scan.items.values()} == {2}
+    assert "raid is source my-raid of your catalog, not the built-in source raid" in caplog.text
+    catalogs.append(tmp_path / "changed.toml")
+    catalogs[-1].write_text('[sources.raid]\nhomepage = "changed"\n')
+    with pytest.raises(CatalogError, match=r"source raid: .* contains images, but none"):
+        find_sources(read_catalog([*SHIPPED, *catalogs]), tmp_path / "raw", tmp_path / "out")
 
 
 def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
