@@ -320,16 +320,21 @@ def describe_command(folder: Path, out: Path) -> None:
 
     description = describe(folder)
     rows = [
-        [path, kind, count, first_names(description.holding[path])]
-        for path, (kind, count) in description.folders.items()
+        [path, f.kind, f.generator, f.split or "-", f.images, first_names(f.holding)]
+        for path, f in description.folders.items()
     ]
-    rows += [[path, "?", count, "."] for path, count in description.undecided.items()]
-    columns = ["folder", "class", "images", "in its folders"]
-    console.table(f"{folder}: classes by folder name", columns, rows, drop=columns[3:])
+    rows += [[path, "?", "?", "-", count, "."] for path, count in description.undecided.items()]
+    columns = ["folder", "class", "generator", "split", "images", "in its folders"]
+    console.table(
+        f"{folder}: classes by folder name", columns, rows, drop=["in its folders", "split"]
+    )
+    for split, count in description.published.items():
+        images = console.counted(count, "image")
+        console.say(f"{images} in folders named like {split}: only they go to the {split} set")
     write_text(out, description.text)
     for reason, count in description.unread.items():
         console.say(f"excluded: {console.counted(count, 'file')}: {reason}")
-    kinds = {kind for kind, _count in description.folders.values()}
+    kinds = {entry.kind for entry in description.folders.values()}
     if len(kinds) == 1:
         (missing,) = {"real", "fake"} - kinds
         console.say(f"no folder of {missing} images by its name: training needs both classes")

@@ -1,5 +1,6 @@
 """Tests of `describe()`: the classes that it reads from folder names, and what it leaves open."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_a_class_is_never_guessed_against_another_word_of_the_path(
 ) -> None:
     touch(tmp_path / "d", f"{path}/a.png")
     description = describe(tmp_path / "d")
-    assert ({kind for kind, _count in description.folders.values()} or {"?"}) == {kind}
+    assert ({entry.kind for entry in description.folders.values()} or {"?"}) == {kind}
     assert (path in description.undecided) == (kind == "?")
 
 
@@ -53,13 +54,78 @@ def test_nature_beside_ai_is_real_and_the_generator_is_no_split(tmp_path: Path) 
         for kind in ("nature", "ai"):
             touch(tmp_path / "g", f"imagenet_ai_0419_biggan/{part}/{kind}/a.png")
     description = describe(tmp_path / "g")
-    assert {path: kind for path, (kind, _) in description.folders.items()} == {
+    assert {path: entry.kind for path, entry in description.folders.items()} == {
         f"imagenet_ai_0419_biggan/{part}/{name}": kind
         for part in ("train", "val")
         for name, kind in (("nature", "real"), ("ai", "fake"))
     }
     assert 'generator = "train"' not in description.text
     assert 'generator = "imagenet-0419-biggan"' in description.text
+
+
+@pytest.mark.parametrize(
+    ("path", "generator"),
+    [
+        ("fake/kandinsky", "<generator>"), ("fake.zip/写真", "<generator>"),
+        ("fake/test/kandinsky", "<generator>"), ("StyleGAN2/cdf", "stylegan2"),
+        ("MidJourney/cdf/frames/id0_0001", "midjourney"),
+        ("manipulated_sequences/Deepfakes/c23/frames/000_003", "unknown"), ("FAKE", "unknown"),
+        ("fake/0001", "unknown"), ("fake/sdxl/test", "sdxl"), ("fake/test", "unknown"),
+        ("real_vs_fake/real-vs-fake/test/fake", "unknown"), ("progan/cat/1_fake", "progan"),
+        ("sd_1_5", "sd-1-5"), ("stable_diffusion_v_1_4/ai", "stable-diffusion-v-1-4"),
+        ("1_fake_flux-dev", "flux-dev"), ("Human Faces/AI-Generated Images", "human-faces"),
+    ],
+)  # fmt: skip
+def test_the_generator_is_no_kind_of_file_split_or_content(
+    tmp_path: Path, path: str, generator: str
+) -> None:
+    touch(tmp_path / "d", f"{path}/a.png")
+    (entry,) = describe(tmp_path / "d").folders.values()
+    assert entry.generator == generator
+
+
+@pytest.mark.parametrize(
+    ("names", "divided"),
+    [
+        ("train test", {"d", "d-val"}), ("train val", {"d", "d-test"}),
+        ("train2017", {"d", "d-val", "d-test"}), ("training_set valid testing.zip", {"d"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "layout", ["{split}/{kind}", "gan_a/{split}/{kind}", "{kind}/{split}/kandinsky"]
+)
+def test_published_splits_stay_apart(
+    tmp_path: Path, layout: str, names: str, divided: set[str]
+) -> None:
+    """Most images of a published test set were in the training set."""
+    paths = [layout.format(split=s, kind=kind) for s in names.split() for kind in ("real", "fake")]
+    touch(tmp_path / "d", *(f"{path}/{number}.png" for path in paths for number in range(3)))
+    description = describe(tmp_path / "d")
+    (tmp_path / "c.toml").write_text(description.text)
+    catalog = read_catalog([tmp_path / "c.toml"])
+    listing = list_source("d", catalog.sources["d"], tmp_path)
+    assert len(listing.items) == 3 * len(paths)
+    assert not listing.unmatched
+    goes = {
+        item.origin.rpartition("/")[0]: {*json.loads(item.destination)} for item in listing.items
+    }
+    for path, sets in goes.items():
+        assert sets == ({"d-test"} if "test" in path else {"d-val"} if "val" in path else divided)
+    held = {"d-val", "d-test"} - divided
+    assert {f"d-{split}" for split in description.published} == held
+    assert all(
+        f"named like {name[2:]}: only they go to {name}." in description.text for name in held
+    )
+    generators = {item.generator for item in listing.items if item.label}
+    assert generators == {
+        "kandinsky" if "kand" in layout else "gan-a" if "gan" in layout else "unknown"
+    }
+
+
+@pytest.mark.parametrize("path", ["flux-dev", "fake/latest", "ai/test prompts", "fake/train_val"])
+def test_a_name_that_says_more_is_no_split(tmp_path: Path, path: str) -> None:
+    touch(tmp_path / "d", f"{path}/a.png")
+    assert describe(tmp_path / "d").published == {}
 
 
 def test_an_undecided_folder_in_one_with_a_class_is_ignored_until_it_is_decided(
@@ -139,15 +205,16 @@ def test_a_folder_named_like_a_shipped_source_is_read_by_its_own_catalog_alone(
 
 
 def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
-    touch(tmp_path / "d", "sdxl/a/1.png", "sdxl/b/2.png", "sdxl/3.png", "real/4.png")
+    touch(tmp_path / "d", "sdxl/a/1.png", "sdxl/b/2.png", "sdxl/3.png", "real/test/4.png")
     touch(tmp_path / "d", *(f"flux/{number}/1.png" for number in range(9)))
     arguments = ["describe", str(tmp_path / "d"), "--out", str(tmp_path / "o")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("│")] for line in result.output.splitlines()]
-    assert ["", "sdxl", "fake", "3", "., a, b", ""] in rows
-    assert ["", "flux", "fake", "9", "0, 1, 2 and 6 more", ""] in rows
-    assert ["", "real", "real", "1", ".", ""] in rows
+    assert ["", "sdxl", "fake", "sdxl", "-", "3", "., a, b", ""] in rows
+    assert ["", "flux", "fake", "flux", "-", "9", "0, 1, 2 and 6 more", ""] in rows
+    assert ["", "real/test", "real", "camera", "test", "1", ".", ""] in rows
+    assert "1 image in folders named like test: only they go to the test set" in result.output
     assert "by its name: training" not in result.output
     arguments = ["describe", str(tmp_path / "d/real"), "--out", str(tmp_path / "o2")]
     assert "without a class" in CliRunner().invoke(main, arguments).output
@@ -161,7 +228,8 @@ def test_a_word_for_content_below_fakes_makes_no_real_images(tmp_path: Path) -> 
     for name in ("fake/human/a.jpg", "real/human/b.jpg"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(encode(photo(1)))
-    assert describe(tmp_path).folders == {"fake": ("fake", 1), "real/human": ("real", 1)}
+    kinds = {path: entry.kind for path, entry in describe(tmp_path).folders.items()}
+    assert kinds == {"fake": "fake", "real/human": "real"}
 
 
 @pytest.fixture(scope="module")
