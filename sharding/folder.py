@@ -51,7 +51,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipes
-from console import counted
+from console import counted, log
 from imaging.names import utf8_name
 from sharding.build import Progress, Tolerance, build, no_progress, why_lacking
 from sharding.catalog import (
@@ -62,9 +62,10 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
+from sharding.describe import split_of
 from sharding.format import CLASSES, UNKNOWN
 from sharding.left_out import left_out
-from sharding.listing import links_in, list_source
+from sharding.listing import Listing, links_in, list_source
 from storage import AnyPath, make_folder, write_text
 
 PLACE = "folders"
@@ -123,7 +124,9 @@ def pack_folder(
     catalog = recipes.build(Catalog, tomllib.loads(text), str(place / CATALOG_FILE))
     # Images that are kept for testing must not be trained on here either.
     catalog = replace(catalog, exclude=read_catalog([BUILT_IN]).exclude)
-    _refuse_few(folder, sides, catalog)
+    listing = list_source(name, catalog.sources[name], folder.parent)
+    _refuse_few(folder, sides, listing)
+    _warn_of_splits(folder, listing)
     make_folder(place)
     write_text(place / CATALOG_FILE, text)
     scan, built = build(
@@ -170,11 +173,10 @@ def _class_folders(folder: Path) -> list[list[str]]:
     sides = [[name for name in names if name.lower() in known] for known in CLASS_FOLDERS]
     for kind, known, side in zip(CLASSES, CLASS_FOLDERS, sides, strict=True):
         if not side:
-            command = shlex.join(["python", "-m", "sharding", "describe", str(folder)])
             there = ", ".join(utf8_name(name) for name in names[:8]) or "no folder"
             raise CatalogError(
                 f"{folder} has no folder of {kind} images (expected {' or '.join(known)}, "
-                f"found {there}); rename a folder, or let `{command}` "
+                f"found {there}); rename a folder, or let `{_describing(folder)}` "
                 "write a catalog for other names"
             )
     return sides
@@ -208,14 +210,12 @@ def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
+def _refuse_few(folder: Path, sides: list[list[str]], listing: Listing) -> None:
     """Refuse a class with too few images, before any image is decoded.
 
     Raises:
         CatalogError: the message gives the number of images.
     """
-    ((name, source),) = catalog.sources.items()
-    listing = list_source(name, source, folder.parent)
     counts = Counter(item.label for item in listing.items)
     for label, kind in enumerate(CLASSES):
         if counts[label] < FEWEST:
@@ -226,3 +226,19 @@ def _refuse_few(folder: Path, sides: list[list[str]], catalog: Catalog) -> None:
                 "validation), such as .jpg, .png or .webp files, in folders or zip archives"
                 f"{links_in(listing)}"
             )
+
+
+def _warn_of_splits(folder: Path, listing: Listing) -> None:
+    """Log that images of published splits are divided like all others."""
+    inside = [item.origin.partition("/")[2].rpartition("/")[0] for item in listing.items]
+    held = [path for path in inside if split_of(path)[0] in ("val", "test")]
+    if held:
+        log.warning(
+            "divided like all others: %s in folders named like a published validation or test set "
+            "(first: %s); a catalog from `%s` keeps published splits apart",
+            counted(len(held), "image"), held[0], _describing(folder),
+        )  # fmt: skip
+
+
+def _describing(folder: Path) -> str:
+    return shlex.join(["python", "-m", "sharding", "describe", str(folder)])

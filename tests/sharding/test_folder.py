@@ -184,6 +184,17 @@ def test_what_is_left_out_is_named_as_a_build_names_it(mine: Path, tmp_path: Pat
     assert len(packed.left_out) == 5
 
 
+def test_published_splits_that_are_divided_are_named(
+    mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack(mine, tmp_path / "shards")
+    assert "published" not in caplog.text
+    write_images(mine / "REAL/Testing", 3, 300)
+    pack(mine, tmp_path / "shards")
+    assert "3 images in folders named like a published validation or test set" in caplog.text
+    assert f"(first: REAL/Testing); a catalog from `python -m sharding describe '{mine}'` keeps" in caplog.text
+
+
 def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:
     packed = pack(mine.rename(mine.with_name("x" * 200)), tmp_path / "shards")
     assert packed.name == "x" * 74
