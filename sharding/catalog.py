@@ -129,9 +129,10 @@ class Table:
     name: str
     """Pattern of the names of the CSV files, in any folder of the source. Case is ignored."""
     key: str
-    """Column with the file names of the images. A name with a folder is for the files whose path
-    ends so, in whole parts. One without a folder that several files have is for none of them; with
-    `optional`, it is for all of them."""
+    """Column with the file names of the images. A name is for the file that has it below the folder
+    of its CSV file. If there is none, a name with a folder is for the files whose path ends so, in
+    whole parts. One without a folder that several files have is for none of them; with `optional`,
+    it is for all of them."""
     optional: bool = False
     """Label files without a row by their folders alone. The CSV files may then be missing."""
 

@@ -162,7 +162,7 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     groups = _Grouping([re.compile(pattern, re.IGNORECASE) for pattern in source.groups()])
     listing = Listing()
     used: set[str] = set()
-    table = read_rows(source, raw, files)
+    table = read_rows(source, root, raw, files)
     if table and table.table.optional and not table.rows:
         listing.read_as[f"no table {table.table.name}: labels by folder"] = 0
     on_files = [rule for rule in rules if not rule.rule.column]

@@ -1,9 +1,10 @@
 """Read the tables of a raw dataset: CSV files with a row per image, and columns of parquet files.
 
-- `read_rows(source, raw, files)` returns the rows of the CSV files that `source.table` names, as
-  `LabelRows`, or None if it names none. `source` is a `Source`, `raw` the folder of the raw
-  datasets (`Path` or `UPath`), and `files` the list of the source's `RawFile`s (`walk()` of
-  sharding/raw.py). `row_of(path)` of the rows returns the row of a file, or why it has none.
+- `read_rows(source, root, raw, files)` returns the rows of the CSV files that `source.table` names,
+  as `LabelRows`, or None if it names none. `source` is a `Source`, `root` the name of its folder
+  below `raw`, the folder of the raw datasets (`Path` or `UPath`), and `files` the list of the
+  source's `RawFile`s (`walk()` of sharding/raw.py). `row_of(path)` of the rows returns the row of a
+  file, or why it has none.
 - `agrees(rule, row)` returns whether a row has the values that `where` of a `Rule` demands.
 - `equal_to(values, column, value, path)` takes a pyarrow table and the path to name in errors. It
   returns a mask of the rows whose `column` has a value. `texts_of(values, column, path)` returns
@@ -17,7 +18,7 @@ A damaged table, and one without a column or a class that the catalog names, rai
 import contextlib
 import csv
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -53,11 +54,13 @@ class LabelRows:
     """Rows of the CSV files of a source, by the name or path of their image in lower case.
 
     A row is for the files whose path ends with its key, in whole parts; of several such rows, the
-    one with the longest key. `shared` are keys without a folder that several files would have.
-    `csv_files` counts the CSV files.
+    one with the longest key. The key is the whole path if there is such a file below the folder of
+    the CSV file. `paths` are the paths of all files of the source. `shared` are keys without a
+    folder that several files would have. `csv_files` counts the CSV files.
     """
 
     table: Table
+    paths: Set[str] = frozenset()
     rows: dict[str, dict[str, str] | None] = field(default_factory=dict)  # None: they contradict
     shared: set[str] = field(default_factory=set)
     example: str = ""
@@ -69,10 +72,12 @@ class LabelRows:
         example = f", such as {self.example[:40]!r}" if self.example else ""
         return f"no row in {self.table.name} for its name (key column {self.table.key!r}{example})"
 
-    def add(self, named: str, row: Mapping[str, str]) -> None:
-        """Add the row of the image `named`."""
+    def add(self, named: str, row: Mapping[str, str], folder: str) -> None:
+        """Add the row of the image `named`, of a CSV file in `folder`."""
         self.example = self.example or named
         key = nfc(str(PurePosixPath(named.replace("\\", "/")))).lower().lstrip("/")
+        beside = f"{nfc(folder).lower()}/{key}"
+        key = beside if beside in self.paths else key
         values = {column: value or "" for column, value in row.items() if column}
         if self.rows.setdefault(key, values) != values:
             self.rows[key] = None
@@ -95,14 +100,17 @@ class LabelRows:
         return "its rows in the table contradict each other" if row is None else row
 
 
-def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> LabelRows | None:
+def read_rows(
+    source: Source, root: str, raw: AnyPath, files: Sequence[RawFile]
+) -> LabelRows | None:
     """Read the CSV tables of a source; None if its catalog entry names none."""
     if not source.table:
         return None
     pattern = source.table.name.lower()
     rules = [rule for label in range(len(CLASSES)) for rule in source.rules(label)]
     needed = {source.table.key}.union(*(rule.where for rule in rules if not rule.column))
-    rows = LabelRows(source.table)
+    paths = {nfc(f"{root}/{file.inside}").lower() for file in files}
+    rows = LabelRows(source.table, paths)
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
             continue
@@ -128,7 +136,7 @@ def read_rows(source: Source, raw: AnyPath, files: Sequence[RawFile]) -> LabelRo
                         f"{raw / file.path} ends line {reader.line_num} before the column "
                         f"{source.table.key!r}, so it is damaged; fetch it again"
                     )
-                rows.add(named, row)
+                rows.add(named, row, f"{root}/{file.inside}".rpartition("/")[0])
     return rows
 
 

@@ -192,7 +192,10 @@ def test_published_splits_that_are_divided_are_named(
     write_images(mine / "REAL/Testing", 3, 300)
     pack(mine, tmp_path / "shards")
     assert "3 images in folders named like a published validation or test set" in caplog.text
-    assert f"(first: REAL/Testing); a catalog from `python -m sharding describe '{mine}'` keeps" in caplog.text
+    assert (
+        f"(first: REAL/Testing); a catalog from `python -m sharding describe '{mine}'` keeps"
+        in (caplog.text)
+    )
 
 
 def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:

@@ -113,6 +113,30 @@ def test_a_key_without_a_folder_names_no_two_files(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_row_is_for_the_file_in_the_folder_of_its_table(tmp_path: Path) -> None:
+    """Most images of such a layout had no row: several files have their name."""
+    for number, folder in enumerate(("train", "test")):
+        images = ("0.png", "images/1.png", f"only{number}.png")
+        write(tmp_path, "", *(f"{folder}/{image}" for image in images))
+        (tmp_path / "raw/s" / folder / "labels.csv").write_text(
+            f"id,label\n0.png,{number}\nimages/1.png,{number}\nonly{1 - number}.png,1\n"
+        )
+    (tmp_path / "raw/s/labels.csv").unlink()
+    listing = listing_of(tmp_path)
+    of_folder = {
+        f"{folder}/{name}": number
+        for number, folder in enumerate(("train", "test"))
+        for name in ("0.png", "images/1.png")
+    }
+    assert labels(listing) == of_folder | {"train/only0.png": 1, "test/only1.png": 1}
+    write(tmp_path, "id,label\n2.png,0\na/3.png,1\n", "2.png", "a/2.png", "a/3.png", "b/a/3.png")
+    listing = listing_of(tmp_path)
+    assert labels(listing).items() >= {"2.png": 0, "a/3.png": 1}.items()
+    assert [path for paths in reasons(listing).values() for path in paths] == [
+        "a/2.png", "b/a/3.png",
+    ]  # fmt: skip
+
+
 def test_rows_that_contradict_each_other_have_a_reason_of_their_own(tmp_path: Path) -> None:
     write(tmp_path, "id,label\n0.png,0\n0.png,1\n1.png,1\n", "a/0.png", "a/1.png")
     listing = listing_of(tmp_path, RULES, ", optional = true")
