@@ -308,7 +308,8 @@ class AnyDetector(DecisionRule, ABC):
                 f"{type(images).__name__}; pass it to predict(), or in a list"
             )
         many = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
-        if not many or hasattr(images, "read"):  # an open file has lines
+        # An open file has lines, and a mapping has keys: no images.
+        if not many or hasattr(images, "read") or isinstance(images, Mapping):
             raise _unknown(images)
         return self._stream(images, batch_size, start)
 

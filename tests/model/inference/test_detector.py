@@ -242,7 +242,8 @@ def test_input_that_is_not_an_image_is_refused(detector, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             detector.predict(array)
-    for nothing in (3, None, [3], torch.zeros(4, 4)):
+    record = {"bytes": FILES[0], "path": "a.png"}  # of Hugging Face; its keys were two paths
+    for nothing in (3, None, [3], torch.zeros(4, 4), record, [record]):
         with pytest.raises(TypeError, match="an image is a path, the bytes of a file, a PIL image"):
             detector.predict(nothing)
     (tmp_path / "cut.png").write_bytes(encode(photo(1), "PNG")[:-400])
