@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from timm.data import create_dataset
 
 from sharding.catalog import read_catalog
 from sharding.format import CLASSES, ShardSet, open_shards
-from tests.builders import build_all, encode, photo
+from tests.builders import ROOT, build_all, encode, photo
 
 # webdataset does not close the tars that it reads, which is not a fault of our code.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -29,6 +30,22 @@ def test_webdataset_reads_every_sample(data: Path, old: ShardSet) -> None:
     assert by_key == dict(
         zip(old.table.column("key").to_pylist(), old.column("label").tolist(), strict=True)
     )
+
+
+def test_the_loop_of_the_page_gets_every_image_and_label(data: Path, old: ShardSet) -> None:
+    page = (ROOT / "docs/shards.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)[0]
+    tars = sorted(str(path) for path in (data / "old").glob("*.tar"))
+    read: list[tuple[tuple[int, int], int]] = []
+    for here, then in (
+        ('"phase1/tiny_genimage-train-00000.tar"', repr(tars)),
+        ('    image, about["cls"]', '    read.append((image.size, about["cls"]))'),
+    ):
+        assert here in code
+        code = code.replace(here, then)
+    exec(code, {"read": read})
+    columns = (old.column(name).tolist() for name in ("width", "height", "label"))
+    assert sorted(read) == sorted(((w, h), label) for w, h, label in zip(*columns, strict=True))
 
 
 def test_dali_reads_every_sample_through_our_idx(data: Path, old: ShardSet) -> None:
