@@ -9,6 +9,7 @@ the commit. All return text.
 """
 
 import functools
+import os
 import subprocess
 import tomllib
 from importlib.metadata import version
@@ -41,13 +42,16 @@ def program_version() -> str:
 
 @functools.cache
 def git_commit() -> str:
-    """Return the commit of this program, '-dirty' appended if files differ; '' if installed."""
-    if not CHECKOUT:  # git would report a repository around the environment
-        return ""
+    """Return the commit of this program, '-dirty' appended if files differ; '' if its folder is no
+    Git repository.
+    """
+    here = Path(__file__).parent  # named to git, which would also report a repository around it
+    git = ["git", "--git-dir", str(here / ".git"), "--work-tree", str(here)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
+            [*git, "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here, env=environment, capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -143,11 +143,29 @@ D = 1
     assert {text for _, text in texts_in(source)} == {"b", "help of b", "c "}
 
 
-def test_the_commit_of_a_surrounding_repository_is_not_recorded(
-    monkeypatch: pytest.MonkeyPatch,
+def new_repository(folder: Path) -> str:
+    """Make a Git repository with one empty commit, and return the name of the commit."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    folder.mkdir()
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", folder.name]):
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    return subprocess.check_output(
+        [*git, "rev-parse", "--short=12", "HEAD"], cwd=folder, text=True
+    ).strip()
+
+
+def test_only_the_commit_of_the_program_itself_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(installed, "CHECKOUT", False)
+    """Not that of a repository around a copy, nor of the one that a hook of Git works on."""
+    around = new_repository(tmp_path / "around")
+    own = new_repository(tmp_path / "own")
+    (tmp_path / "around" / "copy").mkdir()
+    monkeypatch.setattr(installed, "__file__", str(tmp_path / "around/copy/installed.py"))
     assert installed.git_commit.__wrapped__() == ""
+    monkeypatch.setattr(installed, "__file__", str(tmp_path / "own/installed.py"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "around/.git"))
+    assert installed.git_commit.__wrapped__() == own != around
 
 
 def test_modules_next_to_the_command_are_imported(tmp_path: Path) -> None:
