@@ -6,14 +6,24 @@ how to start it: `python train.py` in a checkout, else `ai-images-detector train
 the end of a message: how to install them. `program_version()` returns the version, `git_commit()`
 the commit. All return text.
 `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
+
+On Windows, where locks and atomic writes of this program do not work, importing this module ends
+the process with one line. All commands and `model` import it before they need what Windows lacks.
 """
 
 import functools
 import os
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+
+if sys.platform == "win32":
+    raise SystemExit(
+        "Error: this program does not run on Windows itself, only on Linux and macOS; run it in "
+        "WSL (`wsl --install`) or in a Docker container"
+    )
 
 NAME = "ai-images-detector"
 """Name of the distribution and of its console command (`pyproject.toml`)."""

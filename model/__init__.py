@@ -8,6 +8,8 @@ starts at `model.training.run.train()`, evaluation at `model.evaluation.run.eval
 
 from typing import TYPE_CHECKING, Any
 
+import installed  # noqa: F401  # refuses Windows, before libraries are loaded
+
 if TYPE_CHECKING:
     from model.inference.detector import load_detector
 

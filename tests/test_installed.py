@@ -168,6 +168,32 @@ def test_only_the_commit_of_the_program_itself_is_recorded(
     assert installed.git_commit.__wrapped__() == own != around
 
 
+ON_WINDOWS = """
+import asyncio, multiprocessing.util, runpy, sys
+import click, rich.progress, upath  # what is not of this program works there
+sys.platform = "win32"
+sys.modules |= {"fcntl": None, "resource": None, "torch": None}
+for name in sys.argv[1:]:
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        print(name, ended.code)
+"""
+
+
+def test_on_windows_every_command_says_in_one_line_that_it_does_not_run_there() -> None:
+    """Simulated, with the modules that only POSIX systems have taken away."""
+    scripts = ["ai_images_detector", "predict", "train", "evaluate"]
+    names = [*scripts, "model", "model.inference.detector", "pipeline", "serve", "sharding"]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_WINDOWS, *names], cwd=ROOT, capture_output=True, text=True
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == len(names), done.stderr
+    for name, line in zip(names, said, strict=True):
+        assert line.startswith(f"{name} Error: this program does not run on Windows itself")
+
+
 def test_modules_next_to_the_command_are_imported(tmp_path: Path) -> None:
     (tmp_path / "console.py").write_text("raise SystemExit('the wrong module')")
     code = "import sys; sys.path.append(sys.argv[1]); import ai_images_detector"
