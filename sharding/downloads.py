@@ -22,7 +22,7 @@ from storage import sha256_of
 
 
 class FetchError(ValueError):
-    """Error of a download; the message says what to do."""
+    """Error of a download of images or weights; the message says what to do."""
 
 
 def check_hash(path: Path, digest: str) -> None:

