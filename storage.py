@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 AnyPath = Path | UPath
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter is a drive of Windows
 READ_ONLY = ("http", "https")  # protocols of addresses to which nothing can be written
 _OF_THIS_MACHINE = ("", "file", "local")
 
@@ -84,7 +84,7 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
         raise ValueError("an empty path; name a file or folder, or . for this folder")
     if "\0" in str(text):
         raise ValueError("a path contains a zero byte, which no file system allows")
-    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:/*", str(text)):
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:/*", str(text)):
         raise ValueError(
             f"{text} names no bucket or host; expected an address like s3://bucket/folder"
         )

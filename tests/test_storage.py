@@ -353,6 +353,13 @@ def test_a_file_address_is_a_path_of_this_machine(
     assert storage.is_local(read(f"file://{tmp_path}"))
 
 
+@pytest.mark.parametrize("text", ["C:/me/runs", "C:\\me", "C:/"])
+def test_a_path_of_windows_is_no_address(text: str) -> None:
+    """In WSL it does not exist, which is then the message."""
+    for read in (storage.any_path, storage.local_path):
+        assert read(text) == Path(text)
+
+
 @pytest.mark.parametrize("text", ["s3://bucket/a", "simplecache::memory://bucket/a"])
 def test_local_path_refuses_addresses(text: str) -> None:
     with pytest.raises(ValueError, match="is an address"):
