@@ -61,6 +61,7 @@ from upath import UPath
 
 from escape import reason_of
 from installed import install_extra
+from locks import locked
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs  # typing has it from Python 3.13 on
@@ -296,46 +297,30 @@ def write_text(path: AnyPath, text: str) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `path`, lock it, and remove it when the block ends.
+    """Create a temporary folder next to `path`, lock `path`, and remove the folder at the end.
     Temporary folders that killed processes left for `path` are removed first. An old folder that
     such a process had renamed away, and not replaced, gets its name back.
 
     Raises:
         BlockingIOError: another process is writing `path`.
     """
-    own = re.compile(rf"{re.escape(path.name)}\.(old\.)?\d+\.partial")
-    left = {each: m for each in path.parent.glob("*.partial") if (m := own.fullmatch(each.name))}
-    for folder in left:
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # removed, or another user's
-            os.close(_lock(folder, path))
-    for folder, match in left.items():
-        if match[1] and not path.exists():  # killed between the two renames of `publish`
-            folder.rename(path)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    partial = partial_of(path)
-    with contextlib.ExitStack() as at_end:
-        at_end.callback(shutil.rmtree, partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        at_end.callback(os.close, _lock(partial, path))
-        yield partial
-
-
-def _lock(folder: Path, path: Path) -> int:
-    """Lock the temporary `folder` of `path` until the returned descriptor is closed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(f"another process is writing {path}; wait for it to end") from None
-    except OSError:  # some network file systems cannot lock a folder
-        pass
-    return descriptor
+    path.parent.mkdir(parents=True, exist_ok=True)
+    busy = BlockingIOError(f"another process is writing {path}; wait for it to end")
+    with locked(path.with_name(f".{path.name}.lock"), busy, remove=True):
+        own = re.compile(rf"{re.escape(path.name)}\.(old\.)?\d+\.partial")
+        for folder in path.parent.glob("*.partial"):
+            if not (match := own.fullmatch(folder.name)):
+                continue
+            if match[1] and not path.exists():  # killed between the two renames of `publish`
+                folder.rename(path)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        partial = partial_of(path)
+        try:
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

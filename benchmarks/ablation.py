@@ -10,14 +10,13 @@ changes all recipes, `--threads N` is for torch, `--table` trains nothing. FOLDE
 (finished: skipped), `rows.jsonl`, `tables.md` (also printed). The first error ends it."""
 
 import csv
-import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 import cli
 import console
 import recipes
+from locks import locked
 from model import checkpoint
 from model.calibration.fit import threshold_at_fpr
 from model.export.average import average
@@ -195,19 +195,6 @@ def _source(row: Mapping[str, str], name: str) -> str:
     return row["source"]
 
 
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Lock `path` without waiting. Yields False if another process has locked it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 @dataclass(frozen=True)
 class Bench:
     """Folders of the study, and the settings that all runs share."""
@@ -337,9 +324,8 @@ def run_cell(bench: Bench, cells: Mapping[str, Cell], name: str, seed: int) -> d
     cell = cells[name]
 
     def run(folder: str, file: str, changes: Sequence[str], init_from: Path | None) -> Path:
-        with claimed(bench.runs / f"{folder}.lock") as own:
-            if not own:
-                raise BlockingIOError(folder)
+        bench.runs.mkdir(parents=True, exist_ok=True)
+        with locked(bench.runs / f"{folder}.lock", BlockingIOError(folder)):
             return bench.train(file, folder, seed, changes, init_from)
 
     file_1, file_2 = cell.files

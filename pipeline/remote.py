@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from filelock import FileLock
 
 from escape import reason_of
+from locks import locked
 from sharding.format import ShardSet
 from storage import remove_left, size_of, write_bytes
 
@@ -132,7 +132,7 @@ class RemoteShards:
 
     def _fetch(self, code: int, index: int, path: Path) -> None:
         self.cache.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), remove=True):
             if size_of(path) == self._size(code, index):  # another worker fetched it meanwhile
                 return
             failed_at, reason = self._failed.get(path, (-math.inf, ""))
@@ -145,8 +145,6 @@ class RemoteShards:
                 raise
             self._make_room(len(data))
             write_bytes(path, data)
-        with contextlib.suppress(OSError):
-            path.with_suffix(".lock").unlink()
 
     def _ask(self, code: int, index: int) -> bytes:
         """Fetch one piece from the remote. Failed tries are repeated after `DELAYS_S`."""

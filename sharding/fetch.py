@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-import filelock
 import requests
 
 import console
 from escape import reason_of, without_secrets
 from installed import install_extra
+from locks import locked
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.downloads import FetchError, check_content, check_hash
 from sharding.fetch_spec import Fetch, Git
@@ -244,12 +244,10 @@ def _alone(target: Path) -> Iterator[None]:
     Then delete partial files of BEGUN and MARK, which only killed processes leave.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            _remove_partial(target)
-            yield
-    except filelock.Timeout:
-        raise FetchError(f"another fetch is writing {target}; wait for it to end") from None
+    busy = FetchError(f"another fetch is writing {target}; wait for it to end")
+    with locked(target.with_name(f".{target.name}.lock"), busy):
+        _remove_partial(target)
+        yield
 
 
 def _remove_partial(folder: Path) -> None:

@@ -8,8 +8,8 @@ Main entry: `with locked(work, what):`, a context manager that yields nothing. B
 - `what`: the locked folder, such as `OUT`; it is only named in the error message.
 
 It raises `BlockingIOError` if another process has the lock, and `OSError` if the lock file is a
-link, cannot be written or, in a bucket, is not the JSON of a lock. On a local disk the lock is
-`flock` and ends with the process. In a bucket it is an object that is renewed while the process
+link, cannot be created or, in a bucket, is not the JSON of a lock. On a local disk the lock ends
+with the process (`locks.py`). In a bucket it is an object that is renewed while the process
 lives, and expires `LEASE_SECONDS` after the last renewal. If a renewal fails, it is logged as a
 warning and tried again. Of several processes that find an expired object, one gets the lock. What a
 bucket cannot exclude:
@@ -25,8 +25,6 @@ bucket cannot exclude:
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -34,12 +32,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from upath import UPath
 
 import console
+import locks
 from storage import AnyPath, is_local, parse_json
 
 LEASE_SECONDS = 120
@@ -60,30 +58,8 @@ def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
         with _leased(work / "lock.json", busy):
             yield
         return
-    lock = _open_lock(work / "lock")
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(busy) from None
+    with locks.locked(work / "lock", BlockingIOError(busy)):
         yield
-    finally:
-        os.close(lock)
-
-
-def _open_lock(path: Path) -> int:
-    """Open the lock file for writing and return its descriptor. The folder may come from a
-    stranger: a link there is not followed, and nothing is cut off.
-
-    Raises:
-        OSError: the path is a link, or cannot be written.
-    """
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise OSError(f"{path} is a link, expected a file; remove it") from error
 
 
 @contextlib.contextmanager

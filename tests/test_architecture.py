@@ -16,7 +16,7 @@ from tests.builders import ROOT, imports_of
 SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
 COMMON = {
-    "installed", "escape", "devices", "console", "cli", "interrupts", "recipes", "storage",
+    "installed", "escape", "devices", "console", "cli", "interrupts", "locks", "recipes", "storage",
     "imaging",
 }  # fmt: skip
 
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "cli": {"console", "escape", "devices", "storage"},
     "interrupts": {"console"},
     "recipes": {"storage"},
-    "storage": {"installed", "escape"},
+    "locks": set(),
+    "storage": {"installed", "escape", "locks"},
     "imaging": {"storage"},
     "sharding": COMMON,
     "pipeline": {*COMMON, "sharding.format", "sharding.rows"},

@@ -39,7 +39,6 @@ is raised if the file cannot be opened or written, and `ResultsError` in these c
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -55,6 +54,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from escape import from_spreadsheet_cell, printable, spreadsheet_cell
+from locks import locked
 from storage import parse_json, publish
 
 COLUMNS = ("path", "probability", "verdict", "error", "provenance", "checkpoint")
@@ -135,7 +135,7 @@ class ResultsError(ValueError):
 @dataclass(eq=False)
 class ResultsFile:
     """Open results file. It has the name `<name>.partial` until `finish`, and is locked until
-    `close`, which deletes it if it has no new row.
+    `close`, which deletes it if it has no new row. `held` is the lock.
 
     Of the rows that were in the file when it was opened, `names` contains a sorted hash of each
     image name, uint64, and `unreadable` is the number of rows without a verdict. `until` is a Unix
@@ -148,6 +148,7 @@ class ResultsFile:
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     unreadable: int = 0
     until: float = field(default_factory=time.time)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
         self._taken = np.zeros(len(self.names), np.uint32)
@@ -221,11 +222,12 @@ class ResultsFile:
         if self.stream.closed:
             return
         partial = unfinished_of(self.path)
-        if _is_at(self.stream, partial):
+        if partial.exists() and os.path.samestat(os.fstat(self.stream.fileno()), partial.stat()):
             old = self.path.stat().st_size if self.path.exists() else len(header(self.output)) + 1
             if self.stream.tell() <= old:
                 partial.unlink()
         self.stream.close()
+        self.held.close()
 
 
 def unfinished_of(path: Path) -> Path:
@@ -245,41 +247,30 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
         OSError: the file cannot be written.
     """
     partial = unfinished_of(path)
-    for existing in (path, partial):
-        if existing.exists() and not existing.is_file():
-            raise ResultsError(f"{existing} is not a regular file; name another file with --out")
-        if existing.exists() and not resume:
-            remove = "remove it" if output == "table" else "--resume goes on with it"
-            raise ResultsError(f"{existing} exists; {remove}, or name another file with --out")
     if not path.parent.is_dir():
         raise ResultsError(f"there is no folder {path.parent} for --out; make it, or name another")
-    is_new = not partial.exists()
-    stream = partial.open("x+b" if is_new else "r+b", buffering=0)
-    try:
-        _lock(stream, partial)
-        return _opened(path, stream, output, checkpoint)
-    except BaseException:
-        if is_new:
-            partial.unlink(missing_ok=True)
-        stream.close()
-        raise
-
-
-def _lock(stream: BinaryIO, partial: Path) -> None:
     busy = ResultsError(
         f"another process is writing {partial}; wait for it to end, or name another file with --out"
     )
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise busy from None
-    if not _is_at(stream, partial):
-        raise busy  # another process finished the file after it was opened here
-
-
-def _is_at(stream: BinaryIO, path: Path) -> bool:
-    """Return whether an open file still has this path."""
-    return path.exists() and os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(path.with_name(f".{path.name}.lock"), busy, remove=True))
+        for existing in (path, partial):
+            if existing.exists() and not existing.is_file():
+                raise ResultsError(f"{existing} is not a regular file; name another with --out")
+            if existing.exists() and not resume:
+                remove = "remove it" if output == "table" else "--resume goes on with it"
+                raise ResultsError(f"{existing} exists; {remove}, or name another file with --out")
+        is_new = not partial.exists()
+        stream = partial.open("x+b" if is_new else "r+b", buffering=0)
+        held.callback(stream.close)
+        try:
+            file = _opened(path, stream, output, checkpoint)
+        except BaseException:
+            if is_new:
+                partial.unlink()
+            raise
+        file.held = held.pop_all()
+        return file
 
 
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:

