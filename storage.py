@@ -23,8 +23,8 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
   removes it at the end. First it removes those that killed processes left, or renames an `.old.`
   one to `path`. It and `atomic_folder()` raise `BlockingIOError` if another one writes `path`.
 
-`partial_of(path)` takes a `Path` and returns its temporary path. `whole_name(name)` is the reverse,
-for the writes of any process: the final name, or None if `name` is not a temporary one.
+`partial_of(path)` takes a `Path` and returns a temporary path, another one at each call.
+`whole_name(name)` is the reverse: the final name, or None if `name` is not a temporary one.
 `file_name(stem, suffix)` joins both texts to a file name, cut if it is too long. `naming(path)` is
 a context manager that names the path in errors of a full disk or a temporary file.
 `check_reachable(path)` raises `OSError` if an address does not answer. `remote_errors(path, fault)`
@@ -41,7 +41,6 @@ is nested too deeply. `cores()` returns the number of processor cores that this 
 
 import contextlib
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -188,16 +187,10 @@ def make_folder(path: AnyPath) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the temporary name of `path` while this process writes it. The name contains a random
-    number of this process, so that two writers never share it.
+    """Return a temporary name for one writer of `path`. It contains a random number, so that two
+    never share it: not threads, and not containers, whose processes have the same ids.
     """
-    return path.with_name(f"{path.name}.{_writer_of(os.getpid())}.partial")
-
-
-@functools.cache
-def _writer_of(_process_id: int) -> int:
-    """Return a random number of a process. Containers that write to one folder share its ids."""
-    return int.from_bytes(os.urandom(6))
+    return path.with_name(f"{path.name}.{int.from_bytes(os.urandom(6))}.partial")
 
 
 def is_partial(path: Path) -> bool:

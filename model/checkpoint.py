@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 import recipes
 from escape import reason_of, text_fault
 from installed import DEMO, command, git_commit
+from locks import locked
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
@@ -163,12 +164,13 @@ def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`. The file is replaced atomically. A new calibration keeps the
     rates on left-out sources of the one before (`model.verdict.keep_left_out`).
     """
-    meta = read_meta(folder)
-    spec = backbone.spec_of(meta, str(folder / META_FILE))
-    if spec:
-        _write_meta(folder, backbone.recalibrated(meta, changes, spec, folder))
-    else:
-        _write_meta(folder, {**meta, **keep_left_out(meta, changes)})
+    read_meta(folder)  # the error of a folder that is no checkpoint
+    with locked(folder, is_folder=True):  # another one may change other entries
+        meta = read_meta(folder)
+        if spec := backbone.spec_of(meta, str(folder / META_FILE)):
+            _write_meta(folder, backbone.recalibrated(meta, changes, spec, folder))
+        else:
+            _write_meta(folder, {**meta, **keep_left_out(meta, changes)})
 
 
 def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:

@@ -4,16 +4,19 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import locks
 from locks import locked
+from model.checkpoint import annotate, read_meta
 from model.distributed import DistEnv
 from model.inference.results import open_results
 from model.shipped.fetch import _download_lock
@@ -172,6 +175,24 @@ def test_without_locks_everything_goes_on_after_one_warning(
 def test_programs_can_be_imported_without_fcntl() -> None:
     code = "import sys; sys.modules['fcntl'] = None; import predict, train, evaluate, model"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_several_writers_annotate_one_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A calibration must not undo the verdict of the gate."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "step_0000007"))
+    lost = []
+
+    def write(key: str) -> None:
+        for index in range(25):
+            annotate(folder, {key: {"n": index}} if key == "compared" else {key: [str(index)]})
+            if str(index) not in str(read_meta(folder)[key]):
+                lost.append((key, index))
+
+    threads = [in_thread(partial(write, key)) for key in ("compared", "refused")]
+    for thread in threads:
+        thread.join(HANG_S)
+    assert not lost
+    assert read_meta(folder)["refused"] == ["24"] and read_meta(folder)["compared"] == {"n": 24}
 
 
 def test_an_error_in_the_block_releases_the_lock(tmp_path: Path) -> None:

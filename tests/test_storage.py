@@ -1,6 +1,5 @@
 """Atomic writing: a file is missing, old or complete, synced before its rename, with umask mode."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,7 +8,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from upath import UPath
 
 import escape
 import storage
+from locks import locked
 from storage import (
     atomic_folder,
     partial_of,
@@ -167,21 +169,29 @@ def test_a_temporary_path_has_its_final_name(tmp_path: Path) -> None:
     assert whole_name(partial_of(tmp_path / "a.tar").name) == "a.tar"
 
 
-def test_containers_with_the_same_process_id_write_to_different_temporary_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_writers_of_one_file_have_different_temporary_files(tmp_path: Path) -> None:
+    """Threads of one process, and containers, whose first process has the id 1."""
+    together = threading.Barrier(2)
+
+    def write(partial: Path) -> None:
+        partial.write_text("whole")
+        together.wait()
+
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(write_atomically, tmp_path / "a", write) for _ in range(2)]:
+            done.result()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_temporary_folder_is_left_alone_before_its_writer_has_come_to_use_it(
+    tmp_path: Path,
 ) -> None:
-    """The first process of each container has the id 1. A forked process has its own name, too."""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    name, others = partial_of(tmp_path / "a"), set()
-    for number in range(2):
-        spec = importlib.util.spec_from_file_location(f"storage_{number}", storage.__file__)
-        assert spec and spec.loader
-        container = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(container)
-        others.add(container.partial_of(tmp_path / "a"))
-    assert len({name, *others}) == 3 and partial_of(tmp_path / "a") == name
-    monkeypatch.setattr(os, "getpid", lambda: 2)
-    assert partial_of(tmp_path / "a") not in {name, *others}
+    """Two that start in the same millisecond must not remove the folder of each other."""
+    with locked(tmp_path / ".a.lock"):  # as a writer that has just begun
+        (tmp_path / "a.12345.partial").mkdir()
+        with pytest.raises(BlockingIOError), atomic_folder(tmp_path / "a"):
+            pass
+        assert (tmp_path / "a.12345.partial").exists()
 
 
 def test_a_temporary_name_of_the_longest_name_can_be_written(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ nothing.
 
 It returns a `Kept`: `kept` (whether there is an entry now), `added` (whether this call made it),
 `label_was` (the former label if it has changed, else None) and `text` (one line).
+`add_verdict(folder, sha256, given)` adds a verdict to the entry of this hash, if there still is
+one; its label stays. Both lock `folder`, so that threads and processes may use them at once.
 `read_mistakes(folder)` returns all entries as a list of `Mistake`; it and `Verdict` have the fields
 of the JSON below.
 
-Both functions raise `OSError` if the folder cannot be read or written, and `MistakeError` (a
+The functions raise `OSError` if the folder cannot be read or written, and `MistakeError` (a
 `ValueError`) if an entry is larger than `MAX_ENTRY_BYTES` or does not have the form below, or if
 there are more than `MAX_MISTAKES` entries. `keep_mistake()` also raises `MistakeError` if the entry
 would be larger, or the copy larger than `MAX_IMAGE_BYTES`; `read_mistakes()` if there is no entry.
@@ -43,6 +45,7 @@ returns "right", "uncertain" or "wrong" (a `Standing`), and `verdict_from(entry)
 in JSON. `UNNAMED` is the suffix of a copy if the image's name has no image suffix.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -57,6 +60,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from escape import text_fault
 from imaging.decode import IMAGE_SUFFIXES
 from installed import command
+from locks import locked
 from model.inference.prediction import DecisionRule
 from model.verdict import VERDICTS
 from storage import RefusedFileError, parse_json, read_text, write_bytes, write_text
@@ -180,6 +184,21 @@ def keep_mistake(
         MistakeError: the folder is full, the copy is too large, or the existing entry is damaged.
         OSError: the folder cannot be written.
     """
+    if standing(label, given.verdict) == "wrong":
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, is_folder=True) if folder.is_dir() else contextlib.nullcontext():
+        return _keep(folder, data, label, given, copy_named, room)
+
+
+def _keep(
+    folder: Path,
+    data: bytes,
+    label: Label,
+    given: Verdict,
+    copy_named: str | None,
+    room: int | None,
+) -> Kept:
+    """Read, change and write the entry of an image; the caller holds the lock of `folder`."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = entry_path(folder, sha256)
     stands = standing(label, given.verdict)
@@ -206,7 +225,7 @@ def keep_mistake(
         return Kept(kept=False, label_was=label_was, text=text)
     if copy_named is not None:
         mistake = _with_copy(folder, mistake, data, copy_named)
-    write_mistake(folder, mistake)
+    _write(folder, mistake)
     beside = "with its image" if mistake.image else "without its image"
     return Kept(kept=True, label_was=label_was, text=f"{changed}{said}, {beside}", added=added)
 
@@ -225,7 +244,6 @@ def _with_copy(folder: Path, mistake: Mistake, data: bytes, name: str) -> Mistak
     with_image = replace(mistake, image=suffix if suffix in IMAGE_SUFFIXES else UNNAMED)
     if mistake.image:
         with_image = mistake
-    folder.mkdir(parents=True, exist_ok=True)
     path = with_image.image_path(folder)
     assert path is not None
     write_bytes(path, data)
@@ -241,12 +259,18 @@ def with_verdict(mistake: Mistake, given: Verdict) -> Mistake:
     return replace(mistake, verdicts=verdicts)
 
 
-def write_mistake(folder: Path, mistake: Mistake) -> None:
+def add_verdict(folder: Path, sha256: str, given: Verdict) -> None:
+    """Add a verdict to an entry as it is now. Do nothing if the entry has been removed."""
+    with locked(folder, is_folder=True):
+        if (path := entry_path(folder, sha256)).exists():
+            _write(folder, with_verdict(read_mistake(path), given))
+
+
+def _write(folder: Path, mistake: Mistake) -> None:
     """Write an entry atomically."""
     text = json.dumps(asdict(mistake), indent=1) + "\n"
     if len(text) > MAX_ENTRY_BYTES:
         raise MistakeError(f"an entry of {len(text):,} bytes; the limit is {MAX_ENTRY_BYTES:,}")
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(mistake.entry_path(folder), text)
 
 

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from imaging.decode import DecodeError, ImageFile, read_file
 from model.inference.inputs import find_images
-from model.mistakes.keep import Mistake, Verdict, standing, verdict_of, with_verdict, write_mistake
+from model.mistakes.keep import Mistake, Verdict, add_verdict, standing, verdict_of
 
 if TYPE_CHECKING:
     from model.inference.prediction import AnyDetector
@@ -184,10 +184,12 @@ def _checked(sha256: str, read: Callable[[], bytes], changed: str) -> ImageFile:
 
 
 def record(folder: Path, rows: Iterable[Regression]) -> None:
-    """Add the new verdict to each entry, for later comparisons."""
+    """Add the new verdict to each entry, for later comparisons. What others have changed since the
+    entries were read stays: labels, verdicts and removed entries.
+    """
     for row in rows:
         if row.after:
-            write_mistake(folder, with_verdict(row.mistake, row.after))
+            add_verdict(folder, row.mistake.sha256, row.after)
 
 
 def counts_of(rows: Iterable[Regression]) -> dict[Outcome, int]:

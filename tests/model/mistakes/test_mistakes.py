@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +26,7 @@ from model.mistakes.keep import (
     standing,
     with_verdict,
 )
-from model.mistakes.regressions import OUTCOMES, find_files
+from model.mistakes.regressions import OUTCOMES, Regression, find_files, record
 from model.verdict import VERDICTS
 from tests.builders import ROOT, encode, photo
 
@@ -120,6 +122,40 @@ def test_a_changed_label_is_reported_and_can_remove_the_entry(tmp_path: Path) ->
     assert read_mistakes(tmp_path)[0].label == "fake"
     keep_mistake(tmp_path, DATA, "fake", said(LIKELY, "b"))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_others_changed_while_images_were_scored_stays(tmp_path: Path) -> None:
+    """The page and `predict.py` write at the same time."""
+    for data in (b"1", b"2"):
+        keep_mistake(tmp_path, data, "fake", said(NO_SIGN), copy_named="a.jpg")
+    keep_mistake(tmp_path, b"3", "fake", said(NO_SIGN))
+    rows = [
+        Regression(mistake=each, before=each.verdicts[0], after=said(LIKELY, "c"), outcome="fixed")
+        for each in read_mistakes(tmp_path)
+    ]
+    keep_mistake(tmp_path, b"1", "real", said(LIKELY, "b"))
+    keep_mistake(tmp_path, b"2", "real", said(NO_SIGN))
+    record(tmp_path, rows)
+    entries = {each.sha256: each for each in read_mistakes(tmp_path)}
+    first, removed, third = (hashlib.sha256(data).hexdigest() for data in (b"1", b"2", b"3"))
+    assert removed not in entries and entries[first].label == "real"
+    assert [each.detector for each in entries[first].verdicts] == ["a", "b", "c"]
+    assert [each.detector for each in entries[third].verdicts] == ["a", "c"]
+
+
+def test_verdicts_of_several_writers_are_all_kept(tmp_path: Path) -> None:
+    def write(name: str) -> None:
+        for index in range(25):
+            keep_mistake(tmp_path, DATA, "real", said(LIKELY, f"{name}{index}"))
+
+    child = os.fork()
+    if not child:
+        write("child")
+        os._exit(0)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, "ab"))
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(read_mistakes(tmp_path)[0].verdicts) == 75
 
 
 def test_image_entry_and_folder_have_limits(
