@@ -42,6 +42,7 @@ Subcommands: `calibrate --shards SET` fits temperature and thresholds on validat
 them with the detector. `compare RUN RUN...` prints the differences between reports. See `--help`.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -213,22 +214,25 @@ def main(
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
     joined = suite or "+".join(_folder_of(name, data) for name in names)
     folder = file_name(joined.strip(".") or "sets", f"-{subset.stem}" if subset else "")
-    with init_distributed() as dist:
-        chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
-        out = out or made / "evaluation" / folder
-        options = Options(
-            loading=Loading(backend=backend), device=device, subset=listed,
-            reference_reals=reference_reals, robustness=robustness or 0, features=features,
-        )  # fmt: skip
-        report = evaluate(chosen, any_path(data), names, out, options=options, dist=dist)
-    if dist.is_main:
-        written = write_report(report, out / SCORES_FILE, any_path(data), out)
-        print_report(report)
-        said = f"checkpoint: {chosen}" if isinstance(chosen, Path) else f"detector: {chosen!r}"
-        console.say(said)
-        console.say(f"scores: {out / SCORES_FILE}")
-        say_files(written)
-        _refuse_gaps(report, chosen_suite.missing_line if chosen_suite else "")
+    with contextlib.ExitStack() as held:
+        with init_distributed() as dist:
+            chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
+            out = out or made / "evaluation" / folder
+            options = Options(
+                loading=Loading(backend=backend), device=device, subset=listed,
+                reference_reals=reference_reals, robustness=robustness or 0, features=features,
+            )  # fmt: skip
+            report = evaluate(
+                chosen, any_path(data), names, out, options=options, dist=dist, held=held
+            )
+        if dist.is_main:
+            written = write_report(report, out / SCORES_FILE, any_path(data), out)
+            print_report(report)
+            said = f"checkpoint: {chosen}" if isinstance(chosen, Path) else f"detector: {chosen!r}"
+            console.say(said)
+            console.say(f"scores: {out / SCORES_FILE}")
+            say_files(written)
+            _refuse_gaps(report, chosen_suite.missing_line if chosen_suite else "")
 
 
 def _folder_of(name: str, data: str) -> str:

@@ -1,8 +1,8 @@
 """Evaluate a checkpoint or another detector on shard sets (packed images): score every image and
 compute the report.
 
-Main entry: `evaluate(subject, data, names, out, *, options, dist)` scores and reports. All ranks
-must call it.
+Main entry: `evaluate(subject, data, names, out, *, options, dist, held)` scores and reports. All
+ranks must call it.
 
 - `subject`: the folder of a checkpoint (a `Path`, not a text), or an `OtherDetector` or
   `OnnxDetector`. `choose_subject()` returns one.
@@ -12,11 +12,14 @@ must call it.
 - `options`: the `Options` of `plan.py` (device, subset, reference reals, robustness ...), or None
   (default: the defaults of `Options()`).
 - `dist`: this process's rank (`DistEnv`; None, the default, for a single process).
+- `held`: a `contextlib.ExitStack` that keeps the lock of `out`, for a caller that goes on to write
+  the report there. None (the default): the lock ends with the call.
 
 It writes `scores.parquet` (one row per image) and `speed.json` (images per second) to `out`. It
 returns the report as a dict (`model/layout/report.py`), {} on other ranks than 0; it does not write
 the report. It raises `ValueError` if a set, checkpoint or device cannot be used, or if a
-checkpoint's score is not finite, and `OSError` if a file cannot be read or written.
+checkpoint's score is not finite, and `OSError` if a file cannot be read or written, or another
+evaluation is writing `out`.
 
 `choose_subject(name, checkpoint, opening, device, dist)` returns a pair: the subject and its output
 folder. No argument has a default. It raises `ValueError` if there is no such detector, or if both
@@ -38,6 +41,7 @@ there is none. `score_sets()`, `perturb_sets()` and `with_reference()` are parts
 they take its `EvaluationPlan` as `planned`.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -49,6 +53,7 @@ import pyarrow as pa
 
 import console
 from installed import command, git_commit
+from locks import locked
 from model.adapters.detector import OtherDetector, output_name
 from model.adapters.open import Opening, as_checkpoint, open_other
 from model.checkpoint import find, load_network, weights_name
@@ -83,15 +88,17 @@ def evaluate(
     *,
     options: Options | None = None,
     dist: DistEnv | None = None,
+    held: contextlib.ExitStack | None = None,
 ) -> dict[str, Any]:
     """Score the sets `names` below `data` and return the report as a dict (see `report.py`).
 
     `subject` is the checkpoint or the other detector that scores. `options.subset` limits the
     samples. Writes `scores.parquet` and `speed.json` to `out`. With several ranks, every rank
-    calls `evaluate`; rank 0 writes, and the other ranks return {}.
+    calls `evaluate`; rank 0 writes, and the other ranks return {}. `held` keeps the lock of `out`.
 
     Raises:
         ValueError: as `plan`.
+        BlockingIOError: another evaluation is writing `out`.
     """
     planned = plan(subject, data, names, options or Options(), dist)
     check_alike(
@@ -102,7 +109,22 @@ def evaluate(
     for sentence in report.on_training_data(_seen(planned)):
         console.log.warning("%s", sentence)
     keep_freed_memory(planned.device)
-    on_main(planned.dist, lambda: out.mkdir(parents=True, exist_ok=True))
+    with contextlib.ExitStack() as own:
+        on_main(planned.dist, lambda: _lock(out, held or own))
+        return _evaluate(planned, out)
+
+
+def _lock(out: Path, held: contextlib.ExitStack) -> None:
+    """Lock the output folder. The report would otherwise be on the scores of another evaluation."""
+    out.mkdir(parents=True, exist_ok=True)
+    busy = BlockingIOError(
+        f"another evaluation is writing {out}; wait for it to end, or name another folder with "
+        "--out"
+    )
+    held.enter_context(locked(out / ".lock", busy, remove=True))
+
+
+def _evaluate(planned: EvaluationPlan, out: Path) -> dict[str, Any]:
     scorer = _scorer_of(planned)
     began = time.perf_counter()
     rows = score_sets(planned, scorer)

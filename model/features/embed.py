@@ -12,7 +12,8 @@ Main entry: `embed_sets(embedder, sets, source, number)` computes the features o
 
 It writes the missing Arrow files, one per shard, and `backbone.json`, and shows its progress. It
 returns the number of images computed on this rank (0 if no file is missing). A shard is written
-when it is complete, so an interrupted run resumes there. Errors:
+when it is complete, so an interrupted run resumes there. If another command computes the same
+features, it waits for that one. Errors:
 
 - `FeatureError` (a `ValueError`): a feature is not finite, or a set is a selection that leaves out
   samples of a shard.
@@ -39,12 +40,14 @@ The fields of an `Embedder` are passed by keyword:
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 import console
+from locks import locked
 from model.features.loader import FeatureSource
 from model.features.store import (
     FeatureError,
@@ -234,17 +237,24 @@ def embed_sets(
         # Shards are numbered through all sets; else rank 0 would compute every set of one shard.
         here = replace(embedder, rank=(embedder.rank - first) % embedder.world_size)
         first += len(shards.shards)
-        own = missing_of(
-            source.store, source.backbone, shards, source.numbered(number),
+        missing = partial(
+            missing_of, source.store, source.backbone, shards, source.numbered(number),
             rank=here.rank, world_size=here.world_size,
         )  # fmt: skip
-        if not own:
+        if not (own := missing()):
             continue
-        images = sum(shards.shard_samples[file.shard_code] for file in own)
         label = f"embedding {shards.describe()}, view {number}"
-        console.log.info(
-            "%s: features of %d images in %d shards are missing", label, images, len(own)
-        )
-        with console.progress(label, images, shown=embedder.rank == 0) as advance:
-            count += embed(here, shards, source, number, own, advance)
+        waiting = f"{label}: another command is computing these features; waiting for it"
+        folder = own[0].path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / f".rank-{here.rank}-of-{here.world_size}.lock"
+        with locked(lock, waiting=waiting, remove=True):
+            if not (own := missing()):  # the other command has computed them
+                continue
+            images = sum(shards.shard_samples[file.shard_code] for file in own)
+            console.log.info(
+                "%s: features of %d images in %d shards are missing", label, images, len(own)
+            )
+            with console.progress(label, images, shown=embedder.rank == 0) as advance:
+                count += embed(here, shards, source, number, own, advance)
     return count

@@ -1,5 +1,6 @@
 """Plan of an evaluation: chosen samples and refused input, before a network is loaded."""
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from locks import locked
 from model.backbones.made_with import NetworkError
 from model.checkpoint import CheckpointError, annotate, read_meta
 from model.evaluation import run
@@ -135,6 +137,26 @@ def test_bad_input_is_refused_before_loading(
     with pytest.raises(error, match=said):
         run.evaluate(tiny_checkpoint, data, names, tmp_path / "out", options=options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_evaluation_writes_is_refused_before_scoring(
+    data: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would print the figures of the one that writes last as its own."""
+    out, options = tmp_path / "out", Options(device="cpu")
+    monkeypatch.setattr(run, "score_sets", lambda *_: pytest.fail("scored"))
+    out.mkdir()
+    with (
+        locked(out / ".lock"),
+        pytest.raises(BlockingIOError, match=r"another evaluation is writing .*out; wait for it"),
+    ):
+        run.evaluate(tiny_checkpoint, data, ["val"], out, options=options)
+    monkeypatch.undo()
+    with contextlib.ExitStack() as held:
+        run.evaluate(tiny_checkpoint, data, ["val"], out, options=options, held=held)
+        with pytest.raises(BlockingIOError, match="another evaluation is writing"):
+            run.evaluate(tiny_checkpoint, data, ["val"], out, options=options)
+    assert sorted(path.name for path in out.iterdir()) == ["scores.parquet", "speed.json"]
 
 
 def test_a_reference_without_real_images_in_the_subset_is_refused(
