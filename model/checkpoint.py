@@ -161,9 +161,7 @@ def seal(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Change entries of `meta.json`. The file is replaced atomically. A new calibration keeps the
-    rates on left-out sources of the one before (`model.verdict.keep_left_out`).
-    """
+    """Change entries of `meta.json`. A new calibration keeps the left-out rates of the last one."""
     read_meta(folder)  # the error of a folder that is no checkpoint
     with locked(folder, is_folder=True):  # another one may change other entries
         meta = read_meta(folder)
