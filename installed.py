@@ -4,7 +4,7 @@ Main entry: `command(name)` takes the name of a command, such as "train" (not ch
 how to start it: `python train.py` in a checkout, else `ai-images-detector train`.
 `install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
 the end of a message: how to install them. `program_version()` returns the version, `git_commit()`
-the commit. All return text.
+the commit. All return text. `versions()` returns those of the libraries that affect results.
 `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
 
 On Windows, where locks and atomic writes of this program do not work, importing this module ends
@@ -13,6 +13,7 @@ the process with one line. All commands and `model` import it before they need w
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 import tomllib
@@ -48,6 +49,13 @@ def program_version() -> str:
         text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
         return str(tomllib.loads(text)["project"]["version"])
     return version(NAME)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that affect the results."""
+    names = ("torch", "timm", "pillow", "simplejpeg", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 @functools.cache

@@ -37,8 +37,8 @@ import torch
 import cli
 import console
 import recipes
+from installed import versions
 from model.backbones.resolve import resolved
-from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.features.embed import AT_A_TIME_ON_GPU, Embedder, embed
 from model.features.loader import FeatureSource, source_of

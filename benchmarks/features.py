@@ -43,7 +43,7 @@ import torch
 
 import cli
 import console
-from model.checkpoint import versions
+from installed import versions
 from model.features.fit import fit_head, gather
 from model.features.loader import FeatureLoader, FeatureSource
 from model.features.store import BackboneId, View, files_of, open_table, write_file

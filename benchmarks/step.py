@@ -53,8 +53,8 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import cli
 import console
 import recipes
+from installed import versions
 from model.backbones.resolve import resolved
-from model.checkpoint import versions
 from model.device import choose_device, choose_precision, describe, keep_freed_memory
 from model.network import build
 from model.recipe import Recipe

@@ -19,17 +19,14 @@ checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main en
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import pickle
-import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 import recipes
 from escape import reason_of, text_fault
-from installed import DEMO, command, git_commit
+from installed import DEMO, command, git_commit, versions
 from locks import locked
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
@@ -77,6 +74,10 @@ class NoCheckpointError(CheckpointError):
 
 class DamagedError(CheckpointError):
     """A file of a checkpoint, named in the message, that is missing or has changed."""
+
+
+class ReplacedError(CheckpointError):
+    """A checkpoint that a running training has removed, because it has a better or newer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +193,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no checkpoint, or it has another version or other classes.
         DamagedError: `meta.json` has changed since it was written, or has an entry of a wrong type.
+        ReplacedError: the training of its run has removed it.
     """
-    with _suggest_undamaged(folder):
+    with _advised(folder):
         return _read_meta(folder)
 
 
@@ -262,9 +264,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
-    """Return the undamaged checkpoints of a run, oldest step first, and why each other is
-    not used.
-    """
+    """Return the undamaged checkpoints of a run, oldest first, and why each other is not used."""
     whole, reasons = [], []
     for folder in checkpoints_of(run):
         try:
@@ -277,17 +277,25 @@ def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
 
 
 @contextlib.contextmanager
-def _suggest_undamaged(folder: Path) -> Iterator[None]:
+def _advised(folder: Path) -> Iterator[None]:
     """Add to a `DamagedError` of the block which undamaged checkpoint of the run can be used
-    instead.
+    instead. An error about a checkpoint that is no longer there becomes a `ReplacedError`.
 
     Raises:
-        DamagedError: the error of the block, with the advice.
+        DamagedError, ReplacedError: the error of the block, with the advice.
     """
     try:
         yield
-    except DamagedError as error:
-        others = [other for other in whole_checkpoints(folder.parent)[0] if other != folder]
+    except (CheckpointError, FileNotFoundError) as error:
+        run, is_step = folder.parent, STEP_FOLDER.fullmatch(folder.name)
+        if is_step and not folder.exists() and checkpoints_of(run):
+            raise ReplacedError(
+                f"{folder} is no longer there: the training of {run} keeps its best and its newest "
+                f"checkpoint only; run the command again, with --checkpoint {run}"
+            ) from error
+        if not isinstance(error, DamagedError):
+            raise
+        others = [other for other in whole_checkpoints(run)[0] if other != folder]
         advice = (
             f"{others[-1]} is undamaged: use it instead"
             if others
@@ -328,7 +336,8 @@ def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
         net = build(network, pretrained=False, empty=True)
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     others = backbone.locate(spec, folder)[0] if spec else None
-    check_weights_file(net, folder / weights_name(meta), str(folder), others)
+    with _advised(folder):
+        check_weights_file(net, folder / weights_name(meta), str(folder), others)
     return _meta_in_use(folder, meta)
 
 
@@ -339,7 +348,7 @@ def check_weights(folder: Path) -> str:
         CheckpointError: as `read_meta`.
         DamagedError: the file is missing or has changed.
     """
-    with _suggest_undamaged(folder):
+    with _advised(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, weights_name(meta))
     return meta["sha256"][weights_name(meta)]
@@ -358,7 +367,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         DamagedError: the file is missing, has changed or is no `.safetensors` file.
         BackboneError: the backbone of a shipped detector is not cached, or not a tested one.
     """
-    with _suggest_undamaged(folder):
+    with _advised(folder):
         meta = _read_meta(folder)
         _verify(folder, meta, weights_name(meta))
         try:
@@ -380,7 +389,7 @@ def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} has no {STATE_FILE}, so training cannot resume from it")
-    with _suggest_undamaged(folder):
+    with _advised(folder):
         _verify(folder, _read_meta(folder), STATE_FILE)
     try:
         return _interned(torch.load(path, map_location="cpu", weights_only=True, mmap=lazy))
@@ -414,11 +423,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the checkpoint with the highest selection figure (of equals the latest), or None.
-
-    Raises:
-        CheckpointError: as `read_meta`.
-    """
+    """Return the checkpoint with the highest selection figure (of equals the latest), or None."""
     return best_among(checkpoints_of(run))
 
 
@@ -491,10 +496,3 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
         " name one with --checkpoint FOLDER, or use the shipped one: `python -m model fetch`, then "
         "--checkpoint clip"
     )
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that affect the results."""
-    names = ("torch", "timm", "pillow", "simplejpeg", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

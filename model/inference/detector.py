@@ -56,7 +56,7 @@ import console
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import Encoded, as_is, decoded, png_of
 from imaging.orientation import UPRIGHT
-from model.checkpoint import CheckpointError, find, load_network
+from model.checkpoint import CheckpointError, ReplacedError, find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
     AnyDetector,
@@ -232,14 +232,26 @@ def load_detector(
             f"there is no folder {runs} with runs; name a folder of trained runs, or leave it out "
             "to use the shipped detector"
         )
-    folder = find(Path(runs), local_path(checkpoint) if checkpoint else None, shipped=True)
-    if not checkpoint and is_shipped(folder):
-        console.log.info("no trained run below %s: using shipped detector %s", runs, folder.name)
+    named = local_path(checkpoint) if checkpoint else None
     where = choose_device(device)
     keep_freed_memory(where)
     dtype, _ = choose_precision("auto", where)
     chosen, reason = choose_backend(backend, where)
-    net, preprocess, meta = load_network(folder)
+    folder, (net, preprocess, meta) = _newest(Path(runs), named)
+    if not checkpoint and is_shipped(folder):
+        console.log.info("no trained run below %s: using shipped detector %s", runs, folder.name)
     return ImageDetector(
         folder, net.to(where), preprocess, meta, where, dtype, chosen, reason, asked
     )
+
+
+def _newest(
+    runs: Path, named: Path | None
+) -> tuple[Path, tuple[Detector, Preprocess, dict[str, Any]]]:
+    """Find and load a checkpoint, up to four times if a running training replaces it meanwhile."""
+    for _ in range(3):
+        with contextlib.suppress(ReplacedError):
+            folder = find(runs, named, shipped=True)
+            return folder, load_network(folder)
+    folder = find(runs, named, shipped=True)
+    return folder, load_network(folder)

@@ -1,10 +1,10 @@
-"""Removal of the checkpoints that a run no longer needs."""
+"""Removal of the checkpoints that a run no longer needs, also below their readers."""
 
 from pathlib import Path
 
 import pytest
 
-from model import checkpoint
+from model import checkpoint, load_detector
 from model.network import build
 from model.training.saving import prune
 from tests.builders import TINY
@@ -20,6 +20,26 @@ def test_best_and_last_are_kept_and_others_pruned(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == ["step_0000002", "step_0000004"]
     assert checkpoint.best_of(tmp_path).name == "step_0000002"
     assert last_of(tmp_path).name == "step_0000004"
+
+
+@pytest.mark.parametrize("last_call", ["refusal_of", "weights_name", "_verify", "load_file"])
+def test_a_run_that_is_trained_meanwhile_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_call: str
+) -> None:
+    """A training replaces the best checkpoint just before `last_call` reads it."""
+    older = save(tmp_path / "run")
+    call = getattr(checkpoint, last_call)
+
+    def replaced_first(*arguments):
+        if older.exists():
+            prune(tmp_path / "run", {save(tmp_path / "run", step=2, selection=0.9)})
+        return call(*arguments)
+
+    monkeypatch.setattr(checkpoint, last_call, replaced_first)
+    detector = load_detector(tmp_path / "run", device="cpu")
+    assert not older.exists() and detector.checkpoint.name == "step_0000002"
+    with pytest.raises(checkpoint.ReplacedError, match=r"is no longer there: .* again, with"):
+        checkpoint.check_weights(older)
 
 
 def test_pruning_leaves_what_a_link_points_to(tmp_path: Path) -> None:
