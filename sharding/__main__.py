@@ -149,7 +149,8 @@ def fetch_command(
 @click.option(
     "--allow-incomplete",
     is_flag=True,
-    help="Build even if a rule or `group` matches no file, or a training set lacks a class.",
+    help="Build even if a rule or `group` matches no file, a training set lacks a class, or a "
+    "download has not finished.",
 )
 @cli.options()
 def build_command(

@@ -43,13 +43,12 @@ from installed import install_extra
 from locks import locked
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.downloads import FetchError, check_content, check_hash
-from sharding.fetch_spec import Fetch, Git
+from sharding.fetch_spec import BEGUN, Fetch, Git
 from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
 from storage import check_inside, parse_json, publish, read_text, sha256_of, whole_name, write_text
 
 MARK = ".fetched.json"
-BEGUN = ".fetching.json"
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _is_complete(target: Path, fetch: Fetch) -> bool:
     """Return whether the download finished and all its files still exist at their sizes. It is not
-    complete if a local copy of a Git repository lacked files, which it or its address may have now.
+    complete if another one has begun since, or if a local copy of a Git repository lacked files,
+    which it or its address may have now.
     """
     mark = _read(target / MARK)
     files = mark.get("files") or {}
-    if ABSENT in (mark.get("left_out") or {}):
+    if ABSENT in (mark.get("left_out") or {}) or (target / BEGUN).exists():
         return False
     return bool(files) and mark.get("fetch") == _wanted(fetch) and not _lacking(target, files)
 

@@ -2,10 +2,14 @@
 
 Main entries: the dataclasses `Fetch` and `Git`. `read_catalog()` of sharding/catalog.py makes them,
 and sharding/fetch.py downloads what they name. A wrong value raises `ValueError`. Nothing is read.
+`BEGUN` is the name of the file that marks an unfinished download.
 """
 
 import re
 from dataclasses import dataclass, field
+
+BEGUN = ".fetching.json"
+"""File in the folder of a source while its download runs, or after it was interrupted."""
 
 _DATASET = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 

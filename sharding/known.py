@@ -23,6 +23,7 @@ Their arguments:
 from collections.abc import Mapping
 
 from sharding.catalog import Catalog, CatalogError, Source
+from sharding.fetch_spec import BEGUN
 from sharding.format import CLASSES
 from storage import AnyPath
 
@@ -36,7 +37,7 @@ def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> 
         [
             name,
             " ".join(sets_of(source)),
-            "yes" if (raw / (source.root or name)).is_dir() else "-",
+            _on_disk(raw / (source.root or name)),
             ", ".join(packed.get(name, [])) or "-",
             _images(source) or "-",
             source.size or "-",
@@ -44,6 +45,12 @@ def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> 
         ]
         for name, source in catalog.sources.items()
     ]
+
+
+def _on_disk(folder: AnyPath) -> str:
+    if not folder.is_dir():
+        return "-"
+    return "partly" if (folder / BEGUN).exists() else "yes"
 
 
 def sets_of(source: Source) -> list[str]:

@@ -6,10 +6,12 @@ or written.
 - `catalog`: from `read_catalog()` of sharding/catalog.py.
 - `raw`, `out`: the folders of the raw data and of the sets, each a `Path` or `UPath`.
 - `tolerance`: a `Tolerance` (`max_bad`: the largest share of missing or unreadable images;
-  `allow_incomplete`: whether a catalog rule, or `group`, may match no image). Default: 1 %, False.
+  `allow_incomplete`: whether a catalog rule, or `group`, may match no image, and a download may be
+  unfinished). Default: 1 %, False.
 
 A source of the user takes the place of a source of this program (`SHIPPED`) with the same root,
-unless the user changed a key of the latter: two sources would divide the same images.
+unless the latter was packed before or the user changed a key of it: two sources would divide the
+same images.
 
 It raises `CatalogError` if the files contradict the catalog, `RawError` for a broken archive, and
 `OSError` if a folder cannot be read.
@@ -23,6 +25,7 @@ import pyarrow as pa
 
 from console import counted, log
 from sharding.catalog import SHIPPED, Catalog, CatalogError, Source, read_catalog
+from sharding.fetch_spec import BEGUN
 from sharding.format import CLASSES
 from sharding.inventory import item_table
 from sharding.listing import Listing, links_in, list_source
@@ -74,22 +77,26 @@ def find_sources(
 
     Raises:
         CatalogError: a layout does not fit the catalog, the number of images differs from
-            `expected`, or a rule, or every pattern of `group`, matches no file.
+            `expected`, a rule, or every pattern of `group`, matches no file, or a download has
+            not finished.
     """
     scan = SourceScan()
     inventory = out / WORK_FOLDER / "inventory"
     replaced = _replaced(catalog)
     for name, source in catalog.sources.items():
         source = replace(source, root=folder_of(raw, source.root or name))
-        if name in replaced:
-            if (raw / source.root).is_dir():
-                log.info(
-                    "folder %s is source %s of your catalog, not the built-in source %s",
-                    source.root, replaced[name], name,
-                )  # fmt: skip
-        elif (raw / source.root).is_dir():
+        is_there = (raw / source.root).is_dir()
+        is_packed = (inventory / f"{name}.parquet").exists()
+        if is_there and name in replaced and not is_packed:
+            log.info(
+                "folder %s is source %s of your catalog, not the built-in source %s",
+                source.root, replaced[name], name,
+            )  # fmt: skip
+        elif is_there:
+            if (raw / source.root / BEGUN).exists() and not tolerance.allow_incomplete:
+                _refuse_unfinished(name, raw / source.root)
             listing = list_source(name, source, raw)
-            if not listing.items and (inventory / f"{name}.parquet").exists():
+            if not listing.items and is_packed:
                 scan.packed_only.append(name)  # the files were deleted, the folder was not
             elif listing.items:
                 _check_counts(name, source, listing, max(COUNT_TOLERANCE, tolerance.max_bad))
@@ -101,7 +108,7 @@ def find_sources(
             else:
                 scan.missing.append(name)
                 scan.empty[name] = listing
-        elif (inventory / f"{name}.parquet").exists():
+        elif is_packed:
             scan.packed_only.append(name)
         else:
             scan.missing.append(name)
@@ -123,6 +130,15 @@ def _replaced(catalog: Catalog) -> dict[str, str]:
         for name in names
         if catalog.sources[name] == shipped.get(name)
     }
+
+
+def _refuse_unfinished(name: str, folder: AnyPath) -> None:
+    """Raise an error for a download that runs or was interrupted: it may lack a whole class."""
+    raise CatalogError(
+        f"source {name}: its download to {folder} has not finished (it is running, or was "
+        f"interrupted). Finish it with `python -m sharding fetch {name}`, or pass "
+        "--allow-incomplete to pack what is there"
+    )
 
 
 def _refuse_unmatched(name: str, listing: Listing, folder: AnyPath) -> None:

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sharding.build import Tolerance, build
-from sharding.catalog import read_catalog
+from sharding.catalog import CatalogError, read_catalog
+from sharding.fetch_spec import BEGUN
 from sharding.format import ShardError, open_shards
+from sharding.known import rows_of
 from sharding.left_out import left_out
 from sharding.verify import sets_in, verify
 from tests.builders import encode, hashes, photo
@@ -51,6 +53,20 @@ def refused(tmp_path: Path, said: str, text: str, *only: str) -> None:
 
 def consistent(tmp_path: Path) -> bool:
     return verify(sets_in(tmp_path / "out"), jobs=1) == []
+
+
+def test_a_download_that_has_not_finished_is_not_packed(tmp_path: Path) -> None:
+    """Files arrive in the order of their names, so that a class may be missing."""
+    raw, out, text = tmp_path / "raw", tmp_path / "out", catalog(("a", "b", '"tr"', REAL))
+    put(raw / "b/real", range(2))
+    (raw / "b" / BEGUN).write_text("{}")
+    (tmp_path / "catalog.toml").write_text(text)
+    described = read_catalog([tmp_path / "catalog.toml"])
+    with pytest.raises(CatalogError, match=r"has not finished .* `python -m sharding fetch a`"):
+        build(described, raw, out, jobs=1)
+    assert not out.exists() and rows_of(described, raw, {})[0][2] == "partly"
+    pack(tmp_path, text)  # with allow_incomplete
+    assert len(open_shards([out / "tr"])) == 2
 
 
 def test_a_set_without_images_and_a_set_without_a_class_are_named(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from sharding.catalog import (
     SHIPPED,
     Catalog,
     CatalogError,
-    Fetch,
     Source,
     read_catalog,
 )
-from sharding.fetch import BEGUN, MARK, Fetched, fetch_all, fetch_source
+from sharding.fetch import MARK, Fetched, fetch_all, fetch_source
+from sharding.fetch_spec import BEGUN, Fetch
 from tests.servers import (
     BODY,
     CUT,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.fetch import BEGUN, MARK, Fetched
+from sharding.fetch import MARK, Fetched
+from sharding.fetch_spec import BEGUN
 from tests.builders import ROOT
 from tests.servers import (
     BODY,

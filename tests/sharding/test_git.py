@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sharding.catalog import Source
-from sharding.fetch import BEGUN, MARK, Fetched, fetch_source
-from sharding.fetch_spec import Fetch, Git
+from sharding.fetch import MARK, Fetched, fetch_source
+from sharding.fetch_spec import BEGUN, Fetch, Git
 from sharding.git import LFS_POINTER, extract, find_mirror
 from tests.builders import ROOT
 
@@ -91,6 +91,8 @@ def test_the_matching_files_of_one_commit_are_extracted(tmp_path: Path, filters:
     assert mark["fetch"]["git"]["commit"] == commit
     assert not (raw / "s" / BEGUN).exists()
     assert not (raw / ".s.git").exists()
+    (raw / "s" / BEGUN).write_text("{}")  # of another download that was interrupted
+    assert fetch_source("s", s, raw).status == "downloaded" and not (raw / "s" / BEGUN).exists()
     (tmp_path / "r").rename(tmp_path / "gone")
     assert fetch_source("s", s, raw).status == "complete"
 
