@@ -120,7 +120,7 @@ def is_there(path: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Return whether a name has the suffix of an image file."""
-    return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  10 times as fast
 
 
 def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -285,6 +285,9 @@ POLL_S, SETTLED_S = 1.0, 2.0
 """Seconds between two scans of a folder, and seconds without change after which a file counts as
 complete."""
 
+SHARE = 0.1
+"""Largest share of a processor core that scans of a folder without changes take."""
+
 
 class Look(NamedTuple):
     """Result of one scan of a folder: the images that are new or changed. Each change before the
@@ -297,7 +300,8 @@ class Look(NamedTuple):
 
 def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
     """Yield, every `POLL_S` without end, the complete images below `folder` that are new or changed
-    since the last scan. The first scan yields all complete images. Archives are skipped.
+    since the last scan. The first scan yields all complete images. Archives are skipped. Scans of a
+    large folder are further apart, so that they take at most `SHARE` of a processor core.
 
     The images of a folder that is missing for some scans, as those of a network share may be, are
     not new when it is back.
@@ -307,6 +311,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
     is_first_scan = True
     while True:
         now, until, stamps, ready = time.monotonic(), time.time(), {}, []
+        began = time.thread_time()
         failed: list[str] = []
         excluded.clear()
         for file in _in_folder(folder, excluded):
@@ -338,5 +343,6 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
         if stamps and str(Path(folder)) not in failed:
             below = tuple(f"{name}{os.sep}" for name in failed)
             given = {n: stamp for n, stamp in given.items() if n in stamps or n.startswith(below)}
+        took = time.thread_time() - began
         yield Look(ready, until)
-        time.sleep(POLL_S)
+        time.sleep(max(POLL_S, took / SHARE - took))

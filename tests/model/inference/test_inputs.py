@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -87,6 +87,17 @@ def test_a_watched_folder_yields_each_complete_file_once(tmp_path: Path) -> None
     assert look() == []
     growing.write_bytes(b"another")
     assert [name for _ in range(5) for name in look()] == ["growing.jpg"]
+
+
+def test_scans_of_a_large_folder_are_further_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, slept = count(0, 0.25), []  # each scan takes 0.25 s of the processor
+    monkeypatch.setattr(inputs.time, "thread_time", lambda: next(work))
+    monkeypatch.setattr(inputs.time, "sleep", slept.append)
+    looks = inputs.watch(str(tmp_path), Counter())
+    assert [next(looks).files for _ in range(3)] == [[]] * 3
+    assert slept == pytest.approx([2.25] * 2)
 
 
 @pytest.mark.usefixtures("clock")
