@@ -11,7 +11,8 @@ default is in parentheses:
   installed, else Pillow ("auto").
 - `shuffle`: "global" shuffles all samples; "block", for shards at an address, shuffles runs of
   successive samples ("global").
-- `verify_checksums`: whether every image's SHA-256 is compared with the index (False).
+- `verify_checksums`: whether every image's SHA-256 is compared with the index (False), also of sets
+  on this machine. Those of a set at an address always are.
 - `cache`: folder of the cache for shards at an address, a text ("data/cache").
 - `cache_gb`: size of this cache in GB, above 0 (20).
 - `stall_warning_s`: seconds without a batch before a warning, above 0 (60, `STALL_WARNING_S`).
@@ -51,7 +52,7 @@ class Loading:
     """`global` shuffles all samples. `block`, for shards at an address, reads runs of 256
     successive samples and mixes 64 runs at a time."""
     verify_checksums: bool = False
-    """Compare the SHA-256 of every image with the index."""
+    """Compare the SHA-256 of every image with the index. Those from an address always are."""
     cache: str = "data/cache"
     """Cache folder for parts of shards at an address."""
     cache_gb: float = 20.0

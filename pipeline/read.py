@@ -5,7 +5,8 @@ Main entry: `ShardReader(shards, *, verify_checksums, threads, cache)`.
 
 - `shards`: the `ShardSet` that `sharding.format.open_shards([Path(folder)])` returns, with local
   tars, tars at an address, or both.
-- `verify_checksums`: whether every image's SHA-256 is compared with the index (default False).
+- `verify_checksums`: whether every image's SHA-256 is compared with the index (default False). For
+  tars at an address, it always is: nothing else shows that a tar there was replaced.
 - `threads`: number of parallel reads from an address (default 1; local tars need none).
 - `cache`: a `Cache(folder=Path, limit=BYTES)` of pipeline/remote.py, for tars at an address: the
   folder of their cached parts and its limit. None (the default) means the folder `data/cache` and
@@ -13,11 +14,11 @@ Main entry: `ShardReader(shards, *, verify_checksums, threads, cache)`.
 
 Its `read(samples)` takes row numbers of the set (a list or an int array) and returns a list: for
 each image the bytes of its file (JPEG, PNG or WebP), or a `ReadError` object (returned, not raised)
-with the reason, such as a missing or cut tar, an address that does not answer, another width or
-height in the image's header than in the index, or another SHA-256. It raises OSError if too many
-files are open, and TypeError for a mask of booleans. Several threads may use one reader. It can be
-pickled, and used after a fork. In a forked process, let one thread finish a first `read()` before
-other threads call it.
+with the reason, such as a missing or cut tar, one that was built again since `open_shards()`, an
+address that does not answer, another width or height in the image's header than in the index, or
+another SHA-256. It raises OSError if too many files are open, and TypeError for a mask of booleans.
+Several threads may use one reader. It can be pickled, and used after a fork. In a forked process,
+let one thread finish a first `read()` before other threads call it.
 
 `damaged_shards(shards)` returns a list with one line for each local tar that is missing or has
 another length than in the index. `max_open()` is the number of tars that may be open at a time.
@@ -32,7 +33,7 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,9 +43,9 @@ from imaging.decode import DecodeError, decode_image
 from imaging.header import claimed_size
 from imaging.orientation import is_transposed
 from pipeline.remote import Cache, RemoteShards
-from sharding.format import ShardSet
+from sharding.format import INDEX_FILE, ShardError, ShardSet, read_index
 from sharding.rows import row_numbers
-from storage import is_local, size_of
+from storage import AnyPath, is_local, size_of
 
 MAX_OPEN = 256
 """Tars kept open at a time. The least recently used one is closed."""
@@ -130,9 +131,10 @@ class ShardReader:
     def read(self, samples: Sequence[int] | np.ndarray) -> list[bytes | ReadError]:
         """Return the encoded image of each sample, or a `ReadError` with the reason.
 
-        The reasons are: the tar is missing or has another length than in the index; the address
-        does not answer; the image's header states another size than the index, so decoding could
-        need more memory than expected; or (with `verify_checksums`) the SHA-256 differs.
+        The reasons are: the tar is missing or has another length than in the index, or the set was
+        built again; the address does not answer; the image's header states another size than the
+        index, so decoding could need more memory than expected; or the SHA-256 differs (if it is
+        compared).
 
         Raises:
             OSError: too many open files. This is not the fault of an image.
@@ -148,12 +150,12 @@ class ShardReader:
         )
         images = [next(fetched if remote else read) for remote in is_remote]
         images = self._check_sizes(rows, images)
-        if self.verify_checksums:
-            # Not `take`, which copies the whole column first.
-            hashes = self.shards.table.column("sha256")
-            expected = [hashes[row].as_py() for row in rows.tolist()]
-            images = [_checked(data, sha) for data, sha in zip(images, expected, strict=True)]
-        return images
+        # Not `take`, which copies the whole column first.
+        hashes = self.shards.table.column("sha256")
+        return [
+            _checked(data, hashes[row].as_py()) if remote or self.verify_checksums else data
+            for data, row, remote in zip(images, rows.tolist(), is_remote, strict=True)
+        ]
 
     def _fetch(self, wanted: list[_Range]) -> Iterable[bytes | ReadError]:
         """Start to read these ranges from addresses, and return the results in their order."""
@@ -238,6 +240,7 @@ class _Files:
         self.shards = shards
         self._max_open = max_open()
         self._few = len(shards.shards) <= self._max_open
+        self._listed: dict[AnyPath, tuple[tuple[int, int, int], Mapping[str, str]]] = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -296,15 +299,48 @@ class _Files:
                 raise
             self._close_oldest(1)  # the rest of the process has taken the descriptors
             file = os.open(path, os.O_RDONLY)
-        size, expected = os.fstat(file).st_size, self.shards.shard_bytes[code]
-        if size != expected:
-            # With the offsets of another tar, every image would seem damaged.
+        try:
+            self._refuse_replaced(code, os.fstat(file).st_size)
+        except OSError:
             os.close(file)
-            raise OSError(
-                f"its tar has {size:,} bytes, the index that this command opened says "
-                f"{expected:,}: was the set built again? then run the command again"
-            )
+            raise
         return file
+
+    def _refuse_replaced(self, code: int, size: int) -> None:
+        """Refuse the open tar number `code` of `size` bytes if it is not the one of the index that
+        was opened: at its offsets, another tar has parts of images, or other images. A build
+        deletes the index before it replaces a tar, so the index of a tar that is open is read last.
+
+        Raises:
+            OSError: the set was built again, or the tar is damaged.
+        """
+        folder, name = self.shards.folders[code], self.shards.shards[code]
+        if self._listed_in(folder).get(name) != self.shards.shard_sha256[code]:
+            raise OSError(
+                f"{folder} is not the set that this command opened: it was built again, or is "
+                "being built; run the command again"
+            )
+        if size != (expected := self.shards.shard_bytes[code]):
+            raise OSError(
+                f"its tar has {size:,} bytes, its index says {expected:,}: copy the set again, or "
+                "build it again"
+            )
+
+    def _listed_in(self, folder: AnyPath) -> Mapping[str, str]:
+        """Return the hashes of the tars of a set, by name, as its index lists them now; {} without
+        an index. The index is read again when its file has changed.
+        """
+        try:
+            # Opened: a network file system may remember the facts of a file that is gone.
+            with (folder / INDEX_FILE).open("rb") as stream:
+                facts = os.fstat(stream.fileno())
+            seen = facts.st_ino, facts.st_mtime_ns, facts.st_size
+            if (known := self._listed.get(folder)) is None or known[0] != seen:
+                tars = {shard["name"]: shard["sha256"] for shard in read_index(folder)["shards"]}
+                self._listed[folder] = known = seen, tars
+        except (FileNotFoundError, ShardError):
+            return {}
+        return known[1]
 
     def _close_oldest(self, most: int = 0) -> None:
         """Close tars that no thread reads from, least recently used first, until one more may be

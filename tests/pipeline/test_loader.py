@@ -388,7 +388,7 @@ def test_a_truncated_tar_and_a_missing_one_are_named(
     reasons = [r for batch in evaluation_batches(loader) for r in loader.name_failures(batch)]
     assert len(reasons) == 10
     assert all("dummy-train-00000.tar" in r for r in reasons)
-    assert all("tar has 2,000 bytes, the index that this command opened" in r for r in reasons)
+    assert all("tar has 2,000 bytes, its index says" in r for r in reasons)
     dummy.unlink()
     (item,) = ShardReader(shards).read([len(shards) - 1])
     assert isinstance(item, ReadError) and "cannot be read" in str(item)

@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import io
+import json
 import os
 import resource
 import signal
@@ -27,7 +28,8 @@ from pipeline.params import train_params
 from pipeline.read import ReadError, ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, evaluation_batches
-from sharding.format import ShardSet
+from sharding.format import INDEX_FILE, ShardSet, read_index
+from storage import sha256_of
 from tests.builders import CPU, HARSH, KINDS, PREPROCESS, awkward_files, limited
 
 DEVICES = {"pil": CPU, "dali": CPU, "dali on a GPU": torch.device("cuda")}
@@ -62,10 +64,10 @@ BAD = [0 * BATCH, 1 * BATCH + 4, 2 * BATCH + 7, *range(3 * BATCH, 4 * BATCH)]
 def with_bytes(
     shards: ShardSet, contents: dict[int, bytes], folder: Path, *, as_claimed: bool = True
 ) -> ShardSet:
-    """Replace the bytes of some samples, stored in a separate file. If `as_claimed`, the index is
-    changed to agree with the headers, so that only the decoders can find the error.
+    """Replace the bytes of some samples, stored in a tar of another set. If `as_claimed`, the index
+    is changed to agree with the headers, so that only the decoders can find the error.
     """
-    path = folder / "broken.bin"
+    path = folder / "broken-train-00000.tar"
     names = ("offset", "size", "shard_code", "width", "height", "orientation")
     columns = {name: shards.column(name).copy() for name in names}
     columns["format"] = shards.table.column("format").to_pylist()
@@ -78,6 +80,9 @@ def with_bytes(
             columns[name][sample] = value
         stream.write(data)
     path.write_bytes(stream.getvalue())
+    index = read_index(shards.folders[0])
+    entry = index["shards"][0] | {"name": path.name, "sha256": sha256_of(path)}
+    (folder / INDEX_FILE).write_text(json.dumps(index | {"shards": [entry]}))
     table = shards.table
     for name, column in columns.items():
         place = table.schema.get_field_index(name)
@@ -85,6 +90,7 @@ def with_bytes(
     return replace(
         shards, table=table, folders=(*shards.folders, folder), _columns={},
         shards=(*shards.shards, path.name), shard_bytes=(*shards.shard_bytes, path.stat().st_size),
+        shard_sha256=(*shards.shard_sha256, entry["sha256"]),
     )  # fmt: skip
 
 

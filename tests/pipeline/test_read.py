@@ -13,8 +13,9 @@ import pytest
 
 from pipeline import read
 from pipeline.read import ReadError, ShardReader
-from sharding.format import ShardSet
-from tests.builders import limited
+from sharding.folder import pack_folder
+from sharding.format import ShardSet, open_shards
+from tests.builders import encode, limited, photo
 from tests.servers import HANG_S
 
 
@@ -51,6 +52,31 @@ def test_a_tar_in_use_is_not_closed_to_open_another(
     assert items == expected[:1]
     assert reader.read(samples) == expected
     assert len(reader._files._open) <= 2
+
+
+def test_a_tar_of_a_later_build_is_not_read(tmp_path: Path) -> None:
+    """Two mislabeled images of equal size change places: the new tar has the length of the old
+    one, and each of the two has the place of the other.
+    """
+    for number in range(48):
+        path = tmp_path / f"photos/{('real', 'fake')[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(number, 40, 40), "PNG", compress_level=0))
+    folder = tmp_path / "sets" / pack_folder(tmp_path / "photos", tmp_path / "sets", jobs=1).train
+    shards, begun = open_shards([folder]), ShardReader(open_shards([folder]))
+    expected = begun.read(range(len(shards)))
+    rows = {label: shards.column("label").tolist().index(label) for label in (0, 1)}
+    paths = [tmp_path / shards.text("origin", row) for row in rows.values()]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content)
+    pack_folder(tmp_path / "photos", tmp_path / "sets", jobs=1)
+    tars = zip(shards.shards, shards.shard_bytes, strict=True)
+    assert all((folder / name).stat().st_size == size for name, size in tars)
+    assert begun.read(range(len(shards))) == expected  # from the tar that was open
+    items = ShardReader(shards).read([*rows.values()])
+    assert all(isinstance(each, ReadError) and "it was built again" in str(each) for each in items)
+    assert ShardReader(open_shards([folder])).read([*rows.values()]) != expected
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise on this system")
@@ -90,6 +116,7 @@ def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
         folders=old.folders[:1] * len(old),
         shards=old.shards[:1] * len(old),
         shard_bytes=old.shard_bytes[:1] * len(old),
+        shard_sha256=old.shard_sha256[:1] * len(old),
         table=old.table.set_column(place, "shard_code", codes),
         _columns={},
     )

@@ -179,6 +179,23 @@ def test_a_remote_that_refuses_is_not_asked_again(
     assert not [line for line in logged if "trying again" in line]
 
 
+def test_other_bytes_at_an_address_are_no_image(
+    web: Callable, data: Path, old: ShardSet, tmp_path: Path
+) -> None:
+    """Such as those of a set that was built again since it was opened: its pieces are cached."""
+    shards = web()
+    web.handler.folder = tmp_path / "again"
+    shutil.copytree(data / "old", tmp_path / "again/old")
+    sample = int(np.flatnonzero(old.column("shard_code") == 0)[0])
+    end = int(old.column("offset")[sample] + old.column("size")[sample])
+    with (tmp_path / "again/old" / old.shards[0]).open("r+b") as tar:
+        tar.seek(end - 8)
+        tar.write(bytes(8))
+    for _ in ("fetched", "cached"):
+        (image,) = ShardReader(shards, cache=Cache(folder=tmp_path / "cache")).read([sample])
+        assert isinstance(image, ReadError) and "(sha256)" in str(image)
+
+
 class Hub(Flaky):
     """Imitates the part of the Hugging Face hub that its file system uses. `folder` is the set."""
 
