@@ -368,7 +368,7 @@ def calibrate(
     accepted: a test set must not influence the calibration.
     """
     from model.adapters.open import Opening
-    from model.calibration.calibrate import calibrate_checkpoint, calibrate_other
+    from model.calibration.calibrate import calibrate_checkpoint, calibrate_other, kept
     from model.device import choose_device
     from model.distributed import init_distributed
     from model.evaluation.run import choose_subject
@@ -393,22 +393,23 @@ def calibrate(
     with init_distributed() as dist:
         chosen, _ = choose_subject(detector, checkpoint, opening, device, dist)
         if isinstance(chosen, Path):
-            calibration = calibrate_checkpoint(
-                chosen, folders, Loading(backend=backend), choose_device(device, dist.local_rank),
-                rule=rule, dist=dist,
-            )  # fmt: skip
-            kept = f"checkpoint: {chosen}"
+            where = choose_device(device, dist.local_rank)
+            with kept(chosen, dist):
+                calibration = calibrate_checkpoint(
+                    chosen, folders, Loading(backend=backend), where, rule=rule, dist=dist
+                )
+            said = f"checkpoint: {chosen}"
             if (chosen / CARD_FILE).is_file():
-                kept += (
+                said += (
                     f"\n{chosen / CARD_FILE} still has the thresholds of before; for a new model "
                     "card, export the detector again (python -m model export)"
                 )
         else:
             calibration, path = calibrate_other(chosen, folders, runs, rule, dist)
-            kept = f"calibration: {path}"
+            said = f"calibration: {path}"
     if dist.is_main:
         print_calibration(calibration)
-        console.say(kept)
+        console.say(said)
 
 
 @main.command()

@@ -35,7 +35,7 @@ policy that the sets need, and that `train` and `validate` are not empty. `resol
 "optim.lr", each after the text `prefix` ("" by default). `check_run_name(name)` returns nothing,
 and raises `ValueError` for a name that no run may have. `Triple` is a value per RGB channel;
 `STEP_FOLDER` is the regular expression for the names of checkpoint folders, `step_folder(step)`
-returns the name for a number of steps, and `BASELINE_FILE` is the name of a file of a run.
+returns the name for a number of steps, and `BASELINE_FILE` and `LOCK_FILE` are files of a run.
 """
 
 import re
@@ -57,6 +57,9 @@ STEP_FOLDER = re.compile(r"step_(\d{7,})")
 """Pattern of the folder names of a run's checkpoints, which `step_folder()` makes. Folders with
 other names are no checkpoints.
 """
+
+LOCK_FILE = ".lock"
+"""File in the folder of a run that its one writer has locked."""
 
 BASELINE_FILE = "baseline_metrics.json"
 """File in the folder of a run with the metrics before the first step."""

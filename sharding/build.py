@@ -15,7 +15,7 @@ list of `Excluded`), empty if no source has images. `CatalogError`: files contra
 images gone, other images in their place, `only` names a set without images, unknown files in a
 set, or an image or its duplicate would be in a set that is built and in one that is not.
 `ChangedError` (a `ShardError`): raw file just changed. `ValueError`: no Ray, too many `jobs`, a
-link out of `out`. `OSError`: no access, or another build.
+link out of `out`. `OSError`: no access, another build, or a command that reads a set to change.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ from sharding.inventory import (
     read_source,
     take_inventory,
 )  # fmt: skip
-from sharding.lock import locked
+from sharding.lock import changing, locked
 from sharding.losses import refuse_replaced
 from sharding.overlaps import refuse_overlaps, warn_of_moves
 from sharding.plan import plan_shards, sample_key
@@ -158,7 +158,8 @@ def build(
         ShardError: too many images of a set are unreadable, packed images would be lost, or a raw
             file changed during the build.
         CatalogError, RawError: the files below `raw` do not fit the catalog.
-        OSError: another build writes to `out`, or a file cannot be read or written.
+        OSError: another build writes to `out`, another process reads a set whose shards would
+            change, or a file cannot be read or written.
     """
     if unknown := sorted(set(only) - catalog.sets.keys()):
         raise ShardError(
@@ -173,7 +174,7 @@ def build(
     for path in (work, work / "inventory"):
         check_inside(path, out)
     make_folder(work / "inventory")
-    with locked(work, out):
+    with locked(work, out), contextlib.ExitStack() as held:
         for name in _sets_of(catalog, scan, only):
             for path in (out / name, work / name):
                 check_inside(path, out)
@@ -196,6 +197,9 @@ def build(
         samples = {name: one.samples for name, one in builds.items()}
         refuse_overlaps(out, present, scan, inventory, decision, samples)
         warn_of_moves(out, samples)
+        for one in builds.values():
+            names = {plan.name for plan in one.plans}
+            held.enter_context(changing(one.folder, names, writes=bool(one.todo)))
         # The shards of all sets share one process pool, so that no core waits between sets.
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:

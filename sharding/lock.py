@@ -1,4 +1,5 @@
-"""Lock the output folder of a build, so that only one process writes to it.
+"""Lock the output folder of a build, so that only one process writes to it, and the sets that
+a command reads, so that no build changes them meanwhile.
 
 Main entry: `with locked(work, what):`, a context manager that yields nothing. Both arguments are a
 `Path`, or a `UPath` for a folder in a bucket (s3://...).
@@ -22,6 +23,13 @@ bucket cannot exclude:
   may be overwritten.
 - A process that is killed while it takes an expired lock leaves the object `takeover.json`. The
   error of the next build says when to remove it.
+
+`with reading(*shard_sets):` is for a command that reads opened `ShardSet`s for long, and
+`with changing(folder, names, writes=...):` for a build of the set in `folder` (`Path` or `UPath`).
+They exclude each other if the build writes shards, or removes those that are not among `names`: the
+second one raises `BlockingIOError`. Only sets on a local disk are locked (by `locks.py`, without a
+file), and on a network disk perhaps only on one machine: readers notice also by themselves that a
+set was built again (pipeline/read.py).
 """
 
 import contextlib
@@ -31,13 +39,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from upath import UPath
 
 import console
 import locks
+from sharding.format import ShardSet
 from storage import AnyPath, is_local, parse_json
 
 LEASE_SECONDS = 120
@@ -59,6 +68,41 @@ def locked(work: AnyPath, what: AnyPath) -> Iterator[None]:
             yield
         return
     with locks.locked(work / "lock", BlockingIOError(busy)):
+        yield
+
+
+@contextlib.contextmanager
+def reading(*shard_sets: ShardSet) -> Iterator[None]:
+    """Keep builds from changing the shards of these sets until the block ends.
+
+    Raises:
+        BlockingIOError: a build is changing them.
+    """
+    with contextlib.ExitStack() as held:
+        for folder in dict.fromkeys(folder for each in shard_sets for folder in each.folders):
+            if is_local(folder) and os.access(folder, os.R_OK):
+                busy = BlockingIOError(f"a build is changing {folder}; wait for it to end")
+                held.enter_context(locks.locked(folder, busy, shared=True, is_folder=True))
+        yield
+
+
+@contextlib.contextmanager
+def changing(folder: AnyPath, names: Collection[str], *, writes: bool) -> Iterator[None]:
+    """Lock a set until the block ends, for a build that `writes` shards, or removes shards that are
+    not among `names`. A build that does neither needs no lock.
+
+    Raises:
+        BlockingIOError: another process reads the set.
+    """
+    removes = is_local(folder) and any(path.name not in names for path in folder.glob("*.tar"))
+    if not (is_local(folder) and (writes or removes)):
+        yield
+        return
+    busy = BlockingIOError(
+        f"the shards of {folder} would change, and another process reads them (a training or an "
+        "evaluation); wait for it to end, then run the command again"
+    )
+    with locks.locked(folder, busy, is_folder=True):
         yield
 
 

@@ -15,20 +15,24 @@ from PIL import Image
 import evaluate
 import predict
 import train
+from locks import locked
 from model import checkpoint, load_detector
 from model.__main__ import main as model
 from model.calibration.calibrate import scorer_of, store_calibration
-from model.calibration.fit import Calibration
+from model.calibration.fit import Calibration, CalibrationError
 from model.distributed import DistEnv
 from model.evaluation.scoring import score_all
 from model.export.card import card_of
+from model.recipe import LOCK_FILE
 from model.verdict import VERDICTS, percent, probability
 from pipeline.__main__ import main as pipeline
 from pipeline.loading import Loading
 from pipeline.perturb import PERTURBATIONS
+from pipeline.read import ShardReader
 from serve.__main__ import main as serve
 from sharding.__main__ import main as sharding
 from sharding.format import open_shards
+from sharding.lock import changing
 from tests.browser import html_of
 from tests.builders import ROOT, encode, photo, train_tiny
 
@@ -114,6 +118,36 @@ def test_evaluate_writes_a_report_and_a_table(data: Path, runs: Path, tmp_path: 
     assert compared.exit_code == 0, compared.output
     assert "(+0.000 to +0.000)" in compared.output
     assert "largest changes" not in compared.output
+
+
+def test_sets_and_runs_in_use_are_locked(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build refuses to change a set that a training, an evaluation or a calibration reads, and a
+    calibration refuses a run in training, which may remove the checkpoint.
+    """
+    runs, busy = tmp_path / "runs", pytest.raises(BlockingIOError, match="another process reads")
+
+    def too_few(*_: object) -> None:
+        raise CalibrationError("too few, but scored")
+
+    class Reader(ShardReader):
+        def read(self, samples):
+            for folder in set(self.shards.folders):
+                with busy, changing(folder, (), writes=True):
+                    pass
+            return super().read(samples)
+
+    monkeypatch.setattr("pipeline.loader.ShardReader", Reader)
+    monkeypatch.setattr("model.calibration.fit.FEWEST", 1)
+    monkeypatch.setattr("model.calibration.calibrate.calibrate_by", too_few)
+    train_tiny(data, runs, "loading.num_workers=0", "loading.backend=pil")
+    common = "--shards", "val", "--data", data, "--runs", runs, "--backend", "pil"
+    assert run(evaluate.main, *common).exit_code == 0
+    assert "too few, but scored" in run(evaluate.main, "calibrate", *common).output
+    with locked(runs / "tiny" / LOCK_FILE):
+        result = run(evaluate.main, "calibrate", *common)
+    assert result.exit_code == 1 and "tiny is being trained, and may replace step" in result.output
 
 
 def cells_of(output: str, first: str, edge: str = "│") -> list[str]:

@@ -21,6 +21,9 @@ returns it.
 `OtherDetector` (from `open_other()` of `model/adapters/open.py`), and returns the `Calibration` and
 the `Path` of the file that it is stored in, below `runs` (the `Path` of the folder of all runs).
 
+`with kept(checkpoint, dist):` keeps trainings from replacing the checkpoint meanwhile; it raises
+`CalibrationError` if its run is being trained.
+
 Both raise `CalibrationError`, before anything is scored if possible: for a detector that ships, an
 ONNX file, a set of another split than `val`, too few images, or scores to which nothing can be
 fitted. They raise `ShardError` for a set that cannot be opened, and as `score_all()` of
@@ -35,13 +38,15 @@ for them. `check_sets(sets, rule)` raises `CalibrationError` if opened sets (a l
 have too few images.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from locks import locked
 from model.adapters.detector import OtherDetector
 from model.adapters.kept import calibration_path, keep_calibration
 from model.calibration.fit import (
@@ -59,12 +64,13 @@ from model.evaluation.scoring import DetectorScorer, Scorer, score_all
 from model.features.loader import FeatureSource
 from model.inference.onnx_detector import OnnxDetector
 from model.metrics import measure_sets
-from model.recipe import Calibrating
+from model.recipe import LOCK_FILE, STEP_FOLDER, Calibrating
 from model.score import Scores
 from model.shipped.backbone import is_shipped
 from model.verdict import temperature_of
 from pipeline.loading import Loading
 from sharding.format import ShardSet, hashes_of, open_shards
+from sharding.lock import reading
 from storage import AnyPath
 
 
@@ -96,10 +102,30 @@ def calibrate_checkpoint(
             "with --checkpoint FOLDER"
         )
     sets = _opened(folders, rule)
-    scored = score_all(sets, scorer_of(checkpoint, loading, device, dist, features))
+    with reading(*sets.values()):
+        scored = score_all(sets, scorer_of(checkpoint, loading, device, dist, features))
     calibration = _fitted(rule, scored, temperature_of(check(checkpoint)))
     store_calibration(checkpoint, calibration, hashes_of(sets), scored, dist)
     return calibration
+
+
+@contextlib.contextmanager
+def kept(checkpoint: Path, dist: DistEnv) -> Iterator[None]:
+    """Lock the run of a checkpoint until the block ends: a training would replace the checkpoint,
+    and the calibration would be lost. Every rank calls this function; rank 0 locks.
+
+    Raises:
+        CalibrationError: the run is being trained.
+    """
+    run = checkpoint.parent
+    busy = CalibrationError(
+        f"{run} is being trained, and may replace {checkpoint.name} at any time; wait for the "
+        "training to end, or calibrate a copy of the folder"
+    )
+    with contextlib.ExitStack() as held:
+        if STEP_FOLDER.fullmatch(checkpoint.name) and (run / LOCK_FILE).exists():
+            on_main(dist, lambda: held.enter_context(locked(run / LOCK_FILE, busy)))
+        yield
 
 
 def calibrate_other(
@@ -126,7 +152,8 @@ def calibrate_other(
             "checkpoint and export the file again"
         )
     sets = _opened(folders, rule)
-    scored = score_all(sets, DetectorScorer(detector, dist))
+    with reading(*sets.values()):
+        scored = score_all(sets, DetectorScorer(detector, dist))
     calibration = _fitted(rule, scored, temperature_of(detector.meta))
     entries = calibration.entries(hashes_of(sets))
     on_main(dist, lambda: keep_calibration(detector, runs, entries))

@@ -74,6 +74,7 @@ from model.shipped.backbone import output_folder
 from model.verdict import CALIBRATION_KEYS
 from pipeline.perturb import PERTURBATIONS
 from sharding.format import ShardSet, join_sets, open_shards
+from sharding.lock import reading
 from storage import AnyPath, write_text
 
 SPEED_FILE = "speed.json"
@@ -125,11 +126,12 @@ def _lock(out: Path, held: contextlib.ExitStack) -> None:
 
 
 def _evaluate(planned: EvaluationPlan, out: Path) -> dict[str, Any]:
-    scorer = _scorer_of(planned)
-    began = time.perf_counter()
-    rows = score_sets(planned, scorer)
-    seconds = time.perf_counter() - began
-    perturbed = perturb_sets(planned, scorer) if planned.options.robustness else {}
+    with reading(*(one.shards for one in planned.sets.values())):
+        scorer = _scorer_of(planned)
+        began = time.perf_counter()
+        rows = score_sets(planned, scorer)
+        seconds = time.perf_counter() - began
+        perturbed = perturb_sets(planned, scorer) if planned.options.robustness else {}
     if not planned.dist.is_main:
         return {}
     write_scores(out / SCORES_FILE, rows, _about(planned, perturbed))

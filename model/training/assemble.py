@@ -69,6 +69,7 @@ from model.training.plan import RunPlan, Weights, plan
 from model.training.saving import restore
 from model.training.step import TrainState, average_of, wrap_ddp
 from sharding.format import ShardSet, open_shards
+from sharding.lock import reading
 from storage import AnyPath
 
 
@@ -229,6 +230,7 @@ def embed_part(
         )
     planned = plan(recipe, data, runs, init_from=init_from, dist=dist)
     sets = [open_shards([data / name]) for name in names]
-    train_state = assemble(planned)
-    source = source_of(planned.recipe, train_state.net, planned.dtype)
-    return embed_run(planned, train_state, source, sets, part=part)
+    with reading(planned.stream.pool.shards, *planned.validation.values(), *sets):
+        train_state = assemble(planned)
+        source = source_of(planned.recipe, train_state.net, planned.dtype)
+        return embed_run(planned, train_state, source, sets, part=part)

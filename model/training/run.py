@@ -63,7 +63,7 @@ from model.distributed import (
 )
 from model.features.fit import fit_head, gather, reset_head
 from model.metrics import Validation
-from model.recipe import Recipe, flat_settings
+from model.recipe import LOCK_FILE, Recipe, flat_settings
 from model.tracking.history import History
 from model.tracking.tracker import Tracker
 from model.training.assemble import assemble, compile_network, with_features
@@ -85,9 +85,8 @@ from model.training.validation import (
     write_validation,
 )
 from pipeline.monitor import LoaderStats
+from sharding.lock import reading
 from storage import AnyPath
-
-LOCK_FILE = ".lock"
 
 
 class Interrupted(Exception):
@@ -126,6 +125,7 @@ def train(
         check_alike(dist, _seen(planned))
         if is_new:
             held.enter_context(_locked(folder, dist, is_new))
+        held.enter_context(reading(planned.stream.pool.shards, *planned.validation.values()))
         for line in planned.damaged:
             console.log.warning("%s; this run does not resume from it", line)
         for line in planned.warnings:
@@ -159,7 +159,8 @@ def _locked(folder: Path, dist: DistEnv, is_new: bool) -> Iterator[None]:
             since.
     """
     busy = ValueError(
-        f"another training is writing {folder}; wait for it to end, or use --run NAME"
+        f"another training is writing {folder}, or `calibrate` reads it; wait for it to end, or "
+        "use --run NAME"
     )
     with contextlib.ExitStack() as held:
 

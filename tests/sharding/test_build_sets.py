@@ -15,6 +15,7 @@ from sharding.fetch_spec import BEGUN
 from sharding.format import ShardError, open_shards
 from sharding.known import rows_of
 from sharding.left_out import left_out
+from sharding.lock import changing, reading
 from sharding.verify import sets_in, verify
 from tests.builders import encode, hashes, photo
 
@@ -67,6 +68,27 @@ def test_a_download_that_has_not_finished_is_not_packed(tmp_path: Path) -> None:
     assert not out.exists() and rows_of(described, raw, {})[0][2] == "partly"
     pack(tmp_path, text)  # with allow_incomplete
     assert len(open_shards([out / "tr"])) == 2
+
+
+def test_a_set_that_is_read_is_not_changed(tmp_path: Path) -> None:
+    put(tmp_path / "raw/a/real", range(4))
+    text = catalog(("a", "a", '"tr"', REAL))
+    pack(tmp_path, text)
+    shards = open_shards([tmp_path / "out/tr"])
+    before = hashes(tmp_path / "out/tr")
+    with reading(shards):
+        pack(tmp_path, text)  # nothing to write
+        put(tmp_path / "raw/a/real", range(4, 6))
+        with pytest.raises(BlockingIOError, match="another process reads them"):
+            pack(tmp_path, text)
+        assert hashes(tmp_path / "out/tr") == before
+    pack(tmp_path, text)
+    with (
+        changing(tmp_path / "out/tr", ["another.tar"], writes=False),  # which removes its shard
+        pytest.raises(BlockingIOError, match="a build is changing"),
+        reading(shards),
+    ):
+        pass
 
 
 def test_a_set_without_images_and_a_set_without_a_class_are_named(tmp_path: Path) -> None:
