@@ -458,6 +458,6 @@ def check_shards(shards: ShardSet) -> None:
     if damaged := damaged_shards(shards):
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise LoadError(
-            f"{damaged[0]}{more}; build or copy the set again, then check all of it with "
-            "`python -m sharding verify`"
+            f"{damaged[0]}{more}; if the set was built meanwhile, run this command again; else "
+            "build or copy the set again, then check all of it with `python -m sharding verify`"
         )
