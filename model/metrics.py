@@ -100,7 +100,8 @@ class Metrics:
         """Rebuild metrics from JSON. A figure that an earlier version did not compute is None; one
         that is no longer computed is ignored.
         """
-        return cls(**{field.name: saved.get(field.name) for field in fields(cls)})
+        values: dict[str, Any] = {field.name: saved.get(field.name) for field in fields(cls)}
+        return cls(**values)
 
 
 def measure(
