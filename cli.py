@@ -66,11 +66,11 @@ class AnyAddress(click.ParamType):
     def convert(self, value: Any, param: Any, context: Any) -> storage.AnyPath:
         """Check one value and convert it to a path, without any network access."""
         try:
-            path = storage.any_path(value)
-            if self._writes and not storage.is_local(path) and path.protocol in storage.READ_ONLY:
+            if self._writes and str(value).partition("://")[0].lower() in storage.READ_ONLY:
                 raise ValueError(
                     f"{value} can only be read; write to a folder or to s3://bucket/folder"
                 )
+            path = storage.any_path(value)
             if storage.is_local(path) and path.exists() and not path.is_dir():
                 raise ValueError(f"{value} is not a folder")
         except (ValueError, OSError) as error:

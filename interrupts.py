@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import console
 
-_TERMINATIONS = [signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # not on Windows
-    _TERMINATIONS.append(signal.SIGHUP)
+_TERMINATIONS = [signal.SIGTERM, signal.SIGHUP]
 
 
 @contextlib.contextmanager

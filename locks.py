@@ -12,25 +12,18 @@ Main entry: `with locked(path, busy):`, a context manager that yields nothing. A
 
 The lock ends with the block, and with the process; children that it forked do not hold it. Threads
 of one process exclude each other, too, and so do two blocks of one thread: it waits for itself. A
-file system without locks, or a platform without `fcntl`, is one warning for each folder, and the
-block runs unlocked. `OSError` is raised if the lock file is a link or cannot be created.
+file system without locks is one warning for each folder, and the block runs unlocked. `OSError` is
+raised if the lock file is a link or cannot be created.
 """
 
 import contextlib
 import errno
+import fcntl
 import functools
-import importlib
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-fcntl: Any
-try:
-    fcntl = importlib.import_module("fcntl")
-except ImportError:  # Windows
-    fcntl = None
 
 log = logging.getLogger("ai_images_detector")  # `log` of console.py
 
@@ -54,10 +47,6 @@ def locked(
     Raises:
         OSError: the lock file is a link or cannot be created, or the folder is missing.
     """
-    if fcntl is None:
-        _warn(path.parent, "not on this platform")
-        yield
-        return
     descriptor = _acquire(path, busy, waiting, shared, is_folder)
     try:
         yield
@@ -101,7 +90,7 @@ def _open(path: Path) -> int:
         if error.errno == errno.ELOOP:
             raise OSError(f"{path} is a link, expected a file; remove it") from error
         if not (isinstance(error, PermissionError) and path.exists()):
-            raise
+            raise OSError(error.errno, error.strerror, str(path.parent)) from error
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # of another user
 
 
@@ -136,5 +125,4 @@ def _close_in_child() -> None:
         os.close(_held.pop())
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_close_in_child)

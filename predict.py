@@ -348,7 +348,7 @@ def _describe(detector: "AnyDetector") -> str:
 
 
 def _stopped(run: Run) -> None:
-    """Report an interruption by Ctrl-C or SIGTERM and exit with code 130."""
+    """Report an interruption by a signal and exit with code 130."""
     hint = ""
     if run.out:
         run.out.close()

@@ -77,7 +77,7 @@ class DamagedError(CheckpointError):
 
 
 class ReplacedError(CheckpointError):
-    """A checkpoint that a running training has removed, because it has a better or newer one."""
+    """A checkpoint that is not in its run: a training removes those that it has better ones of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +290,8 @@ def _advised(folder: Path) -> Iterator[None]:
         run, is_step = folder.parent, STEP_FOLDER.fullmatch(folder.name)
         if is_step and not folder.exists() and checkpoints_of(run):
             raise ReplacedError(
-                f"{folder} is no longer there: the training of {run} keeps its best and its newest "
-                f"checkpoint only; run the command again, with --checkpoint {run}"
+                f"{folder} is not there: a training keeps only its best and its newest checkpoint; "
+                f"name the run, {run}, to use its best one"
             ) from error
         if not isinstance(error, DamagedError):
             raise

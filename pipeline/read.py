@@ -233,6 +233,12 @@ def _checked(data: bytes | ReadError, sha256: bytes) -> bytes | ReadError:
     return data
 
 
+def _facts_of(descriptor: int) -> tuple[int, int, int]:
+    """Return what changes when an open file is replaced: inode, time of change, size."""
+    facts = os.fstat(descriptor)
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
 class _Files:
     """Tars of a shard set on this machine, opened when needed."""
 
@@ -241,6 +247,7 @@ class _Files:
         self._max_open = max_open()
         self._few = len(shards.shards) <= self._max_open
         self._listed: dict[AnyPath, tuple[tuple[int, int, int], Mapping[str, str]]] = {}
+        self._passed: dict[int, tuple[int, int, int]] = {}  # tars that were not replaced
         self._reset()
 
     def _reset(self) -> None:
@@ -291,16 +298,21 @@ class _Files:
             return file
 
     def _descriptor(self, code: int) -> int:
-        path = str(self.shards.folders[code] / self.shards.shards[code])
         try:
-            file = os.open(path, os.O_RDONLY)
+            return self._open_checked(code)
         except OSError as error:
             if error.errno not in _TOO_MANY or self._few:  # `_few`: read without a lock, see `_on`
                 raise
             self._close_oldest(1)  # the rest of the process has taken the descriptors
-            file = os.open(path, os.O_RDONLY)
+            return self._open_checked(code)
+
+    def _open_checked(self, code: int) -> int:
+        file = os.open(str(self.shards.folders[code] / self.shards.shards[code]), os.O_RDONLY)
         try:
-            self._refuse_replaced(code, os.fstat(file).st_size)
+            facts = _facts_of(file)
+            if self._passed.get(code) != facts:
+                self._refuse_replaced(code, os.fstat(file).st_size)
+                self._passed[code] = facts
         except OSError:
             os.close(file)
             raise
@@ -333,8 +345,7 @@ class _Files:
         try:
             # Opened: a network file system may remember the facts of a file that is gone.
             with (folder / INDEX_FILE).open("rb") as stream:
-                facts = os.fstat(stream.fileno())
-            seen = facts.st_ino, facts.st_mtime_ns, facts.st_size
+                seen = _facts_of(stream.fileno())
             if (known := self._listed.get(folder)) is None or known[0] != seen:
                 tars = {shard["name"]: shard["sha256"] for shard in read_index(folder)["shards"]}
                 self._listed[folder] = known = seen, tars

@@ -167,7 +167,7 @@ def build(
         )
     check_reachable(raw)
     check_reachable(out)
-    scan = find_sources(catalog, raw, out, tolerance)
+    scan = find_sources(catalog, raw, out, tolerance, only)
     if not scan.listings and not scan.packed_only:
         return scan, []
     work = out / WORK_FOLDER

@@ -108,7 +108,7 @@ _CONTENT = frozenset("nature natural photo photos photograph photographs human".
 
 SPLITS = {
     "test": frozenset({"test", "testing"}),
-    "val": frozenset({"val", "valid", "validation", "dev"}),
+    "val": frozenset({"val", "valid", "validation"}),
     "train": frozenset({"train", "training"}),
 }
 """Words that may be the name of a folder with a published split, by split."""
@@ -417,7 +417,7 @@ def _model_name(part: str) -> str:
     words = re.split(r"(?:[^\w.]|_)+", part.lower().removesuffix(".zip").strip("_- "))
     if words[0] in ("0", "1") and words[1] in _FAKES:  # as in 1_fake
         del words[0]
-    return "-".join(word for word in words if word not in _FAKES | _NEUTRAL | splits - {"dev"})
+    return "-".join(word for word in words if word not in _FAKES | _NEUTRAL | splits)
 
 
 def _words_in(part: str) -> set[str]:

@@ -1,13 +1,14 @@
 """Find the images of each source of a catalog, as files below the raw folder or packed before.
 
-Main entry: `find_sources(catalog, raw, out, tolerance)` returns a `SourceScan`; nothing is decoded
-or written.
+Main entry: `find_sources(catalog, raw, out, tolerance, only)` returns a `SourceScan`; nothing is
+decoded or written.
 
 - `catalog`: from `read_catalog()` of sharding/catalog.py.
 - `raw`, `out`: the folders of the raw data and of the sets, each a `Path` or `UPath`.
 - `tolerance`: a `Tolerance` (`max_bad`: the largest share of missing or unreadable images;
   `allow_incomplete`: whether a catalog rule, or `group`, may match no image, and a download may be
   unfinished). Default: 1 %, False.
+- `only`: names of the sets to build (default: all). Downloads for other sets may be unfinished.
 
 A source of the user takes the place of a source of this program (`SHIPPED`) with the same root,
 unless the latter was packed before or the user changed a key of it: two sources would divide the
@@ -18,6 +19,7 @@ It raises `CatalogError` if the files contradict the catalog, `RawError` for a b
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -71,7 +73,11 @@ STRICT = Tolerance()
 
 
 def find_sources(
-    catalog: Catalog, raw: AnyPath, out: AnyPath, tolerance: Tolerance = STRICT
+    catalog: Catalog,
+    raw: AnyPath,
+    out: AnyPath,
+    tolerance: Tolerance = STRICT,
+    only: Sequence[str] = (),
 ) -> SourceScan:
     """List the images of every catalog source that is on disk or was packed before.
 
@@ -93,8 +99,12 @@ def find_sources(
                 source.root, replaced[name], name,
             )  # fmt: skip
         elif is_there:
-            if (raw / source.root / BEGUN).exists() and not tolerance.allow_incomplete:
-                _refuse_unfinished(name, raw / source.root)
+            is_wanted = not only or not set(only).isdisjoint(*source.destinations())
+            is_unfinished = is_wanted and (raw / source.root / BEGUN).exists()
+            if is_unfinished and not tolerance.allow_incomplete:
+                names = [name, *(other for other, own in replaced.items() if own == name)]
+                fetched = [each for each in names if catalog.sources[each].fetch]
+                _refuse_unfinished(name, raw / source.root, fetched)
             listing = list_source(name, source, raw)
             if not listing.items and is_packed:
                 scan.packed_only.append(name)  # the files were deleted, the folder was not
@@ -132,12 +142,14 @@ def _replaced(catalog: Catalog) -> dict[str, str]:
     }
 
 
-def _refuse_unfinished(name: str, folder: AnyPath) -> None:
-    """Raise an error for a download that runs or was interrupted: it may lack a whole class."""
+def _refuse_unfinished(name: str, folder: AnyPath, fetched: Sequence[str]) -> None:
+    """Raise an error for a download that runs or was interrupted: it may lack a whole class.
+    `fetched` are the sources of this folder that `fetch` downloads.
+    """
+    finish = f"`python -m sharding fetch {fetched[0]}`" if fetched else "the command that began it"
     raise CatalogError(
         f"source {name}: its download to {folder} has not finished (it is running, or was "
-        f"interrupted). Finish it with `python -m sharding fetch {name}`, or pass "
-        "--allow-incomplete to pack what is there"
+        f"interrupted). Finish it with {finish}, or pass --allow-incomplete to pack what is there"
     )
 
 

@@ -124,7 +124,7 @@ def kept(checkpoint: Path, dist: DistEnv) -> Iterator[None]:
     )
     with contextlib.ExitStack() as held:
         if STEP_FOLDER.fullmatch(checkpoint.name) and (run / LOCK_FILE).exists():
-            on_main(dist, lambda: held.enter_context(locked(run / LOCK_FILE, busy)))
+            on_main(dist, lambda: held.enter_context(locked(run / LOCK_FILE, busy, shared=True)))
         yield
 
 

@@ -122,7 +122,7 @@ def _lock(out: Path, held: contextlib.ExitStack) -> None:
         f"another evaluation is writing {out}; wait for it to end, or name another folder with "
         "--out"
     )
-    held.enter_context(locked(out / ".lock", busy, remove=True))
+    held.enter_context(locked(out / ".evaluation.lock", busy, remove=True))
 
 
 def _evaluate(planned: EvaluationPlan, out: Path) -> dict[str, Any]:

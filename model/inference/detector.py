@@ -251,7 +251,12 @@ def _newest(
     """Find and load a checkpoint, up to four times if a running training replaces it meanwhile."""
     for _ in range(3):
         with contextlib.suppress(ReplacedError):
-            folder = find(runs, named, shipped=True)
-            return folder, load_network(folder)
+            return _load(runs, named)
+    return _load(runs, named)
+
+
+def _load(
+    runs: Path, named: Path | None
+) -> tuple[Path, tuple[Detector, Preprocess, dict[str, Any]]]:
     folder = find(runs, named, shipped=True)
     return folder, load_network(folder)

@@ -252,14 +252,10 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
     busy = ResultsError(
         f"another process is writing {partial}; wait for it to end, or name another file with --out"
     )
+    _refuse_existing(path, output, resume)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(path.with_name(f".{path.name}.lock"), busy, remove=True))
-        for existing in (path, partial):
-            if existing.exists() and not existing.is_file():
-                raise ResultsError(f"{existing} is not a regular file; name another with --out")
-            if existing.exists() and not resume:
-                remove = "remove it" if output == "table" else "--resume goes on with it"
-                raise ResultsError(f"{existing} exists; {remove}, or name another file with --out")
+        _refuse_existing(path, output, resume)  # another process may have finished meanwhile
         is_new = not partial.exists()
         stream = partial.open("x+b" if is_new else "r+b", buffering=0)
         held.callback(stream.close)
@@ -271,6 +267,15 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
             raise
         file.held = held.pop_all()
         return file
+
+
+def _refuse_existing(path: Path, output: str, resume: bool) -> None:
+    for existing in (path, unfinished_of(path)):
+        if existing.exists() and not existing.is_file():
+            raise ResultsError(f"{existing} is not a regular file; name another with --out")
+        if existing.exists() and not resume:
+            remove = "remove it" if output == "table" else "--resume goes on with it"
+            raise ResultsError(f"{existing} exists; {remove}, or name another file with --out")
 
 
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:

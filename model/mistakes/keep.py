@@ -261,6 +261,8 @@ def with_verdict(mistake: Mistake, given: Verdict) -> Mistake:
 
 def add_verdict(folder: Path, sha256: str, given: Verdict) -> None:
     """Add a verdict to an entry as it is now. Do nothing if the entry has been removed."""
+    if not folder.is_dir():
+        return
     with locked(folder, is_folder=True):
         if (path := entry_path(folder, sha256)).exists():
             _write(folder, with_verdict(read_mistake(path), given))

@@ -32,8 +32,8 @@ data, runs).finished` of `model/training/plan.py` does. Errors:
 - `OSError`: another file cannot be read or written.
 - `Refused` of `model/training/conclude.py` (a `ValueError`, so catch it first): the gate refuses
   the checkpoint. Every rank raises it.
-- `Interrupted` (no `ValueError`): after SIGINT or SIGTERM, once a checkpoint is saved. A fit saves
-  none: the same call fits again.
+- `Interrupted` (no `ValueError`): after a signal to stop, once a checkpoint is saved. A fit
+  saves none: the same call fits again.
 
 `run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the
 `TrainState` made from it. It returns a pair: a text that says why the run is finished, or "" if it
@@ -111,7 +111,7 @@ def train(
     Raises:
         ValueError: an error in the data, recipe or checkpoint, or a loss that is not finite.
         Refused: the gate refuses the best checkpoint.
-        Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is saved.
     """
     dist, folder = dist or DistEnv(), runs / recipe.name
     with contextlib.ExitStack() as held:
@@ -197,7 +197,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
 
     Raises:
         ValueError: the loss or a weight is not finite.
-        Interrupted: after SIGINT or SIGTERM, once the checkpoint is saved.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is saved.
     """
     recipe, stream, dist = planned.recipe, planned.stream, planned.dist
     settings, steps, done, best = recipe.run, planned.steps, planned.done, planned.best
@@ -257,7 +257,7 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
 
     Raises:
         ValueError: the head cannot be fitted, or `stop_at` is given.
-        Interrupted: after SIGINT or SIGTERM. Nothing is saved: the same command fits again.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP. Nothing is saved: the same command fits again.
     """
     if stop_at is not None:
         raise ValueError("a fit (optim.solver lbfgs) has no steps to stop at; leave out stop_at")

@@ -1,5 +1,6 @@
 """Reading from tars: which files are open, and which byte ranges are prefetched."""
 
+import contextlib
 import os
 import resource
 import threading
@@ -125,6 +126,13 @@ def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
         items = ShardReader(many).read(range(len(old)))
     assert not [data for data in items if isinstance(data, ReadError) and "open" in str(data)]
     assert [data for data in items if isinstance(data, bytes)]  # samples of the first shard
+    with limited(resource.RLIMIT_NOFILE, used + 20), contextlib.ExitStack() as others:
+        reader = ShardReader(many)
+        reader.read(range(8))
+        with contextlib.suppress(OSError):  # the rest of the process takes all that are left
+            while True:
+                others.enter_context(Path(os.devnull).open())
+        assert len(reader.read(range(8, 16))) == 8
     too_many = pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096")
     with limited(resource.RLIMIT_NOFILE, 3), too_many:
         ShardReader(many).read([0])

@@ -16,6 +16,7 @@ from sharding.format import ShardError, open_shards
 from sharding.known import rows_of
 from sharding.left_out import left_out
 from sharding.lock import changing, reading
+from sharding.scan import find_sources
 from sharding.verify import sets_in, verify
 from tests.builders import encode, hashes, photo
 
@@ -63,9 +64,12 @@ def test_a_download_that_has_not_finished_is_not_packed(tmp_path: Path) -> None:
     (raw / "b" / BEGUN).write_text("{}")
     (tmp_path / "catalog.toml").write_text(text)
     described = read_catalog([tmp_path / "catalog.toml"])
-    with pytest.raises(CatalogError, match=r"has not finished .* `python -m sharding fetch a`"):
+    with pytest.raises(CatalogError, match=r"has not finished .* the command that began it"):
         build(described, raw, out, jobs=1)
     assert not out.exists() and rows_of(described, raw, {})[0][2] == "partly"
+    with pytest.raises(CatalogError, match="has not finished"):
+        find_sources(described, raw, out, only=["tr"])
+    assert find_sources(described, raw, out, only=["va"]).listings  # this download is for `tr`
     pack(tmp_path, text)  # with allow_incomplete
     assert len(open_shards([out / "tr"])) == 2
 

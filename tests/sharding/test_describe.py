@@ -122,7 +122,9 @@ def test_published_splits_stay_apart(
     }
 
 
-@pytest.mark.parametrize("path", ["flux-dev", "fake/latest", "ai/test prompts", "fake/train_val"])
+@pytest.mark.parametrize(
+    "path", ["flux-dev", "fake/dev", "fake/latest", "ai/test prompts", "fake/train_val"]
+)
 def test_a_name_that_says_more_is_no_split(tmp_path: Path, path: str) -> None:
     touch(tmp_path / "d", f"{path}/a.png")
     assert describe(tmp_path / "d").published == {}

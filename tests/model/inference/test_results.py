@@ -383,3 +383,11 @@ def test_a_run_that_fails_before_its_first_row_leaves_no_file(
     assert ask(tmp_path / "a.jpg", "--out", out).exit_code == 0
     assert ask(tmp_path / "empty", "--out", out, "--resume").exit_code == 2
     assert out.exists() and not unfinished_of(out).exists()
+
+
+def test_a_file_is_looked_at_before_anything_is_written_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").mkdir()
+    before = tmp_path.stat().st_mtime_ns
+    with pytest.raises(ResultsError, match="is not a regular file"):
+        open_results(tmp_path / "x.csv", "csv", "a", resume=False)
+    assert tmp_path.stat().st_mtime_ns == before
