@@ -368,7 +368,7 @@ def calibrate(
     accepted: a test set must not influence the calibration.
     """
     from model.adapters.open import Opening
-    from model.calibration.calibrate import calibrate_checkpoint, calibrate_other, kept
+    from model.calibration.calibrate import calibrate_checkpoint, calibrate_other, run_locked
     from model.device import choose_device
     from model.distributed import init_distributed
     from model.evaluation.run import choose_subject
@@ -394,7 +394,7 @@ def calibrate(
         chosen, _ = choose_subject(detector, checkpoint, opening, device, dist)
         if isinstance(chosen, Path):
             where = choose_device(device, dist.local_rank)
-            with kept(chosen, dist):
+            with run_locked(chosen, dist):
                 calibration = calibrate_checkpoint(
                     chosen, folders, Loading(backend=backend), where, rule=rule, dist=dist
                 )

@@ -55,7 +55,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.backbones.heads import ClassTokenHead, StageHead
-from model.backbones.made_with import NetworkError, first_line, made_with
+from model.backbones.pretrained import NetworkError, first_line, pretrained_input
 from model.lean_import import lean_import
 from model.recipe import Network, Triple
 from model.shipped.backbone import CLIP_8_BIT
@@ -186,7 +186,7 @@ def normalization(network: Network) -> tuple[Triple, Triple]:
     """
     if network.mean and network.std:
         return network.mean, network.std
-    made = made_with(network.name)
+    made = pretrained_input(network.name)
     return network.mean or made.mean, network.std or made.std
 
 
@@ -198,7 +198,7 @@ def check_size(net: Detector, network: Network, preprocess: Preprocess) -> None:
     Raises:
         NetworkError: the network does not accept the size; the message says what to set.
     """
-    size, made = preprocess.crop_size, made_with(network.name)
+    size, made = preprocess.crop_size, pretrained_input(network.name)
     if size == made.height == made.width and not network.options:
         return
     images = torch.empty((1, 3, *preprocess.shape), dtype=torch.uint8, device="meta")

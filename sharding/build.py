@@ -60,7 +60,6 @@ from sharding.inventory import (
     take_inventory,
 )  # fmt: skip
 from sharding.lock import changing, locked
-from sharding.losses import refuse_replaced
 from sharding.overlaps import refuse_overlaps, warn_of_moves
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
@@ -71,6 +70,7 @@ from sharding.record import (
     remove_earlier,
     write_record,
 )  # fmt: skip
+from sharding.replaced import refuse_replaced
 from sharding.scan import STRICT, WORK_FOLDER, SourceScan, Tolerance, find_sources
 from sharding.write import ChangedError, Written, read_done, read_rows, write_shard
 from storage import (

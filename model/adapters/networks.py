@@ -9,8 +9,8 @@ of that name. All arguments but `name` may be left out:
 - `fake_labels`: a sequence of the labels that mean AI-generated; if empty (default), the words of
   the labels decide.
 - `threshold`: from 0 to 1. An image with this probability or more is "likely AI", any other "no
-  sign of AI". None (default): 0.5, until a calibration is loaded (`model/adapters/kept.py`), which
-  may have "uncertain" verdicts.
+  sign of AI". None (default): 0.5, until a calibration is loaded (`model/adapters/calibration.py`),
+  which may have "uncertain" verdicts.
 
 Both return an `OtherDetector` (`model/adapters/detector.py`). Its `predict(images, batch_size)`
 takes one image (a path, the bytes of a file, a Pillow image or a uint8 RGB array) and returns a

@@ -51,8 +51,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from model.adapters.calibration import with_calibration
 from model.adapters.detector import DetectorError, OtherDetector
-from model.adapters.kept import with_calibration
 from model.inference.prediction import band_from
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ none). `nearest_filter(name)` returns the resize filter `name` (Pillow's name) i
 import math
 from dataclasses import fields, replace
 
-from model.backbones.made_with import made_with
+from model.backbones.pretrained import pretrained_input
 from model.recipe import Recipe, ResolvedRecipe
 from pipeline.preprocess import FILTERS, Filter, Preprocess
 
@@ -47,7 +47,7 @@ def resolved(recipe: Recipe) -> ResolvedRecipe:
         ValueError: the crop is larger than the resized image, or the head cannot read two crops.
     """
     network, stated = recipe.network, recipe.preprocess
-    made = made_with(network.name)
+    made = pretrained_input(network.name)
     options = dict(network.options)
     built_for = options.get("img_size")
     crop_size = stated.crop_size
@@ -95,7 +95,7 @@ def describe_preprocess(recipe: ResolvedRecipe, *, of_timm: bool = True) -> list
     preprocessing of timm's weights of the network. Without `of_timm`, its first weights are others:
     random ones or a checkpoint's, so nothing is said of timm's.
     """
-    seen, made = recipe.preprocess, made_with(recipe.network.name)
+    seen, made = recipe.preprocess, pretrained_input(recipe.network.name)
     lines = [
         f"input: center crop of {seen.crop_size} x {seen.crop_size} pixels, shorter side "
         f"{seen.resize_size} ({seen.interpolation}), mean {_list(recipe.network.mean)}, std "
@@ -126,7 +126,7 @@ def normalization_warnings(recipe: ResolvedRecipe) -> list[str]:
     """Return a line for the recipe's mean and for its std if they differ from those of timm's
     weights.
     """
-    network, made = recipe.network, made_with(recipe.network.name)
+    network, made = recipe.network, pretrained_input(recipe.network.name)
     return [
         f"network.{name} is {_list(ours)}, but timm's weights of {network.name} were made with "
         f"{_list(theirs)}: leave it out, unless your weights are not timm's"

@@ -21,8 +21,8 @@ returns it.
 `OtherDetector` (from `open_other()` of `model/adapters/open.py`), and returns the `Calibration` and
 the `Path` of the file that it is stored in, below `runs` (the `Path` of the folder of all runs).
 
-`with kept(checkpoint, dist):` keeps trainings from replacing the checkpoint meanwhile; it raises
-`CalibrationError` if its run is being trained.
+`with run_locked(checkpoint, dist):` keeps trainings from replacing the checkpoint meanwhile; it
+raises `CalibrationError` if its run is being trained.
 
 Both raise `CalibrationError`, before anything is scored if possible: for a detector that ships, an
 ONNX file, a set of another split than `val`, too few images, or scores to which nothing can be
@@ -47,8 +47,8 @@ import numpy as np
 import torch
 
 from locks import locked
+from model.adapters.calibration import calibration_path, keep_calibration
 from model.adapters.detector import OtherDetector
-from model.adapters.kept import calibration_path, keep_calibration
 from model.calibration.fit import (
     Calibration,
     CalibrationError,
@@ -110,7 +110,7 @@ def calibrate_checkpoint(
 
 
 @contextlib.contextmanager
-def kept(checkpoint: Path, dist: DistEnv) -> Iterator[None]:
+def run_locked(checkpoint: Path, dist: DistEnv) -> Iterator[None]:
     """Lock the run of a checkpoint until the block ends: a training would replace the checkpoint,
     and the calibration would be lost. Every rank calls this function; rank 0 locks.
 

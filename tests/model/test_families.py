@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_data_config
 
 import recipes
 from model import checkpoint, load_detector
-from model.backbones.made_with import made_with
+from model.backbones.pretrained import pretrained_input
 from model.backbones.resolve import (
     describe_preprocess,
     nearest_filter,
@@ -294,7 +294,7 @@ def test_a_published_configuration_with_wrong_values_is_refused(
     config = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 36, 36]} | wrong}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(NetworkError, match=said) as caught:
-        made_with(f"local-dir:{tmp_path}")
+        pretrained_input(f"local-dir:{tmp_path}")
     assert "\n" not in str(caught.value)
 
 

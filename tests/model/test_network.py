@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from model import checkpoint, load_detector
 from model.backbones.heads import StageHead
-from model.backbones.made_with import NetworkError
+from model.backbones.pretrained import NetworkError
 from model.export.hub import write_hub
 from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution

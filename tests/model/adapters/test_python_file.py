@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 import evaluate
 import predict
+from model.adapters.calibration import keep_calibration
 from model.adapters.detector import DetectorError, OtherDetector, logits_from, meta_of, output_name
-from model.adapters.kept import keep_calibration
 from model.adapters.open import Opening, kind_of, load_any, open_other
 from model.adapters.python_file import open_file
 from model.calibration.fit import calibrate

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from locks import locked
-from model.backbones.made_with import NetworkError
+from model.backbones.pretrained import NetworkError
 from model.checkpoint import CheckpointError, annotate, read_meta
 from model.evaluation import run
 from model.evaluation.plan import Options, maybe_trained_on, plan, trained_on

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import recipes
 from model import checkpoint
-from model.backbones.made_with import NetworkError
+from model.backbones.pretrained import NetworkError
 from model.checkpoint import DamagedError
 from model.distributed import DistEnv
 from model.network import build

@@ -1,10 +1,11 @@
 """Look up the preprocessing with which the published weights of a network were trained.
 
-Main entry: `made_with(name)` takes timm's name of a network with weights (or `hf-hub:OWNER/NAME`,
-`local-dir:FOLDER`) and returns a `MadeWith`, as timm records it: `height` and `width` of the input
-in pixels and whether this size is `fixed`; `mean` and `std` of red, green and blue (values from 0
-to 1); `crop_pct`, the side of the crop divided by that of the resized image; `interpolation`,
-Pillow's name of the resize filter; and `squashed`, whether the aspect ratio was ignored.
+Main entry: `pretrained_input(name)` takes timm's name of a network with weights (or
+`hf-hub:OWNER/NAME`, `local-dir:FOLDER`) and returns a `PretrainedInput`, as timm records it:
+`height` and `width` of the input in pixels and whether this size is `fixed`; `mean` and `std` of
+red, green and blue (values from 0 to 1); `crop_pct`, the side of the crop divided by that of the
+resized image; `interpolation`, Pillow's name of the resize filter; and `squashed`, whether the
+aspect ratio was ignored.
 
 It raises `NetworkError` (a `ValueError`) if the network is unknown, its configuration cannot be
 read or holds a value of the wrong kind, or its `mean` or `std` has not three numbers (it is not for
@@ -36,7 +37,7 @@ class NetworkError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeWith:
+class PretrainedInput:
     """Preprocessing with which the weights of a network were trained, as timm records it.
 
     `height` and `width` are the input size in pixels. `fixed` means that the network accepts no
@@ -56,7 +57,7 @@ class MadeWith:
     squashed: bool
 
 
-def made_with(name: str) -> MadeWith:
+def pretrained_input(name: str) -> PretrainedInput:
     """Return timm's record for a network: from timm's own list, or from the `config.json` of a
     network named `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
 
@@ -86,7 +87,7 @@ def made_with(name: str) -> MadeWith:
             f"{name} has input_size {config.input_size} and crop_pct {crop_pct}, expected numbers "
             "above 0"
         )
-    return MadeWith(
+    return PretrainedInput(
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         height=height,
@@ -102,7 +103,7 @@ def pretrained_config(name: str) -> PretrainedCfg:
     """Return timm's configuration of a network's weights.
 
     Raises:
-        NetworkError: as `made_with`.
+        NetworkError: as `pretrained_input`.
     """
     source, _, where = name.partition(":")
     config: PretrainedCfg | None = None
