@@ -147,7 +147,7 @@ def test_a_folder_that_another_evaluation_writes_is_refused_before_scoring(
     monkeypatch.setattr(run, "score_sets", lambda *_: pytest.fail("scored"))
     out.mkdir()
     with (
-        locked(out / ".lock"),
+        locked(out / ".evaluation.lock"),
         pytest.raises(BlockingIOError, match=r"another evaluation is writing .*out; wait for it"),
     ):
         run.evaluate(tiny_checkpoint, data, ["val"], out, options=options)
