@@ -34,6 +34,7 @@ _UNREAD = {
     "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
     "JPEG XR": rb"II\xbc",
     "PSD": rb"8BPS",
+    "a camera RAW": rb"IIRO|IIRS|MMOR|IIU\0|FUJIFILMCCD-RAW|.{4}ftypcrx |FOVb|\0MRM|II.{4}HEAPCCDR",
     "ICO": rb"\0\0\x01\0",
     "DDS": rb"DDS ",
     "PAM": rb"P7\s",

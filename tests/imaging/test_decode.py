@@ -214,6 +214,7 @@ def lossless_jpeg() -> bytes:
         (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
         (encode(IMAGE, "ICO"), "ICO"),
         (b"8BPS" + bytes(99), "PSD"),
+        (b"\0\0\0\x18ftypcrx " + bytes(99), "a camera RAW"),
     ],
 )
 def test_a_kind_of_image_that_is_not_read_is_named(data: bytes, kind: str) -> None:

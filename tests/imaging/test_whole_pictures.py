@@ -225,3 +225,20 @@ def test_the_still_picture_of_an_animation_is_decoded() -> None:
     for default in (False, True):
         data = encode(IMAGE, "PNG", save_all=True, append_images=frames, default_image=default)
         np.testing.assert_array_equal(decode(data), np.asarray(IMAGE))
+
+
+def test_an_animated_webp_of_one_frame_is_turned_into_a_png() -> None:
+    """libwebp's simple decoder, and so torchvision and dwebp, refuse it."""
+    still = encode(photo(1, 40, 30), "WEBP")
+    size = (39).to_bytes(3, "little") + (29).to_bytes(3, "little")
+    chunks = {
+        b"VP8X": b"\x02\0\0\0" + size,
+        b"ANIM": bytes(6),
+        b"ANMF": bytes(6) + size + bytes(4) + still[12:],
+    }
+    body = b"WEBP" + b"".join(
+        name + len(data).to_bytes(4, "little") + data for name, data in chunks.items()
+    )
+    prepared = prepare(b"RIFF" + len(body).to_bytes(4, "little") + body)
+    assert prepared.facts.transcoded_from == "WEBP"
+    np.testing.assert_array_equal(prepared.pixels, prepare(still).pixels)
