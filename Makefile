@@ -20,7 +20,7 @@ setup: .venv/installed ## install everything into .venv (a few GB, a minute or t
 		-r pyproject.toml --all-extras
 	touch $@
 
-demo: setup ## pack, train twice, evaluate and predict on synthetic images (4 minutes)
+demo: setup ## pack, train twice, evaluate and predict on synthetic images (2 to 6 minutes)
 	$(RUN) -m sharding demo $(DEMO)
 	$(RUN) -m sharding build --raw $(DEMO)/raw --catalog $(DEMO)/catalog.toml --out $(DEMO)/shards
 	$(RUN) train.py --recipe recipes/demo-phase1.toml --data $(DEMO)/shards --runs $(DEMO)/runs
@@ -33,7 +33,7 @@ demo: setup ## pack, train twice, evaluate and predict on synthetic images (4 mi
 	$(RUN) evaluate.py compare $(DEMO)/report-phase1/report.json $(DEMO)/report-phase2/report.json
 	@echo "raw images: $(DEMO)/raw   shards: $(DEMO)/shards   checkpoints and curves: $(DEMO)/runs"
 
-test: setup ## run the tests that are not slow (5 minutes on two cores)
+test: setup ## run the tests that are not slow (7 minutes on two slow cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## run every test
