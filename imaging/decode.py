@@ -480,9 +480,11 @@ def _is_plain(image: Image.Image, name: str, data: bytes) -> bool:
         return False
     if name == "PNG":
         return png.is_plain(data)
+    if name != "WEBP" or is_cut_off(data, name):
+        return False
     # libwebp's simple decoder reads no animation, also not one of a single frame.
     is_animated = (data[12:16] == b"VP8X" and data[20] & 2) or getattr(image, "n_frames", 1) > 1
-    return name == "WEBP" and not is_cut_off(data, name) and not is_animated
+    return not is_animated
 
 
 def png_of(pixels: np.ndarray) -> bytes:
