@@ -1,5 +1,6 @@
 """The command `python -m serve`: its options, and a real server from start to stop."""
 
+import contextlib
 import http.client
 import os
 import re
@@ -49,7 +50,8 @@ class Running:
         with socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S) as sock:
             try:
                 sock.sendall(data)
-                sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # the server may have closed the connection
+                    sock.shutdown(socket.SHUT_WR)
                 return b"".join(iter(lambda: sock.recv(2**16), b""))
             except (ConnectionResetError, BrokenPipeError):
                 return b""
