@@ -18,6 +18,8 @@ error in the input is printed in one line, with exit code 1 (2 for a wrong optio
   `pipeline/perturb.py`, by the head trained without the source. This computes their features.
 - `--data`: the folder or address of the packed sets (default `data/shards`). `--runs`: the folder
   of training runs, where the recipe's starting checkpoint may be (default `runs`).
+- `--left-out`: a file for the figures that the card of a detector shows: pooled, one left out,
+  within subjects and perturbed, in the format of `model/export/new_kinds.py` (default: none).
 - `--json`: a file for what is printed (default: none).
 
 A dict is printed as JSON. Its keys (the first two leave out sources that have both classes; without
@@ -48,7 +50,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,13 @@ import console
 import recipes
 from model.calibration.fit import calibrate_sources, threshold_over_sources
 from model.evaluation.robustness import perturbed_variants
+from model.export.new_kinds import (
+    AfterPerturbation,
+    NewKinds,
+    Pairs,
+    WithinSubjects,
+    write_new_kinds,
+)
 from model.features.loader import FeatureLoader, source_of
 from model.metrics import measure
 from model.recipe import Recipe
@@ -219,7 +228,7 @@ def subset_of(planned: RunPlan, per_source: int) -> dict[str, np.ndarray]:
 
 def robustness(
     logits: Mapping[str, np.ndarray], kinds: Mapping[str, int], threshold: float
-) -> dict[str, dict[str, float]]:
+) -> dict[str, AfterPerturbation]:
     """Return metrics of each perturbation: the mean AUROC over pairs of sources, and the mean false
     positive rate and recall over sources at `threshold`, a logit.
 
@@ -229,13 +238,13 @@ def robustness(
     for index, perturbation in enumerate(PERTURBATIONS):
         own = {name: logits[name][index][np.isfinite(logits[name][index])] for name in kinds}
         real, fake = ({n: z for n, z in own.items() if kinds[n] == k and len(z)} for k in (0, 1))
-        figures[perturbation.name] = {
-            "auroc": float(np.mean([*of_pairs(real, fake).values()])),
-            "false_positive_rate": float(np.mean([(z >= threshold).mean() for z in real.values()])),
-            "recall": float(np.mean([(z >= threshold).mean() for z in fake.values()])),
-            "reals": sum(map(len, real.values())),
-            "fakes": sum(map(len, fake.values())),
-        }
+        figures[perturbation.name] = AfterPerturbation(
+            auroc=float(np.mean([*of_pairs(real, fake).values()])),
+            false_positive_rate=float(np.mean([(z >= threshold).mean() for z in real.values()])),
+            recall=float(np.mean([(z >= threshold).mean() for z in fake.values()])),
+            reals=sum(map(len, real.values())),
+            fakes=sum(map(len, fake.values())),
+        )
     return figures
 
 
@@ -255,6 +264,7 @@ def robustness(
     type=click.IntRange(min=1),
     help="Images of each source to score after each perturbation as well.",
 )
+@click.option("--left-out", type=cli.LocalPath(dir_okay=False), help="File for the model card.")
 @click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 @cli.options("data", "runs")
 def main(
@@ -263,6 +273,7 @@ def main(
     init_from: Path | None,
     most_pairs: int | None,
     per_source: int | None,
+    left_out: Path | None,
     out: Path | None,
     data: str,
     runs: Path,
@@ -301,7 +312,8 @@ def main(
     real, fake = ({n: scored[n][1] for n in kinds if kinds[n] == label} for label in (0, 1))
     one = of_pairs(real, fake)
     group_of = recipe.calibration.group_of
-    figures: dict[str, Any] = {"one left out": summary(one, group_of) if one else None}
+    pairs = summary(one, group_of) if one else None
+    figures: dict[str, Any] = {"one left out": asdict(pairs) if pairs else None}
     if real:
         pooled = threshold_over_sources([probability(z) for z in real.values()], 0.05, "pooled")
         figures["at 5 % over all"] = {
@@ -315,7 +327,8 @@ def main(
     last = table.rows(rows)[:, max(0, width - TOKEN) : width].astype(np.float32)
     labels, logits = (np.concatenate([pair[part] for pair in scored.values()]) for part in (0, 1))
     inside, clusters = within_subjects(last, labels, logits)
-    figures["within subjects"] = {"auroc": inside, "clusters": clusters}
+    within = WithinSubjects(auroc=inside, clusters=clusters)
+    figures["within subjects"] = asdict(within)
     figures["pooled"] = auroc(logits[labels == 0], logits[labels == 1])
     for over in ("pooled", "most_sources", "worst_source"):
         fitted = calibrate_sources(scored, replace(recipe.calibration, threshold=over))
@@ -323,29 +336,38 @@ def main(
             "threshold": fitted.threshold, "band": fitted.band, "sources": fitted.sources,
             "temperature": fitted.temperature,
         }  # fmt: skip
+    after: dict[str, AfterPerturbation] = {}
     if per_source and one:
         shipped = calibrate_sources(scored, recipe.calibration)
         at = math.log(shipped.threshold / (1 - shipped.threshold)) * shipped.temperature
-        figures["perturbed"] = robustness(perturbed_logits, kinds, at)
+        after = robustness(perturbed_logits, kinds, at)
+        figures["perturbed"] = {name: asdict(entry) for name, entry in after.items()}
     if most_pairs and one:
-        pairs = left_out_pairs(planned, state, scored, most_pairs)
-        figures["pairs left out"] = summary(pairs, group_of) | {
-            "pairs": len(pairs),
-            "one_left_out": float(np.mean([one[name] for name in pairs])),
+        both = left_out_pairs(planned, state, scored, most_pairs)
+        figures["pairs left out"] = asdict(summary(both, group_of)) | {
+            "pairs": len(both),
+            "one_left_out": float(np.mean([one[name] for name in both])),
         }
+    if left_out:
+        write_new_kinds(
+            NewKinds(
+                pooled=figures["pooled"], pairs=pairs, within_subjects=within, perturbed=after
+            ),
+            left_out,
+        )
     console.say(json.dumps(figures, indent=1))
     if out:
         out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def summary(values: Mapping[str, float], group_of: Callable[[str], str]) -> dict[str, Any]:
+def summary(values: Mapping[str, float], group_of: Callable[[str], str]) -> Pairs:
     """Return the mean, the interval and the ten lowest of some pairs."""
     worst = sorted(values, key=values.__getitem__)[:10]
-    return {
-        "mean": float(np.mean([*values.values()])),
-        "interval": interval(values, group_of),
-        "worst": {name: round(values[name], 3) for name in worst},
-    }
+    return Pairs(
+        mean=float(np.mean([*values.values()])),
+        interval=interval(values, group_of),
+        worst={name: round(values[name], 3) for name in worst},
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ The options of `export`, at least one of the first three:
   ONNX and PyTorch are compared (default: noise).
 - `--report FILE`, only with `--hub` or `--head`: the report.json for the model card (default: the
   card has no figures).
-- `--left-out FILE`, only with `--head`: the figures of `benchmarks.leave_out --json` for the card.
+- `--left-out FILE`, only with `--head`: the figures of `benchmarks.leave_out --left-out`, for the
+  card.
 - `--hub-place OWNER/NAME@REVISION:FILE`, only with `--head`: the place on the Hugging Face Hub of
   the same backbone file.
 
@@ -314,8 +315,8 @@ def _say(folder: Path) -> None:
 @click.option(
     "--left-out",
     type=cli.LocalPath(exists=True, dir_okay=False),
-    help="With --head: the figures of `python -m benchmarks.leave_out --json` (in a checkout), for "
-    "the card.",
+    help="With --head: the figures of `python -m benchmarks.leave_out --left-out` (in a checkout), "
+    "for the card.",
 )
 @click.option(
     "--out",

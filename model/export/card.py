@@ -1,6 +1,6 @@
 """Compose the model card of a checkpoint: the text of `README.md` for the Hugging Face Hub.
 
-Main entry: `card_of(meta, report, sources, *, onnx, left_out)` takes these arguments:
+Main entry: `card_of(meta, report, sources, *, onnx, new_kinds)` takes these arguments:
 
 - `meta`: the parsed `meta.json` of the checkpoint (a dict, from `read_meta(folder)`).
 - `report`: the parsed `report.json` of an evaluation (a dict), or None: the card says that there is
@@ -9,8 +9,8 @@ Main entry: `card_of(meta, report, sources, *, onnx, left_out)` takes these argu
   text, "homepage": address without `https://`}, or None if the set is not available.
   `sources_of(meta, data)` of `hub.py` makes it.
 - `onnx`: True if the folder of the card also has ONNX files in `onnx/`.
-- `left_out`: the figures of heads that were trained without single sources, a dict that
-  `read_left_out(path)` of `hub.py` reads, or None (default): the card has no section "Robustness
+- `new_kinds`: the `NewKinds` of heads that were trained without single sources, from
+  `read_new_kinds(path)` of `new_kinds.py`, or None (default): the card has no section "Robustness
   and subjects".
 
 It returns YAML and Markdown as one string, writes nothing and raises no errors of its own. Paths of
@@ -27,6 +27,7 @@ from huggingface_hub import ModelCardData
 from escape import markdown, without_paths
 from model.evaluation.report import on_subset, on_training_data
 from model.export.license import License, license_of
+from model.export.new_kinds import NewKinds
 from model.inference.fitness import notices, sets_seen
 from model.shipped.backbone import KEY
 from model.verdict import (
@@ -109,19 +110,19 @@ def card_of(
     sources: Mapping[str, Mapping[str, Any] | None],
     *,
     onnx: bool,
-    left_out: Mapping[str, Any] | None = None,
+    new_kinds: NewKinds | None = None,
 ) -> str:
     """Return the text of `README.md` for the hub: YAML, then Markdown.
 
     `report` is the parsed `report.json`. `sources` are the sources of each training set, from its
-    index. `onnx`: the folder also contains an ONNX export in `onnx/`. `left_out` are the figures
-    that `python -m benchmarks.leave_out --json` writes.
+    index. `onnx`: the folder also contains an ONNX export in `onnx/`. `new_kinds` are figures on
+    sources left out of training.
     """
     meta, report, sources = without_paths([meta, report, sources])
     license = license_of(meta)
     preprocess = Preprocess(**meta["preprocess"])
     by_source = left_out_rates(meta)
-    new_kinds = bool(left_out or by_source)
+    has_new_kinds = bool(new_kinds or by_source)
     limits = LIMITS.format(
         share=preprocess.crop_size / preprocess.resize_size,
         size=preprocess.crop_size,
@@ -129,7 +130,7 @@ def card_of(
         if preprocess.detail_crop
         else "",
         figures=" The figures\n  above are valid only for the sets that they name."
-        if report or new_kinds
+        if report or has_new_kinds
         else "",
     )
     sections = [
@@ -144,9 +145,9 @@ def card_of(
             if by_source
             else []
         ),
-        *(["## Robustness and subjects", _new_kinds(meta, left_out)] if left_out else []),
+        *(["## Robustness and subjects", _new_kinds(meta, new_kinds)] if new_kinds else []),
         "## Evaluation",
-        _evaluation(report) if report else _no_evaluation(new_kinds),
+        _evaluation(report) if report else _no_evaluation(has_new_kinds),
         "## Training data",
         _training(meta, sources),
         "## Limits",
@@ -308,37 +309,37 @@ def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, 
     )
 
 
-def _new_kinds(meta: Mapping[str, Any], left_out: Mapping[str, Any]) -> str:
+def _new_kinds(meta: Mapping[str, Any], figures: NewKinds) -> str:
     """Return the metrics of the left-out sources together, within subjects, and after each
     perturbation.
     """
-    pairs, inside = left_out["one left out"], left_out["within subjects"]
+    pairs, inside = figures.pairs, figures.within_subjects
     images = "these images" if left_out_rates(meta) else "images of sources left out of training"
-    text = f"Over all {images} the AUROC is {left_out['pooled']:.3f}."
+    text = f"Over all {images} the AUROC is {figures.pooled:.3f}."
     if pairs is not None:
-        low, high = pairs["interval"]
-        worst = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in pairs["worst"].items())
+        low, high = pairs.interval
+        worst = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in pairs.worst.items())
         text += (
-            f" The mean over pairs of a real and a fake source is {pairs['mean']:.3f} ({low:.3f} "
+            f" The mean over pairs of a real and a fake source is {pairs.mean:.3f} ({low:.3f} "
             f"to {high:.3f}); the lowest are {worst}."
         )
-    if inside["auroc"] is not None:
+    if inside.auroc is not None:
         text += (
-            f"\n\nWithin subjects (the mean over {inside['clusters']} clusters of similar images "
-            f"that hold both classes) it is {inside['auroc']:.2f}: a detector that knows only the "
+            f"\n\nWithin subjects (the mean over {inside.clusters} clusters of similar images "
+            f"that hold both classes) it is {inside.auroc:.2f}: a detector that knows only the "
             "subject has 0.5 there."
         )
-    if not left_out.get("perturbed"):
+    if not figures.perturbed:
         return text
-    most = max(left_out["perturbed"].values(), key=lambda of: of["reals"] + of["fakes"])
+    most = max(figures.perturbed.values(), key=lambda after: after.reals + after.fakes)
     rows = ["| perturbation | AUROC | recall | reals called fake |", "|---|---|---|---|"]
-    for name, of in left_out["perturbed"].items():
+    for name, after in figures.perturbed.items():
         rows.append(
-            f"| {markdown(name)} | {of['auroc']:.3f} | {of['recall']:.2f} | "
-            f"{of['false_positive_rate']:.2f} |"
+            f"| {markdown(name)} | {after.auroc:.3f} | {after.recall:.2f} | "
+            f"{after.false_positive_rate:.2f} |"
         )
     return (
-        f"{text}\n\n{most['reals']:,} real and {most['fakes']:,} fake images, equally many of "
+        f"{text}\n\n{most.reals:,} real and {most.fakes:,} fake images, equally many of "
         "each source where it has them, changed before the detector sees them. AUROC is "
         "the mean over pairs of sources, the shares are means over sources, at the threshold of "
         "the verdict *likely AI*.\n\n" + "\n".join(rows)

@@ -14,8 +14,8 @@ folder `target` and returns it.
   None (default).
 - `data`: the `Path` (or `UPath`) of the folder of the training sets, whose sources the card lists,
   or None (default).
-- `left_out`: the `Path` of the figures that `python -m benchmarks.leave_out --json` writes, for the
-  card, or None (default).
+- `left_out`: the `Path` of a file of `write_new_kinds()` of `new_kinds.py`, the figures on sources
+  left out of training, for the card, or None (default).
 
 The folder has the head's weights (`weights.safetensors`, kilobytes), `meta.json` with the places
 and hashes of the backbone (layout: `model/shipped/backbone.py`), and `README.md`, the model card.
@@ -24,8 +24,8 @@ Errors, all of them `ValueError`s except the last:
 
 - `HeadError`: the backbone was trained too, its file is in neither cache, the file has other
   weights, or the head cannot be written (such as on a full disk).
-- `HubError`: `target` is not empty, `report` is no report of this checkpoint, or `left_out` holds
-  no such figures.
+- `HubError`: `target` is not empty, or `report` is no report of this checkpoint.
+- `NewKindsError`: `left_out` holds no such figures.
 - other `ValueError`: the checkpoint cannot be read, or the file in the cache is damaged.
 - `OSError`: the file `report` or `left_out` cannot be read (such as a missing one), or the folder
   or another file in it cannot be written.
@@ -50,12 +50,12 @@ from model.checkpoint import META_FILE, WEIGHTS_FILE, read_meta, read_weights, s
 from model.export.card import card_of
 from model.export.hub import (
     CARD_FILE,
-    read_left_out,
     read_report,
     refuse_if_there,
     sources_of,
 )
 from model.export.license import first_of
+from model.export.new_kinds import read_new_kinds
 from model.network import build, head_prefixes, timm_license
 from model.recipe import Network
 from model.shipped.backbone import (
@@ -96,11 +96,12 @@ def save_head(
         HeadError: the backbone was trained too, none of its files is on this machine, no file has
             the weights on which the head was trained, or the head cannot be written.
         HubError: `target` is not empty, or the report is damaged or belongs to another checkpoint.
+        NewKindsError: `left_out` holds no figures on sources left out of training.
     """
     refuse_if_there(target)
     meta = read_meta(checkpoint)
     figures = read_report(report, meta) if report else None
-    new_kinds = read_left_out(left_out) if left_out else None
+    new_kinds = read_new_kinds(left_out) if left_out else None
     network = recipes.build(Network, meta["recipe"]["network"], str(checkpoint / META_FILE))
     if not network.freeze_backbone:
         raise HeadError(
@@ -123,7 +124,7 @@ def save_head(
                 f"{target} could not be written ({error}); free space, or name another folder"
             ) from error
         seal(partial, meta)
-        card = card_of(meta, figures, sources, onnx=False, left_out=new_kinds)
+        card = card_of(meta, figures, sources, onnx=False, new_kinds=new_kinds)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return target
 

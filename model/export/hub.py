@@ -36,8 +36,8 @@ Errors of `write_hub()`, of which all but `OSError` are `ValueError`s:
 
 `preprocessing_of(net, preprocess)` returns a dict of the preprocessing in timm's terms (without a
 detail crop), `sources_of(meta, data)` a dict, training set -> its data sources (None if not known),
-`read_report(path, meta)` a checked `report.json`, and `read_left_out(path)` the checked figures of
-`benchmarks.leave_out`. `refuse_if_there()` raises `HubError` if a folder exists and is not empty.
+and `read_report(path, meta)` a checked `report.json`. `refuse_if_there()` raises `HubError` if a
+folder exists and is not empty.
 """
 
 import json
@@ -142,40 +142,6 @@ def _let_transformers_in(path: Path) -> None:
     config = parse_json(read_text(path))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_left_out(path: Path) -> dict[str, Any]:
-    """Read the figures that `python -m benchmarks.leave_out --json` writes.
-
-    Raises:
-        HubError: the file holds no such figures.
-    """
-    try:
-        figures = parse_json(read_text(path))
-        pairs, inside = figures["one left out"], figures["within subjects"]
-        perturbed = figures.get("perturbed", {}).values()
-        shares = [figures["pooled"], *(of[key] for of in perturbed for key in _SHARES)]
-        counts = [inside["clusters"], *(of[key] for of in perturbed for key in _COUNTS)]
-        ok = all(isinstance(count, int) for count in counts)
-        if inside["auroc"] is not None:  # None: no cluster has both classes
-            shares.append(inside["auroc"])
-        if pairs is not None:  # None: all sources of single classes have the same class
-            low, high = pairs["interval"]
-            shares += [pairs["mean"], low, high]
-            ok = ok and isinstance(pairs["worst"], dict)
-        ok = ok and all(0 <= value <= 1 for value in shares)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(
-            f"{path} is no file of figures on left-out sources ({type(error).__name__}: {error}); "
-            "write one in a checkout: `python -m benchmarks.leave_out --recipe FILE --json FILE`"
-        ) from error
-    if not ok:
-        raise HubError(f"{path} has figures that are no shares from 0 to 1; write it again")
-    return figures
-
-
-_SHARES = "auroc", "recall", "false_positive_rate"
-_COUNTS = "reals", "fakes"
 
 
 def refuse_if_there(out: Path) -> None:

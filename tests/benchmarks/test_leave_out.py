@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.leave_out import interval, main, of_pairs, robustness, within_subjects
+from model.export.new_kinds import AfterPerturbation
 from pipeline.perturb import PERTURBATIONS
 
 
@@ -48,10 +49,10 @@ def test_perturbed_figures_state_how_many_images_they_rest_on() -> None:
     logits = {"a": np.full((ways, 3), -1.0), "f": np.full((ways, 2), 1.0)}
     logits["f"][1, 0] = np.nan  # one image that the second perturbation cannot change
     figures = list(robustness(logits, {"a": 0, "f": 1}, 0.0).values())
-    assert [of["fakes"] for of in figures[:3]] == [2, 1, 2]
-    assert figures[0] == {
-        "auroc": 1.0, "false_positive_rate": 0.0, "recall": 1.0, "reals": 3, "fakes": 2
-    }  # fmt: skip
+    assert [after.fakes for after in figures[:3]] == [2, 1, 2]
+    assert figures[0] == AfterPerturbation(
+        auroc=1.0, false_positive_rate=0.0, recall=1.0, reals=3, fakes=2
+    )
 
 
 def test_a_recipe_without_stored_features_is_refused(tiny_recipe: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,7 @@ from model.evaluation.run import evaluate
 from model.evaluation.scores import read_scores
 from model.export import hub
 from model.export.card import card_of
+from model.export.new_kinds import AfterPerturbation, NewKinds, Pairs, WithinSubjects
 from model.network import normalization
 from tests.builders import CALIBRATION, TINY, encode, photo, small_disk
 
@@ -84,61 +86,33 @@ def test_the_folder_is_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None
     assert outputs == expected
 
 
-LEFT_OUT = {
-    "one left out": {"mean": 0.9, "interval": [0.85, 0.94], "worst": {"a | <b>": 0.192}},
-    "within subjects": {"auroc": 0.714, "clusters": 28},
-    "pooled": 0.913,
-    "perturbed": {
-        "jpeg-60": {
-            "auroc": 0.864,
-            "recall": 0.59,
-            "false_positive_rate": 0.06,
-            "reals": 940,
-            "fakes": 51,
-        }
+NEW_KINDS = NewKinds(
+    pooled=0.913,
+    pairs=Pairs(mean=0.9, interval=(0.85, 0.94), worst={"a | <b>": 0.192}),
+    within_subjects=WithinSubjects(auroc=0.714, clusters=28),
+    perturbed={
+        "jpeg-60": AfterPerturbation(
+            auroc=0.864, recall=0.59, false_positive_rate=0.06, reals=940, fakes=51
+        )
     },
-}
+)
 
 
-def test_the_card_has_the_figures_of_left_out_sources(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "left_out.json"
-    path.write_text(json.dumps(LEFT_OUT))
+def test_the_card_has_the_figures_of_left_out_sources(tiny_checkpoint: Path) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
-    card = card_of(meta, None, {}, onnx=False, left_out=hub.read_left_out(path))
+    card = card_of(meta, None, {}, onnx=False, new_kinds=NEW_KINDS)
     assert "AUROC is 0.913. The mean over pairs of a real and a fake source is 0.900" in card
     assert "(0.850 to 0.940)" in card and "<b>" not in card
     assert "28 clusters" in card and "it is 0.71" in card
     assert "| jpeg-60 | 0.864 | 0.59 | 0.06 |" in card
     assert "940 real and 51 fake images, equally many of each source" in card
     assert "Robustness and subjects" not in card_of(meta, None, {}, onnx=False)
-    alone = {key: value for key, value in LEFT_OUT.items() if key != "perturbed"}
-    assert "| perturbation |" not in card_of(meta, None, {}, onnx=False, left_out=alone)
+    alone = replace(NEW_KINDS, perturbed={})
+    assert "| perturbation |" not in card_of(meta, None, {}, onnx=False, new_kinds=alone)
     # As the benchmark writes it without sources of reals alone, or clusters of both classes.
-    nothing = {"one left out": None, "within subjects": {"auroc": None, "clusters": 0}}
-    path.write_text(json.dumps(alone | nothing))
-    card = card_of(meta, None, {}, onnx=False, left_out=hub.read_left_out(path))
+    nothing = replace(alone, pairs=None, within_subjects=WithinSubjects(auroc=None, clusters=0))
+    card = card_of(meta, None, {}, onnx=False, new_kinds=nothing)
     assert "AUROC is 0.913." in card and "over pairs" not in card and "Within" not in card
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"pooled": 1.5}, "no shares from 0 to 1"),
-        ({"pooled": "high"}, "no file of figures on left-out sources"),
-        ({"within subjects": {}}, "no file of figures on left-out sources"),
-        ({"perturbed": {"a": {"auroc": 1}}}, "no file of figures on left-out sources"),
-        (None, "no file of figures on left-out sources"),
-    ],
-)
-def test_other_figures_of_left_out_sources_are_refused(
-    changed: dict | None, said: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "left_out.json"
-    path.write_text("[" if changed is None else json.dumps(LEFT_OUT | changed))
-    with pytest.raises(hub.HubError, match=said):
-        hub.read_left_out(path)
 
 
 def report_of(meta: dict, **changes: object) -> dict:
@@ -222,24 +196,24 @@ def test_the_card_lists_sources_left_out_of_training(
 
 
 @pytest.mark.parametrize("report", [False, True], ids=["no report", "report"])
-@pytest.mark.parametrize("left_out", [{}, LEFT_OUT], ids=["no benchmark", "benchmark"])
+@pytest.mark.parametrize("new_kinds", [None, NEW_KINDS], ids=["no benchmark", "benchmark"])
 @pytest.mark.parametrize("by_source", [False, True], ids=["no sources", "sources"])
 def test_a_card_refers_only_to_parts_that_it_has(
-    tiny_checkpoint: Path, report: bool, left_out: dict, by_source: bool
+    tiny_checkpoint: Path, report: bool, new_kinds: NewKinds | None, by_source: bool
 ) -> None:
     meta = checkpoint.read_meta(tiny_checkpoint)
     rates = {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None, "uncertain": 0.1}
     method = {"sources": {"faces": rates}, "method": "sources left out, pooled"}
     meta["calibration"] = meta["calibration"] | (method if by_source else {})
     figures = report_of(meta) if report else None
-    text = " ".join(card_of(meta, figures, {}, onnx=False, left_out=left_out).split())
-    new_kinds = by_source or bool(left_out)
+    text = " ".join(card_of(meta, figures, {}, onnx=False, new_kinds=new_kinds).split())
+    figured = by_source or bool(new_kinds)
     assert ("than the figures below" in text) == (by_source and report)
-    assert ("The figures above are valid" in text) == (new_kinds or report)
+    assert ("The figures above are valid" in text) == (figured or report)
     assert ("No evaluation is attached" in text) != report
-    assert ("rates of this detector are not known" in text) == (not new_kinds and not report)
-    assert ("error rates above are those of sources left out" in text) == (new_kinds and not report)
-    assert ("Over all these images" in text) == (by_source and bool(left_out))
+    assert ("rates of this detector are not known" in text) == (not figured and not report)
+    assert ("error rates above are those of sources left out" in text) == (figured and not report)
+    assert ("Over all these images" in text) == (by_source and bool(new_kinds))
     assert "licenses, see above" not in text  # no set, so no table of licenses
 
 

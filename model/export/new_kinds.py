@@ -1,0 +1,114 @@
+"""Define the file of figures on new kinds of images: of heads that were each trained without some
+sources, and scored on these.
+
+    {"pooled": AUROC of all images,
+     "pairs": null or {"mean": mean AUROC of the pairs of a source of reals and one of fakes,
+                       "interval": [low, high], "worst": {"real source | fake source": AUROC, ...}},
+     "within_subjects": {"auroc": mean in clusters of similar images or null, "clusters": number},
+     "perturbed": {name: {"auroc": a, "recall": r, "false_positive_rate": f, "reals": n,
+                          "fakes": n}, ...}}
+
+Main entries: `write_new_kinds(figures, path)` writes a `NewKinds` as JSON, and
+`read_new_kinds(path)` reads it. `path` is a `Path`. `NewKinds` raises ValueError for a rate that is
+not 0 to 1, and `read_new_kinds()` `NewKindsError`, a ValueError, for a file that holds no such
+figures. `benchmarks/leave_out.py` computes them, and the card of a detector shows them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import recipes
+from storage import parse_json, read_text, write_text
+
+
+class NewKindsError(ValueError):
+    """Error of a file that holds no figures on new kinds. The message says how to write one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """AUROC over pairs of a source of reals and a source of fakes, each scored by a head that was
+    trained without it.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    """95 % interval of the mean, resampling sources."""
+    worst: dict[str, float]
+    """Lowest values, by `real source | fake source`."""
+
+    def __post_init__(self) -> None:
+        _check_rates(self.mean, *self.interval, *self.worst.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithinSubjects:
+    """Mean AUROC in clusters of similar images. None if no cluster has both classes."""
+
+    auroc: float | None
+    clusters: int
+
+    def __post_init__(self) -> None:
+        _check_rates(0.0 if self.auroc is None else self.auroc)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AfterPerturbation:
+    """Figures after one perturbation: means over sources, and of the AUROC over pairs of sources,
+    and the numbers of images.
+    """
+
+    auroc: float
+    recall: float
+    false_positive_rate: float
+    reals: int
+    fakes: int
+
+    def __post_init__(self) -> None:
+        _check_rates(self.auroc, self.recall, self.false_positive_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewKinds:
+    """Figures of heads that were each trained without some sources, on these sources."""
+
+    pooled: float
+    pairs: Pairs | None
+    """None if all sources with images of one class have the same class."""
+    within_subjects: WithinSubjects
+    perturbed: Mapping[str, AfterPerturbation] = field(default_factory=dict)
+    """By the name of the perturbation. Empty if none was measured."""
+
+    def __post_init__(self) -> None:
+        _check_rates(self.pooled)
+
+
+def _check_rates(*rates: float) -> None:
+    for rate in rates:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"expected a rate from 0 to 1, got {rate}")
+
+
+def write_new_kinds(figures: NewKinds, path: Path) -> None:
+    """Write the figures as JSON."""
+    write_text(path, json.dumps(asdict(figures), indent=1) + "\n")
+
+
+def read_new_kinds(path: Path) -> NewKinds:
+    """Read the figures that `write_new_kinds` has written.
+
+    Raises:
+        NewKindsError: the file holds no such figures.
+    """
+    try:
+        values = parse_json(read_text(path))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__}, expected an object")
+        return recipes.build(NewKinds, values, path.name)
+    except ValueError as error:
+        raise NewKindsError(
+            f"{path} has no figures on sources left out of training ({error}); write them in a "
+            "checkout: `python -m benchmarks.leave_out --recipe FILE --left-out FILE`"
+        ) from error
