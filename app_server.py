@@ -1,8 +1,8 @@
 """Serve the web page `app.py` with limited memory: `streamlit run app_server.py`.
 
 Main entry: `app`, the ASGI application that Streamlit starts: its own server for `app.py` behind
-the middleware `Guard`. `Guard(app)` takes the ASGI application that it protects. For each HTTP
-request:
+the middleware `UploadGuard`. `UploadGuard(app)` takes the ASGI application that it protects. For
+each HTTP request:
 
 - An upload is a PUT request to a path that contains `UPLOADS`. It is refused if all uploads
   together would exceed `MAX_HELD_BYTES`: those in memory, those being received, and this one. Then
@@ -68,7 +68,7 @@ HEADERS = {
 }
 
 
-class Guard:
+class UploadGuard:
     """ASGI middleware: refuse uploads above `MAX_HELD_BYTES` with status 503, pass other requests
     to Streamlit, and add `HEADERS` to every response.
     """
@@ -147,4 +147,4 @@ def held() -> int:
     return sum(max(len(file.data), LEAST_BYTES) for one in sessions for file in list(one.values()))
 
 
-app = App(Path(__file__).parent / "app.py", middleware=[Middleware(Guard)])
+app = App(Path(__file__).parent / "app.py", middleware=[Middleware(UploadGuard)])

@@ -55,7 +55,7 @@ import interrupts
 from installed import command
 from model.c2pa.signatures import TrustList, read_trust_list, usual_trust_list
 from model.inference import fitness, inputs, results
-from model.inference.run import Run, named, predict_all, predict_as_they_come
+from model.inference.run import PredictionRun, named, predict_all, predict_as_they_come
 
 if TYPE_CHECKING:
     from model.inference.prediction import AnyDetector
@@ -206,7 +206,7 @@ def main(
     if label:
         _report_mistakes(loaded, paths, label, mistakes, keep_image)
         return
-    run = Run(loaded, output, file, heatmap, anchors)
+    run = PredictionRun(loaded, output, file, heatmap, anchors)
     try:
         _introduce(run)
         with interrupts.terminations_interrupt():
@@ -325,7 +325,7 @@ def _log_detector(detector: "AnyDetector") -> None:
         console.log.warning("%s", notice.text)
 
 
-def _introduce(run: Run) -> None:
+def _introduce(run: PredictionRun) -> None:
     """Log the detector and the trust list, and write the heading of the results."""
     detector = run.detector
     _log_detector(detector)
@@ -347,7 +347,7 @@ def _describe(detector: "AnyDetector") -> str:
     )
 
 
-def _stopped(run: Run) -> None:
+def _stopped(run: PredictionRun) -> None:
     """Report an interruption by a signal and exit with code 130."""
     hint = ""
     if run.out:
@@ -360,7 +360,7 @@ def _stopped(run: Run) -> None:
     raise SystemExit(128 + signal.SIGINT)
 
 
-def _finish(run: Run, paths: tuple[str, ...], watch: str | None) -> None:
+def _finish(run: PredictionRun, paths: tuple[str, ...], watch: str | None) -> None:
     """Log the counts of the run, complete the results file and set the exit code."""
     from model.inference.prediction import UNREADABLE
     from model.verdict import VERDICTS

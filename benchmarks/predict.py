@@ -54,7 +54,7 @@ from model import checkpoint, load_detector
 from model.export.import_original import recipe_of
 from model.inference import inputs, results
 from model.inference.detector import ImageDetector
-from model.inference.run import Run
+from model.inference.run import PredictionRun
 from model.network import build
 from model.recipe import Network
 from model.score import evaluating, logits_of
@@ -95,7 +95,7 @@ def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> 
     """Run `predict.py FOLDER --out OUT` with a detector that is loaded already."""
     out.unlink(missing_ok=True)
     file = results.open_results(out, "jsonl", detector.identity, resume=False)
-    run = Run(detector, "jsonl", file)
+    run = PredictionRun(detector, "jsonl", file)
     for _ in run.over(inputs.find_images([str(folder)], Counter()), batch_size):
         pass
     file.finish()

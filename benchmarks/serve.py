@@ -60,7 +60,7 @@ from imaging.decode import IMAGE_SUFFIXES, ImageFile, read_file
 from model import load_detector
 from model.inference import results
 from model.inference.detector import ImageDetector
-from model.inference.run import Run
+from model.inference.run import PredictionRun
 from storage import cores
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +144,7 @@ def predict(
     """Time `predict.py --out OUT` with a loaded detector; returns wall-clock and CPU seconds."""
     out.unlink(missing_ok=True)
     file = results.open_results(out, "jsonl", detector.identity, resume=False)
-    run = Run(detector, "jsonl", file)
+    run = PredictionRun(detector, "jsonl", file)
     images = (ImageFile(str(path), lambda path=path: read_file(path)) for path in files)
     began, cpu = time.perf_counter(), time.process_time()
     for _ in run.over(images, batch_size):

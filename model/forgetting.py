@@ -5,8 +5,9 @@ Main entries, pure functions, in the order of use:
 
 - `changes(before, after, new)` takes two dicts, "set/source" -> `Metrics` (such as the `sources` of
   a `Validation`), and a set of the names (without "set/") of the sources that are new training
-  data. It returns a list with a `Change` for each source that is in both dicts: `name`, `old` (not
-  in `new`), `images` (their number), accuracy `before` and `after`, and `lost` (before - after).
+  data. It returns a list with a `SourceChange` for each source that is in both dicts: `name`, `old`
+  (not in `new`), `images` (their number), accuracy `before` and `after`, and `lost` (before -
+  after).
 - `forgetting(rows)` takes this list and returns the mean loss of accuracy over the old sources, 0
   to 1; a source that gained counts as 0. Without old sources it is None: nothing was measured.
 - `refusals(gate, rows, sets, threshold)` takes the recipe's `Gate` (`max_forgetting`: largest loss
@@ -31,7 +32,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class SourceChange:
     """Balanced accuracy of one source of one validation set, before and after phase 2. With one
     class it is the accuracy.
     """
@@ -55,12 +56,12 @@ class Change:
 
 def changes(
     before: Mapping[str, Metrics], after: Mapping[str, Metrics], new: set[str]
-) -> list[Change]:
+) -> list[SourceChange]:
     """Return one row per `set/source`. Sources in `new` are new training data; all others
     are old.
     """
     return [
-        Change(
+        SourceChange(
             name=name,
             old=name.rpartition("/")[2] not in new,
             images=after[name].count,
@@ -71,7 +72,7 @@ def changes(
     ]
 
 
-def forgetting(rows: list[Change]) -> float | None:
+def forgetting(rows: list[SourceChange]) -> float | None:
     """Return the mean loss of accuracy over the old sources, counting gains as 0 (after Chaudhry et
     al., "Riemannian Walk for Incremental Learning", 2018, for one step). None: no source is old.
     """
@@ -80,7 +81,7 @@ def forgetting(rows: list[Change]) -> float | None:
 
 
 def refusals(
-    gate: Gate, rows: list[Change] | None, sets: Mapping[str, Metrics], threshold: float
+    gate: Gate, rows: list[SourceChange] | None, sets: Mapping[str, Metrics], threshold: float
 ) -> list[str]:
     """Return the gate's reasons for refusing a checkpoint, a sentence each; empty if it passes.
     `rows` is None if the run started from no trained detector: then there is nothing to forget.

@@ -2,7 +2,7 @@
 shares are from 0 to 1, and no function changes anything.
 
 Main entries: `rates(meta)` takes the parsed `meta.json` (a dict, such as `detector.meta`) and
-returns `Rates`, or None if it has no calibration. `Rates` has
+returns `CalibratedRates`, or None if it has no calibration. `CalibratedRates` has
 
 - `recall` and `false_positives`: the shares of fakes and of real images that are called likely AI,
   each a `Measured`: `share`, `images` (number of images on which it was measured), `lowest` and
@@ -42,7 +42,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Rates:
+class CalibratedRates:
     """Rates at the checkpoint's calibrated threshold.
 
     `recall` is the share of fakes called likely AI, `false_positives` the share of real images
@@ -57,7 +57,7 @@ class Rates:
     fitted_on: tuple[str, ...]
 
 
-def rates(meta: Mapping[str, Any]) -> Rates | None:
+def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
     """Return the rates in the meta of a checkpoint; None if it has none: without a calibration, or
     with one that has neither sources left out nor a curve.
     """
@@ -71,7 +71,7 @@ def rates(meta: Mapping[str, Any]) -> Rates | None:
         uncertain = sum(
             source["uncertain"] * (source["reals"] + source["fakes"]) for source in sources
         )
-        return Rates(
+        return CalibratedRates(
             _over_sources(list(sources), "recall", "fakes"),
             _over_sources(list(sources), "false_positive_rate", "reals"),
             uncertain / images,
@@ -81,7 +81,7 @@ def rates(meta: Mapping[str, Any]) -> Rates | None:
     if not calibration.get("roc"):
         return None
     reals_called, fakes_called = shares_at(calibration["roc"], meta["threshold"])
-    return Rates(
+    return CalibratedRates(
         Measured(fakes_called, calibration["fakes"]),
         Measured(reals_called, calibration["reals"]),
         None,

@@ -23,10 +23,10 @@ Three more conditions must hold for the control to be shown:
 - The folder, or the one in which it is to be made, can be written.
 - The image is not an example.
 
-`keep(folder, data, label, given, name)` writes these files without the page. It returns a `Report`:
-`html` (what was kept or why not) and a `sentence`. A right or uncertain verdict makes no entry. If
-the image has an entry already, the verdict is added and `label` becomes its label. An entry that
-then has no wrong verdict is deleted, with its copy.
+`keep(folder, data, label, given, name)` writes these files without the page. It returns a
+`KeepResult`: `html` (what was kept or why not) and a `sentence`. A right or uncertain verdict makes
+no entry. If the image has an entry already, the verdict is added and `label` becomes its label. An
+entry that then has no wrong verdict is deleted, with its copy.
 
 - `folder`: Path of the folder; it is made if it does not exist.
 - `data`: the bytes of the image file.
@@ -76,7 +76,7 @@ LABELS: dict[str, Label] = {VERDICTS[0]: "fake", VERDICTS[2]: "real"}
 WORDS: dict[Label, str] = {"fake": "AI-generated", "real": "a real photograph"}
 
 
-class Report(NamedTuple):
+class KeepResult(NamedTuple):
     """Result of keeping a verdict: HTML for the page, and a sentence for screen readers."""
 
     html: Markup
@@ -136,7 +136,7 @@ def show_mistake(detector: ImageDetector, file: UploadedFile, result: Scored, sa
             ).format(WORDS[label], folder)
         )
         with_image = st.checkbox("Keep a copy of the image too", key=f"copy {file.file_id}")
-        reports: dict[tuple[str, str], Report] = st.session_state.setdefault("kept", {})
+        reports: dict[tuple[str, str], KeepResult] = st.session_state.setdefault("kept", {})
         if st.button(f"Keep it: this is {WORDS[label]}", key=f"keep {file.file_id}"):
             name = result.name if with_image else None
             given = verdict_of(detector, probability)
@@ -147,16 +147,16 @@ def show_mistake(detector: ImageDetector, file: UploadedFile, result: Scored, sa
     return report.sentence if report else ""
 
 
-def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | None) -> Report:
+def keep(folder: Path, data: bytes, label: Label, given: Verdict, name: str | None) -> KeepResult:
     """Keep a wrong verdict, and a copy of the image if `name` is given. Return the result."""
     try:
         kept = keep_mistake(folder, data, label, given, copy_named=name)
     except (MistakeError, OSError) as error:
-        return Report(refusal_html(error), "The verdict was not kept.")
+        return KeepResult(refusal_html(error), "The verdict was not kept.")
     text = capital(kept.text)
     path = entry_path(folder, hashlib.sha256(data).hexdigest())
     place = f": {path}" if kept.kept else ""
-    return Report(Markup("<p>{}{}</p>").format(text, place), f"{text}.")
+    return KeepResult(Markup("<p>{}{}</p>").format(text, place), f"{text}.")
 
 
 def refusal_html(error: Exception) -> Markup:

@@ -48,7 +48,7 @@ from model.c2pa import signatures
 from model.inference.detector import ImageDetector
 from model.inference.prediction import (
     UNREADABLE,
-    Pixels,
+    DecodedImage,
     Prediction,
     done_or_reason,
     predictions,
@@ -132,7 +132,7 @@ def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
             picture = Image.fromarray(pixels)
             size = picture.size
             picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
-            return detector.preprocess_file(Pixels(file.name, pixels)), picture.copy(), size
+            return detector.preprocess_file(DecodedImage(file.name, pixels)), picture.copy(), size
 
     probability, failures = math.nan, {}
     try:

@@ -11,8 +11,8 @@ Main entries, which put HTML on the page (Streamlit) and return nothing:
 - `show_examples()` takes nothing and shows three images. A click on one uploads it to the uploader,
   which `page.uploads.uploads()` must have shown on the same page.
 
-`figures_html(measured)` takes the `Rates` that `page.figures.rates(meta)` returns, or None, and
-returns the error rates as HTML (`Markup`). `HERE` is the folder of this module.
+`figures_html(measured)` takes the `CalibratedRates` that `page.figures.rates(meta)` returns, or
+None, and returns the error rates as HTML (`Markup`). `HERE` is the folder of this module.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from streamlit.delta_generator import DeltaGenerator
 from model.inference.fitness import Notice
 from model.verdict import capital
 from page.examples import ABOUT, examples
-from page.figures import Measured, Rates, of_hundred, rates
+from page.figures import CalibratedRates, Measured, of_hundred, rates
 from page.html import icon, show
 from page.scored import data_url
 
@@ -74,7 +74,7 @@ def show_figures(meta: Mapping[str, Any]) -> None:
     )
 
 
-def figures_html(measured: Rates | None) -> Markup:
+def figures_html(measured: CalibratedRates | None) -> Markup:
     """Return the cards with the rates as HTML, or a card that says that there are none."""
     if measured is None:
         return Markup(

@@ -20,9 +20,9 @@ The others are on the CPU, the first three as NumPy arrays:
   batches are decoded; with DALI, they are only read. Near 0: loading is slower than the use of the
   batches.
 
-A backend takes a `Request`, the encoded images of one batch, and returns `Pixels`: `images`, a
-tensor uint8 (B, height, width, 3) RGB, black where an image failed, and `failures` and `timing` as
-above. A `Request` has
+A backend takes a `Request`, the encoded images of one batch, and returns `DecodedBatch`: `images`,
+a tensor uint8 (B, height, width, 3) RGB, black where an image failed, and `failures` and `timing`
+as above. A `Request` has
 
 - `data`: a list of B image files as bytes.
 - `formats`: a list of B names, "JPEG", "PNG" or "WEBP".
@@ -91,7 +91,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
+class DecodedBatch:
     """Decoded batch: `images` uint8 (B, height, width, 3) RGB, black in the rows of `failures` (row
     -> reason).
     """
@@ -100,9 +100,9 @@ class Pixels:
     failures: dict[int, str]
     timing: BatchTiming = field(default_factory=BatchTiming)
 
-    def pin_memory(self) -> "Pixels":
+    def pin_memory(self) -> "DecodedBatch":
         """Copy to page-locked memory. torch's DataLoader calls this method."""
-        return Pixels(self.images.pin_memory(), self.failures, self.timing)
+        return DecodedBatch(self.images.pin_memory(), self.failures, self.timing)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,10 @@ Main entry: `DaliBackend(shape, batch_size, device, threads, hw_decoder_load, st
 - `hw_decoder_load`: share of the JPEGs, 0 to 1, that the GPU's JPEG engine decodes (default 0.65).
 - `stall_error_s`: seconds to wait for a request (default 900).
 
-Its `run(requests, start)` yields one `Pixels` per request: `images`, uint8 (B, *shape, 3) RGB on
-the device; `failures`, a dict, position in the batch -> reason, for images that cannot be read or
-decoded, or whose crop reaches outside the image (these are black); and `timing`, a `BatchTiming`.
+Its `run(requests, start)` yields one `DecodedBatch` per request: `images`, uint8 (B, *shape, 3) RGB
+on the device; `failures`, a dict, position in the batch -> reason, for images that cannot be read
+or decoded, or whose crop reaches outside the image (these are black); and `timing`, a
+`BatchTiming`.
 
 - `requests`: an iterable of `Request`s of pipeline/batch.py (encoded images of one batch and their
   augmentation parameters), which a background thread reads ahead.
@@ -51,7 +52,7 @@ from imaging.jpeg import CHROMAS, has_end
 from imaging.orientation import UPRIGHT
 from imaging.quiet import without_chatter
 from pipeline.augment import AugmentBatch, blank
-from pipeline.batch import PLACEHOLDER, BatchTiming, Pixels, Request
+from pipeline.batch import PLACEHOLDER, BatchTiming, DecodedBatch, Request
 from pipeline.dali_graph import HW_DECODER_LOAD, columns_of, graph
 from pipeline.loading import STALL_ERROR_S
 from pipeline.monitor import WorkerStatus
@@ -81,7 +82,7 @@ class DaliBackend:
         self._repair: Callable[[bytes, int, AugmentBatch], torch.Tensor] | None = None
         self._idle: tuple[_Source, Any] | None = None  # a pipeline whose run has ended, reset
 
-    def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[Pixels]:
+    def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[DecodedBatch]:
         """Yield the pixels of each request, uint8 (B, *shape, 3) on the device. The first
         request is that of step `start`.
         """
@@ -92,7 +93,7 @@ class DaliBackend:
         """Free the pipelines that are kept for later runs, and their memory on the GPU."""
         self._idle = self._repair = None
 
-    def _run(self, requests: Iterable[Request], start: int) -> Iterator[Pixels]:
+    def _run(self, requests: Iterable[Request], start: int) -> Iterator[DecodedBatch]:
         fed: queue.Queue[Request] = queue.Queue()
         waited = 0.0
         on_host = map(self._on_host, requests)
@@ -136,7 +137,7 @@ class DaliBackend:
                 timing = BatchTiming(read_s=read_s, decode_s=decode_s, ready=ready)
                 self.status.finished(DECODER)
                 step += 1
-                yield Pixels(images, request.failures | failures, timing)
+                yield DecodedBatch(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
         """Do on the CPU what the graph cannot do (see `_by_host`), before the graph. Other damaged

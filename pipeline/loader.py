@@ -58,7 +58,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.augment import AugmentBatch, blank
-from pipeline.batch import PLACEHOLDER, Batch, LoadError, Pixels, Request, labeled_batch
+from pipeline.batch import PLACEHOLDER, Batch, DecodedBatch, LoadError, Request, labeled_batch
 from pipeline.loading import Backend, Loading
 from pipeline.monitor import (
     WAITS,
@@ -237,7 +237,7 @@ class Loader:
                 "loading.num_workers or loading.batch_size"
             ) from error
 
-    def _decode(self, epoch: Epoch, params_for: ParamsFor, start: int) -> Iterator[Pixels]:
+    def _decode(self, epoch: Epoch, params_for: ParamsFor, start: int) -> Iterator[DecodedBatch]:
         """Yield the pixels of each step, decoded by the chosen backend."""
         requests = _Requests(self, epoch, params_for)
         steps = range(start, epoch.steps)
@@ -317,7 +317,7 @@ class Loader:
             stall_error_s=self.loading.stall_error_s,
         )
 
-    def _batch(self, epoch: Epoch, step: int, pixels: Pixels) -> Batch:
+    def _batch(self, epoch: Epoch, step: int, pixels: DecodedBatch) -> Batch:
         images = pixels.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         rows = epoch.positions(step, self.rank, self.world_size)
         return labeled_batch(self.shards, epoch, rows, images, pixels.failures, pixels.timing)
@@ -352,7 +352,7 @@ class _Requests(Dataset):
     def __len__(self) -> int:
         return self.epoch.steps
 
-    def __getitem__(self, step: int) -> Pixels:
+    def __getitem__(self, step: int) -> DecodedBatch:
         worker = get_worker_info()
         worker_id = worker.id if worker else 0
         with self.status.at(worker_id, "reading", step):
@@ -410,7 +410,7 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _patient(decoded: Iterator[Pixels]) -> Iterator[Pixels]:
+def _patient(decoded: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
     """Yield the items of torch's iterator. Where it gives none in time, ask it `WAITS` times."""
     waits = 0
     while True:

@@ -6,7 +6,7 @@ Main entry: `decode_request(request, shape)`.
   orientations and augmentation parameters.
 - `shape`: (height, width) of the output images in pixels, the field `shape` of a `Preprocess`.
 
-It returns `Pixels`, whose fields are:
+It returns `DecodedBatch`, whose fields are:
 
 - `images`: a CPU tensor uint8 (B, *shape, 3) RGB.
 - `failures`: a dict, position in the batch -> reason, for images that cannot be read or decoded, or
@@ -53,7 +53,7 @@ from pipeline.augment import (
     AugmentParams,
     center_crop_params,
 )
-from pipeline.batch import BatchTiming, Pixels, Request
+from pipeline.batch import BatchTiming, DecodedBatch, Request
 from pipeline.color import GRAY, IDENTITY
 from pipeline.preprocess import Preprocess
 
@@ -64,7 +64,7 @@ JPEG_SIDE, WEBP_SIDE = 65_500, 16_383
 """Longest sides in pixels that libjpeg and libwebp encode."""
 
 
-def decode_request(request: Request, shape: tuple[int, int]) -> Pixels:
+def decode_request(request: Request, shape: tuple[int, int]) -> DecodedBatch:
     """Decode and augment one batch: uint8 (B, *shape, 3) on the CPU. An image that fails is
     black, and its row is in `failures` with the reason.
     """
@@ -80,7 +80,7 @@ def decode_request(request: Request, shape: tuple[int, int]) -> Pixels:
         except ValueError as error:
             failures[row] = str(error)
     timing = BatchTiming(read_s=request.read_s, decode_s=time.perf_counter() - started)
-    return Pixels(images, failures, timing)
+    return DecodedBatch(images, failures, timing)
 
 
 def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
 """Compare several evaluation runs: a terminal table, and `comparison.html`, `.csv` and `.json`.
 
 Main entries: `read_runs(paths, *, intersect=False)` returns a pair. The first entry is a list with
-a `Run` for each path, reduced to the images that all runs could read. The second is a list of how
-many images of each run were left out. A `Run` has the `name`; `scores`, a `ScoreTable`; and
-`images_per_s`, a number or None if it is unknown.
+a `ComparedRun` for each path, reduced to the images that all runs could read. The second is a list
+of how many images of each run were left out. A `ComparedRun` has the `name`; `scores`, a
+`ScoreTable`; and `images_per_s`, a number or None if it is unknown.
 
 - `paths`: a list of `Path`s, each the folder of a report, or a file in it.
 - `intersect`: whether to go on with the shared images if the runs scored different images.
@@ -12,13 +12,13 @@ It raises ValueError if a path has no scores, if the images differ and `intersec
 image is in all runs, or if an image is real in one run and fake in another. It raises OSError if a
 file cannot be read.
 
-`side_by_side()` of `model/evaluation/side_by_side.py` takes the list of `Run`s and returns the dict
-`sets` (name of a set -> figures of each run), which the other functions take.
+`side_by_side()` of `model/evaluation/side_by_side.py` takes the list of `ComparedRun`s and returns
+the dict `sets` (name of a set -> figures of each run), which the other functions take.
 `print_side_by_side(sets)` prints a table per set. `write_comparison(sets, runs, out)` writes the
 three files and returns a list of their paths, the page last.
 
 - `sets`: that dict.
-- `runs`: the list of paths that `read_runs()` took (not the `Run`s). They are recorded in
+- `runs`: the list of paths that `read_runs()` took (not the `ComparedRun`s). They are recorded in
   `comparison.json`.
 - `out`: the `Path` of the folder to write to, which is made if needed.
 
@@ -43,7 +43,7 @@ from escape import without_secrets
 from model.evaluation.compare import shared_samples
 from model.evaluation.run import SPEED_FILE, find_scores
 from model.evaluation.scores import ScoreTable, read_scores
-from model.evaluation.side_by_side import FIGURES, MEAN, Run, named_runs
+from model.evaluation.side_by_side import FIGURES, MEAN, ComparedRun, named_runs
 from report.page import rendered
 from report.tables import table_csv
 from storage import parse_json, read_text, write_text
@@ -69,7 +69,9 @@ NOT_ALIKE = (
 )
 
 
-def read_runs(paths: Sequence[Path], *, intersect: bool = False) -> tuple[list[Run], list[int]]:
+def read_runs(
+    paths: Sequence[Path], *, intersect: bool = False
+) -> tuple[list[ComparedRun], list[int]]:
     """Read runs from report folders or report files, reduced to the images that all runs scored.
     Also returns how many images of each run were left out.
 
@@ -82,7 +84,7 @@ def read_runs(paths: Sequence[Path], *, intersect: bool = False) -> tuple[list[R
     names = named_runs([_name_of(table) for table in tables])
     shared = shared_samples(*tables, intersect=intersect)
     runs = [
-        Run(name, table, _speed_beside(file))
+        ComparedRun(name, table, _speed_beside(file))
         for name, table, file in zip(names, shared, files, strict=True)
     ]
     return runs, [len(table) - len(shared[0]) for table in tables]

@@ -18,9 +18,9 @@ the result of `mistakes_of()`, `pictures` that of `report.thumbnails.thumbnails(
 `mistakes_of(report, scores)` returns a dict, set name -> list of its worst mistakes.
 `rendered(template, name=value, ...)` fills a template file of this folder (its name) with these
 values and returns the text. An `Estimate` is a figure with its 95 % interval; `estimate()` makes
-one from figures of the report, or returns None. `Rates` are the recall and the false-positive rate
-of a set, which are always shown together; `rates_of()` makes them. `percent()`, `figure()` and
-`signed()` format a number as text, `NOTHING` if it is None.
+one from figures of the report, or returns None. `HeadlineRates` are the recall and the
+false-positive rate of a set, which are always shown together; `rates_of()` makes them. `percent()`,
+`figure()` and `signed()` format a number as text, `NOTHING` if it is None.
 """
 
 import functools
@@ -36,7 +36,7 @@ from model.evaluation.report import FAKE, on_subset, samples_of_set
 from model.evaluation.scores import ScoreTable
 from report.charts import histogram_chart, reliability_chart, robustness_chart, roc_chart
 from report.tables import write_tables
-from report.thumbnails import MOST, Mistake, thumbnails, worst_mistakes
+from report.thumbnails import MOST, Misclassified, thumbnails, worst_mistakes
 from sharding.format import CLASSES, ShardSet
 from storage import write_text
 
@@ -61,7 +61,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Rates:
+class HeadlineRates:
     """Headline rates of a set: recall, always together with the false-positive rate.
 
     `reals_from` names the other set whose real images were used, if any. Without real images,
@@ -89,7 +89,7 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
     return Estimate(figures[name], low, high, figures[count])
 
 
-def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> Rates:
+def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> HeadlineRates:
     """Return the rates of one set, with its own real images or the reference reals."""
     reference = set_report["reference"]
     figures = reference or set_report["overall"]
@@ -97,7 +97,7 @@ def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> 
     missing = None
     if false is None:
         missing = set_report["note"] or "There are no real images here to measure false alarms on."
-    return Rates(
+    return HeadlineRates(
         estimate(figures, "recall", "fakes"),
         false,
         missing,
@@ -105,7 +105,7 @@ def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> 
     )
 
 
-def mistakes_of(report: Mapping[str, Any], scores: ScoreTable) -> dict[str, list[Mistake]]:
+def mistakes_of(report: Mapping[str, Any], scores: ScoreTable) -> dict[str, list[Misclassified]]:
     """Return set name -> its worst mistakes. The sets share `MOST` pictures; each set gets at least
     3 per class.
     """
@@ -138,7 +138,7 @@ def write_page(
 def render(
     report: Mapping[str, Any],
     scores: ScoreTable,
-    mistakes: Mapping[str, Sequence[Mistake]],
+    mistakes: Mapping[str, Sequence[Misclassified]],
     pictures: Mapping[tuple[str, str], str],
     command: str,
 ) -> str:
@@ -208,7 +208,7 @@ def _set(
     report: Mapping[str, Any],
     scores: ScoreTable,
     columns: _Columns,
-    mistakes: Sequence[Mistake],
+    mistakes: Sequence[Misclassified],
 ) -> dict[str, Any]:
     """Return the template values of one set."""
     set_report = report["sets"][name]

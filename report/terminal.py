@@ -28,7 +28,7 @@ from typing import Any
 import console
 from installed import command
 from model.calibration.fit import Calibration
-from model.evaluation.compare import COMPARED, Change, Flip, compare, count_flips
+from model.evaluation.compare import COMPARED, Flip, MetricChange, compare, count_flips
 from model.evaluation.report import on_subset
 from model.evaluation.scores import ScoreTable
 from model.verdict import describe_band
@@ -226,7 +226,7 @@ def print_comparison(before: ScoreTable, after: ScoreTable, changed: Sequence[Fl
             console.say(f"largest changes {said}: " + ", ".join(map(_flip, furthest)))
 
 
-def _difference(change: Change | None) -> str | None:
+def _difference(change: MetricChange | None) -> str | None:
     """Format a change: `0.544 -> 0.944 (+0.284 to +0.511)`."""
     if change is None:
         return None

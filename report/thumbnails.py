@@ -1,8 +1,8 @@
 """Find the worst misclassified images of an evaluation, and make small pictures of them.
 
-Main entries: `worst_mistakes(scores, name, threshold, count)` returns a list of `Mistake`s: at most
-`count` reals called fake, the highest probability first, then at most `count` fakes that are not
-called fake (some may be uncertain), the lowest probability first.
+Main entries: `worst_mistakes(scores, name, threshold, count)` returns a list of `Misclassified`s:
+at most `count` reals called fake, the highest probability first, then at most `count` fakes that
+are not called fake (some may be uncertain), the lowest probability first.
 
 - `scores`: the scores of all images, a `ScoreTable` (from `read_scores(path)` of
   `model/evaluation/scores.py`).
@@ -10,15 +10,15 @@ called fake (some may be uncertain), the lowest probability first.
 - `threshold`: the decision threshold, a probability of fake.
 - `count`: the largest number of mistakes per class.
 
-A `Mistake` has the texts `set`, `key`, `source`, `generator` and `origin` (the image's own path
-below the raw folder), `label` (0 real, 1 fake) and `probability` (of fake, 0 to 1).
+A `Misclassified` has the texts `set`, `key`, `source`, `generator` and `origin` (the image's own
+path below the raw folder), `label` (0 real, 1 fake) and `probability` (of fake, 0 to 1).
 
 `thumbnails(shards, mistakes)` returns a dict from (set, key) to a JPEG of at most `SIDE` pixels as
 a data: URL (text). Images that cannot be read or decoded are left out.
 
 - `shards`: dict, set name -> `ShardSet` (packed images, from `open_shards([folder])` of
   `sharding/format.py`), with the sets of all mistakes; a missing one raises KeyError.
-- `mistakes`: any number of `Mistake`s.
+- `mistakes`: any number of `Misclassified`s.
 
 `MOST` is the largest number of pictures on a page.
 """
@@ -46,7 +46,7 @@ MOST = 48
 
 
 @dataclass(frozen=True)
-class Mistake:
+class Misclassified:
     """A misclassified image; `probability` is the probability of fake."""
 
     set: str
@@ -58,7 +58,9 @@ class Mistake:
     probability: float
 
 
-def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) -> list[Mistake]:
+def worst_mistakes(
+    scores: ScoreTable, name: str, threshold: float, count: int
+) -> list[Misclassified]:
     """Return at most `count` reals of set `name` called fake, highest probability first, then at
     most `count` fakes not called fake, lowest probability first.
     """
@@ -73,11 +75,11 @@ def worst_mistakes(scores: ScoreTable, name: str, threshold: float, count: int) 
         mistakes += wrong[order[:count]].tolist()
     columns = ("set", "key", "source", "generator", "origin", "label", "probability")
     rows = scores.table.select(columns).take(np.array(mistakes, np.int64)).to_pylist()
-    return [Mistake(**row) for row in rows]
+    return [Misclassified(**row) for row in rows]
 
 
 def thumbnails(
-    shards: Mapping[str, ShardSet], mistakes: Iterable[Mistake]
+    shards: Mapping[str, ShardSet], mistakes: Iterable[Misclassified]
 ) -> dict[tuple[str, str], str]:
     """Return (set, key) -> a picture as a data: URL. Images that cannot be decoded are left out."""
     pictures = {}

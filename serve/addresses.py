@@ -7,12 +7,12 @@ Main entry: `fetch(url, limits, allowance)` returns the body as bytes.
   public).
 - `allowance`: `Allowance(limits, until)`, one for all URLs of a request. It holds how many bytes
   they together may still send, `limits.max_bytes` at first; its `take(size)` subtracts some, and
-  raises `FetchError` if fewer are left. `until` is the deadline, in seconds of `time.monotonic()`.
-  `end()` ends all downloads at once, for a request that has ended.
+  raises `AddressError` if fewer are left. `until` is the deadline, in seconds of
+  `time.monotonic()`. `end()` ends all downloads at once, for a request that has ended.
 
 It follows up to `MAX_REDIRECTS` redirects. It raises `Refused` (serve/limits.py, status 403) for a
-URL that is not http or https, or whose host is not public. It raises `FetchError` (a `DecodeError`)
-in these cases:
+URL that is not http or https, or whose host is not public. It raises `AddressError` (a
+`DecodeError`) in these cases:
 
 - The URL is damaged, or has a user or password.
 - The host name cannot be resolved, or the connection fails.
@@ -45,7 +45,7 @@ PART = 2**16
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class FetchError(DecodeError):
+class AddressError(DecodeError):
     """Error of fetching one URL. The message gives the reason."""
 
 
@@ -88,11 +88,11 @@ class Allowance:
         """Take `size` bytes from the budget.
 
         Raises:
-            FetchError: fewer than `size` bytes are left.
+            AddressError: fewer than `size` bytes are left.
         """
         with self._lock:
             if size > self.left:
-                raise FetchError(f"the URLs give more than {self.total / MB:g} MB together")
+                raise AddressError(f"the URLs give more than {self.total / MB:g} MB together")
             self.left -= size
 
 
@@ -101,7 +101,7 @@ def fetch(url: str, limits: Limits, allowance: Allowance) -> bytes:
 
     Raises:
         Refused: a URL that this server must not fetch.
-        FetchError: the URL gives no body, or not in time.
+        AddressError: the URL gives no body, or not in time.
     """
     for _ in range(MAX_REDIRECTS + 1):
         parts, port = _checked(url)
@@ -115,17 +115,17 @@ def fetch(url: str, limits: Limits, allowance: Allowance) -> bytes:
                 if answer.status not in REDIRECTS or not where:
                     body = _body(answer, allowance)
                     if time.monotonic() >= allowance.until:  # the body may have been cut off
-                        raise FetchError("the URL took too long to answer")
+                        raise AddressError("the URL took too long to answer")
                     return body
                 url = urljoin(url, where)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if time.monotonic() >= allowance.until:
-                    raise FetchError("the URL took too long to answer") from error
-                if isinstance(error, FetchError):
+                    raise AddressError("the URL took too long to answer") from error
+                if isinstance(error, AddressError):
                     raise
                 reason = type(error).__name__
-                raise FetchError(f"the URL cannot be fetched ({reason})") from error
-    raise FetchError(f"the URL redirects more than {MAX_REDIRECTS} times")
+                raise AddressError(f"the URL cannot be fetched ({reason})") from error
+    raise AddressError(f"the URL redirects more than {MAX_REDIRECTS} times")
 
 
 def _checked(url: str) -> tuple[SplitResult, int]:
@@ -135,13 +135,13 @@ def _checked(url: str) -> tuple[SplitResult, int]:
         host = (parts.hostname or "").encode("idna")
         url.encode("ascii")
     except ValueError:
-        raise FetchError(
+        raise AddressError(
             "not a URL; expected https://host/path, with other characters than ASCII as %XX"
         ) from None
     if parts.scheme not in ("http", "https"):
         raise Refused(403, f"only http and https URLs are fetched, got {parts.scheme[:20]!r}")
     if not host or parts.username is not None or parts.password is not None:
-        raise FetchError("a URL must have a host, and no user or password")
+        raise AddressError("a URL must have a host, and no user or password")
     return parts, port
 
 
@@ -150,10 +150,10 @@ def _resolved(parts: SplitResult, port: int, private: bool, until: float) -> lis
 
     Raises:
         Refused: an IP address is not public, and `private` is false.
-        FetchError: the host name cannot be resolved, or not before `until`.
+        AddressError: the host name cannot be resolved, or not before `until`.
     """
     if time.monotonic() >= until:
-        raise FetchError("the URL took too long to answer")
+        raise AddressError("the URL took too long to answer")
     host = parts.hostname or ""
     answer: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
@@ -169,9 +169,9 @@ def _resolved(parts: SplitResult, port: int, private: bool, until: float) -> lis
     try:
         addresses = answer.get(timeout=max(0.0, until - time.monotonic()))
     except queue.Empty:
-        raise FetchError("the URL took too long to answer") from None
+        raise AddressError("the URL took too long to answer") from None
     if not addresses:
-        raise FetchError(f"the host {host[:100]} cannot be resolved")
+        raise AddressError(f"the host {host[:100]} cannot be resolved")
     if not private and not all(map(is_public, addresses)):
         raise Refused(403, f"{host[:100]} is not a public host; only public hosts are allowed")
     return addresses
@@ -196,7 +196,7 @@ def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
     """Connect to the first of the IP `addresses` that answers.
 
     Raises:
-        FetchError: none answers before `until`.
+        AddressError: none answers before `until`.
     """
     for address in addresses:
         left = until - time.monotonic()
@@ -204,7 +204,7 @@ def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
             break
         with contextlib.suppress(OSError):
             return socket.create_connection((address, port), timeout=left)
-    raise FetchError("the host does not answer")
+    raise AddressError("the host does not answer")
 
 
 def _ask(
@@ -229,15 +229,15 @@ def _ask(
 
 def _body(answer: http.client.HTTPResponse, allowance: Allowance) -> bytes:
     if answer.status != 200:
-        raise FetchError(f"the URL answers with status {answer.status}")
+        raise AddressError(f"the URL answers with status {answer.status}")
     if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise FetchError("the URL answers with a compressed body, which was not requested")
+        raise AddressError("the URL answers with a compressed body, which was not requested")
     parts = []
     while part := answer.read(PART):
         allowance.take(len(part))
         parts.append(part)
     if answer.length:
-        raise FetchError("the answer of the URL is incomplete")
+        raise AddressError("the answer of the URL is incomplete")
     return b"".join(parts)
 
 

@@ -9,7 +9,7 @@ not ready), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no
 
 - `detector`: an `ImageDetector`, from `model.load_detector()`.
 - `limits`: a `Limits` of `serve/limits.py`, which must be given. `Limits()` has all defaults.
-- `metrics`: a `Metrics` of `serve/metrics.py` (default: a new one).
+- `metrics`: a `ServerMetrics` of `serve/metrics.py` (default: a new one).
 
 `Service()` raises ValueError if this machine's list of trusted C2PA signers cannot be used. That is
 the file that the variable DETECTOR_TRUST_LIST names, else the downloaded list, if there is one.
@@ -70,8 +70,8 @@ from model.inference.provenance import MEANING
 from serve import addresses, uploads
 from serve.docs import docs_page
 from serve.limits import Limits, Refused
-from serve.metrics import Metrics
-from serve.scoring import Scorer
+from serve.metrics import ServerMetrics
+from serve.scoring import BackgroundScorer
 
 FETCHERS = 8
 """Number of threads that fetch URLs; one request uses at most half of them."""
@@ -203,14 +203,14 @@ class Service:
 
     detector: ImageDetector
     limits: Limits
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
     stopping: bool = False
     in_flight: int = 0
     held: int = 0
 
     def __post_init__(self) -> None:
         self.notices = [asdict(notice) for notice in self.detector.notices]
-        self.scorer = Scorer(self.detector, self.limits, self.metrics)
+        self.scorer = BackgroundScorer(self.detector, self.limits, self.metrics)
         self.fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
 
     def close(self) -> None:
@@ -363,7 +363,7 @@ def _body_or_error(
 ) -> bytes | DecodeError | Refused:
     try:
         return addresses.fetch(url, limits, allowance)
-    except (addresses.FetchError, Refused) as error:
+    except (addresses.AddressError, Refused) as error:
         return error
 
 

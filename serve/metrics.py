@@ -1,8 +1,8 @@
 """Define the Prometheus metrics of the server, which `GET /metrics` returns.
 
-Main entry: `Metrics()` takes nothing. It has `registry`, a `CollectorRegistry` of prometheus_client
-of its own, and one attribute per metric. The other modules of `serve` update them, such as
-`metrics.requests.labels("/predict", "200").inc()`:
+Main entry: `ServerMetrics()` takes nothing. It has `registry`, a `CollectorRegistry` of
+prometheus_client of its own, and one attribute per metric. The other modules of `serve` update
+them, such as `metrics.requests.labels("/predict", "200").inc()`:
 
 - `requests`: counter, by path and status (texts).
 - `seconds`: histogram of the seconds of a request, by path.
@@ -21,7 +21,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
+class ServerMetrics:
     """Metrics of one server, in their own registry."""
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
 """Score the images of all requests in one queue: threads decode, one thread scores in batches.
 
-Main entry: `Scorer(detector, limits, metrics)`, which starts the threads. A damaged list of trusted
-C2PA signers raises `TrustListError`.
+Main entry: `BackgroundScorer(detector, limits, metrics)`, which starts the threads. A damaged list
+of trusted C2PA signers raises `TrustListError`.
 
 - `detector`: an `ImageDetector`, from `load_detector()` of `model`.
 - `limits`: the `Limits` of `serve/limits.py`; `queue` and `batch_size` are used.
-- `metrics`: the `Metrics` of `serve/metrics.py` to update.
+- `metrics`: the `ServerMetrics` of `serve/metrics.py` to update.
 
 `submit(files)` takes the images of one request, a list of `ImageFile(name, read)` of
 `imaging/decode.py` (`read()` returns the bytes). It returns a list with a `Job` for each, at once.
@@ -48,7 +48,7 @@ from model.inference.detector import ImageDetector
 from model.inference.prediction import done_or_reason, predictions, threads
 from model.inference.provenance import Evidence, read_evidence
 from serve.limits import Limits, Refused
-from serve.metrics import Metrics
+from serve.metrics import ServerMetrics
 
 BATCH_WAIT_S = 0.01
 """Seconds that a batch that is not full waits for images that are being decoded."""
@@ -74,14 +74,14 @@ class Job:
     left: bool = False
 
 
-class Scorer:
+class BackgroundScorer:
     """Score images in background threads, with at most `limits.queue` images in the queue.
 
     Raises:
         TrustListError: the C2PA trust list cannot be used.
     """
 
-    def __init__(self, detector: ImageDetector, limits: Limits, metrics: Metrics):
+    def __init__(self, detector: ImageDetector, limits: Limits, metrics: ServerMetrics):
         self.detector, self.limits, self.metrics = detector, limits, metrics
         self.trust = usual_trust_list()
         self.waiting = 0  # images in the queue that have no row yet

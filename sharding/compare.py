@@ -2,8 +2,8 @@
 or changed.
 
 Main entry: `compare_sets(before, after)` takes two `ShardSet`s (from `open_shards()` of
-sharding/format.py), the older and the newer, and returns a `Difference`, which is false if the sets
-do not differ. No file is written. Fields of a `Difference`:
+sharding/format.py), the older and the newer, and returns a `SetDifference`, which is false if the
+sets do not differ. No file is written. Fields of a `SetDifference`:
 
 - `added`: sorted list of the keys that only `after` has.
 - `removed`: sorted list of the keys that only `before` has.
@@ -31,7 +31,7 @@ IGNORED = {"shard", "offset", "key"}
 
 
 @dataclass(frozen=True)
-class Difference:
+class SetDifference:
     """Keys of added, removed and changed samples, with changes such as `"label: real -> fake"`."""
 
     added: list[str]
@@ -44,7 +44,7 @@ class Difference:
         return bool(self.added or self.removed or self.changed)
 
 
-def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
+def compare_sets(before: ShardSet, after: ShardSet) -> SetDifference:
     """Match the samples of two sets by key (source and hash of the origin) and list differences."""
     keys, old_keys = after.table.column("key"), before.table.column("key")
     old_row = numbers_of(pc.fill_null(pc.index_in(keys, value_set=old_keys), -1))
@@ -56,7 +56,7 @@ def compare_sets(before: ShardSet, after: ShardSet) -> Difference:
         for row in np.flatnonzero(numbers_of(pc.not_equal(old, new))).tolist():
             change = _say(name, old[row].as_py(), new[row].as_py())
             changed[after.text("key", shared[row])].append(change)
-    return Difference(
+    return SetDifference(
         sorted(keys.take(added).to_pylist()),
         sorted(old_keys.take(removed).to_pylist()),
         dict(sorted(changed.items())),

@@ -54,12 +54,12 @@ def streamlit(monkeypatch: pytest.MonkeyPatch) -> Streamlit:
 
 
 @pytest.fixture
-def guard(streamlit: Streamlit) -> app_server.Guard:
+def guard(streamlit: Streamlit) -> app_server.UploadGuard:
     routes = [Route("/", streamlit.page), Route(UPLOAD, streamlit.upload, methods=["PUT"])]
-    return app_server.Guard(Starlette(routes=routes))
+    return app_server.UploadGuard(Starlette(routes=routes))
 
 
-def test_every_answer_has_the_headers(guard: app_server.Guard) -> None:
+def test_every_answer_has_the_headers(guard: app_server.UploadGuard) -> None:
     client = TestClient(guard)
     for answer in (client.get("/"), client.get("/none"), client.put(UPLOAD, content=bytes(9 * MB))):
         for name, value in app_server.HEADERS.items():
@@ -72,7 +72,7 @@ def test_every_answer_has_the_headers(guard: app_server.Guard) -> None:
 
 
 def test_all_uploads_together_are_limited_and_memory_is_freed(
-    streamlit: Streamlit, guard: app_server.Guard
+    streamlit: Streamlit, guard: app_server.UploadGuard
 ) -> None:
     client = TestClient(guard)
     sizes = [MB, 2 * MB, 10, 10]  # small files count as a megabyte
@@ -86,7 +86,7 @@ def test_all_uploads_together_are_limited_and_memory_is_freed(
 
 
 def test_an_upload_that_ends_after_its_page_was_closed_is_deleted(
-    streamlit: Streamlit, guard: app_server.Guard, monkeypatch: pytest.MonkeyPatch
+    streamlit: Streamlit, guard: app_server.UploadGuard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app_server, "GRACE_S", 0.2)
     streamlit.is_open = False
@@ -98,7 +98,7 @@ def test_an_upload_that_ends_after_its_page_was_closed_is_deleted(
 
 
 def test_an_interrupted_upload_frees_its_memory(
-    streamlit: Streamlit, guard: app_server.Guard
+    streamlit: Streamlit, guard: app_server.UploadGuard
 ) -> None:
     streamlit.fails = True
     client = TestClient(guard)
@@ -118,7 +118,7 @@ def test_an_upload_that_stops_frees_its_memory(monkeypatch: pytest.MonkeyPatch) 
             pass
 
     async def upload() -> list[int]:
-        guard, statuses = app_server.Guard(reading), []
+        guard, statuses = app_server.UploadGuard(reading), []
 
         async def receive() -> dict:
             return parts.pop() if parts else await asyncio.Event().wait()
@@ -149,7 +149,7 @@ def test_simultaneous_uploads_are_counted_together(streamlit: Streamlit) -> None
         await send({"type": "http.response.body", "body": b""})
 
     async def together(headers: list[tuple[bytes, bytes]]) -> list[int]:
-        guard, statuses = app_server.Guard(slow), []
+        guard, statuses = app_server.UploadGuard(slow), []
 
         async def send(message: dict) -> None:
             if message["type"] == "http.response.start":

@@ -15,7 +15,7 @@ from rich.console import Console
 import console
 import train
 from model.calibration.fit import Calibration, calibrate_by
-from model.evaluation.compare import Change, flips
+from model.evaluation.compare import MetricChange, flips
 from model.metrics import Metrics
 from report.comparison import _with_interval
 from report.terminal import (
@@ -163,7 +163,7 @@ def test_tables_of_a_report(
 
 def test_an_interval_that_does_not_contain_0_is_seen_not_to() -> None:
     """Of 490 real images, 6 more are called fake: the interval begins at two of them."""
-    change = Change(0.002, 0.014, 0.0041, 0.0224)
+    change = MetricChange(0.002, 0.014, 0.0041, 0.0224)
     assert _difference(change) == "0.002 -> 0.014 (+0.004 to +0.022)"
     figures = {"recall": 0.003, "intervals": {"recall": (0.0006, 0.0123)}}
     assert _figure(figures, "recall") == "0.003 (0.001-0.012)"

@@ -33,9 +33,9 @@ be read or (on rank 0) written.
 `store_calibration(checkpoint, calibration, fitted_on, scored, dist)` stores a calibration that was
 fitted otherwise. `fitted_on` is a dict of the sets that it was fitted to, name -> SHA-256 of the
 set's `index.json` (`ShardSet.sha256`). `scored`, from `score_all()`, are the validation sets whose
-metrics are stored. `scorer_of(checkpoint, loading, device, dist, features)` returns the `Scorer`
-for them. `check_sets(sets, rule)` raises `CalibrationError` if opened sets (a list of `ShardSet`s)
-have too few images.
+metrics are stored. `scorer_of(checkpoint, loading, device, dist, features)` returns the
+`CheckpointScorer` for them. `check_sets(sets, rule)` raises `CalibrationError` if opened sets (a
+list of `ShardSet`s) have too few images.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ from model.calibration.fit import (
 from model.checkpoint import annotate, check, load_network
 from model.device import choose_precision, keep_freed_memory
 from model.distributed import DistEnv, on_main
-from model.evaluation.scoring import DetectorScorer, Scorer, score_all
+from model.evaluation.scoring import CheckpointScorer, DetectorScorer, score_all
 from model.features.loader import FeatureSource
 from model.inference.onnx_detector import OnnxDetector
 from model.metrics import measure_sets
@@ -166,12 +166,12 @@ def scorer_of(
     device: torch.device,
     dist: DistEnv,
     features: FeatureSource | None = None,
-) -> Scorer:
+) -> CheckpointScorer:
     """Load a checkpoint's network to `device`, to score validation sets with it."""
     net, preprocess, _ = load_network(checkpoint)
     keep_freed_memory(device)
     dtype, _ = choose_precision("auto", device)
-    return Scorer(net.to(device), preprocess, device, dtype, dist, loading, features)
+    return CheckpointScorer(net.to(device), preprocess, device, dtype, dist, loading, features)
 
 
 def store_calibration(

@@ -8,7 +8,7 @@ Main entry: `report_robustness(scorer, shards, perturbations, *, temperature, th
 on_images)` scores images before and after all perturbations and re-encodings. All ranks must call
 it; all get the result.
 
-- `scorer`: the detector as a `VariantScorer` (`Scorer` of `scoring.py` for a checkpoint's
+- `scorer`: the detector as a `VariantScorer` (`CheckpointScorer` of `scoring.py` for a checkpoint's
   network, `DetectorScorer` for other detectors).
 - `shards`: an opened set of packed images, from `open_shards([folder])` of `sharding/format.py`.
 - `perturbations`: a list of `Perturbation` with `ORIGINAL` in it, such as `PERTURBATIONS` of

@@ -20,11 +20,11 @@ Fields of a `Line`:
   come from another set.
 - `name`: the name of the source or generator, "" for a whole set.
 - `images`: the number of images.
-- `changes`: a dict, metric of `COMPARED` -> `Change`, or None if a table lacks the metric. A
-  `Change` has the values `before` and `after`, and the interval `low` to `high` of after - before
-  (both None: no interval). The intervals come from bootstrap resamples that are the same for both
-  evaluations, so the variation between images does not widen them. `interval_of_change` computes
-  them from one `Resampled` for each run.
+- `changes`: a dict, metric of `COMPARED` -> `MetricChange`, or None if a table lacks the metric. A
+  `MetricChange` has the values `before` and `after`, and the interval `low` to `high` of after -
+  before (both None: no interval). The intervals come from bootstrap resamples that are the same for
+  both evaluations, so the variation between images does not widen them. `interval_of_change`
+  computes them from one `Resampled` for each run.
 
 `compare()` raises `ScoresError` if the false-positive rates of a set come from different real
 images (reference reals).
@@ -65,7 +65,7 @@ COMPARED = ("auroc", "recall", "false_positive_rate")
 
 
 @dataclass(frozen=True)
-class Change:
+class MetricChange:
     """A metric in both runs, and the 95 % interval of the difference `after - before` (`low` and
     `high` are None if there is no interval).
     """
@@ -81,14 +81,14 @@ class Line:
     """One line of the comparison: a whole set, one source or one generator.
 
     `kind` is overall, reference, sources or generators. `changes` maps each metric of `COMPARED` to
-    a `Change`, or to None if one run lacks the metric.
+    a `MetricChange`, or to None if one run lacks the metric.
     """
 
     set: str
     kind: str
     name: str
     images: int
-    changes: Mapping[str, Change | None]
+    changes: Mapping[str, MetricChange | None]
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ def _order(key: LineKey) -> tuple[int, str]:
 
 def _change(
     metric: str, figures_of_runs: Sequence[Mapping[str, Any]], ends: list[float] | None
-) -> Change | None:
+) -> MetricChange | None:
     before, after = (figures[metric] for figures in figures_of_runs)
     if before is None or after is None:
         return None
     low, high = ends if ends else (None, None)
-    return Change(before, after, low, high)
+    return MetricChange(before, after, low, high)
 
 
 class Resampled(NamedTuple):

@@ -37,7 +37,7 @@ uint8 (height, width, 3), after each perturbation; several threads call it. `col
 the list of these results for one image. Where a perturbation failed, the entry is the reason, a
 text. It returns the logits, float32 (perturbations,), with NaN for a text.
 
-`Scorer` and `DetectorScorer` of `scoring.py` are such scorers.
+`CheckpointScorer` and `DetectorScorer` of `scoring.py` are such scorers.
 """
 
 from collections import deque
@@ -107,8 +107,8 @@ def sample_by_hash(shards: ShardSet, per_class: int) -> np.ndarray:
 
 
 class VariantScorer(Protocol):
-    """Interface for scoring perturbed images: `Scorer` for checkpoints, `DetectorScorer` for all
-    other detectors.
+    """Interface for scoring perturbed images: `CheckpointScorer` for checkpoints, `DetectorScorer`
+    for all other detectors.
     """
 
     @property

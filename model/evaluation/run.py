@@ -65,7 +65,7 @@ from model.evaluation.codec_swap import report_robustness
 from model.evaluation.plan import REAL, EvaluationPlan, Options, plan
 from model.evaluation.robustness import VariantScorer
 from model.evaluation.scores import SCORES_FILE, read_scores, rows_of, write_scores
-from model.evaluation.scoring import AnyScorer, DetectorScorer, Scorer, rank_progress
+from model.evaluation.scoring import AnyScorer, CheckpointScorer, DetectorScorer, rank_progress
 from model.features.embed import Embedder, embed_sets
 from model.features.loader import FeatureSource, source_of_checkpoint
 from model.inference.onnx_detector import OnnxDetector
@@ -180,7 +180,7 @@ def _scorer_of(planned: EvaluationPlan) -> AnyScorer:
     if options.features:
         source = source_of_checkpoint(net, planned.meta, planned.dtype, options.features)
         _embed(planned, net, source)
-    return Scorer(
+    return CheckpointScorer(
         net, preprocess, planned.device, planned.dtype, planned.dist, options.loading, source
     )
 

@@ -7,12 +7,12 @@ same result: a dict, name -> a pair of the `ShardSet` and its `Scores`. `sets` i
 opened set, from `open_shards([folder])`. `scorer` is one of these; its `score(shards, label)`
 scores one set:
 
-- `Scorer(net, preprocess, device, dtype, dist, loading, features, quiet)` for a checkpoint. `net`
-  and `preprocess` come from `load_network()`, and `net` is already on `device` (a `torch.device`).
-  Optional: `dtype`, a torch dtype (default float32); `dist`, this process's rank (`DistEnv`;
-  default: a single process); `loading`, a `Loading` (batch size, workers); `features`, a
-  `FeatureSource`: stored features are scored instead of images; `quiet`: true if no line is logged
-  on how images are decoded.
+- `CheckpointScorer(net, preprocess, device, dtype, dist, loading, features, quiet)` for a
+  checkpoint. `net` and `preprocess` come from `load_network()`, and `net` is already on `device` (a
+  `torch.device`). Optional: `dtype`, a torch dtype (default float32); `dist`, this process's rank
+  (`DistEnv`; default: a single process); `loading`, a `Loading` (batch size, workers); `features`,
+  a `FeatureSource`: stored features are scored instead of images; `quiet`: true if no line is
+  logged on how images are decoded.
 - `DetectorScorer(detector, dist)` for an `OtherDetector` or `OnnxDetector`, from `open_other()` of
   `model/adapters/open.py`.
 
@@ -140,7 +140,7 @@ def rank_progress(label: str, total: int, dist: DistEnv) -> Iterator[Callable[[i
 
 
 @dataclass(frozen=True)
-class Scorer:
+class CheckpointScorer:
     """A checkpoint's network for scoring whole sets, and as a `VariantScorer` of `robustness.py`:
     preprocessing, device, precision, ranks, and how images or stored `features` are loaded.
     """
@@ -215,7 +215,7 @@ class DetectorScorer:
         return logits
 
 
-AnyScorer = Scorer | DetectorScorer
+AnyScorer = CheckpointScorer | DetectorScorer
 
 
 def score_all(

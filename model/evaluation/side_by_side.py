@@ -1,7 +1,7 @@
 """Compare the evaluations of any number of detectors on the same images: one table per set, with
 paired 95 % intervals.
 
-Main entry: `side_by_side(runs)` takes a list of `Run(name, scores, images_per_s)`:
+Main entry: `side_by_side(runs)` takes a list of `ComparedRun(name, scores, images_per_s)`:
 
 - `name`: a text, different for each run (`named_runs(names)` makes names unique: a second `a`
   becomes `a (2)`, and none is named `MEAN`).
@@ -89,7 +89,7 @@ _SEEN = ("trained_on", "maybe_trained_on")
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class ComparedRun:
     """One run: its name in the table, its scores (from `shared_samples`) and its speed."""
 
     name: str
@@ -108,7 +108,7 @@ def named_runs(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def mean_of(runs: Sequence[Run]) -> Run:
+def mean_of(runs: Sequence[ComparedRun]) -> ComparedRun:
     """Build the run of the ensemble: the mean of all probabilities for each image, threshold 0.5.
 
     Its time per image is the sum over all runs; its speed is None if one run has no speed.
@@ -129,10 +129,10 @@ def mean_of(runs: Sequence[Run]) -> Run:
     together = None
     if all(speeds):
         together = 1 / sum(1 / speed for speed in speeds if speed)
-    return Run(MEAN, ScoreTable(table, evaluation), together)
+    return ComparedRun(MEAN, ScoreTable(table, evaluation), together)
 
 
-def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
+def side_by_side(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     """Compute the table of all runs and of their mean; layout in the module docstring.
 
     Raises:
@@ -154,7 +154,7 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
     return sets
 
 
-def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]:
+def _set(name: str, runs: Sequence[ComparedRun], rows: Sequence[Rows]) -> dict[str, Any]:
     """Compute the entry of one set."""
     lines = lines_of(rows[0])
     whole = lines.get("reference", lines["overall"])
@@ -228,7 +228,7 @@ def _set(name: str, runs: Sequence[Run], rows: Sequence[Rows]) -> dict[str, Any]
     }
 
 
-def _measured(run: Run, rows: Rows, whole: Images) -> tuple[dict[str, Any], Resampled]:
+def _measured(run: ComparedRun, rows: Rows, whole: Images) -> tuple[dict[str, Any], Resampled]:
     """Compute the metrics of a run on a whole set, and their values in all resamples. The resamples
     are the same for every run.
     """

@@ -17,11 +17,11 @@ Main entry: `fit_head(net, samples, optim, dist, on_evaluation)` sets the weight
 - `on_evaluation`: a function without arguments that is called each time the loss is computed
   (default: does nothing). An exception in it ends the fit.
 
-It returns a `Fit`: `loss`, `iterations` (those done), `gradient`, the largest absolute gradient at
-the end, near 0 if the fit has converged, and `converged`, whether it ended at the minimum and not
-at a limit of iterations or evaluations. It raises `FitError` (a `ValueError`) if the network
-learns other weights than those of one linear layer, there are no samples of one of the classes, or
-the loss is not finite.
+It returns a `FitResult`: `loss`, `iterations` (those done), `gradient`, the largest absolute
+gradient at the end, near 0 if the fit has converged, and `converged`, whether it ended at the
+minimum and not at a limit of iterations or evaluations. It raises `FitError` (a `ValueError`) if
+the network learns other weights than those of one linear layer, there are no samples of one of the
+classes, or the loss is not finite.
 
 `gather(stream, epochs, dist)` reads the features of the first `epochs` epochs of a `Stream` of
 stored features and returns this rank's `Samples`: `features`, float16 (N, D), `labels` (0 real, 1
@@ -91,7 +91,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """Result of a fit: the regularized loss, the number of iterations, the largest absolute
     gradient, and whether the fit ended before the largest number of iterations or evaluations.
     """
@@ -175,7 +175,7 @@ def fit_head(
     optim: Optim,
     dist: DistEnv | None = None,
     on_evaluation: Callable[[], Any] = lambda: None,
-) -> Fit:
+) -> FitResult:
     """Fit the head of `net` to `samples` and return the result of the fit. Every rank calls this
     function, with its own samples. The search begins at the head's present weights.
 
@@ -240,7 +240,7 @@ def fit_head(
     gradient = max(float(vector.grad.abs().max()), float(offset.grad.abs()))
     iterations, evaluations = (solver.state[vector][name] for name in ("n_iter", "func_evals"))
     ended = iterations < optim.iterations and evaluations < most
-    return Fit(float(last), iterations, gradient, converged=ended or gradient <= FLAT)
+    return FitResult(float(last), iterations, gradient, converged=ended or gradient <= FLAT)
 
 
 def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor]:

@@ -60,7 +60,7 @@ from model.checkpoint import CheckpointError, ReplacedError, find, load_network
 from model.device import choose_device, choose_precision, keep_freed_memory
 from model.inference.prediction import (
     AnyDetector,
-    Pixels,
+    DecodedImage,
     Scored,
     Source,
     ahead,
@@ -160,7 +160,7 @@ class ImageDetector(AnyDetector):
         DALI differs from Pillow on some files, decodes PNG and WebP on the CPU with fewer checks
         for damage, and would need too much memory for a batch of very large images.
         """
-        if isinstance(file, Pixels):
+        if isinstance(file, DecodedImage):
             return png_of(self.preprocess_file(file))
         data = file.read()
         kept = as_is(data)
@@ -168,7 +168,7 @@ class ImageDetector(AnyDetector):
             check_side(kept.width, kept.height)
             return kept
         with decoded(data) as pixels:
-            return png_of(self.preprocess_file(Pixels(file.name, pixels)))
+            return png_of(self.preprocess_file(DecodedImage(file.name, pixels)))
 
     def _request(self, encoded_files: Sequence[Any]) -> Request:
         """Build the request to DALI. A file without data is replaced by one black pixel."""

@@ -26,9 +26,10 @@ returns the band (threshold, threshold), in which no verdict is *uncertain*. For
 None: the detector keeps its own band (each detector has one). It raises `ValueError` if the
 threshold is not 0 to 1.
 
-`as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded `Pixels`. An
-image that has no name is called `image <index>`. `as_file(image, index)` turns a path or bytes into
-an `ImageFile`. `pixels_of(source)` is a context manager that yields RGB uint8 (height, width, 3).
+`as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded
+`DecodedImage`. An image that has no name is called `image <index>`. `as_file(image, index)` turns a
+path or bytes into an `ImageFile`. `pixels_of(source)` is a context manager that yields RGB uint8
+(height, width, 3).
 
 `ahead(files, work, batch_size, start)` calls `work(file)` in threads and yields (names, results) of
 each batch. The result for an unreadable file is the reason as text, as `done_or_reason(work, file)`
@@ -92,7 +93,7 @@ class Prediction:
         return f"Prediction({self.name!r}, {self.verdict!r}, {what})"
 
 
-class Pixels(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded image: uint8 (height, width, 3) RGB, upright."""
 
     name: str
@@ -105,7 +106,7 @@ Picture: TypeAlias = (
 """Accepted types of an image: a path, the bytes of a file, a PIL image, a uint8 array (height,
 width, 3) in RGB or (height, width) in gray, or an `ImageFile`, which is read later."""
 
-Source: TypeAlias = ImageFile | Pixels
+Source: TypeAlias = ImageFile | DecodedImage
 """One image before preprocessing: a file to read, or decoded pixels."""
 
 
@@ -131,12 +132,12 @@ def as_source(image: Picture, index: int = 0) -> Source:
         ValueError: an array of another shape or dtype.
     """
     if isinstance(image, np.ndarray):
-        return Pixels(f"image {index}", _rgb_of(image))
+        return DecodedImage(f"image {index}", _rgb_of(image))
     if isinstance(image, Image.Image):
         name = str(getattr(image, "filename", "") or f"image {index}")
         try:
             with boundary():
-                return Pixels(name, upright_copy(to_rgb(image), orientation_left(image)))
+                return DecodedImage(name, upright_copy(to_rgb(image), orientation_left(image)))
         except DecodeError as error:
             return unreadable(name, _one_line(error))
     if isinstance(image, Picture):
@@ -191,7 +192,7 @@ def pixels_of(source: Source) -> Iterator[np.ndarray]:
     Raises:
         DecodeError, OSError: the image cannot be read.
     """
-    if isinstance(source, Pixels):
+    if isinstance(source, DecodedImage):
         yield source.pixels
         return
     with decoded(source.read()) as pixels:
@@ -320,14 +321,14 @@ class AnyDetector(DecisionRule, ABC):
         for names, probabilities, failures in self._scored(files, batch_size, start):
             yield from predictions(names, probabilities.tolist(), failures, self.band)
 
-    def preprocess_file(self, image: Picture | Pixels) -> Any:
+    def preprocess_file(self, image: Picture | DecodedImage) -> Any:
         """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB, or what a
         third-party detector makes of the image.
 
         Raises:
             DecodeError, OSError: the image cannot be read, or is too small for a verdict.
         """
-        with pixels_of(image if isinstance(image, Pixels) else as_source(image)) as pixels:
+        with pixels_of(image if isinstance(image, DecodedImage) else as_source(image)) as pixels:
             check_side(*pixels.shape[1::-1])
             return self.prepare(pixels)
 

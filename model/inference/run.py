@@ -4,13 +4,13 @@ Main entries: `predict_all(run, paths, batch_size)` scores all images of the pat
 progress. `predict_as_they_come(run, folder, batch_size)` scores the images of a folder, and then
 new ones as they appear, without end.
 
-- `run`: a `Run(detector, output, out, heatmaps, trust)`, see below.
+- `run`: a `PredictionRun(detector, output, out, heatmaps, trust)`, see below.
 - `paths`: a tuple of texts: images, folders, archives, patterns, or `-` for a list on standard
   input.
 - `folder`: the path of the folder as text.
 - `batch_size`: the largest number of images in a batch; the first batches are smaller.
 
-A `Run` takes:
+A `PredictionRun` takes:
 
 - `detector`: a loaded detector, such as that of `load_detector()`,
 - `output`: the format of the lines, "table", "csv" or "jsonl"; if `out` is given, the same as was
@@ -25,7 +25,7 @@ A `Run` takes:
 path that does not exist, gets a line with the reason. A `folder` that does not exist is waited for.
 `OSError` is raised if a result or a heatmap cannot be written (a full disk; a bad file name only
 counts in `undrawn`), and `ExplainError` if a heatmap cannot be computed. Errors of the detector
-pass through. The `Run` counts:
+pass through. The `PredictionRun` counts:
 
 - `verdicts`: images by verdict.
 - `excluded`: files left out, by reason (of `predict_as_they_come()`: in its last scan).
@@ -37,8 +37,8 @@ pass through. The `Run` counts:
 its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `named(paths)` yields these
 paths, and instead of `-` the lines of standard input. `count_in_background(paths, counted)` counts
 the images in a thread and then appends their number to the list `counted`; it appends nothing if
-`-` or a compressed archive is among the paths. A `Run` uses `Note` for what it knows of an image
-before its line is written; callers do not need it.
+`-` or a compressed archive is among the paths. A `PredictionRun` uses `Note` for what it knows of
+an image before its line is written; callers do not need it.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Note:
 
 
 @dataclass(eq=False)
-class Run:
+class PredictionRun:
     """State of one run over images: destination of the results, and counts so far."""
 
     detector: AnyDetector
@@ -283,7 +283,7 @@ def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
         threading.Thread(target=count, daemon=True).start()
 
 
-def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
+def predict_all(run: PredictionRun, paths: tuple[str, ...], batch_size: int) -> None:
     """Score the images of `paths`, with a progress bar."""
     counted: list[int] = []
     if run.out and (rows := len(run.out.names)):
@@ -299,7 +299,7 @@ def predict_all(run: Run, paths: tuple[str, ...], batch_size: int) -> None:
             behind = count
 
 
-def predict_as_they_come(run: Run, folder: str, batch_size: int) -> None:
+def predict_as_they_come(run: PredictionRun, folder: str, batch_size: int) -> None:
     """Score new images in a folder, without end."""
     console.log.info("watching %s; press Ctrl-C to stop", folder)
     run.watched = set()

@@ -12,7 +12,7 @@ and nothing is checked at run time: `model/checkpoint.py` reads and writes the f
 
 from typing import Literal, NotRequired, Optional, TypedDict
 
-from model.forgetting import Change
+from model.forgetting import SourceChange
 from model.metrics import Metrics
 from model.recipe import ResolvedRecipe
 from model.shipped.backbone import BackboneSpec
@@ -131,7 +131,7 @@ class Compared(TypedDict):
     validation sets hold no old source."""
     worst: float | None
     """Largest loss of an old source. Null as above."""
-    sources: list[Change]
+    sources: list[SourceChange]
     """Balanced accuracy of each source before and after."""
     mistakes: Mistakes | None
     """Kept mistakes before and after. Null without `gate.mistakes`."""

@@ -16,13 +16,13 @@ Main entry: `conclude(planned, best, baseline, start)`. On several ranks, all ca
 
 It writes the calibration (if there is none yet), the comparison (`compared`) and the reasons to
 refuse (`refused`, a list of texts) into the checkpoint's `meta.json`, and returns nothing. It
-raises `Refused` (a `ValueError`) on every rank if the gate refuses the checkpoint. Scores that
+raises `GateError` (a `ValueError`) on every rank if the gate refuses the checkpoint. Scores that
 cannot be calibrated are only logged as a warning. Other errors of files and records pass through;
 those of the comparison come on rank 0 only.
 
 `conclude_again(planned, best)` does what is missing when a finished run is started again, and logs
-whether there is anything to do. It raises `Refused` on each rank for a checkpoint that was refused
-before.
+whether there is anything to do. It raises `GateError` on each rank for a checkpoint that was
+refused before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ from model.calibration.fit import (
     check_validation_sets,
 )
 from model.distributed import on_main
-from model.forgetting import Change, changes, forgetting, refusals
+from model.forgetting import SourceChange, changes, forgetting, refusals
 from model.inference.detector import load_detector
 from model.metrics import Validation
 from model.mistakes.gate import (
@@ -63,7 +63,7 @@ from model.training.validation import Best, read_validation
 from model.verdict import describe_band
 
 
-class Refused(ValueError):
+class GateError(ValueError):
     """The gate refuses a trained checkpoint. The message gives the reasons."""
 
 
@@ -75,7 +75,7 @@ def conclude(
     positives are counted at the final threshold.
 
     Raises:
-        Refused: the gate refuses the checkpoint.
+        GateError: the gate refuses the checkpoint.
     """
     _calibrate(planned, best.path)
     if best.validation is None:
@@ -93,8 +93,8 @@ def conclude(
         raise _refused(best, reasons)
 
 
-def _refused(best: Best, reasons: Sequence[str]) -> Refused:
-    return Refused(
+def _refused(best: Best, reasons: Sequence[str]) -> GateError:
+    return GateError(
         f"{best.path} is refused: {'; '.join(reasons)}. The checkpoint and the one that the run "
         "started from are kept"
     )
@@ -105,7 +105,7 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
     gate, the gate is applied now. A refused checkpoint is refused again.
 
     Raises:
-        Refused: the gate refuses the best checkpoint.
+        GateError: the gate refuses the best checkpoint.
     """
     baseline, start = None, None
     # What rank 0 has read, because another rank may read only after rank 0 has changed the file.
@@ -194,7 +194,7 @@ def _calibration_fault(planned: RunPlan) -> str:
     return ""
 
 
-def _refusals(planned: RunPlan, best: Best, rows: list[Change] | None) -> list[str]:
+def _refusals(planned: RunPlan, best: Best, rows: list[SourceChange] | None) -> list[str]:
     """Return the gate's reasons to refuse the best checkpoint. False positives are those at the
     threshold that is stored in it, which calibration has set.
     """

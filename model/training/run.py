@@ -18,7 +18,7 @@ On several ranks, all call it. Each uses its GPU, or the CPU if there is none.
 It writes checkpoints (`step_<number>`) and the history (`metrics.jsonl`, `tensorboard`) to
 `runs/<recipe.name>`, resumes an interrupted run, and returns the `Path` of the best checkpoint. A
 finished run is not trained again. If its calibration or the verdict of the gate is missing, this is
-done now. Then the path of its best checkpoint is returned, or `Refused` is raised.
+done now. Then the path of its best checkpoint is returned, or `GateError` is raised.
 
 A run that stops at `stop_at`, before its end, is neither calibrated nor judged by the gate. It
 saves a checkpoint, and the path is that of the best checkpoint so far (before the first validation:
@@ -30,7 +30,7 @@ data, runs).finished` of `model/training/plan.py` does. Errors:
   is not finite. Also, without waiting, if another training of this run holds the lock on
   `LOCK_FILE` in the folder.
 - `OSError`: another file cannot be read or written.
-- `Refused` of `model/training/conclude.py` (a `ValueError`, so catch it first): the gate refuses
+- `GateError` of `model/training/conclude.py` (a `ValueError`, so catch it first): the gate refuses
   the checkpoint. Every rank raises it.
 - `Interrupted` (no `ValueError`): after a signal to stop, once a checkpoint is saved. A fit
   saves none: the same call fits again.
@@ -110,7 +110,7 @@ def train(
 
     Raises:
         ValueError: an error in the data, recipe or checkpoint, or a loss that is not finite.
-        Refused: the gate refuses the best checkpoint.
+        GateError: the gate refuses the best checkpoint.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the checkpoint is saved.
     """
     dist, folder = dist or DistEnv(), runs / recipe.name

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from escape import text_fault
-from model.evaluation.scoring import Scorer, score_all
+from model.evaluation.scoring import CheckpointScorer, score_all
 from model.features.loader import FeatureSource
 from model.metrics import Validation, measure_sets
 from model.training.step import TrainState
@@ -87,7 +87,7 @@ def validate(
     set has one class only. AUROC is not used, because it can be high for a checkpoint that calls
     every image fake. With `features`, stored features are scored instead of images.
     """
-    scorer = Scorer(
+    scorer = CheckpointScorer(
         train_state.shown, preprocess, train_state.device, train_state.dtype, train_state.dist,
         loading, features, quiet=True,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.augment import AugmentParams, stack
-from pipeline.batch import Pixels, Request
+from pipeline.batch import DecodedBatch, Request
 from pipeline.dali import DaliBackend, _reason
 from pipeline.monitor import StallError
 from pipeline.stream import Stream, evaluation_batches
@@ -88,7 +88,8 @@ def test_later_runs_use_the_same_pipeline(pipelines: list) -> None:
     (first,) = (pixels.images.clone() for pixels in backend.run([request()]))
     for name, requests in RUNS.items():
         pixels = [
-            Pixels(one.images.clone(), one.failures, one.timing) for one in backend.run(requests)
+            DecodedBatch(one.images.clone(), one.failures, one.timing)
+            for one in backend.run(requests)
         ]
         assert len(pixels) == len(requests), name
         for one, asked in zip(pixels, requests, strict=True):

@@ -16,9 +16,9 @@ from model.evaluation.scores import ScoresError, ScoreTable, write_scores
 from pipeline.perturb import PERTURBATIONS
 from report.charts import histogram_chart, reliability_chart, roc_chart
 from report.files import write_report
-from report.page import Estimate, Rates, mistakes_of, render
+from report.page import Estimate, HeadlineRates, mistakes_of, render
 from report.tables import figures_csv, table_csv, write_tables
-from report.thumbnails import Mistake, thumbnails, worst_mistakes
+from report.thumbnails import Misclassified, thumbnails, worst_mistakes
 from sharding.format import ShardSet
 from tests.browser import unprinted, violations
 from tests.builders import table_of
@@ -115,8 +115,8 @@ def test_a_wrong_file_of_scores_changes_no_report(tmp_path: Path) -> None:
 def test_a_recall_needs_a_false_positive_rate() -> None:
     recall = Estimate(0.9, 0.8, 0.95, 100)
     with pytest.raises(ValueError, match="must be shown with a false-positive rate"):
-        Rates(recall, None)
-    assert Rates(recall, None, missing="no reals").missing
+        HeadlineRates(recall, None)
+    assert HeadlineRates(recall, None, missing="no reals").missing
 
 
 def test_without_reals_the_page_says_so_instead_of_the_rate() -> None:
@@ -217,7 +217,7 @@ def test_worst_mistakes() -> None:
 
 def test_thumbnails_are_made_of_the_given_mistakes(new: ShardSet) -> None:
     keys = new.table.column("key").to_pylist()
-    wanted = [Mistake("new", keys[i], "", "", "", 0, 0.9) for i in (7, 3)]
+    wanted = [Misclassified("new", keys[i], "", "", "", 0, 0.9) for i in (7, 3)]
     pictures = thumbnails({"new": new}, wanted)
     assert set(pictures) == {("new", keys[7]), ("new", keys[3])}
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures.values())

@@ -19,7 +19,7 @@ from model.inference.detector import ImageDetector
 from serve import scoring
 from serve.api import FETCHERS, Service, make_app
 from serve.limits import MB, Limits, Refused
-from serve.metrics import Metrics
+from serve.metrics import ServerMetrics
 from tests.builders import encode, photo
 from tests.serve.conftest import Gate, Serve
 from tests.servers import HANG_S, run_async
@@ -265,7 +265,7 @@ def test_images_that_a_stop_drops_are_refused(
     monkeypatch.setattr(scoring, "threads", lambda: 1)
     monkeypatch.setattr(scoring, "LARGE_PIXELS", 0 if large else 10**9)
     monkeypatch.setattr(ImageDetector, "preprocess_file", slow)
-    scorer = scoring.Scorer(detector, Limits(), Metrics())
+    scorer = scoring.BackgroundScorer(detector, Limits(), ServerMetrics())
     first, *others = scorer.submit(ImageFile(str(n), lambda: PHOTO) for n in range(3))
     thread = scorer._large_reader if large else scorer._readers
     wait_for(lambda: thread._work_queue.qsize() == 2)
@@ -296,7 +296,7 @@ def test_images_of_ended_requests_hold_no_memory(
         return decode(detector, file)
 
     monkeypatch.setattr(ImageDetector, "preprocess_file", preprocess_file)
-    scorer = scoring.Scorer(detector, Limits(), Metrics())
+    scorer = scoring.BackgroundScorer(detector, Limits(), ServerMetrics())
     jobs = scorer.submit([ImageFile(str(n), lambda: PHOTO) for n in range(5)])
     assert began.wait(HANG_S)
     wait_for(lambda: sum(bool(job.data) for job in jobs) == 5)

@@ -8,7 +8,7 @@ import pytest
 from model.evaluation.compare import compare, count_flips, flips, shared_samples
 from model.evaluation.report import report
 from model.evaluation.scores import ScoresError, ScoreTable
-from model.evaluation.side_by_side import Run, side_by_side
+from model.evaluation.side_by_side import ComparedRun, side_by_side
 from tests.builders import table_of
 
 ABOUT = {"threshold": 0.5, "temperature": 2.0}
@@ -103,7 +103,7 @@ def test_no_error_of_two_runs_is_no_difference_of_0() -> None:
     ranked = line.changes["auroc"]  # perfect twice
     assert (ranked.before, ranked.after, ranked.low) == (1, 1, None)
     assert {change.low for change in compare(before, before)[0].changes.values()} == {0}
-    behind = side_by_side([Run("a", before), Run("b", after)])["val"]["runs"][1]
+    behind = side_by_side([ComparedRun("a", before), ComparedRun("b", after)])["val"]["runs"][1]
     assert behind["recall"]["behind"][1] > 0.05 and behind["auroc"]["behind"] is None
 
 

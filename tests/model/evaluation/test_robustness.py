@@ -15,7 +15,7 @@ from model.evaluation.robustness import (
     score_perturbations,
     shift_of,
 )
-from model.evaluation.scoring import Scorer
+from model.evaluation.scoring import CheckpointScorer
 from model.score import score_set
 from model.verdict import NOT_FINITE
 from pipeline import read
@@ -85,7 +85,7 @@ def test_original_gives_the_scores_of_a_plain_evaluation(shards: ShardSet) -> No
     plain = score_set(net, loader)
     done: list[int] = []
     columns = score_perturbations(
-        Scorer(net, preprocess, CPU), shards, np.arange(len(shards)),
+        CheckpointScorer(net, preprocess, CPU), shards, np.arange(len(shards)),
         named("original", "jpeg-30"), done.append,
     )  # fmt: skip
     assert np.array_equal(columns.samples, plain.samples)
@@ -100,7 +100,7 @@ def test_figures_of_a_perturbation(shards: ShardSet) -> None:
     dark = Perturbation("dark", "dark", 1, (lambda pixels, _rng: pixels // 2,))
     rows = np.arange(len(shards))
     columns = score_perturbations(
-        Scorer(Brightness(), PREPROCESS, CPU), shards, rows, [ORIGINAL, dark]
+        CheckpointScorer(Brightness(), PREPROCESS, CPU), shards, rows, [ORIGINAL, dark]
     )
     at = {"temperature": 2.0, "threshold": 0.5}
     first, second = measure_perturbations(columns, codes_of(shards.table.column("group"))[0], **at)
@@ -124,7 +124,9 @@ def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> N
 
     rows = np.arange(len(shards))
     ways = [ORIGINAL, Perturbation("refuse", "refuse", 1, (refuse,))]
-    columns = score_perturbations(Scorer(Brightness(), PREPROCESS, CPU), shards, rows, ways)
+    columns = score_perturbations(
+        CheckpointScorer(Brightness(), PREPROCESS, CPU), shards, rows, ways
+    )
     groups = codes_of(shards.table.column("group"))[0]
     row = measure_perturbations(columns, groups, temperature=1.0, threshold=0.5)[1]
     missing = np.isnan(columns.logits[1])
@@ -134,7 +136,7 @@ def test_a_failed_perturbation_is_counted_with_its_reason(shards: ShardSet) -> N
     assert set(columns.failures[1]) == set(columns.samples[missing]) and not columns.failures[0]
 
 
-class Refusing(Scorer):
+class Refusing(CheckpointScorer):
     """Cannot prepare bright images, as packed or after a perturbation."""
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
@@ -161,7 +163,7 @@ def test_an_image_that_cannot_be_prepared_ends_no_run(shards: ShardSet) -> None:
         assert list(failures) == sorted(failures) and len(failures) > 1
 
 
-class NoNumber(Scorer):
+class NoNumber(CheckpointScorer):
     """Gives some images no finite score: bright ones as packed, others after a perturbation."""
 
     def column(self, variants: Sequence[np.ndarray | str]) -> np.ndarray:
@@ -191,7 +193,7 @@ def test_an_image_without_a_finite_score_is_counted_with_its_reason(shards: Shar
 def test_the_hash_of_the_perturbed_images(shards: ShardSet) -> None:
     """It does not depend on the detector or the order of the shards."""
     ways, at = named("original"), {"temperature": 1.0, "threshold": 0.5}
-    scorer = Scorer(Brightness(), PREPROCESS, CPU)
+    scorer = CheckpointScorer(Brightness(), PREPROCESS, CPU)
     reversed_ = shards.take(np.arange(len(shards))[::-1])
     first, same, fewer = (
         report_robustness(scorer, of, ways, per_class=count, **at)["images_sha256"]
@@ -210,7 +212,7 @@ def test_an_unreadable_image_has_no_column(
 
     monkeypatch.setattr(read, "decode_image", broken)
     columns = score_perturbations(
-        Scorer(Brightness(), PREPROCESS, CPU),
+        CheckpointScorer(Brightness(), PREPROCESS, CPU),
         shards,
         np.arange(len(shards)),
         named("original"),
@@ -303,7 +305,7 @@ def test_a_container_detector_is_caught_and_a_content_detector_is_not(shards: Sh
     verdicts = {}
     for net in (Blocking(), Brightness()):
         verdicts[type(net)] = report_robustness(
-            Scorer(net, PREPROCESS, CPU), shards, named("original", "jpeg-50"),
+            CheckpointScorer(net, PREPROCESS, CPU), shards, named("original", "jpeg-50"),
             temperature=1.0, threshold=0.5, per_class=1000,
         )  # fmt: skip
     caught, content = (verdicts[kind]["codec_swap"][0] for kind in (Blocking, Brightness))

@@ -13,7 +13,7 @@ from model.evaluation.scores import ScoresError
 from model.evaluation.side_by_side import (
     FIGURES,
     MEAN,
-    Run,
+    ComparedRun,
     common_threshold,
     mean_of,
     named_runs,
@@ -46,10 +46,10 @@ def rows(noise: float, seed: int = 2, number: int = 240) -> list[dict[str, Any]]
     ]  # fmt: skip
 
 
-def runs(*noises: float, **about: Any) -> list[Run]:
+def runs(*noises: float, **about: Any) -> list[ComparedRun]:
     tables = [table_of(rows(n, i), ["val"], **(ABOUT | about)) for i, n in enumerate(noises)]
     shared = shared_samples(*tables)
-    return [Run(f"run {i}", table, 10.0 * (i + 1)) for i, table in enumerate(shared)]
+    return [ComparedRun(f"run {i}", table, 10.0 * (i + 1)) for i, table in enumerate(shared)]
 
 
 def test_figures_are_those_of_each_report() -> None:
@@ -88,11 +88,11 @@ def test_images_that_no_run_could_read() -> None:
     first = table_of(table + other, ["val", "other"], **ABOUT)
     half = table_of(unread(table, "val") + other, ["val", "other"], **ABOUT)
     shared = shared_samples(first, half)
-    compared = side_by_side([Run(f"run {i}", table) for i, table in enumerate(shared)])
+    compared = side_by_side([ComparedRun(f"run {i}", table) for i, table in enumerate(shared)])
     assert (compared["val"]["images"], compared["other"]["images"]) == (0, 240)
     none = table_of(unread(table + other, "val", "other"), ["val", "other"], **ABOUT)
     with pytest.raises(ScoresError, match="no image that all of them could read"):
-        side_by_side([Run("run", table) for table in shared_samples(first, none)])
+        side_by_side([ComparedRun("run", table) for table in shared_samples(first, none)])
 
 
 def test_differences_to_the_best_are_paired() -> None:
@@ -113,7 +113,7 @@ def test_the_mean_run_averages_probabilities() -> None:
     assert np.array_equal(mean.scores.numbers("probability"), expected)
     assert mean.images_per_s == pytest.approx(1 / (1 / 10 + 1 / 20))
     assert mean.scores.evaluation["threshold"] == 0.5
-    slow = [*compared, Run("x", compared[0].scores, None)]
+    slow = [*compared, ComparedRun("x", compared[0].scores, None)]
     assert mean_of(slow).images_per_s is None
 
 
@@ -175,7 +175,9 @@ def test_a_set_without_reals_has_no_false_positives() -> None:
     fakes = [row | {"label": 1} for row in rows(0.5)]
     better = [row | {"logit": row["logit"] + 1} for row in fakes]
     tables = shared_samples(*(table_of(one, ["val"], **ABOUT) for one in (fakes, better)))
-    compared = {"val": side_by_side([Run(str(i), table) for i, table in enumerate(tables)])["val"]}
+    compared = {
+        "val": side_by_side([ComparedRun(str(i), table) for i, table in enumerate(tables)])["val"]
+    }
     entry = compared["val"]
     assert entry["common"] == {"1": None, "5": None} and entry["reals"] == 0
     assert entry["best"] is None and '<tr class="best' not in comparison_page(compared, "")
@@ -194,7 +196,7 @@ def test_runs_that_cannot_be_compared() -> None:
     assert [len(table) for table in shared_samples(one, one, other, intersect=True)] == [100] * 3
     renamed = table_of([row | {"set": "val"} for row in rows(0.1)], ["other"], **ABOUT)
     with pytest.raises(ScoresError, match="no set in common"):
-        side_by_side([Run("a", one), Run("b", renamed)])
+        side_by_side([ComparedRun("a", one), ComparedRun("b", renamed)])
 
 
 def test_names_of_runs_are_unique() -> None:

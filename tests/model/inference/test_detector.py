@@ -18,8 +18,8 @@ from model import load_detector
 from model.checkpoint import CheckpointError
 from model.inference.prediction import (
     UNREADABLE,
+    DecodedImage,
     Picture,
-    Pixels,
     Prediction,
     as_source,
     preprocess_ahead,
@@ -358,12 +358,16 @@ def test_repr_of_detector_and_prediction_is_short(detector) -> None:
 def test_an_image_that_cannot_be_preprocessed_ends_no_run() -> None:
     """Such as one that the processor of a published detector refuses."""
 
-    def refuse_narrow(image: Pixels) -> np.ndarray:
+    def refuse_narrow(image: DecodedImage) -> np.ndarray:
         if image.pixels.shape[1] == 1:
             raise ValueError("the number of\nchannels is not clear")
         return image.pixels[:8, :8]
 
-    images = [Pixels("a", photo(1)), Pixels("b", photo(2)[:, :1]), Pixels("c", photo(3))]
+    images = [
+        DecodedImage("a", photo(1)),
+        DecodedImage("b", photo(2)[:, :1]),
+        DecodedImage("c", photo(3)),
+    ]
     ((names, pixels, failures),) = preprocess_ahead(images, refuse_narrow, (8, 8), 3, start=1)
     assert names == ["a", "b", "c"]
     assert failures == {1: "the number of channels is not clear"}

@@ -18,7 +18,7 @@ import predict
 from imaging.decode import ImageFile
 from model.inference import detector, inputs, results
 from model.inference.prediction import Prediction
-from model.inference.run import Run, count_in_background, heatmap_path
+from model.inference.run import PredictionRun, count_in_background, heatmap_path
 from tests.builders import encode, photo, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -319,7 +319,7 @@ def test_a_resumed_run_counts_the_rows_that_it_passes_over() -> None:
 
     counts = []
     detector: Any = SimpleNamespace(stream=stream)
-    for count in Run(detector, "csv", out).over(files, 8):
+    for count in PredictionRun(detector, "csv", out).over(files, 8):
         assert not scored
         counts.append(count)
     assert len(counts) > 10 and counts == sorted(counts) and counts[-1] >= 92

@@ -29,7 +29,7 @@ from model.mistakes.regressions import Regression
 from model.network import build
 from model.recipe import Gate
 from model.training import conclude, run
-from model.training.conclude import Refused
+from model.training.conclude import GateError
 from model.verdict import VERDICTS
 from tests.builders import TINY, encode, hashes, photo, train_tiny
 
@@ -124,7 +124,7 @@ def test_the_gate_refuses_newly_wrong_mistakes(
     trained.keep(folder, trained.same[1], right=True)
     trained.keep(folder, trained.flipped[3], right=True, copy=False)
     before = hashes(folder)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(GateError) as caught:
         trained.again("refused", f'gate.mistakes="{folder}"', "gate.max_newly_wrong=1")
     names = ", ".join(each[:12] for each in newly)
     said = (
@@ -183,11 +183,11 @@ def test_a_resumed_run_uses_the_stored_verdicts_of_its_initial_detector(
         trained.again(*line)
     best = checkpoint.best_of(trained.runs / "interrupted")
     assert checkpoint.read_meta(best)["compared"] is None
-    with pytest.raises(Refused, match=f"1 of the kept mistakes.* became wrong.*{newly[:12]}"):
+    with pytest.raises(GateError, match=f"1 of the kept mistakes.* became wrong.*{newly[:12]}"):
         trained.again(*line)
     mistakes = checkpoint.read_meta(best)["compared"]["mistakes"]
     assert mistakes["counts"]["not measurable"] == 1 and mistakes["newly_wrong"] == [newly]
-    with pytest.raises(Refused, match=newly[:12]):
+    with pytest.raises(GateError, match=newly[:12]):
         trained.again(*line)  # a finished run is refused again
 
 

@@ -16,12 +16,12 @@ import train as command
 from model import checkpoint
 from model.calibration.fit import Calibration, CalibrationError
 from model.evaluation.run import evaluate
-from model.forgetting import Change, forgetting, refusals, unjudged
+from model.forgetting import SourceChange, forgetting, refusals, unjudged
 from model.metrics import measure
 from model.recipe import Gate, Recipe
 from model.tracking.history import rows_of
 from model.training import step as step_module
-from model.training.conclude import Refused
+from model.training.conclude import GateError
 from model.training.run import train
 from model.training.sets import open_stream
 from model.verdict import probability
@@ -210,7 +210,7 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
     train(recipes.load(Recipe, tiny_recipe, ["run.epochs=1"]), data, tmp_path)
     settings = ["gate.max_fpr=0.0", "optim.lr=1e-2", "run.epochs=1"]
     recipe = recipes.load(Recipe, phase2, settings)
-    with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
+    with pytest.raises(GateError, match=r"is refused: .* more than gate.max_fpr 0.0%"):
         train(recipe, data, tmp_path)
     best = checkpoint.best_of(tmp_path / "tiny2")
     assert checkpoint.read_meta(best)["refused"]
@@ -223,7 +223,7 @@ def test_the_gate_marks_and_keeps_what_it_refuses(
     )  # fmt: skip
     assert result.exit_code == 1
     assert "The checkpoint and the one that the run started from are kept" in result.output
-    with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
+    with pytest.raises(GateError, match=r"is refused: .* more than gate.max_fpr 0.0%"):
         train(recipe, data, tmp_path)  # finished, and refused as before
 
 
@@ -233,7 +233,7 @@ def test_the_gate_limits_false_positives_also_of_a_first_run(
     settings = ["gate.max_fpr=0.0", "optim.lr=1e-2", "run.epochs=1"]
     recipe = recipes.load(Recipe, tiny_recipe, settings)
     for _ in range(2):  # a finished run is refused again
-        with pytest.raises(Refused, match=r"is refused: .* more than gate.max_fpr 0.0%"):
+        with pytest.raises(GateError, match=r"is refused: .* more than gate.max_fpr 0.0%"):
             train(recipe, data, tmp_path)
     assert checkpoint.read_meta(checkpoint.best_of(tmp_path / "tiny"))["refused"]
 
@@ -266,9 +266,9 @@ def metrics(accuracy: float, fpr: float = 0.0):
 
 def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
     rows = [
-        Change(name="val/a", old=True, images=10, before=0.9, after=0.82),
-        Change(name="val/b", old=True, images=10, before=0.5, after=0.7),
-        Change(name="val/c", old=False, images=10, before=0.9, after=0.1),
+        SourceChange(name="val/a", old=True, images=10, before=0.9, after=0.82),
+        SourceChange(name="val/b", old=True, images=10, before=0.5, after=0.7),
+        SourceChange(name="val/c", old=False, images=10, before=0.9, after=0.1),
     ]
     assert forgetting(rows) == pytest.approx(0.04)
     sets = {"val": metrics(0.9, 0.12)}
@@ -283,7 +283,7 @@ def test_the_gate_looks_at_old_sources_and_false_positives() -> None:
 
 def test_a_loss_at_the_limit_keeps_it() -> None:
     """Though 0.9 - 0.85 is a little more than 0.05 in binary."""
-    at = Change(name="val/a", old=True, images=20, before=0.9, after=0.85)
+    at = SourceChange(name="val/a", old=True, images=20, before=0.9, after=0.85)
     assert at.lost > 0.05
     assert refusals(Gate(max_forgetting=0.05), [at], {"val": metrics(0.9)}, 0.5) == []
     assert refusals(Gate(max_fpr=0.07), [at], {"val": metrics(0.9, 0.07)}, 0.5) == []
@@ -292,7 +292,7 @@ def test_a_loss_at_the_limit_keeps_it() -> None:
 
 
 def test_a_limit_that_cannot_be_judged_is_not_kept() -> None:
-    new = [Change(name="val/c", old=False, images=10, before=0.9, after=0.9)]
+    new = [SourceChange(name="val/c", old=False, images=10, before=0.9, after=0.9)]
     fakes = {"val": measure(np.ones(4, int), np.ones(4))}
     assert forgetting(new) is None and forgetting([]) is None
     said = ["gate.max_forgetting cannot be judged, because no validation set holds an old source"]
@@ -327,7 +327,7 @@ def test_the_gate_counts_false_positives_at_the_calibrated_threshold(
 
     meta = checkpoint.read_meta(train_at(1.0, "high"))
     assert meta["metrics"]["sets"]["val"]["false_positive_rate"] > 0
-    with pytest.raises(Refused, match=r"val has 100.0% false positives at threshold 0.000, more"):
+    with pytest.raises(GateError, match=r"val has 100.0% false positives at threshold 0.000, more"):
         train_at(0.0, "low")
 
 
