@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import operator
 import re
 import textwrap
 import types
@@ -27,12 +28,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import is_typeddict
+
 import console
-from model.layout.meta import Meta
-from model.layout.report import Report
+from model.shipped.meta import Meta
+from report.fields import Report
 from model.recipe import Recipe
 from sharding.catalog import Catalog
-from sharding.layout import Index
+from sharding.index import Index
 
 FOLDER = Path(__file__).parent
 
@@ -120,13 +123,25 @@ def fields_of(kind: type) -> tuple[Field, ...]:
         fields.append(
             Field(
                 name.replace("at_0_5", "at_0.5"),
-                typing.get_args(hint)[0] if optional else hint,
+                _unwrapped(typing.get_args(hint)[0] if optional else hint),
                 _default(defaults[name]) if name in defaults else dataclasses.MISSING,
                 docs[name],
                 optional,
             )
         )
     return tuple(fields)
+
+
+def _unwrapped(kind: Any) -> Any:
+    """Return a type with `Annotated[dict, C]`, an object with the fields of C, replaced by C."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Annotated:
+        return arguments[1]
+    if not arguments or typing.get_origin(kind) is Literal:
+        return kind
+    if len(alternatives(kind)) > 1:
+        return functools.reduce(operator.or_, map(_unwrapped, arguments))
+    return typing.get_origin(kind)[tuple(map(_unwrapped, arguments))]
 
 
 def _docstrings(owner: type) -> dict[str, str]:
@@ -159,7 +174,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 def is_section(kind: Any) -> bool:
     """Return whether a type has fields of its own."""
-    return dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+    return dataclasses.is_dataclass(kind) or is_typeddict(kind)
 
 
 def sections(kind: Any) -> Iterator[type]:

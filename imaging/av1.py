@@ -1,4 +1,4 @@
-"""Read of an AVIF what Pillow does not: the size of its frames, and whether it is cropped.
+"""Read the size of the frames of an AVIF, and whether it is cropped. Pillow reads neither.
 
 Main entry: `frame_pixels(data)` takes the bytes of an AVIF and returns the pixels of the largest
 frame that a sequence header states, or 0 without any. The box `ispe`, which states the size of the

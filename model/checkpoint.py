@@ -1,7 +1,7 @@
 """Write, read, check and find checkpoints, which are folders with the state of a trained network.
 
 A checkpoint has `weights.safetensors` (timm's names), `state.pt` (only to resume training) and
-`meta.json` with the SHA-256 of every file (fields: `model/layout/meta.py`). A run is a folder of
+`meta.json` with the SHA-256 of every file (`Meta` of `model/shipped/meta.py`). A run is a folder of
 checkpoints, `step_` and at least seven digits. All folders are `Path`s. Main entries:
 
 - `save(folder, net, *, recipe, record, state, replayed)` writes a checkpoint, also over an older
@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +43,7 @@ from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
 from model.shipped.entries import CheckpointEntries, checked
+from model.shipped.meta import Meta
 from model.verdict import calibration_fault, keep_left_out
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
@@ -187,7 +188,7 @@ def _meta_sha256(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text_of({**meta, "sha256": files}).encode()).hexdigest()
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Meta:
     """Return the parsed `meta.json`.
 
     Raises:
@@ -199,7 +200,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return _read_meta(folder)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_meta(folder: Path) -> Meta:
     path = folder / META_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} is no checkpoint (it has no {META_FILE})")
@@ -224,7 +225,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if fault := calibration_fault(meta):
         raise DamagedError(f"{path} cannot be used: {fault}")
     try:
-        return checked(CheckpointEntries, meta, f"{path} cannot be used")
+        return cast(Meta, checked(CheckpointEntries, meta, f"{path} cannot be used"))
     except recipes.RecipeError as error:
         raise DamagedError(str(error)) from error
 
@@ -248,7 +249,7 @@ def _verify(folder: Path, meta: Mapping[str, Any], name: str) -> None:
         )
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path) -> Meta:
     """Check all files of a checkpoint and return its meta.
 
     Raises:
@@ -304,7 +305,7 @@ def _advised(folder: Path) -> Iterator[None]:
         raise DamagedError(f"{error}; {advice}") from error
 
 
-def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
+def load_network(folder: Path) -> tuple[Detector, Preprocess, Meta]:
     """Return the network (on the CPU, in evaluation mode), its preprocessing and its meta."""
     meta = read_meta(folder)
     network = recipes.build(Network, meta["recipe"]["network"], str(folder / META_FILE))
@@ -314,15 +315,16 @@ def load_network(folder: Path) -> tuple[Detector, Preprocess, dict[str, Any]]:
     return net.eval(), Preprocess(**meta["preprocess"]), _meta_in_use(folder, meta)
 
 
-def _meta_in_use(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+def _meta_in_use(folder: Path, meta: Meta) -> Meta:
     """Return the meta with the calibration for the cached backbone file."""
     spec = backbone.spec_of(meta, str(folder / META_FILE))
     if spec is None:
         return meta
-    return backbone.with_calibration(meta, spec, backbone.locate(spec, folder)[1])
+    in_use = backbone.with_calibration(meta, spec, backbone.locate(spec, folder)[1])
+    return cast(Meta, in_use)
 
 
-def check(folder: Path, net: Detector | None = None) -> dict[str, Any]:
+def check(folder: Path, net: Detector | None = None) -> Meta:
     """Check by the file headers that a checkpoint's weights fit a network, and return its meta. The
     network is `net` (made by `build` with `empty`, unusable afterward), or the checkpoint's own.
 

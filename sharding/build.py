@@ -23,7 +23,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ from sharding.format import (
     content_sha256,
     timm_info,
 )  # fmt: skip
+from sharding.index import Index, Quarantined, SourceEntry, Totals
 from sharding.inventory import (
     files_by_source,
     finish_source,
@@ -132,7 +133,7 @@ class BuiltSet:
     """
 
     name: str
-    index: dict[str, Any]
+    index: Index
     shards_written: int
     excluded: Sequence[Excluded] = ()
 
@@ -418,23 +419,24 @@ class _SetBuild:
         )
         write_atomically(folder / EXCLUDED_FILE, self._write_excluded)
         sources = sorted({plan.source for plan in plans})
-        quarantined = [
+        quarantined: list[Quarantined] = [
             {"source": row["source"], "path": row["origin"], "reason": row["error"]}
             for row in self.quarantined.to_pylist()
         ]
-        index = {
+        index: Index = {
             "format_version": FORMAT_VERSION,
             "set": self.name,
             "split": self.split,
             "classes": list(CLASSES),
             "samples": table.num_rows,
             "samples_sha256": sha256_of(folder / SAMPLES_FILE),
-            "shards": [asdict(shard) for shard in shards],
+            "shards": [shard.entry() for shard in shards],
             "totals": _totals(table),
             "sources": {name: self._about(name) for name in sources},
             "quarantined": sorted(quarantined, key=lambda entry: entry["path"]),
             "excluded": dict(sorted(Counter(row.reason for row in self.excluded).items())),
             "excluded_sha256": sha256_of(folder / EXCLUDED_FILE),
+            "content_sha256": "",  # follows
         }
         index["content_sha256"] = content_sha256(index)
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -446,20 +448,23 @@ class _SetBuild:
             write_text(path, text)
         return BuiltSet(self.name, index, len(self.todo), self.excluded)
 
-    def _about(self, name: str) -> dict[str, Any]:
+    def _about(self, name: str) -> SourceEntry:
         """Return the entry of a source in the index."""
         source, listing = self.catalog.sources[name], self.scan.listings[name]
-        return {
+        entry: SourceEntry = {
             "license": source.license,
             "homepage": source.homepage,
             "policy": source.policy,
             "replay": source.replay,
             "read_as": listing.read_as,
             "excluded": {reason: entry["files"] for reason, entry in listing.excluded.items()},
-            # Only if set, so that the index of every other set stays the same.
-            **({"title": source.title} if source.title else {}),
-            **({"synthetic": True} if source.synthetic else {}),
         }
+        # Only if set, so that the index of every other set stays the same.
+        if source.title:
+            entry["title"] = source.title
+        if source.synthetic:
+            entry["synthetic"] = True
+        return entry
 
     def _write_excluded(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as stream:
@@ -482,7 +487,7 @@ def _excluded(inventory: pa.Table, decision: Decision, rows: np.ndarray) -> list
     return sorted(map(Excluded, *columns))
 
 
-def _totals(table: pa.Table) -> dict[str, dict[str, int]]:
+def _totals(table: pa.Table) -> Totals:
     """Count the samples per class, source and generator."""
     labels = Counter(CLASSES[label] for label in table.column("label").to_pylist())
     return {

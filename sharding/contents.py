@@ -1,22 +1,22 @@
 """Count the images of a packed shard set by source, generator and class.
 
-Main entry: `rows_of_set(shards, index)` takes a `ShardSet` and its parsed `index.json`. It returns
+Main entry: `rows_of_set(shards, index)` takes a `ShardSet` and its `Index`. It returns
 a list of rows, each a list of the values of `COLUMNS`: one row for each source, generator and class
 that has images, in this order. Nothing is printed.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from sharding.format import CLASSES, ShardSet
+from sharding.index import Index
 
 COLUMNS = ("source", "class", "generator", "images", "pixels", "formats", "license")
 """Headings of the table of `rows_of_set`."""
 
 
-def rows_of_set(shards: ShardSet, index: Mapping[str, Any]) -> list[list[Any]]:
+def rows_of_set(shards: ShardSet, index: Index) -> list[list[Any]]:
     """Return one row of `COLUMNS` per source, generator and class with images. The images are
     sorted once, so the cost does not grow with the number of possible rows.
     """

@@ -18,12 +18,12 @@ of row numbers (`TypeError` for a mask of booleans; `np.flatnonzero(mask)` has i
 - `sources`: a dict, source -> its entry in the index (license, policy, ...).
 - `sha256`: a hash of the indexes.
 
-`read_index(folder)` takes such a folder of one set and returns its `index.json` as a dict
-(sharding/layout.py has the fields). Both raise `ShardError` if `index.json` is missing, damaged or
-of another format version; `open_shards()` also if `samples.parquet` does not match it, if two sets
-give a source another policy or other facts that training depends on, and for an empty list. Both
-raise `OSError` for a file that cannot be read, such as a missing `samples.parquet`. A set is a
-folder with these files:
+`read_index(folder)` takes such a folder of one set and returns its `index.json` as an
+`Index` (a dict; sharding/index.py has the fields). Both raise `ShardError` if `index.json` is
+missing, damaged or of another format version; `open_shards()` also if `samples.parquet` does not
+match it, if two sets give a source another policy or other facts that training depends on, and for
+an empty list. Both raise `OSError` for a file that cannot be read, such as a missing
+`samples.parquet`. A set is a folder with these files:
 
     <source>-<split>-<NNNNN>.tar    per sample `<key>.<jpg|png|webp>` (original bytes), `<key>.json`
     <source>-<split>-<NNNNN>.idx    positions in the tar, for DALI's reader
@@ -48,7 +48,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +57,7 @@ import pyarrow.parquet as pq
 
 from escape import reason_of, text_fault
 from installed import DEMO
+from sharding.index import Index, ShardEntry, SourceEntry, Totals
 from sharding.rows import row_numbers
 from storage import (
     MAX_TABLE_BYTES,
@@ -134,7 +135,7 @@ def member_metadata(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"label": CLASSES[row["label"]], "cls": int(row["label"]), **names}
 
 
-def timm_info(index: Mapping[str, Any]) -> dict[str, Any]:
+def timm_info(index: Index) -> dict[str, Any]:
     """Return the content of `_info.json`, for timm's webdataset reader, from a set's index."""
     shards = index["shards"]
     split = {
@@ -147,26 +148,26 @@ def timm_info(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"splits": {index["split"]: split}}
 
 
-_INDEX_KEYS = {
-    "format_version": int, "set": str, "split": str, "classes": list, "samples": int,
-    "samples_sha256": str, "shards": list, "totals": dict, "sources": dict, "quarantined": list,
-    "excluded": dict, "excluded_sha256": str, "content_sha256": str,
-}  # fmt: skip
-_SHARD_KEYS = {"name": str, "samples": int, "bytes": int, "sha256": str}
-_SOURCE_KEYS = {
-    "license": str, "homepage": str, "policy": str, "replay": bool, "read_as": dict,
-    "excluded": dict,
-}  # fmt: skip
-
-
 def _check_keys(value: Any, keys: Mapping[str, type], where: str) -> None:
-    """Check that an index has all keys with the right types, so that its readers need no checks."""
+    """Check that an object of an index has all keys with the right types, so that its readers need
+    no checks.
+    """
     if not isinstance(value, dict):
         raise ShardError(f"{where} is a {type(value).__name__}, expected an object; {_ANEW}")
     for key, kind in keys.items():
         if not isinstance(value.get(key), kind) or (kind is int and value[key] is True):
             is_there = f"is {str(value[key])[:40]!r}" if key in value else "is missing"
             raise ShardError(f"{where}: {key} {is_there}, expected {kind.__name__}; {_ANEW}")
+
+
+def _keys_of(entry: type) -> dict[str, type]:
+    """Return the required keys of a `TypedDict`, with `dict`, `list` or the type of a scalar."""
+    kinds = {}
+    for key, hint in get_type_hints(entry).items():
+        if key in entry.__required_keys__:  # type: ignore[attr-defined]
+            origin = dict if is_typeddict(hint) else get_origin(hint)
+            kinds[key] = str if origin is Literal else origin or hint
+    return kinds
 
 
 _ANEW = "the file is damaged; copy the set again, or build it again"
@@ -196,7 +197,7 @@ class ShardSet:
     shard_bytes: tuple[int, ...]
     shard_sha256: tuple[str, ...]
     table: pa.Table
-    sources: Mapping[str, Mapping[str, Any]]
+    sources: Mapping[str, SourceEntry]
     sha256: str
     _columns: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -287,7 +288,7 @@ def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return codes, chunks[0].dictionary.to_pylist()
 
 
-def read_index(folder: str | AnyPath) -> dict[str, Any]:
+def read_index(folder: str | AnyPath) -> Index:
     """Read and check the `index.json` of a set.
 
     Raises:
@@ -323,7 +324,7 @@ def _where_sets_are(folder: AnyPath) -> str:
     return f"make one with `python -m sharding build`, or try `{DEMO}`"
 
 
-def _read_index(folder: AnyPath) -> dict[str, Any]:
+def _read_index(folder: AnyPath) -> Index:
     path = folder / INDEX_FILE
     if not path.exists():
         tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
@@ -343,16 +344,17 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
             f"{path} has format version {index.get('format_version')}, expected {FORMAT_VERSION}; "
             "build the set again with `python -m sharding build`"
         )
-    _check_keys(index, _INDEX_KEYS, str(path))
+    _check_keys(index, _keys_of(Index), str(path))
     if tuple(index["classes"]) != CLASSES:
         raise ShardError(f"{path} has classes {index['classes']}, expected {list(CLASSES)}")
-    _check_keys(index["totals"], dict.fromkeys(("label", "source", "generator"), dict), str(path))
+    _check_keys(index["totals"], _keys_of(Totals), str(path))
+    shard_keys, source_keys = _keys_of(ShardEntry), _keys_of(SourceEntry)
     for shard_index, entry in enumerate(index["shards"]):
-        _check_keys(entry, _SHARD_KEYS, f"{path}: shard {shard_index}")
+        _check_keys(entry, shard_keys, f"{path}: shard {shard_index}")
         if not _SHARD_NAME.fullmatch(entry["name"]):
             raise ShardError(f"{path}: shard {shard_index} has the name {entry['name']!r}; {_ANEW}")
     for name, entry in index["sources"].items():
-        _check_keys(entry, _SOURCE_KEYS, f"{path}: source {name}")
+        _check_keys(entry, source_keys, f"{path}: source {name}")
     return index
 
 
@@ -361,8 +363,8 @@ _FACTS = ("policy", "replay", "synthetic")
 
 
 def _refuse_other_facts(
-    sources: Mapping[str, Mapping[str, Any]],
-    more: Mapping[str, Mapping[str, Any]],
+    sources: Mapping[str, SourceEntry],
+    more: Mapping[str, SourceEntry],
     homes: Mapping[str, AnyPath],
     folder: AnyPath,
 ) -> None:
@@ -394,7 +396,7 @@ def open_shards(folders: Sequence[str | AnyPath]) -> ShardSet:
         raise ShardError("no shard sets to open; name at least one folder")
     tables, counts, sizes, hashes, homes = [], [], [], [], []
     shards: list[str] = []
-    sources: dict[str, Mapping[str, Any]] = {}
+    sources: dict[str, SourceEntry] = {}
     home_of: dict[str, AnyPath] = {}
     digest = hashlib.sha256()
     for folder in map(any_path, folders):

@@ -55,6 +55,7 @@ from sharding.format import (
     read_index,
     timm_info,
 )
+from sharding.index import Index
 from sharding.remote import files_in
 from storage import (
     AnyPath,
@@ -245,7 +246,7 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
 _FACTS = ("format", "chroma", "jpeg_quality", "jpeg_tables", "exif", "orientation")
 
 
-def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> Iterator[str]:
+def _check_totals(folder: AnyPath, index: Index, shards: ShardSet) -> Iterator[str]:
     """Check counts and keys, and find files that the index does not list."""
     where = folder.name
     if content_sha256(index) != index["content_sha256"]:
@@ -270,10 +271,11 @@ def _check_totals(folder: AnyPath, index: dict[str, Any], shards: ShardSet) -> I
     labels = {CLASSES[label]: count for label, count in enumerate(of_labels) if count}
     if labels != index["totals"]["label"]:
         yield f"{where}: labels are {labels}, the index says {index['totals']['label']}"
-    for name in ("source", "generator"):
+    totals = {"source": index["totals"]["source"], "generator": index["totals"]["generator"]}
+    for name, total in totals.items():
         codes, names = shards.codes(name)
         counts = {names[code]: int(count) for code, count in enumerate(np.bincount(codes)) if count}
-        if counts != index["totals"][name]:
+        if counts != total:
             yield f"{where}: the counts per {name} differ from the index"
     info = folder / TIMM_FILE
     if not info.exists() or _json_of(info) != timm_info(index):
@@ -292,7 +294,7 @@ def _json_of(path: AnyPath) -> Any:
         return None
 
 
-def _check_left_out(folder: AnyPath, index: dict[str, Any]) -> Iterator[str]:
+def _check_left_out(folder: AnyPath, index: Index) -> Iterator[str]:
     """Check the list of excluded images: its bytes, and its counts by reason."""
     path, where = folder / EXCLUDED_FILE, f"{folder.name}/{EXCLUDED_FILE}"
     if not path.exists():

@@ -54,6 +54,7 @@ from sharding.format import (
     member_metadata,
     table_from,
 )
+from sharding.index import ShardEntry
 from sharding.plan import ShardPlan
 from sharding.raw import read_all
 from sharding.remote import in_order, read_bytes, sizes_in
@@ -68,6 +69,12 @@ class Written:
     samples: int
     bytes: int
     sha256: str
+
+    def entry(self) -> ShardEntry:
+        """Return the entry of the shard in `index.json`."""
+        return {
+            "name": self.name, "samples": self.samples, "bytes": self.bytes, "sha256": self.sha256,
+        }  # fmt: skip
 
 
 class ChangedError(ShardError):

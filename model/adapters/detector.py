@@ -44,7 +44,7 @@ AI-generated. This module does not import torch.
 import functools
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class OtherDetector(AnyDetector):
 
     checkpoint: Path
     judge: Judge
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
     asked: tuple[float, float] | None
     reason: str
     backend: str = "pil"

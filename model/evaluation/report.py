@@ -5,7 +5,7 @@ Main entry: `report(scores, on_resamples)` takes a `ScoreTable`, from `read_scor
 `model/evaluation/scores.py` (a row per image, and a dict about the evaluation). `on_resamples` is
 None (default) or a function that is called from time to time with the number of bootstrap resamples
 since its last call; each set takes 1,000. It returns the report as a dict, whose fields
-`model/layout/report.py` describes. It writes nothing, needs no network and no images, and raises no
+`report/fields.py` describes. It writes nothing, needs no network and no images, and raises no
 errors of its own.
 
 `rows_of_set(scores, name)` returns the `Rows` of one set. Its arrays have a value per readable
@@ -66,7 +66,7 @@ _COPIED = (
 
 
 def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Return the report on a table of scores, as a dict (layout in `model/layout/report.py`).
+    """Return the report on a table of scores, as a dict (layout in `report/fields.py`).
     The result is deterministic.
 
     `on_resamples(n)` is called after every n bootstrap resamples; each set takes

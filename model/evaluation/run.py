@@ -16,7 +16,7 @@ ranks must call it.
   the report there. None (the default): the lock ends with the call.
 
 It writes `scores.parquet` (one row per image) and `speed.json` (images per second) to `out`. It
-returns the report as a dict (`model/layout/report.py`), {} on other ranks than 0; it does not write
+returns the report as a dict (`report/fields.py`), {} on other ranks than 0; it does not write
 the report. It raises `ValueError` if a set, checkpoint or device cannot be used, or if a
 checkpoint's score is not finite, and `OSError` if a file cannot be read or written, or another
 evaluation is writing `out`.

@@ -73,7 +73,8 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         name: torch.lerp(start[name], end, weight) if end.is_floating_point() else end
         for name, end in ends.items()
     }
-    meta |= {
+    averaged: dict[str, Any] = {
+        **meta,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "created_ns": time.time_ns(),
         **uncalibrated(),
@@ -88,7 +89,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
         "average": {"first": str(first), "last": str(last), "weight": weight},
         "recipe": meta["recipe"] | {"name": run.name},
     }
-    meta = with_backbone_inside(meta)
+    averaged = with_backbone_inside(averaged)
     name = last.name if STEP_FOLDER.fullmatch(last.name) else step_folder(meta["step"])
     with atomic_folder(run) as partial:
         folder = partial / name
@@ -99,7 +100,7 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
             raise CheckpointError(
                 f"{run} could not be written ({error}); free space, or name another run"
             ) from error
-        seal(folder, meta)
+        seal(folder, averaged)
     return run / name
 
 

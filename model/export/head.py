@@ -115,7 +115,7 @@ def save_head(
     trained_on = _trained_on(body, backbone, checkpoint)
     spec = replace(backbone, tested={trained_on: {}, **backbone.tested})
     sources = sources_of(meta, data)
-    meta = {**without_paths(meta), KEY: as_meta(spec)}
+    shipped: dict[str, Any] = {**without_paths(meta), KEY: as_meta(spec)}
     with atomic_folder(target) as partial:
         try:
             save_file(head, partial / WEIGHTS_FILE)
@@ -123,8 +123,8 @@ def save_head(
             raise HeadError(
                 f"{target} could not be written ({error}); free space, or name another folder"
             ) from error
-        seal(partial, meta)
-        card = card_of(meta, figures, sources, onnx=False, new_kinds=new_kinds)
+        seal(partial, shipped)
+        card = card_of(shipped, figures, sources, onnx=False, new_kinds=new_kinds)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return target
 

@@ -103,8 +103,8 @@ def write_hub(
             checkpoint, or the weights could not be written (such as on a full disk).
     """
     refuse_if_there(out)
-    net, preprocess, meta = load_network(checkpoint)
-    meta = with_backbone_inside(meta)
+    net, preprocess, loaded = load_network(checkpoint)
+    meta = with_backbone_inside(loaded)
     figures = read_report(report, meta) if report else None
     pretrained = {"tag": meta["recipe"]["name"], "license": license_of(meta).id}
     with atomic_folder(out) as partial:

@@ -1,5 +1,5 @@
-"""Define the file of figures on new kinds of images: of heads that were each trained without some
-sources, and scored on these.
+"""Write and read the figures of heads that were each trained without some image sources, measured
+on these sources: a JSON file for the model card.
 
     {"pooled": AUROC of all images,
      "pairs": null or {"mean": mean AUROC of the pairs of a source of reals and one of fakes,

@@ -44,7 +44,7 @@ reasons not to rely on the detector, as a dict, with the sets that it was traine
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -282,7 +282,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
+def fitness_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return those entries of a checkpoint's `data` that are reasons not to rely on it, and the
     sets and generators that it was trained on.
     """
@@ -290,7 +290,7 @@ def fitness_of(meta: dict[str, Any]) -> dict[str, Any]:
     return known | {"earlier_sets": sets_seen(meta), "earlier_generators": generators_seen(meta)}
 
 
-def _metadata(meta: dict[str, Any], precision: str) -> dict[str, str]:
+def _metadata(meta: Mapping[str, Any], precision: str) -> dict[str, str]:
     """Return the metadata of an ONNX file: each of `META_KEYS` as JSON text, without paths of this
     machine.
     """
@@ -345,7 +345,7 @@ def _left_out(parity: Parity) -> bool:
 def compare(
     net: Detector,
     preprocess: Preprocess,
-    meta: dict[str, Any],
+    meta: Mapping[str, Any],
     files: Sequence[Path],
     images: Path | None,
     on_images: Callable[[int], None] | None = None,

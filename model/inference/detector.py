@@ -72,6 +72,7 @@ from model.inference.prediction import (
 from model.network import Detector
 from model.score import evaluating, logits_of
 from model.shipped.backbone import is_shipped
+from model.shipped.meta import Meta
 from model.verdict import probability
 from pipeline import pil
 from pipeline.augment import center_crop_params
@@ -95,7 +96,7 @@ class ImageDetector(AnyDetector):
     checkpoint: Path
     net: Detector
     preprocess: Preprocess
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
     backend: str = "pil"
@@ -245,9 +246,7 @@ def load_detector(
     )
 
 
-def _newest(
-    runs: Path, named: Path | None
-) -> tuple[Path, tuple[Detector, Preprocess, dict[str, Any]]]:
+def _newest(runs: Path, named: Path | None) -> tuple[Path, tuple[Detector, Preprocess, Meta]]:
     """Find and load a checkpoint, up to four times if a running training replaces it meanwhile."""
     for _ in range(3):
         with contextlib.suppress(ReplacedError):
@@ -255,8 +254,6 @@ def _newest(
     return _load(runs, named)
 
 
-def _load(
-    runs: Path, named: Path | None
-) -> tuple[Path, tuple[Detector, Preprocess, dict[str, Any]]]:
+def _load(runs: Path, named: Path | None) -> tuple[Path, tuple[Detector, Preprocess, Meta]]:
     folder = find(runs, named, shipped=True)
     return folder, load_network(folder)

@@ -98,7 +98,7 @@ class OnnxDetector(AnyDetector):
     checkpoint: Path
     session: "onnxruntime.InferenceSession"
     preprocess: Preprocess
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
     asked: tuple[float, float] | None
     reason: str
     backend: str = "pil"

@@ -231,7 +231,7 @@ class DecisionRule:
     """
 
     checkpoint: Path
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
     asked: tuple[float, float] | None
 
     def at_rates(self, max_fpr: float | None = None, max_miss: float | None = None) -> Self:

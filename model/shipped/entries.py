@@ -1,5 +1,6 @@
-"""Check the entries of a `meta.json`, or of the metadata of an ONNX file, that a detector needs.
-These values come from files of strangers.
+"""Define the entries of `meta.json` on the training of a detector, and check those entries of the
+file, or of the metadata of an ONNX file, that a detector needs. These values come from files of
+strangers.
 
 Main entry: `checked(kind, meta, where)` returns `meta`, a dict of parsed JSON, as a new dict in
 which `preprocess` has all keys of `Preprocess`. It raises `RecipeError` (a `ValueError`) for an
@@ -8,31 +9,70 @@ entry that is missing or of another type. The text `where` names the file in the
 - `kind`: `Entries` of any detector, or `CheckpointEntries`.
 
 The entries of the calibration are checked by `calibration_fault()` of `model/verdict.py`, those of
-the network by `Network` of `model/recipe.py`.
+the network by `Network` of `model/recipe.py`. `model/shipped/meta.py` has all entries.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NotRequired, Optional
+
+from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
 
 import recipes
 from pipeline.preprocess import Preprocess
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataEntries:
-    """Types of the entries of `data` that are read."""
+class TrainingData(TypedDict):
+    """Shard sets and sources of the run, without those that give no sample, such as sources with
+    `data.repeats` 0."""
 
-    train: list[str] = field(default_factory=list)
-    replay: list[str] = field(default_factory=list)
-    set_sha256: dict[str, str] = field(default_factory=dict)
-    sources: list[str] = field(default_factory=list)
-    generators: list[str] = field(default_factory=list)
-    synthetic_sources: list[str] = field(default_factory=list)
-    titles: dict[str, str] = field(default_factory=dict)
-    earlier_sets: dict[str, str] = field(default_factory=dict)
-    earlier_generators: list[str] = field(default_factory=list)
-    known_against: list[str] = field(default_factory=list)
+    train: NotRequired[list[str]]
+    """Training sets."""
+    replay: NotRequired[list[str]]
+    """Sets that old samples are replayed from. Empty with `replay.ratio` 0."""
+    replayed_per_epoch: NotRequired[int]
+    """Old samples in an epoch."""
+    index_sha256: NotRequired[str]
+    """Hash of all opened sets together."""
+    set_sha256: NotRequired[dict[str, str]]
+    """SHA-256 of the `index.json` of each set."""
+    sources: NotRequired[list[str]]
+    """Sources that the weights were trained on, by this run or before."""
+    generators: NotRequired[list[str]]
+    """Generators of the fakes of this run's sources, as far as their catalog names them."""
+    synthetic_sources: NotRequired[list[str]]
+    """Those of `sources` with rendered images, such as those of the demo."""
+    titles: NotRequired[dict[str, str]]
+    """What the images of these sources are, in a few words for people, by source."""
+    earlier_sets: NotRequired[dict[str, str]]
+    """Hash of the index and name of each set that the weights of an average were trained on."""
+    earlier_generators: NotRequired[list[str]]
+    """Generators of the fakes in these sets."""
+    imported_from: NotRequired[str]
+    """File of the original project that the weights were converted from."""
+    known_against: NotRequired[list[str]]
+    """Weaknesses of the detector that others measured, one sentence each."""
+
+
+class FirstWeights(TypedDict):
+    """Origin of the weights of the run's first step."""
+
+    kind: str
+    """`timm`, `random`, `file` (a weights file), `checkpoint`, or `average` (two checkpoints that
+    did not begin from the same recorded weights)."""
+    name: str
+    """Name of timm's network, of the file, or of each run and checkpoint."""
+    sha256: str
+    """SHA-256 of the weights file. Empty for timm's and random weights."""
+    license: str | None
+    """License that timm states for its weights."""
+    first_weights: Optional["FirstWeights"]
+    """Origin of the first weights of the checkpoint that the run started from."""
+    sets: NotRequired[dict[str, str]]
+    """Hash of the index and name of each set that this checkpoint was trained on, by its run or
+    before."""
+    generators: NotRequired[list[str]]
+    """Generators of the fakes in these sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,34 +80,20 @@ class Entries:
     """Types of the entries that scoring reads."""
 
     preprocess: Preprocess
-    data: DataEntries | None
+    data: TrainingData | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkEntries:
+class NetworkName(TypedDict):
     """Types of the entries of the network that name it."""
 
     name: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecipeEntries:
+class RecipeNames(TypedDict):
     """Types of the entries of the recipe that are read from each checkpoint."""
 
     name: str
-    network: NetworkEntries
-
-
-@dataclass(frozen=True, kw_only=True)
-class OriginEntries:
-    """Types of the entries of `first_weights`, and of the record in it, that are read."""
-
-    kind: str
-    name: str
-    sha256: str
-    sets: dict[str, str] = field(default_factory=dict)
-    generators: list[str] = field(default_factory=list)
-    first_weights: "OriginEntries | None" = None
+    network: NetworkName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +104,10 @@ class CheckpointEntries(Entries):
     created_ns: int
     step: int
     selection: float | None
-    recipe: RecipeEntries
+    recipe: RecipeNames
     refused: list[str] = field(default_factory=list)
     metrics: dict[str, Any]
-    first_weights: OriginEntries | None = None
+    first_weights: FirstWeights | None = None
 
 
 def checked(kind: type[Entries], meta: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -90,21 +116,5 @@ def checked(kind: type[Entries], meta: Mapping[str, Any], where: str) -> dict[st
     Raises:
         RecipeError: an entry is missing or of another type.
     """
-    return {**meta, "preprocess": asdict(recipes.build(kind, _known(kind, meta), where).preprocess)}
-
-
-_OBJECTS: dict[str, type] = {
-    "data": DataEntries, "recipe": RecipeEntries, "network": NetworkEntries,
-    "first_weights": OriginEntries,
-}  # fmt: skip
-
-
-def _known(kind: type, values: Any) -> Any:
-    """Return the entries of an object that `kind` lists, without others, which are not read."""
-    if not isinstance(values, Mapping):
-        return values
-    return {
-        name: _known(_OBJECTS[name], values[name]) if name in _OBJECTS else values[name]
-        for name in (of.name for of in fields(kind))
-        if name in values
-    }
+    read = {entry.name: meta[entry.name] for entry in fields(kind) if entry.name in meta}
+    return {**meta, "preprocess": asdict(recipes.build(kind, read, where).preprocess)}

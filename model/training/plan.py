@@ -416,11 +416,10 @@ def _how_to_train(run: str) -> str:
 
 
 def _starts_trained(recipe: Recipe, init_from: Path | None, resumed: Path | None) -> bool:
-    """Return whether the run starts from a trained detector, so that forgetting can be measured.
-    The first checkpoint says how a resumed run started, whatever the command line says today.
-    """
-    if resumed:
-        return (checkpoint.read_meta(resumed)["first_weights"] or {}).get("kind") == "checkpoint"
+    """Return whether the run starts from a trained detector, so that forgetting can be measured."""
+    if resumed:  # the command line may say otherwise today
+        began = checkpoint.read_meta(resumed)["first_weights"]
+        return began is not None and began["kind"] == "checkpoint"
     if init_from is not None:
         return init_from.suffix != ".safetensors"
     return bool(recipe.run.init_from)

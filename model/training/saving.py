@@ -50,6 +50,7 @@ from model.inference.fitness import with_sources_of
 from model.lean_import import lean_import
 from model.metrics import Validation
 from model.recipe import STEP_FOLDER, step_folder
+from model.shipped.entries import TrainingData
 from model.training.plan import RunPlan
 from model.training.step import TrainState
 from model.training.validation import Best, Gain, better
@@ -171,7 +172,7 @@ def _data_of(plan: RunPlan) -> dict[str, Any]:
     sources = {names[code]: shards.sources[names[code]] for code in np.unique(codes[rows])}
     synthetic = {name for name, facts in sources.items() if facts.get("synthetic")}
     titles = {name: title for name, facts in sources.items() if (title := facts.get("title"))}
-    data = {
+    data: TrainingData = {
         "train": [name for name in plan.recipe.data.train if name in hashes],
         "replay": [name for name in plan.recipe.replay.used_sets if name in hashes],
         "replayed_per_epoch": stream.replayed_per_epoch,

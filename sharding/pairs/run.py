@@ -52,6 +52,7 @@ import numpy as np
 from imaging.decode import DecodeError, Facts, prepare
 from sharding.catalog import read_catalog, toml_string
 from sharding.format import IMAGE_FORMATS, ShardError, ShardSet, open_shards, read_index
+from sharding.index import Index
 from sharding.lock import locked
 from sharding.pairs.decoder import Decoder
 from sharding.pairs.match import NoPair, encode_like, refuse_partner
@@ -231,9 +232,7 @@ def _safe(name: str, kind: str) -> str:
     return name
 
 
-def _catalog_text(
-    name: str, index: dict[str, Any], decoder: Decoder, counts: dict[str, int]
-) -> str:
+def _catalog_text(name: str, index: Index, decoder: Decoder, counts: dict[str, int]) -> str:
     """Return the catalog of the pairs, with one source for each source of the real images."""
     lines = [
         f"# Real images of {index['set']} and the same through {decoder.name}: written by",

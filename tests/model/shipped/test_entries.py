@@ -14,6 +14,8 @@ from model import checkpoint
 from model.checkpoint import CheckpointError, DamagedError
 from tests.builders import encode, photo
 
+FIRST_WEIGHTS = {"kind": "file", "name": "a", "sha256": "", "license": None, "first_weights": None}
+
 GONE = object()
 """Value of an entry that is missing."""
 
@@ -63,7 +65,9 @@ def forged(folder: Path, changes: Mapping[str, Any]) -> Path:
         ("created", GONE, "created is missing"),
         ("selection", "best", 'selection takes a number, got "best"'),
         ("first_weights", "x", "first_weights takes a table"),
-        ("first_weights", {"kind": "file", "name": "a", "sha256": "", "sets": []}, "weights.sets"),
+        ("first_weights", {"kind": "file", "name": "a"}, "first_weights.sha256 is missing"),
+        ("first_weights", FIRST_WEIGHTS | {"sets": []}, "first_weights.sets takes a table"),
+        ("first_weights", FIRST_WEIGHTS | {"first_weights": {"kind": 1}}, "weights.kind takes"),
     ],
 )
 def test_an_entry_of_a_wrong_type_is_named(

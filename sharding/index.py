@@ -1,12 +1,10 @@
-"""Describe every field of a shard set's `index.json`, with its type and meaning, as `TypedDict`s.
+"""Define the fields of a shard set's `index.json`, with their types and meanings, as `TypedDict`s.
 
-Main entry: `Index`, a type for the whole file as a dict, for use as an annotation (`index: Index =
-json.loads(text)`). The other classes are types of its parts: `ShardEntry` (one tar: name, samples,
-bytes, SHA-256), `Totals` (numbers of images by label, source and generator), `SourceEntry`
+Main entry: `Index`, the type of the whole file, a dict. The other classes are types of its parts:
+`ShardEntry` (one tar), `Totals` (numbers of images by label, source and generator), `SourceEntry`
 (license, policy, excluded files, ... of one source) and `Quarantined` (one file that could not be
-decoded: source, path, reason). Nothing is read or checked here: `read_index()` of
-sharding/format.py does that, and `docs/reference.py` makes the page docs/fields.md from these
-types.
+decoded). `read_index()` of sharding/format.py checks a file against them, `finish()` of
+sharding/build.py writes it, and `docs/reference.py` makes the page docs/fields.md from them.
 """
 
 from typing import Literal, NotRequired, TypedDict

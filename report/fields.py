@@ -1,14 +1,12 @@
-"""Describe an evaluation's `report.json`: every field with its type and meaning, as `TypedDict` and
-data classes.
+"""Define the fields of an evaluation's `report.json`, with their types and meanings, as `TypedDict`
+and data classes.
 
 Main entry: `Report`, the type of the whole file: main results, checkpoint, thresholds, and `sets`,
 a dict from the name of each set to its `SetReport` (metrics of all images, by class, source and
-generator, and robustness). The other classes are objects inside it. The string below each field is
-its meaning. The classes are for annotations, such as `report: Report = json.loads(text)`: the value
-and all objects inside are plain dicts, also where the type of a field is a data class. There are no
-functions, and nothing is checked at run time: `model/evaluation/report.py` computes the report as a
-dict, and `docs/reference.py` makes a page of documentation from these classes. A field `..._at_0_5`
-has the key `..._at_0.5` in the file. `Interval` is (low, high) at 95 %.
+generator, and robustness). The other classes are objects inside it. In the file all objects are
+dicts, also where the type of a field is a data class, and a field `..._at_0_5` has the key
+`..._at_0.5`. `model/evaluation/report.py` computes the report, `docs/reference.py` makes a page of
+documentation from these classes, and a test compares both. `Interval` is (low, high) at 95 %.
 """
 
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ from typing import NotRequired, TypedDict
 
 from model.evaluation.codec_swap import Container
 from model.evaluation.robustness import Shift
-from model.layout.meta import CalibrationEntry
 from model.metrics import Metrics
+from model.shipped.meta import CalibrationEntry
 
 Interval = tuple[float, float]
 """Lower end and upper end of a 95 % interval."""

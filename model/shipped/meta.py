@@ -1,30 +1,30 @@
-"""Describe a checkpoint's `meta.json`: every field with its type and meaning, as `TypedDict`
-classes.
+"""Define the fields of a checkpoint's `meta.json`, with their types and meanings, as `TypedDict`s.
 
-Main entry: `Meta`, the type of the whole file: step, recipe, first weights, validation metrics,
-calibration, training data, versions and hashes. The other classes are objects inside it. The string
-below each field is its meaning. The classes are for annotations, such as `meta: Meta =
-read_meta(folder)`: the value is a plain dict, parsed JSON. Where the type of a field is a data
-class, such as `Preprocess`, the value is a dict with its fields as keys. There are no functions,
-and nothing is checked at run time: `model/checkpoint.py` reads and writes the file, and
-`docs/reference.py` makes a page of documentation from these classes.
+Main entry: `Meta`, the type of the whole file, a dict: step, recipe, first weights, validation
+metrics, calibration, training data, versions and hashes. The other classes are objects inside it;
+those on the training are in `model/shipped/entries.py`. `Annotated[Object, Preprocess]` is a dict
+with the fields of the data class `Preprocess` as keys. `model/checkpoint.py` reads and writes the
+file, and `docs/reference.py` makes a page of documentation from these classes.
 """
 
-from typing import Literal, NotRequired, Optional, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from model.forgetting import SourceChange
 from model.metrics import Metrics
 from model.recipe import ResolvedRecipe
 from model.shipped.backbone import BackboneSpec
+from model.shipped.entries import FirstWeights, TrainingData
 from pipeline.preprocess import Preprocess
+
+Object = dict[str, Any]
 
 
 class ValidationEntry(TypedDict):
     """Figures of the validation sets."""
 
-    sets: NotRequired[dict[str, Metrics]]
+    sets: NotRequired[dict[str, Annotated[Object, Metrics]]]
     """Figures of each set."""
-    sources: NotRequired[dict[str, Metrics]]
+    sources: NotRequired[dict[str, Annotated[Object, Metrics]]]
     """Figures of each source, by `<set>/<source>`."""
     selection: NotRequired[float]
     """Mean over the sets of the balanced accuracy (accuracy where a set has one class). The
@@ -131,63 +131,10 @@ class Compared(TypedDict):
     validation sets hold no old source."""
     worst: float | None
     """Largest loss of an old source. Null as above."""
-    sources: list[SourceChange]
+    sources: list[Annotated[Object, SourceChange]]
     """Balanced accuracy of each source before and after."""
     mistakes: Mistakes | None
     """Kept mistakes before and after. Null without `gate.mistakes`."""
-
-
-class TrainingData(TypedDict):
-    """Shard sets and sources of the run, without those that give no sample, such as sources with
-    `data.repeats` 0."""
-
-    train: list[str]
-    """Training sets."""
-    replay: list[str]
-    """Sets that old samples are replayed from. Empty with `replay.ratio` 0."""
-    replayed_per_epoch: NotRequired[int]
-    """Old samples in an epoch."""
-    index_sha256: NotRequired[str]
-    """Hash of all opened sets together."""
-    set_sha256: NotRequired[dict[str, str]]
-    """SHA-256 of the `index.json` of each set."""
-    sources: NotRequired[list[str]]
-    """Sources that the weights were trained on, by this run or before."""
-    generators: NotRequired[list[str]]
-    """Generators of the fakes of this run's sources, as far as their catalog names them."""
-    synthetic_sources: NotRequired[list[str]]
-    """Those of `sources` with rendered images, such as those of the demo."""
-    titles: NotRequired[dict[str, str]]
-    """What the images of these sources are, in a few words for people, by source."""
-    earlier_sets: NotRequired[dict[str, str]]
-    """Hash of the index and name of each set that the weights of an average were trained on."""
-    earlier_generators: NotRequired[list[str]]
-    """Generators of the fakes in these sets."""
-    imported_from: NotRequired[str]
-    """File of the original project that the weights were converted from."""
-    known_against: NotRequired[list[str]]
-    """Weaknesses of the detector that others measured, one sentence each."""
-
-
-class FirstWeights(TypedDict):
-    """Origin of the weights of the run's first step."""
-
-    kind: str
-    """`timm`, `random`, `file` (a weights file), `checkpoint`, or `average` (two checkpoints that
-    did not begin from the same recorded weights)."""
-    name: str
-    """Name of timm's network, of the file, or of each run and checkpoint."""
-    sha256: str
-    """SHA-256 of the weights file. Empty for timm's and random weights."""
-    license: str | None
-    """License that timm states for its weights."""
-    first_weights: Optional["FirstWeights"]
-    """Origin of the first weights of the checkpoint that the run started from."""
-    sets: NotRequired[dict[str, str]]
-    """Hash of the index and name of each set that this checkpoint was trained on, by its run or
-    before."""
-    generators: NotRequired[list[str]]
-    """Generators of the fakes in these sets."""
 
 
 class Average(TypedDict):
@@ -216,7 +163,7 @@ class Meta(TypedDict):
     """Epochs done."""
     classes: list[str]
     """Class names in the order of the network's outputs: `real`, `fake`."""
-    preprocess: Preprocess
+    preprocess: Annotated[Object, Preprocess]
     """Scaling and cropping before the network."""
     temperature: float
     """Divisor of the logits. 1 before calibration."""
@@ -239,7 +186,7 @@ class Meta(TypedDict):
     """Reasons of the gate, one sentence each. Empty: not refused."""
     data: TrainingData
     """Shard sets and sources of the run."""
-    recipe: ResolvedRecipe
+    recipe: Annotated[Object, ResolvedRecipe]
     """All recipe keys of the run. Unset keys have the values of the weights."""
     first_weights: FirstWeights | None
     """Origin of the first weights."""
@@ -249,9 +196,9 @@ class Meta(TypedDict):
     """Versions of Python and of the libraries that affect the results."""
     sha256: dict[str, str]
     """SHA-256 of each file of the checkpoint, and, under `meta.json`, of the other fields here."""
-    backbone: NotRequired[BackboneSpec]
+    backbone: NotRequired[Annotated[Object, BackboneSpec]]
     """Only in a shipped head: the backbone, which `weights.safetensors` does not contain."""
-    backbone_inside: NotRequired[BackboneSpec]
+    backbone_inside: NotRequired[Annotated[Object, BackboneSpec]]
     """The backbone, if `weights.safetensors` contains it, as after `model export --hub`."""
     average: NotRequired[Average]
     """Only in an average of two checkpoints."""
