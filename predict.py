@@ -55,7 +55,7 @@ import interrupts
 from installed import command
 from model.c2pa.signatures import TrustList, read_trust_list, usual_trust_list
 from model.inference import fitness, inputs, results
-from model.inference.run import PredictionRun, named, predict_all, predict_as_they_come
+from model.inference.run import PredictionRun, predict_all, predict_as_they_come, read_paths
 
 if TYPE_CHECKING:
     from model.inference.prediction import AnyDetector
@@ -266,7 +266,7 @@ def _report_mistakes(
 
     _log_detector(detector)
     failed = total = 0
-    for report in keep_wrong(detector, named(paths), label, folder, keep_image=keep_image):
+    for report in keep_wrong(detector, read_paths(paths), label, folder, keep_image=keep_image):
         total += 1
         failed += report.failed
         console.say(report.text)
@@ -331,7 +331,7 @@ def _introduce(run: PredictionRun) -> None:
     _log_detector(detector)
     if run.trust:
         console.log.info("C2PA trust list: %s", run.trust.describe())
-    heading = results.header(run.output, fitness.word_for(detector.meta))
+    heading = results.header(run.output, fitness.score_word(detector.meta))
     if run.out and run.output == "table":
         run.out.write(heading)
     elif not run.out and heading:
@@ -384,7 +384,7 @@ def _finish(run: PredictionRun, paths: tuple[str, ...], watch: str | None) -> No
         done = console.counted(run.done, "image")
         console.log.info("%s%s at %s: %s", done, before, run.rate, verdicts or "-")
     if run.output == "table":
-        console.log.info("%s", fitness.proof(run.detector.meta))
+        console.log.info("%s", fitness.disclaimer(run.detector.meta))
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)
     if unreadable:
         total = run.done + (len(run.out.names) if run.out else 0)

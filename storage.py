@@ -211,7 +211,7 @@ def whole_name(name: str, *, is_folder: bool = False) -> str | None:
     return match[1].removesuffix(".old") if is_folder else match[1]
 
 
-def remove_left(folder: Path, unchanged_s: float = 3600) -> None:
+def remove_leftovers(folder: Path, unchanged_s: float = 3600) -> None:
     """Remove temporary files in `folder` that killed processes left: those that have not changed
     for `unchanged_s` seconds. Another process may be writing a younger one.
     """

@@ -1,10 +1,10 @@
 """Show the foot of the web page: what the detector cannot tell, and its name and date (Streamlit).
 
-Main entry: `about(detector)` puts the text `LIMITS` (Markdown) and the line of `which()` on the
-page, and returns nothing. `detector` is the loaded detector, an `ImageDetector`, which
+Main entry: `about(detector)` puts the text `LIMITS` (Markdown) and the line of `detector_line()` on
+the page, and returns nothing. `detector` is the loaded detector, an `ImageDetector`, which
 `page.detector.loaded_detector()` returns. It is called while Streamlit draws the page.
 
-`which(detector)` returns one line of text. It states the network, identity and date of the
+`detector_line(detector)` returns one line of text. It states the network, identity and date of the
 detector, the version of the program, and that images stay in memory. For a shipped detector that is
 used because there is no trained run, it says so.
 """
@@ -38,10 +38,10 @@ def about(detector: ImageDetector) -> None:
     """Show the limits and the name of the detector at the foot of the page."""
     with st.expander("What this page can and cannot tell"):
         st.markdown(LIMITS)
-    show(Markup('<footer class="quiet">{}</footer>').format(which(detector)))
+    show(Markup('<footer class="quiet">{}</footer>').format(detector_line(detector)))
 
 
-def which(detector: ImageDetector) -> str:
+def detector_line(detector: ImageDetector) -> str:
     """Return one line with the name, identity and date of the detector, and the program version."""
     network, created = detector.meta["recipe"]["network"]["name"], detector.meta["created"][:10]
     shipped = not os.environ.get(CHECKPOINT) and is_shipped(detector.checkpoint)

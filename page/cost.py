@@ -1,16 +1,16 @@
 """Show the threshold slider of the web page, and the expected verdicts per 100 images.
 
-Main entry: `show_threshold(detector)` puts the slider, a text (`rule()`) and a table
+Main entry: `show_threshold(detector)` puts the slider, a text (`rule_sentence()`) and a table
 (`hundred_html()`) on the page (Streamlit), and returns nothing. `detector` is the `ImageDetector`
 that `page.detector.loaded_detector()` returns. The table is computed from the measured ROC curve in
 the detector's calibration; without such a curve, a warning replaces it.
 
-`moved(detector)` returns the detector with the threshold of the slider and no uncertain verdict:
-both ends of its band are this threshold. If the slider was not moved or not yet drawn, it returns
-`detector` itself. `rule(detector)` returns a text: which probabilities give which verdict, and the
-default threshold if the slider was moved. `percentages(values)` takes probabilities and returns a
-dict, probability -> its text, such as "89.98%". Probabilities with different percentages have
-different texts.
+`at_slider(detector)` returns the detector with the threshold of the slider and no uncertain
+verdict: both ends of its band are this threshold. If the slider was not moved or not yet drawn, it
+returns `detector` itself. `rule_sentence(detector)` returns a text: which probabilities give which
+verdict, and the default threshold if the slider was moved. `percentages(values)` takes
+probabilities and returns a dict, probability -> its text, such as "89.98%". Probabilities with
+different percentages have different texts.
 
 `hundred_html(roc, band)` returns the table as HTML (`Markup`): of 100 real images and 100
 fakes, how many get each verdict.
@@ -31,11 +31,11 @@ from markupsafe import Markup
 from model.inference import fitness
 from model.inference.detector import ImageDetector
 from model.verdict import left_out_sources
-from page.figures import Ends, Row, ends, of_hundred
+from page.figures import Row, VerdictShares, of_hundred, verdict_shares
 from page.html import show
 
 
-def moved(detector: ImageDetector) -> ImageDetector:
+def at_slider(detector: ImageDetector) -> ImageDetector:
     """Return the detector with the threshold that is set on the slider."""
     threshold = st.session_state.get("threshold", detector.threshold)
     if threshold == detector.threshold:
@@ -54,13 +54,13 @@ def show_threshold(detector: ImageDetector) -> None:
     with st.container(key="cost"):
         show(Markup("<h2>Results at this threshold</h2>"))
         st.select_slider(
-            f"Threshold: likely AI at or above this {fitness.word_for(detector.meta)}",
+            f"Threshold: likely AI at or above this {fitness.score_word(detector.meta)}",
             options,
             value=detector.threshold,
             key="threshold",
             format_func=labels.__getitem__,
         )
-        show(Markup('<p class="quiet">{}</p>').format(rule(detector)))
+        show(Markup('<p class="quiet">{}</p>').format(rule_sentence(detector)))
         if not curve:
             uncalibrated = (
                 "This detector is not calibrated: its numbers are scores, not probabilities. "
@@ -72,7 +72,7 @@ def show_threshold(detector: ImageDetector) -> None:
                 ).format("" if calibration else uncalibrated)
             )
             return
-        show(hundred_html(curve, moved(detector).band))
+        show(hundred_html(curve, at_slider(detector).band))
         show(Markup('<p class="quiet">{}</p>').format(measured_on(detector.meta)))
 
 
@@ -100,9 +100,9 @@ def measured_on(meta: Mapping[str, Any]) -> str:
     )
 
 
-def rule(detector: ImageDetector) -> str:
+def rule_sentence(detector: ImageDetector) -> str:
     """Describe in one sentence which probabilities give which verdict."""
-    ours = moved(detector)
+    ours = at_slider(detector)
     low, high = ours.band
     said = percentages([low, high, detector.threshold])
     doubt = f", uncertain from there to {said[high]}" if low != high else ""
@@ -113,7 +113,7 @@ def rule(detector: ImageDetector) -> str:
 
 def hundred_html(roc: Sequence[Row], band: tuple[float, float]) -> Markup:
     """Return a table: of 100 real images and 100 fakes, how many get each verdict."""
-    reals, fakes = ends(list(roc), band)
+    reals, fakes = verdict_shares(list(roc), band)
     is_doubt = band[0] < band[1]
     rows = [_row("Of 100 real images", reals, is_doubt), _row("Of 100 fakes", fakes, is_doubt)]
     return Markup(
@@ -124,7 +124,7 @@ def hundred_html(roc: Sequence[Row], band: tuple[float, float]) -> Markup:
     ).format(Markup().join(rows))
 
 
-def _row(title: str, of: Ends, is_doubt: bool) -> Markup:
+def _row(title: str, of: VerdictShares, is_doubt: bool) -> Markup:
     cells = [
         _cell("none", of.no_sign),
         _cell("uncertain", of.uncertain),

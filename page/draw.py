@@ -17,7 +17,7 @@ refused image only the reason is shown, and if all images were refused, there is
 `show_image(detector, file, result, said, level)` shows one image with its verdict. It returns a
 sentence on what was kept if the visitor reported the verdict as wrong, else "".
 
-- `detector`: the detector with the threshold of the slider, which `page.cost.moved()` returns.
+- `detector`: the detector with the threshold of the slider, which `page.cost.at_slider()` returns.
 - `file`, `result`: the uploaded file and its `Scored`, which was not refused.
 - `said`: the verdict, "likely AI", "uncertain" or "no sign of AI".
 - `level`: level of the HTML heading, an int such as 2.
@@ -38,7 +38,7 @@ from model.inference import fitness
 from model.inference.detector import ImageDetector
 from model.verdict import capital, percent
 from page.about import about
-from page.cost import moved, show_threshold
+from page.cost import at_slider, show_threshold
 from page.detector import loaded_detector, why_not
 from page.html import icon, show
 from page.mistakes import show_mistake
@@ -98,7 +98,7 @@ def show_results(
     detector: ImageDetector, files: Mapping[str, UploadedFile], scored: Mapping[str, Scored]
 ) -> str:
     """Show the results and the threshold slider; returns a sentence for screen readers."""
-    ours = moved(detector)
+    ours = at_slider(detector)
     verdicts = {
         key: result.prediction.verdict if result.prediction.probability is None
         else ours.verdict(result.prediction.probability)
@@ -139,9 +139,10 @@ def sentence(detector: ImageDetector, result: Scored, verdict: str) -> str:
     probability = result.prediction.probability
     if probability is None:
         return f"{result.printable_name} was refused: {result.prediction.error}."
+    label = capital(fitness.score_label(detector.meta))
     return (
-        f"{result.printable_name}: {capital(verdict)}. {capital(fitness.number(detector.meta))}: "
+        f"{result.printable_name}: {capital(verdict)}. {label}: "
         f"{percent(probability)}. {'The file itself names AI. ' if result.names_ai else ''}"
         f"{'The file has an invalid signature. ' if result.is_badly_signed else ''}"
-        f"{capital(fitness.proof(detector.meta))}."
+        f"{capital(fitness.disclaimer(detector.meta))}."
     )

@@ -11,8 +11,8 @@ returns `CalibratedRates`, or None if it has no calibration. `CalibratedRates` h
 - `left_out`: True if each source was scored by a detector that was trained without this source;
 - `fitted_on`: the names of the sets on which the rates were measured.
 
-`ends(roc, band)` returns two `Ends`, of the real and of the fake images: the shares `no_sign` (no
-sign of AI), `uncertain` and `likely` (likely AI).
+`verdict_shares(roc, band)` returns two `VerdictShares`, of the real and of the fake images: the
+shares `no_sign` (no sign of AI), `uncertain` and `likely` (likely AI).
 
 - `roc`: the ROC curve `meta["calibration"]["roc"]`, a list of `Row`s with at least one entry. A
   `Row` is (threshold, share of reals, share of fakes with a score at or above the threshold).
@@ -102,7 +102,7 @@ Row = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Ends:
+class VerdictShares:
     """Share of the images of one class that get each verdict; the three shares sum to 1."""
 
     no_sign: float
@@ -110,11 +110,13 @@ class Ends:
     likely: float
 
 
-def ends(roc: list[Row], band: tuple[float, float]) -> tuple[Ends, Ends]:
+def verdict_shares(
+    roc: list[Row], band: tuple[float, float]
+) -> tuple[VerdictShares, VerdictShares]:
     """Return the shares of each verdict for real and for fake images, with the band (low, high)."""
     low, high = (shares_at(roc, end) for end in band)
     reals, fakes = (
-        Ends(1 - at_low, at_low - at_high, at_high)
+        VerdictShares(1 - at_low, at_low - at_high, at_high)
         for at_low, at_high in zip(low, high, strict=True)
     )
     return reals, fakes

@@ -5,8 +5,8 @@ It returns a sentence for screen readers on what was kept, or that nothing was. 
 control is not shown or the button was never pressed for this file and verdict. Errors are shown,
 not raised.
 
-- `detector`: the `ImageDetector` that `page.cost.moved(detector)` returns: it has the threshold of
-  the slider.
+- `detector`: the `ImageDetector` that `page.cost.at_slider(detector)` returns: it has the threshold
+  of the slider.
 - `file`: the uploaded file (Streamlit's `UploadedFile`).
 - `result`: the `Scored` of this file, which `page.scored.score_all()` returns.
 - `said`: the verdict of this detector, a text: `detector.verdict(result.prediction.probability)`.

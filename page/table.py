@@ -5,7 +5,7 @@ Main entry: `show_table(detector, scored, verdicts)` puts the table on the page 
 show in full: the row that the visitor chose, or `first_of(scored)`, the first image that was not
 refused (if all were refused, the first).
 
-- `detector`: the `ImageDetector` that `page.cost.moved()` returns. It has the threshold of the
+- `detector`: the `ImageDetector` that `page.cost.at_slider()` returns. It has the threshold of the
   slider, and gave the verdicts. The CSV has its `identity`.
 - `scored`: the results, a dict, file id -> `Scored` (prediction or refusal), as
   `page.scored.score_all()` returns it. It has at least one entry.
@@ -73,7 +73,7 @@ def show_table(
         key="table",
         data={
             "rows": [row(key, scored[key], verdicts[key]) for key in scored],
-            "number": f"{capital(fitness.word_for(detector.meta))} of AI",
+            "number": f"{capital(fitness.score_word(detector.meta))} of AI",
             "chosen": chosen,
         },
         on_chosen_change=lambda: None,

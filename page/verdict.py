@@ -4,7 +4,7 @@ Main entry: `verdict_html(detector, result, said, level)` returns the card with 
 probability on a scale, as HTML (`Markup`).
 
 - `detector`: an `ImageDetector`: that of `page.detector.loaded_detector()`, or with the threshold
-  of the slider, `page.cost.moved(detector)`.
+  of the slider, `page.cost.at_slider(detector)`.
 - `result`: the `Scored` of the image, as `page.scored.score()` returns it; not a refused one.
 - `said`: the verdict, "likely AI", "uncertain" or "no sign of AI".
 - `level`: level of the HTML heading, an int such as 2.
@@ -44,9 +44,9 @@ def verdict_html(detector: ImageDetector, result: Scored, said: str, level: int)
         '<div class="card verdict {}"><h{} class="said">{}{}</h{}><p>{}: <strong>{}</strong></p>{}'
         '<p class="proof">{}.</p>{}</div>'
     ).format(
-        kind, level, icon(kind), capital(said), level, capital(fitness.number(detector.meta)),
+        kind, level, icon(kind), capital(said), level, capital(fitness.score_label(detector.meta)),
         percent(probability), scale_html(probability, detector.band),
-        capital(fitness.proof(detector.meta)),
+        capital(fitness.disclaimer(detector.meta)),
         Markup('<p class="quiet">{}</p>').format(ABOUT) if result.is_example else "",
     )  # fmt: skip
 

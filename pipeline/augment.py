@@ -38,9 +38,9 @@ from pipeline.preprocess import (
     Crops,
     Filter,
     Preprocess,
-    between,
     center_crops,
     detail_crops,
+    lerp,
     random_crops,
 )
 
@@ -378,7 +378,7 @@ def sample_params(
             ("hflip", "color_jitter", "resample", "jpeg", "blur", "grayscale")
         )
     }
-    side = np.rint(preprocess.crop_size * between(ranges["resample_scale"], within[:, 0]))
+    side = np.rint(preprocess.crop_size * lerp(ranges["resample_scale"], within[:, 0]))
     jpegs = np.where(happens["jpeg"], _whole(ranges["num_jpegs"], more[:, 0]), 0)
     qualities = [
         np.where(jpegs > index, _whole(ranges["jpeg_quality"], share), 0)
@@ -386,7 +386,7 @@ def sample_params(
     ]
     webp = np.where(more[:, 4] < ranges["webp"], _whole(ranges["webp_quality"], more[:, 5]), 0)
     moved = (more[:, 6] < ranges["jpeg_grid_shift"])[:, None] * np.floor(more[:, 7:9] * GRID)
-    sigma = between(ranges["blur_sigma"], within[:, 2])
+    sigma = lerp(ranges["blur_sigma"], within[:, 2])
     quality = _whole(ranges["whole_jpeg_quality"], whole[:, 1])
     whole_jpeg = np.where(whole[:, 0] < ranges["whole_jpeg"], quality, 0)
     whole_chroma = np.full(len(keys.samples), CHROMAS.index("420"))
@@ -456,7 +456,7 @@ def _whole_sizes(
     """Sample the width and height to which each whole image is resized, int32 (N,), 0 for none. The
     shorter side does not become smaller than the crop, as web sites leave small images alone.
     """
-    factor = between(ranges["whole_resize_scale"], numbers[:, 1])
+    factor = lerp(ranges["whole_resize_scale"], numbers[:, 1])
     least = np.minimum(1.0, preprocess.crop_size / np.minimum(widths, heights))
     factor = np.maximum(factor, least)
     happens = (numbers[:, 0] < ranges["whole_resize"]) & (factor != 1.0)

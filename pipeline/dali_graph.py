@@ -55,7 +55,7 @@ _TURNS = np.array(
 )  # row = orientation: whether transposed, then whether rows and columns are mirrored
 
 
-class Fed(NamedTuple):
+class GraphInput(NamedTuple):
     """Input of the graph for one batch: encoded images, their parameters, bool (3, N) flags that
     make the images upright (see `_TURNS`), and the side of a crop in pixels.
     """
@@ -73,7 +73,7 @@ class Column(NamedTuple):
 
     dtype: Any
     dimensions: int
-    values: Callable[[Fed], Any]
+    values: Callable[[GraphInput], Any]
 
 
 def _of(name: str, dtype: Any) -> Column:
@@ -91,7 +91,7 @@ def _pair(first: str, second: str) -> Column:
     )
 
 
-def _matrices(fed: Fed) -> np.ndarray:
+def _matrices(fed: GraphInput) -> np.ndarray:
     return fed.params.color.reshape(-1, 3, 4)
 
 
@@ -240,5 +240,5 @@ def columns_of(
 ) -> tuple:
     """Return the graph's inputs for one batch, in the order of `columns_for(shape)`."""
     turns = np.ascontiguousarray(_TURNS[orientations].T)
-    fed = Fed(data, params, turns, shape[1])
+    fed = GraphInput(data, params, turns, shape[1])
     return tuple(column.values(fed) for column in columns_for(shape).values())

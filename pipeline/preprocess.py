@@ -153,7 +153,7 @@ def random_crops(
     return top, left, height, width
 
 
-def between(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
+def lerp(limits: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Map `share`, in [0, 1), to a number between `limits[0]` and `limits[1]`."""
     return limits[0] + (limits[1] - limits[0]) * share
 

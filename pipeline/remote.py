@@ -36,7 +36,7 @@ import fsspec
 from escape import reason_of
 from locks import locked
 from sharding.format import ShardSet
-from storage import remove_left, size_of, write_bytes
+from storage import remove_leftovers, size_of, write_bytes
 
 log = logging.getLogger("ai_images_detector.rank")  # `rank_log` of console.py
 
@@ -89,7 +89,7 @@ class RemoteShards:
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
         self._failed: dict[Path, tuple[float, str]] = {}  # piece -> time of the last try, reason
         with contextlib.suppress(PermissionError):  # some may be of another user
-            remove_left(cache.folder)
+            remove_leftovers(cache.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_systems": {}}

@@ -216,7 +216,7 @@ def list_command(
     """List the known sources, or print all facts about SOURCES."""
     from sharding.catalog import SHIPPED, read_catalog
     from sharding.format import INDEX_FILE, read_index
-    from sharding.known import COLUMNS, facts_of, rows_of
+    from sharding.sources import COLUMNS, facts_of, rows_of
     from sharding.verify import sets_in
 
     catalog = read_catalog([*SHIPPED, *catalogs])

@@ -15,7 +15,7 @@ from imaging.decode import MAX_BYTES, MAX_PIXELS
 from model.calibration.fit import FEWEST
 from model.checkpoint import read_meta
 from model.recipe import Recipe
-from page.figures import ends, of_hundred
+from page.figures import of_hundred, verdict_shares
 from serve.limits import MB, Limits
 from sharding import folder as sharding_folder
 from sharding.catalog import SHIPPED, read_catalog
@@ -245,7 +245,7 @@ def test_every_page_states_the_same_figure(name: str) -> None:
 
 def test_the_cost_of_the_threshold_is_that_of_the_detector_that_ships() -> None:
     calibration = CLIP["calibration"]
-    shares = ends(calibration["roc"], tuple(calibration["band"]))
+    shares = verdict_shares(calibration["roc"], tuple(calibration["band"]))
     for name, of in zip(("real images", "fakes"), shares, strict=True):
         cells = [of_hundred(share) for share in (of.no_sign, of.uncertain, of.likely)]
         row = f"| Of 100 {name} | {' | '.join(cells)} |"

@@ -463,7 +463,7 @@ def test_only_old_temporary_files_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     for name in ("a.arrow.17.partial", "c.partial", "d.arrow"):
         os.utime(tmp_path / name, (1, 1))
-    storage.remove_left(tmp_path)
+    storage.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "b.arrow.18.partial", "c.partial", "d.arrow",
     ]  # fmt: skip

@@ -65,7 +65,7 @@ from pipeline.order import evaluation_epoch
 from pipeline.params import view_params
 from pipeline.read import UNREAD
 from sharding.format import ShardSet
-from storage import remove_left
+from storage import remove_leftovers
 
 AT_A_TIME_ON_GPU = 256
 """Number of images per forward pass on a GPU; `AT_A_TIME` on the CPU. It is constant, because the
@@ -106,7 +106,7 @@ def embed(
     view = source.numbered(number)
     describe_backbone(source.store, source.backbone)
     for folder in {file.path.parent for file in files}:
-        remove_left(folder)
+        remove_leftovers(folder)
     of_shard = shards.rows_of_shards()
     rows = [_whole(of_shard[file.shard_code], shards, file) for file in files]
     params_for = view_params(

@@ -20,10 +20,10 @@ A notice on these rates is about the sources whose false-positive rate is above 
 about those whose recall is below `LEAST_FOUND`. It names at most `NAMED` of them, the worst, and
 counts the others.
 
-Three functions take `meta` and return words for the user. `word_for()` returns what the detector's
-number is called: "probability" if it is calibrated, else "score". `number()` returns a longer label
-for the number, and `proof()` the sentence shown with every verdict, such as "a probability is not a
-proof" (`PROOF` is its pattern).
+Three functions take `meta` and return words for the user. `score_word()` returns what the
+detector's number is called: "probability" if it is calibrated, else "score". `score_label()`
+returns a longer label for the number, and `disclaimer()` the sentence shown with every verdict,
+such as "a probability is not a proof" (`PROOF` is its pattern).
 
 `generators_seen(meta)` returns the names of the generators whose images the weights were trained
 on, sorted.
@@ -55,7 +55,7 @@ NAMED = 4
 """Most sources that a notice names. The model card lists all of them."""
 
 PROOF = "a {word} is not a proof"
-"""Sentence shown with every verdict; `word` is the result of `word_for`."""
+"""Sentence shown with every verdict; `word` is the result of `score_word`."""
 
 
 Kind = Literal["synthetic", "uncalibrated", "known", "threshold"]
@@ -96,21 +96,21 @@ def notices(meta: Mapping[str, Any], band: tuple[float, float] | None = None) ->
     return [Notice(kind=kind, text=text) for kind, text in texts]
 
 
-def word_for(meta: Mapping[str, Any]) -> str:
+def score_word(meta: Mapping[str, Any]) -> str:
     """Return the word for a detector's number: `probability` if calibrated, else `score`."""
     return "probability" if meta["calibration"] else "score"
 
 
-def number(meta: Mapping[str, Any]) -> str:
+def score_label(meta: Mapping[str, Any]) -> str:
     """Return the label to print before a detector's number."""
     return (
         "probability that it is AI-generated" if meta["calibration"] else "score for AI-generated"
     )
 
 
-def proof(meta: Mapping[str, Any]) -> str:
+def disclaimer(meta: Mapping[str, Any]) -> str:
     """Return the sentence shown with every verdict, in lower case and without a full stop."""
-    return PROOF.format(word=word_for(meta))
+    return PROOF.format(word=score_word(meta))
 
 
 def _of_synthetic(synthetic: list[str], sources: list[str]) -> str:

@@ -7,7 +7,7 @@ Main entries, two generators:
   lines of a pipe. It yields `ImageFile`s one by one. Each match of a pattern is treated like a path
   of its own. A file that is one of the paths is yielded whatever its suffix, unless it is an
   archive.
-- `watch(folder, excluded)` takes the path of one folder as text. It yields a `Look`, once a second
+- `watch(folder, excluded)` takes the path of one folder as text. It yields a `Scan`, once a second
   without end. Its `files` are a list of `ImageFile`s: those that are new or changed, complete
   (unchanged for 2 seconds) and not empty. The first list has those already there. A list may be
   empty. Its `until` is a Unix time: every change before it is in this list or an earlier one.
@@ -289,7 +289,7 @@ SHARE = 0.1
 """Largest share of a processor core that scans of a folder without changes take."""
 
 
-class Look(NamedTuple):
+class Scan(NamedTuple):
     """Result of one scan of a folder: the images that are new or changed. Each change before the
     Unix time `until` is in these `files` or those of an earlier scan.
     """
@@ -298,7 +298,7 @@ class Look(NamedTuple):
     until: float
 
 
-def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
+def watch(folder: str, excluded: Counter[str]) -> Iterator[Scan]:
     """Yield, every `POLL_S` without end, the complete images below `folder` that are new or changed
     since the last scan. The first scan yields all complete images. Archives are skipped. Scans of a
     large folder are further apart, so that they take at most `SHARE` of a processor core.
@@ -344,5 +344,5 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Look]:
             below = tuple(f"{name}{os.sep}" for name in failed)
             given = {n: stamp for n, stamp in given.items() if n in stamps or n.startswith(below)}
         took = time.thread_time() - began
-        yield Look(ready, until)
+        yield Scan(ready, until)
         time.sleep(max(POLL_S, took / SHARE - took))

@@ -63,7 +63,7 @@ from escape import reason_of
 from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
 from imaging.orientation import orientation_left, upright_copy
 from imaging.rgb import to_rgb
-from model.inference.fitness import Notice, notices, word_for
+from model.inference.fitness import Notice, notices, score_word
 from model.inference.inputs import unreadable
 from model.verdict import NOT_FINITE, band_at, band_of, verdict
 from storage import cores
@@ -371,7 +371,7 @@ class AnyDetector(DecisionRule, ABC):
         low, high = self.band
         doubt = f", uncertain from {low:.3g}" if low != high else ""
         return (
-            f"{type(self).__name__}({self.identity!r}, likely AI from a {word_for(self.meta)} of "
+            f"{type(self).__name__}({self.identity!r}, likely AI from a {score_word(self.meta)} of "
             f"{high:.3g}{doubt})"
         )
 

@@ -34,7 +34,7 @@ pass through. The `PredictionRun` counts:
   name. This is logged as a warning, and raises no error.
 
 `draw_heatmap(detector, name, data, folder)` takes the name and the bytes of an image, and writes
-its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `named(paths)` yields these
+its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `read_paths(paths)` yields these
 paths, and instead of `-` the lines of standard input. `count_in_background(paths, counted)` counts
 the images in a thread and then appends their number to the list `counted`; it appends nothing if
 `-` or a compressed archive is among the paths. A `PredictionRun` uses `Note` for what it knows of
@@ -255,7 +255,7 @@ def heatmap_path(name: str, folder: Path) -> Path:
     return folder.joinpath(*parts[:-1], file_name(f"{path.name}{mark}", ".png"))
 
 
-def named(paths: Iterable[str]) -> Iterator[str]:
+def read_paths(paths: Iterable[str]) -> Iterator[str]:
     """Yield `paths`, with `-` replaced by the lines of standard input, read as they arrive."""
     for path in paths:
         if path == "-":
@@ -293,7 +293,7 @@ def predict_all(run: PredictionRun, paths: tuple[str, ...], batch_size: int) -> 
         if console.ERR.is_terminal:
             count_in_background(paths, counted)
         behind = 0
-        files = inputs.find_images(named(paths), run.excluded)
+        files = inputs.find_images(read_paths(paths), run.excluded)
         for count in run.over(files, batch_size):
             advance(count - behind, run.rate, *counted)
             behind = count

@@ -40,7 +40,7 @@ would be larger, or the copy larger than `MAX_IMAGE_BYTES`; `read_mistakes()` if
 
 with the last verdict of each detector, the newest at the end. If there are more than
 `MAX_VERDICTS`, the first one and the newest ones are kept. `VERDICTS` are "no sign of AI",
-"uncertain" and "likely AI". The name of the image is not recorded. `standing(label, verdict)`
+"uncertain" and "likely AI". The name of the image is not recorded. `standing_of(label, verdict)`
 returns "right", "uncertain" or "wrong" (a `Standing`), and `verdict_from(entry)` parses a verdict
 in JSON. `UNNAMED` is the suffix of a copy if the image's name has no image suffix.
 """
@@ -142,7 +142,7 @@ class Kept:
     added: bool = False
 
 
-def standing(label: Label, verdict: str) -> Standing:
+def standing_of(label: Label, verdict: str) -> Standing:
     """Compare a verdict with a label: right, wrong or uncertain."""
     if verdict == VERDICTS[1]:
         return "uncertain"
@@ -184,7 +184,7 @@ def keep_mistake(
         MistakeError: the folder is full, the copy is too large, or the existing entry is damaged.
         OSError: the folder cannot be written.
     """
-    if standing(label, given.verdict) == "wrong":
+    if standing_of(label, given.verdict) == "wrong":
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, is_folder=True) if folder.is_dir() else contextlib.nullcontext():
         return _keep(folder, data, label, given, copy_named, room)
@@ -201,7 +201,7 @@ def _keep(
     """Read, change and write the entry of an image; the caller holds the lock of `folder`."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = entry_path(folder, sha256)
-    stands = standing(label, given.verdict)
+    stands = standing_of(label, given.verdict)
     known = read_mistake(path) if path.exists() else None
     added = known is None
     if known is None:
@@ -219,7 +219,7 @@ def _keep(
     label_was = known.label if known.label != label else None
     mistake = with_verdict(replace(known, label=label), given)
     changed = f"the label was {label_was} and is {label} now: " if label_was else ""
-    if all(standing(label, each.verdict) != "wrong" for each in mistake.verdicts):
+    if all(standing_of(label, each.verdict) != "wrong" for each in mistake.verdicts):
         remove_mistake(folder, mistake)
         text = f"{changed}no verdict was wrong; the entry is removed"
         return Kept(kept=False, label_was=label_was, text=text)

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from imaging.decode import DecodeError, ImageFile, read_file
 from model.inference.inputs import find_images
-from model.mistakes.keep import Mistake, Verdict, add_verdict, standing, verdict_of
+from model.mistakes.keep import Mistake, Verdict, add_verdict, standing_of, verdict_of
 
 if TYPE_CHECKING:
     from model.inference.prediction import AnyDetector
@@ -114,8 +114,8 @@ def _compared(mistake: Mistake, after: Verdict) -> Regression:
     other.
     """
     others = [each for each in mistake.verdicts if each.detector != after.detector]
-    stands = standing(mistake.label, after.verdict)
-    was_right = any(standing(mistake.label, each.verdict) == "right" for each in others)
+    stands = standing_of(mistake.label, after.verdict)
+    was_right = any(standing_of(mistake.label, each.verdict) == "right" for each in others)
     outcome: Outcome = "uncertain"
     if stands == "right":
         outcome = "fixed"

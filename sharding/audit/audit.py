@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from installed import command
-from sharding.audit.libraries import extra, one_thread
+from sharding.audit.libraries import import_extra, one_thread
 from sharding.audit.metadata import (
     FEATURES,
     MAX_NAMES,
@@ -259,7 +259,7 @@ def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Esti
     reals, fakes = count_groups(labels, groups)
     if not min(reals, fakes):
         return None
-    area = float(extra("sklearn.metrics").roc_auc_score(labels, scores))
+    area = float(import_extra("sklearn.metrics").roc_auc_score(labels, scores))
     low, high = auroc_interval(area, reals, fakes)
     if min(reals, fakes) < MIN_GROUPS and (low <= 0.5 or high - low > _widest()):
         return None
@@ -302,7 +302,7 @@ def _fit(metadata: Metadata, rows: np.ndarray, columns: Sequence[int], seed: int
     values = metadata.values[rows[:, None], columns]
     # scikit-learn cannot bin a column without a value: the JPEG quality if there is no JPEG.
     values[:, np.isnan(values).all(axis=0)] = 0
-    trees = extra("sklearn.ensemble").HistGradientBoostingClassifier(
+    trees = import_extra("sklearn.ensemble").HistGradientBoostingClassifier(
         max_iter=30 if len(columns) == 1 else 60,
         learning_rate=0.15,
         max_leaf_nodes=8,
@@ -397,7 +397,7 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
     """Compute the permutation importance (Breiman 2001): the mean drop of the AUROC over the
     held-out folds when the values of one feature are shuffled among the samples.
     """
-    area = extra("sklearn.metrics").roc_auc_score
+    area = import_extra("sklearn.metrics").roc_auc_score
     everything = [column for columns in FEATURES.values() for column in columns]
     drops: dict[str, list[float]] = {name: [] for name in FEATURES}
     for fold, (rows, model) in enumerate(models):

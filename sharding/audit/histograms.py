@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sharding.audit.audit import Audit
-from sharding.audit.libraries import extra
+from sharding.audit.libraries import import_extra
 from sharding.audit.metadata import FEATURES, Metadata, metadata_of, spelled
 from sharding.format import CLASSES, ShardSet
 from storage import AnyPath, write_atomically
@@ -32,7 +32,7 @@ _COLORS = ("#0072B2", "#D55E00")  # blue and vermilion of Okabe and Ito, safe fo
 
 def draw(shards: ShardSet, name: str, result: Audit, path: AnyPath) -> None:
     """Write the histograms of a set as PNG: one panel per feature, with the share of each class."""
-    figure = extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
+    figure = import_extra("matplotlib.figure").Figure(figsize=(16, 8), layout="constrained")
     metadata = metadata_of(shards)
     pooled = f", AUROC of metadata {result.pooled}" if result.pooled else ""
     shown = name if len(name) <= TITLE_NAME else f"{name[: TITLE_NAME - 3]}..."

@@ -1,7 +1,8 @@
 """Import the libraries of the extra `audit`: scikit-learn and matplotlib.
 
-Main entry: `extra(name)` returns the module `name`, such as "sklearn.metrics"; ValueError if it is
-not installed. `one_thread()` is a context manager, and a decorator, in which trees are fitted.
+Main entry: `import_extra(name)` returns the module `name`, such as "sklearn.metrics"; ValueError if
+it is not installed. `one_thread()` is a context manager, and a decorator, in which trees are
+fitted.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from types import ModuleType
 from installed import install_extra
 
 
-def extra(module: str) -> ModuleType:
+def import_extra(module: str) -> ModuleType:
     """Import a module of the extra `audit`.
 
     Raises:
@@ -34,6 +35,6 @@ def one_thread() -> Iterator[None]:
     Raises:
         ValueError: the extra `audit` is not installed.
     """
-    extra("sklearn.ensemble")  # a limit applies only to libraries that are loaded
-    with extra("threadpoolctl").threadpool_limits(1):
+    import_extra("sklearn.ensemble")  # a limit applies only to libraries that are loaded
+    with import_extra("threadpoolctl").threadpool_limits(1):
         yield

@@ -50,7 +50,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from sharding.demo.scenes import SCENES, Rng
-from storage import is_partial, remove_left, write_bytes, write_text
+from storage import is_partial, remove_leftovers, write_bytes, write_text
 
 Progress = Callable[[int, int], None]  # files done, files in all
 AFFINE = Image.Transform.AFFINE
@@ -167,7 +167,7 @@ def make_demo(
     _refuse_others(folder / "raw", paths)
     for parent in {path.parent for path in paths}:
         parent.mkdir(parents=True, exist_ok=True)
-        remove_left(parent)
+        remove_leftovers(parent)
     work = [(folder, shot, seed) for shot in shots]
     # Forking a process that already runs the threads of torch can deadlock; spawning cannot.
     context = multiprocessing.get_context("spawn")

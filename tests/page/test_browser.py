@@ -15,7 +15,7 @@ from PIL import Image
 
 from model.inference.detector import ImageDetector
 from model.verdict import percent
-from page.figures import ends, of_hundred
+from page.figures import of_hundred, verdict_shares
 from tests.browser import (
     browse,
     bytes_held,
@@ -276,7 +276,7 @@ def test_the_slider_changes_the_verdict_and_the_figures(visit, detector) -> None
             page.get_by_role("heading", name=prediction.verdict[1:]).wait_for()
         asked = replace(detector, asked=(threshold, threshold))
         kinds = "real images", "fakes"
-        for name, of in zip(kinds, ends(calibration["roc"], asked.band), strict=True):
+        for name, of in zip(kinds, verdict_shares(calibration["roc"], asked.band), strict=True):
             row = page.get_by_role("row", name=f"Of 100 {name}")
             row.get_by_text(of_hundred(of.likely), exact=True).last.wait_for()
             cells = row.get_by_role("cell").all_inner_texts()

@@ -11,7 +11,7 @@ from model import load_detector
 from model.checkpoint import NoCheckpointError, annotate, read_meta
 from model.shipped import backbone
 from model.shipped.backbone import MissingError
-from page.about import which
+from page.about import detector_line
 from page.detector import loaded_detector, why_not
 from tests.browser import html_of
 from tests.builders import JPEG, ROOT
@@ -42,13 +42,13 @@ def test_the_page_says_that_it_uses_the_shipped_detector(
     small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = load_detector(runs=small_runs)
-    assert which(detector).startswith("Model convnextv2_atto")
+    assert detector_line(detector).startswith("Model convnextv2_atto")
     monkeypatch.setattr(backbone, "DETECTORS", detector.checkpoint.parent)
-    assert which(detector).startswith(
+    assert detector_line(detector).startswith(
         "There is no trained run, so this is the shipped detector step_0000001."
     )
     monkeypatch.setenv("DETECTOR_CHECKPOINT", "small")  # it was named
-    assert which(detector).startswith("Model convnextv2_atto")
+    assert detector_line(detector).startswith("Model convnextv2_atto")
 
 
 def test_notices_about_the_detector_stay_on_the_page(
@@ -103,7 +103,7 @@ def draw_slider(folder: str) -> None:
     import streamlit as st
 
     from model import load_detector
-    from page.cost import moved, show_threshold
+    from page.cost import at_slider, show_threshold
 
     detector = load_detector(folder)
     calibration = {
@@ -113,7 +113,7 @@ def draw_slider(folder: str) -> None:
     meta = detector.meta | {"calibration": calibration, "threshold": 0.8998}
     detector = replace(detector, meta=meta)
     show_threshold(detector)
-    st.text(f"band {moved(detector).band}")
+    st.text(f"band {at_slider(detector).band}")
 
 
 def test_a_rerun_does_not_move_the_threshold(small_runs: Path) -> None:

@@ -20,7 +20,7 @@ from model.verdict import percent
 from page.cost import hundred_html, measured_on
 from page.draw import sentence
 from page.examples import examples
-from page.figures import Ends, Measured, ends, of_hundred, rates
+from page.figures import Measured, VerdictShares, of_hundred, rates, verdict_shares
 from page.photo import crops_of, photo_html
 from page.scored import Scored, score
 from page.session import seconds_of
@@ -95,9 +95,9 @@ def test_only_left_out_sources_were_scored_by_detectors_without_them() -> None:
 
 
 def test_the_verdicts_of_100_images_follow_the_band() -> None:
-    reals, fakes = ends(ROC, (0.4, 0.7))
-    assert reals == Ends(pytest.approx(0.7), pytest.approx(0.26), pytest.approx(0.04))
-    assert fakes == Ends(pytest.approx(0.1), pytest.approx(0.3), pytest.approx(0.6))
+    reals, fakes = verdict_shares(ROC, (0.4, 0.7))
+    assert reals == VerdictShares(pytest.approx(0.7), pytest.approx(0.26), pytest.approx(0.04))
+    assert fakes == VerdictShares(pytest.approx(0.1), pytest.approx(0.3), pytest.approx(0.6))
     cells = Markup(hundred_html(ROC, (0.4, 0.7))).striptags()
     assert "Of 100 real images 70 26 4 Of 100 fakes 10 30 60".replace(" ", "") in cells.replace(
         " ", ""

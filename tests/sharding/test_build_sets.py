@@ -13,10 +13,10 @@ from sharding.build import Tolerance, build
 from sharding.catalog import CatalogError, read_catalog
 from sharding.fetch_spec import BEGUN
 from sharding.format import ShardError, open_shards
-from sharding.known import rows_of
 from sharding.left_out import left_out
 from sharding.lock import changing, reading
 from sharding.scan import find_sources
+from sharding.sources import rows_of
 from sharding.verify import sets_in, verify
 from tests.builders import encode, hashes, photo
 

@@ -20,7 +20,7 @@ from model.calibration.fit import (
 from model.metrics import measure
 from model.recipe import Calibrating
 from model.verdict import band_of, calibration_fault, probability, verdict
-from page.figures import ends
+from page.figures import verdict_shares
 from sharding.format import CLASSES
 
 
@@ -96,7 +96,7 @@ def test_shares_of_each_verdict_are_those_of_the_scores(rule: ThresholdAt | Cali
     low, high = calibration.band
     assert low < high
     fake = probability(logits, calibration.temperature)
-    for label, of in enumerate(ends(calibration.roc, calibration.band)):
+    for label, of in enumerate(verdict_shares(calibration.roc, calibration.band)):
         own = fake[labels == label]
         measured = (own < low).mean(), ((own >= low) & (own < high)).mean(), (own >= high).mean()
         assert (of.no_sign, of.uncertain, of.likely) == pytest.approx(measured)

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 import predict
 from model import checkpoint, load_detector
 from model.inference import fitness
-from model.inference.fitness import notices, word_for
+from model.inference.fitness import notices, score_word
 from tests.builders import CALIBRATION, ROOT, encode, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -28,8 +28,8 @@ def rates(fpr: float | None, recall: float | None) -> dict[str, Any]:
 def test_a_fit_detector_has_no_notice() -> None:
     assert notices(meta_of()) == []
     assert notices({"calibration": CALIBRATION}) == []  # a meta without `data`
-    assert word_for(meta_of()) == "probability"
-    assert fitness.proof(meta_of()) == "a probability is not a proof"
+    assert score_word(meta_of()) == "probability"
+    assert fitness.disclaimer(meta_of()) == "a probability is not a proof"
 
 
 def test_synthetic_training_sources_give_a_notice() -> None:
@@ -44,9 +44,9 @@ def test_synthetic_training_sources_give_a_notice() -> None:
 def test_without_calibration_the_number_is_a_score() -> None:
     (notice,) = notices(meta_of(None))
     assert notice.kind == "uncalibrated" and "scores, not probabilities" in notice.text
-    assert word_for(meta_of(None)) == "score"
-    assert fitness.number(meta_of(None)) == "score for AI-generated"
-    assert fitness.proof(meta_of(None)) == "a score is not a proof"
+    assert score_word(meta_of(None)) == "score"
+    assert fitness.score_label(meta_of(None)) == "score for AI-generated"
+    assert fitness.disclaimer(meta_of(None)) == "a score is not a proof"
 
 
 def test_bad_sources_are_listed_worst_first() -> None:

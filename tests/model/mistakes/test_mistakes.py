@@ -23,7 +23,7 @@ from model.mistakes.keep import (
     keep_mistake,
     read_mistake,
     read_mistakes,
-    standing,
+    standing_of,
     with_verdict,
 )
 from model.mistakes.regressions import OUTCOMES, Regression, find_files, record
@@ -81,7 +81,7 @@ def image(tmp_path: Path) -> Path:
 def test_only_a_wrong_verdict_is_kept(
     label: Label, verdict: str, stands: str, tmp_path: Path
 ) -> None:
-    assert standing(label, verdict) == stands
+    assert standing_of(label, verdict) == stands
     kept = keep_mistake(tmp_path / "kept", DATA, label, said(verdict))
     assert kept.kept == (stands == "wrong") == (tmp_path / "kept").exists()
     if stands == "right":
