@@ -266,6 +266,8 @@ def _from_hub(file: BackboneFile) -> Path:
             return _accept(partial, file.sha256, cached)
     size = ask_hub(url, place)
     console.log.info("downloading %s from the model hub", origin)
+    if size is not None and size_of(partial) > size:
+        partial.unlink()  # not a part of this file
     before = -1
     while before < size_of(partial) and (size is None or size_of(partial) < size):
         before = size_of(partial)
@@ -323,15 +325,14 @@ def _download(url: str, partial: Path, size: int | None) -> None:
     from huggingface_hub.utils import build_hf_headers
 
     have = size_of(partial)
-    if size is not None and have > size:
-        have = 0
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if response.status_code == 416:
-            partial.unlink()  # a partial file of another version
+        if have and response.status_code == 416:
+            partial.unlink()  # not a part of this file
+            return _download(url, partial, size)
         response.raise_for_status()
         goes_on = have > 0 and response.status_code == 206 and begins
         with (
