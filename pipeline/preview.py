@@ -20,9 +20,9 @@ It raises `ShardError` if `folder` has no set, `LoadError` if a sample cannot be
 the recipe does not describe a policy that is used, and `RecipeError` if the recipe is missing or
 wrong, or names no policy while `policy` is None. It raises `OSError` if the PNG cannot be written.
 
-`picture_of(rows)` arranges `Row`s, one per sample, in one picture. `Policies` is the part of the
-recipe that is read, and `words_of(params)` describes the parameters of one image in lines of text.
-`CELL` is the side of an image in pixels, `GAIN` the factor by which differences are enlarged.
+`picture_of(rows)` arranges `PreviewRow`s, one per sample, in one picture. `Policies` is the part of
+the recipe that is read, and `words_of(params)` describes the parameters of one image in lines of
+text. `CELL` is the side of an image in pixels, `GAIN` the factor by which differences are enlarged.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Policies:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PreviewRow:
     """One sample: its whole image, its parameters, and the result of each backend, all uint8 RGB
     (height, width, 3).
 
@@ -119,7 +119,7 @@ def write_preview(
         raise LoadError(f"{opened.name(samples[row])}: {reason}")
     dali = _by_dali(request, shape)
     rows = [
-        Row(
+        PreviewRow(
             whole=decode_image(data, request.formats[row], request.orientations[row]),
             params=params,
             pil=pil.images[row].numpy(),
@@ -212,7 +212,7 @@ def _lines(shards: ShardSet, sample: int, policy: str) -> list[str]:
     return [shards.text("key", sample), f"{label}, {generator}", f"policy {kept or policy}"]
 
 
-def picture_of(rows: Sequence[Row]) -> Image.Image:
+def picture_of(rows: Sequence[PreviewRow]) -> Image.Image:
     """Arrange the rows in one picture, from top to bottom."""
     width = len(_COLUMNS) * (CELL + _GAP) + _TEXT
     sheet = Image.new("RGB", (width, _HEAD + len(rows) * (CELL + _GAP)), "white")
@@ -231,7 +231,7 @@ def picture_of(rows: Sequence[Row]) -> Image.Image:
     return sheet
 
 
-def _cells(row: Row) -> tuple[Image.Image | None, ...]:
+def _cells(row: PreviewRow) -> tuple[Image.Image | None, ...]:
     pil, difference = _square(row.pil), None
     if row.dali is not None:
         change = row.dali.astype(np.int16) - row.pil

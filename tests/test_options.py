@@ -207,7 +207,7 @@ def test_a_value_refused_by_its_type_is_one_line_and_exit_code_2(
         ("serve", ["--images", "--rounds"]), ("step", ["--rounds"]), ("embedding", ["--rounds"]),
         ("predict", ["--images", "--rounds"]), ("packing", ["--images", "--repeats"]),
         ("loader", ["--images", "--repeats", "--batch-size", "--epochs"]),
-        ("evaluation", ["--scores"]), ("scale", ["--images", "--rows"]),
+        ("evaluation", ["--scores"]),
         ("features", ["--images", "--width", "--batch-size"]), ("end_to_end", ["--batch-size"]),
         ("gpu_loader", ["--batches"]),
     ],

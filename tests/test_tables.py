@@ -26,7 +26,7 @@ from report.terminal import (
     print_report,
 )
 from sharding.__main__ import main as sharding
-from sharding.audit.audit import Audit, Estimate, FeatureAudit, SourceAudit
+from sharding.audit.audit import Audit, AurocEstimate, FeatureAudit, SourceAudit
 from sharding.build import BuiltSet
 from sharding.format import read_index
 from sharding.scan import SourceScan
@@ -189,7 +189,7 @@ def test_tables_of_shard_sets(
         assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     index = read_index(data / "val")
     say_what_was_built([BuiltSet("val", index, 1)], SourceScan(), data)
-    estimate = Estimate(0.81234, 0.7, 0.9)
+    estimate = AurocEstimate(0.81234, 0.7, 0.9)
     source = SourceAudit(reals=1234, fakes=5, within=estimate, from_others=None, note="few fakes")
     audit = Audit(
         samples=9, reals=4, fakes=5, pooled=estimate, across=estimate, source_name=estimate,

@@ -5,16 +5,18 @@ Main entry: `audit(shards, *, seed=0, on_step=...)` takes a `ShardSet` (`open_sh
 called after each of at most `steps_of(shards)` steps. ValueError: no scikit-learn.
 `write_report(path, seed, {name: as_json(shards, audit)})` writes JSON.
 
-An `Estimate` is an AUROC (`auroc`, 0.5: guessing) and its 95 % interval (`low`, `high`); None if a
-class has fewer groups than `MIN_GROUPS`, unless it is clearly above 0.5. Fields of an `Audit`:
+An `AurocEstimate` is an AUROC (`auroc`, 0.5: guessing) and its 95 % interval (`low`, `high`); None
+if a class has fewer groups than `MIN_GROUPS`, unless it is clearly above 0.5. Fields of an `Audit`:
 
 - `samples`, `reals`, `fakes`: numbers of images.
-- `pooled`: the `Estimate` over all images. If None, `features` and `shortcuts` are empty.
+- `pooled`: the `AurocEstimate` over all images. If None, `features` and `shortcuts` are empty.
 - `across`: like `pooled`, but each source is scored by a fit on the others. None for one source.
-- `source_name`: an `Estimate` by the source's name alone. None for one source, or if `pooled` is.
-- `sources`: dict, source -> `SourceAudit`: `reals`, `fakes`, `within` (`Estimate` by a fit on it),
-  `from_others` (by one on the others), `note` (why no `within`). After the 250 largest: "others".
-- `features`: dict, feature -> `FeatureAudit`: `alone`, the `Estimate` by a fit on this feature
+- `source_name`: an `AurocEstimate` by the source's name alone. None for one source, or if `pooled`
+  is.
+- `sources`: dict, source -> `SourceAudit`: `reals`, `fakes`, `within` (`AurocEstimate` by a fit on
+  it), `from_others` (by one on the others), `note` (why no `within`). After the 250 largest:
+  "others".
+- `features`: dict, feature -> `FeatureAudit`: `alone`, the `AurocEstimate` by a fit on this feature
   only, and `drop` (float), the AUROC lost by shuffling it.
 - `shortcuts`: values that predict the label: `feature`, `value`, `images`, `fake_share` (0 to 1).
 - `verdict`: little, some, strong or unknown. `notes`: texts on how to read the figures.
@@ -66,7 +68,7 @@ _PERMUTED = 20_000  # largest number of held-out samples per fold for permutatio
 
 
 @dataclass(frozen=True)
-class Estimate:
+class AurocEstimate:
     """AUROC and its 95 % interval, which ignores the variation between splits into folds: on a few
     hundred images it is somewhat too narrow.
     """
@@ -86,8 +88,8 @@ class SourceAudit:
 
     reals: int
     fakes: int
-    within: Estimate | None
-    from_others: Estimate | None
+    within: AurocEstimate | None
+    from_others: AurocEstimate | None
     note: str
 
 
@@ -97,7 +99,7 @@ class FeatureAudit:
     small if other features have the same information.
     """
 
-    alone: Estimate
+    alone: AurocEstimate
     drop: float
 
 
@@ -127,9 +129,9 @@ class Audit:
     samples: int
     reals: int
     fakes: int
-    pooled: Estimate | None
-    across: Estimate | None
-    source_name: Estimate | None
+    pooled: AurocEstimate | None
+    across: AurocEstimate | None
+    source_name: AurocEstimate | None
     sources: dict[str, SourceAudit]
     features: dict[str, FeatureAudit]
     shortcuts: list[Shortcut]
@@ -207,7 +209,7 @@ def steps_of(shards: ShardSet) -> int:
     return min(np.unique(shards.codes("source")[0]).size, MAX_NAMES + 1) + len(FEATURES) + 3
 
 
-def verdict_of(pooled: Estimate | None) -> str:
+def verdict_of(pooled: AurocEstimate | None) -> str:
     """Return `strong`, `some` or `little` by the thresholds `LITTLE` and `STRONG`, or `unknown` for
     None.
     """
@@ -248,7 +250,7 @@ def count_groups(labels: np.ndarray, groups: np.ndarray) -> tuple[int, int]:
     return reals, fakes
 
 
-def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Estimate | None:
+def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> AurocEstimate | None:
     """Compute the AUROC of `scores` for `labels` and its interval. Returns None if a class has too
     few groups (`MIN_GROUPS`) for a meaningful figure.
 
@@ -263,7 +265,7 @@ def estimate(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> Esti
     low, high = auroc_interval(area, reals, fakes)
     if min(reals, fakes) < MIN_GROUPS and (low <= 0.5 or high - low > _widest()):
         return None
-    return Estimate(area, low, high)
+    return AurocEstimate(area, low, high)
 
 
 @functools.cache
@@ -342,7 +344,7 @@ def cross_fit(
 
 def _cross_validate(
     metadata: Metadata, folds: np.ndarray, columns: Sequence[int], seed: int
-) -> Estimate | None:
+) -> AurocEstimate | None:
     scores = cross_fit(metadata, folds, columns, seed)[1]
     return estimate(metadata.labels, scores, metadata.groups)
 
@@ -352,9 +354,9 @@ def _audit_sources(
     folds: np.ndarray,
     columns: Sequence[int],
     seed: int,
-    pooled: Estimate | None,
+    pooled: AurocEstimate | None,
     on_step: Callable[[int], None],
-) -> tuple[dict[str, SourceAudit], Estimate | None]:
+) -> tuple[dict[str, SourceAudit], AurocEstimate | None]:
     """Measure each source by itself and by a model of the other sources. `pooled` is the estimate
     over all images, that of the source if there is only one. The last value is the AUROC over all
     sources, each scored by that model.
@@ -448,8 +450,8 @@ def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list
 def _notes(
     metadata: Metadata,
     sources: dict[str, SourceAudit],
-    pooled: Estimate | None,
-    source_name: Estimate | None,
+    pooled: AurocEstimate | None,
+    source_name: AurocEstimate | None,
 ) -> list[str]:
     """Return what a reader must know to interpret the figures."""
     notes = []

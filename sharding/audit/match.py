@@ -12,7 +12,7 @@ It returns a `Match`:
 - `rows`: the chosen row numbers (int64 array), as many real as fake ones.
 - `per_class`: the number of chosen images of each class.
 - `before`, `after`: how well metadata alone tell the classes apart, over all images and over the
-  chosen ones. Each is an `Estimate` (`auroc`, and its 95 % interval from `low` to `high`).
+  chosen ones. Each is an `AurocEstimate` (`auroc`, and its 95 % interval from `low` to `high`).
 - `rounds`: how many rounds of matching were needed.
 
 Matching goes on, for at least one round, until the AUROC is at most `MATCHED` or its interval
@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from installed import command
-from sharding.audit.audit import MIN_GROUPS, Estimate, count_groups, cross_fit, estimate
+from sharding.audit.audit import MIN_GROUPS, AurocEstimate, count_groups, cross_fit, estimate
 from sharding.audit.libraries import one_thread
 from sharding.audit.metadata import FEATURES, Metadata, assign_folds, metadata_of
 from sharding.format import ShardSet
@@ -66,8 +66,8 @@ class Match:
 
     rows: np.ndarray
     per_class: int
-    before: Estimate
-    after: Estimate
+    before: AurocEstimate
+    after: AurocEstimate
     rounds: int
 
 
@@ -92,7 +92,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
     folds = assign_folds(metadata, seed)
     rng = np.random.default_rng(seed)
     everything = [column for columns in FEATURES.values() for column in columns]
-    before: Estimate | None = None
+    before: AurocEstimate | None = None
     rows = np.arange(len(metadata))
     strata = np.column_stack([_home(metadata), metadata.values[:, _STRATA], folds])
     for round_index in range(_ROUNDS + 1):

@@ -81,7 +81,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Source:
+class DemoSource:
     """One raw data set, with `count` images of each class."""
 
     scenes: tuple[str, ...]
@@ -126,13 +126,15 @@ OLD = "{ phase1 = 0.8, val = 0.2 }"
 NEW = "{ phase2 = 0.7, val-phase2 = 0.3 }"
 ANY = ("street", "nature", "studio")
 SOURCES = {
-    "street": Source(("street",), 110, ("camera-a", "camera-b"), ("checkerboard", "nearest"), OLD),
-    "nature": Source(("nature",), 110, ("camera-b", "camera-c"), ("bilinear",), OLD),
-    "studio": Source(("studio",), 110, ("camera-a", "camera-c"), ("shuffle", "nearest"), OLD),
-    "pairs": Source(ANY, 90, ("camera-b",), ("autoencoder",), OLD),
-    "mobile": Source(ANY, 110, ("phone-d",), ("cascade",), NEW),
-    "listings": Source(ANY, 110, ("phone-e",), ("smooth",), NEW),
-    "unseen": Source(ANY, 90, ("camera-f",), ("upscaler", "mixed"), '"evalgen"'),
+    "street": DemoSource(
+        ("street",), 110, ("camera-a", "camera-b"), ("checkerboard", "nearest"), OLD
+    ),
+    "nature": DemoSource(("nature",), 110, ("camera-b", "camera-c"), ("bilinear",), OLD),
+    "studio": DemoSource(("studio",), 110, ("camera-a", "camera-c"), ("shuffle", "nearest"), OLD),
+    "pairs": DemoSource(ANY, 90, ("camera-b",), ("autoencoder",), OLD),
+    "mobile": DemoSource(ANY, 110, ("phone-d",), ("cascade",), NEW),
+    "listings": DemoSource(ANY, 110, ("phone-e",), ("smooth",), NEW),
+    "unseen": DemoSource(ANY, 90, ("camera-f",), ("upscaler", "mixed"), '"evalgen"'),
 }
 PAIRED = "pairs"  # source whose fakes reconstruct its photos
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.augment import LEAST_SIGMA, AugmentParams
-from pipeline.preview import CELL, Row, picture_of, words_of
+from pipeline.preview import CELL, PreviewRow, picture_of, words_of
 from tests.builders import photo
 
 
@@ -117,8 +117,8 @@ def test_order_measures_both_shuffles(data: Path) -> None:
 def test_equal_pixels_give_a_gray_difference_and_others_do_not() -> None:
     pixels = photo(1, 64, 64)
     params = AugmentParams(top=0, left=0, height=64, width=64)
-    same = Row(photo(1), params, pixels, pixels, ["a"])
-    other = Row(photo(1), params, pixels, np.minimum(pixels, 250) + np.uint8(2), ["b"])
+    same = PreviewRow(photo(1), params, pixels, pixels, ["a"])
+    other = PreviewRow(photo(1), params, pixels, np.minimum(pixels, 250) + np.uint8(2), ["b"])
     sheet = np.asarray(picture_of([same, other]))
     last = slice(3 * (CELL + 8), 3 * (CELL + 8) + CELL)
     assert (sheet[28 : 28 + CELL, last] == 128).all()
