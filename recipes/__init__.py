@@ -281,7 +281,7 @@ def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
     """
     arguments = typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        known = typing.get_type_hints(kind)
+        known = _hints_of(kind)
         for key, entry in value.items():
             if key not in known:
                 raise RecipeError(f"{where}: unknown key '{prefix}{key}'; {_nearest(key, known)}")
@@ -295,6 +295,12 @@ def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
     elif typing.get_origin(kind) in (typing.Union, types.UnionType):
         for member in arguments:
             _refuse_unknown(member, value, where, prefix)
+
+
+@functools.cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    """Return the type of each field of a dataclass."""
+    return typing.get_type_hints(kind)
 
 
 def _nearest(key: str, known: Collection[str]) -> str:

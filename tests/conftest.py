@@ -17,10 +17,14 @@ import torch
 
 import console
 from model import checkpoint
+from model.network import Detector
 from model.network import build as build_network
+from model.recipe import Network
+from model.training import plan
 from pipeline.augment import AugmentPolicy
 from pipeline.loader import open_loader
 from pipeline.loading import Loading
+from pipeline.preprocess import Preprocess
 from pipeline.replay import Replay
 from pipeline.stream import Pool, Stream, open_pool
 from sharding.format import INDEX_FILE, ShardSet, open_shards
@@ -72,6 +76,40 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage while tests are collected: there is none, and each time Python visits the
+    million objects of all imported libraries.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_size_is_checked_once() -> Iterator[None]:
+    """Keep which image sizes networks accept: a hundred trainings have the same tiny network."""
+    check, accepted = plan.check_size, set[str]()
+
+    def checked(net: Detector, network: Network, preprocess: Preprocess) -> None:
+        key = repr((network, preprocess))
+        if key not in accepted:
+            check(net, network, preprocess)
+            accepted.add(key)
+
+    plan.check_size = checked
+    yield
+    plan.check_size = check
+
+
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode in this process where a test does not set `num_workers`: a fork of pytest is slow."""
+    monkeypatch.setattr("pipeline.loader.cores", lambda: 0)
 
 
 @pytest.fixture(autouse=True)

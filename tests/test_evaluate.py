@@ -30,7 +30,10 @@ from sharding.format import open_shards
 from tests.builders import CALIBRATION, ROOT, build_all, encode, photo, train_tiny
 
 # Warnings come from TensorBoard's use of protobuf and numpy.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 
 CATALOG = """
@@ -169,14 +172,8 @@ def one_rank(rank: int, world_size: int, data: Path, runs: Path, out: Path, stor
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
     options = Options(loading=Loading(batch_size=7, num_workers=0, backend="pil"))
-    evaluate_sets(
-        find(runs),
-        data,
-        ["evalgen", "val"],
-        out,
-        options=options,
-        dist=DistEnv(rank, world_size, 0),
-    )
+    dist = DistEnv(rank, world_size, 0)
+    evaluate_sets(find(runs), data, ["evalgen", "val"], out, options=options, dist=dist)
     torch.distributed.destroy_process_group()
 
 

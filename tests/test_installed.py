@@ -101,12 +101,12 @@ def texts_in(source: str) -> Iterator[tuple[int, str]]:
     which no `--help` is made.
     """
     nodes = [*ast.walk(ast.parse(source))]
-    helps = [
+    helps = {
         node.body[0]
         for node in nodes
         if isinstance(node, ast.FunctionDef) and re.search("command|group", decorators_of(node))
-    ]
-    silent = [node.value for node in nodes if isinstance(node, ast.Expr) and node not in helps]
+    }
+    silent = {node.value for node in nodes if isinstance(node, ast.Expr) and node not in helps}
     texts = (node for node in nodes if isinstance(node, ast.Constant) and node not in silent)
     return ((node.lineno, node.value) for node in texts if isinstance(node.value, str))
 

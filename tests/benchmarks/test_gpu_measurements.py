@@ -47,6 +47,7 @@ def test_the_jpeg_step_is_measured_on_pictures(data: Path) -> None:
     assert np.abs(neighbors).mean() < 30  # of noise: 85
 
 
+@pytest.mark.slow
 def test_operations_are_counted_before_the_peak_of_memory_is_reset(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import sklearn.metrics as sk
 import torch
-import torchmetrics.functional.classification as tm
 
 from model.metrics import Validation, measure, what_is_missing
 from model.verdict import probability
@@ -115,6 +113,8 @@ def cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def by_scikit_learn(labels: np.ndarray, fake: np.ndarray, threshold: float) -> dict[str, object]:
+    import sklearn.metrics as sk  # slow to import: only the process that runs these tests needs it
+
     called = (fake >= threshold).astype(int)
     reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
     eps = np.finfo(np.float64).eps
@@ -166,11 +166,14 @@ def test_metrics_equal_those_of_scikit_learn(name: str) -> None:
         assert all(figures[metric] is None for metric in missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, (labels, _) in cases().items() if {*labels} == {0, 1}])
 def test_metrics_equal_those_of_torchmetrics(name: str) -> None:
     """Within float32, in which torchmetrics computes. It gets ranks, since scores that differ only
     in float64 would tie there.
     """
+    import torchmetrics.functional.classification as tm
+
     labels, fake = cases()[name]
     metrics = measure(labels, fake)
     ranks = np.unique(fake, return_inverse=True)[1] / len(fake)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import requests
+from streamlit.components.v2 import manifest_scanner
 
 from model import load_detector
 from model.calibration.fit import calibrate
@@ -29,6 +30,15 @@ from tests.builders import ROOT, encode, photo, train_tiny
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_scanned_once() -> Iterator[None]:
+    """Keep which packages have components: each run of a page reads all that are installed."""
+    scan = manifest_scanner.scan_component_manifests
+    manifest_scanner.scan_component_manifests = functools.cache(scan)
+    yield
+    manifest_scanner.scan_component_manifests = scan
 
 
 @pytest.fixture(scope="session")

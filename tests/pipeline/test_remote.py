@@ -54,7 +54,9 @@ def local_facts(shards: ShardSet, cache: Path, workers: int, backend: str) -> li
     ]
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("pil", 2), ("dali", 1)])
+@pytest.mark.parametrize(
+    ("backend", "workers"), [("pil", 2), pytest.param("dali", 1, marks=pytest.mark.slow)]
+)
 def test_a_bucket_gives_the_batches_of_a_folder(
     s3: dict[str, str], client, data: Path, old: ShardSet, tmp_path: Path, backend, workers
 ) -> None:

@@ -20,7 +20,10 @@ from sharding.format import ShardSet, open_shards
 from tests.builders import partly, write_shards
 
 # TensorBoard's use of protobuf and numpy causes these warnings.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 
 def keys_of(shards: ShardSet) -> list[str]:

@@ -209,7 +209,7 @@ if sys.argv[1] == "closed":
 """
 
 
-@pytest.mark.parametrize("ending", ["closed", "left open"])
+@pytest.mark.parametrize("ending", [pytest.param("closed", marks=pytest.mark.slow), "left open"])
 def test_a_worker_ignores_signals_and_ends_with_its_parent(ending: str, tmp_path: Path) -> None:
     """Also where the temporary folder has too long a name for the sockets that pass batches."""
     long = tmp_path / ("x" * 100)

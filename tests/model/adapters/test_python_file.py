@@ -37,7 +37,10 @@ from sharding.format import open_shards
 from storage import sha256_of
 from tests.builders import ROOT, encode, photo
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 DETECTOR = """
 import numpy as np

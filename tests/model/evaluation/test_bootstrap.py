@@ -171,7 +171,14 @@ def test_intervals_of_rare_errors_have_the_stated_coverage() -> None:
     assert hits / 400 > 0.925
 
 
-@pytest.mark.parametrize(("sources", "prompts"), [(60, 2), (24, 5), (120, 1), (1, 120)])
+@pytest.mark.parametrize(
+    ("sources", "prompts"),
+    [
+        (60, 2),
+        (1, 120),
+        *(pytest.param(*plan, marks=pytest.mark.slow) for plan in ((24, 5), (120, 1))),
+    ],
+)
 def test_many_small_sources_have_the_stated_coverage(sources: int, prompts: int) -> None:
     """Each prompt has 3 alike images. 200 repeats have a standard error of 1.5 %."""
     rng = np.random.default_rng(11)
@@ -189,7 +196,14 @@ def test_many_small_sources_have_the_stated_coverage(sources: int, prompts: int)
 
 
 @pytest.mark.parametrize(
-    ("many", "size", "few", "large"), [(12, 1, 1, 50), (40, 5, 1, 100), (100, 2, 5, 20)]
+    ("many", "size", "few", "large"),
+    [
+        (12, 1, 1, 50),
+        *(
+            pytest.param(*plan, marks=pytest.mark.slow)
+            for plan in ((40, 5, 1, 100), (100, 2, 5, 20))
+        ),
+    ],
 )
 def test_a_source_of_few_groups_varies_like_the_others(
     many: int, size: int, few: int, large: int
@@ -237,7 +251,9 @@ def test_a_metric_of_a_single_group_has_no_interval() -> None:
     assert "recall" not in bounds and "auroc" not in bounds
 
 
-@pytest.mark.parametrize("prompts", [3, 6, 60])
+@pytest.mark.parametrize(
+    "prompts", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 60))]
+)
 def test_accuracy_of_few_large_groups_of_fakes_has_the_stated_coverage(prompts: int) -> None:
     """Beside 100 reals. Alike images in each prompt. From resamples alone, accuracy and balanced
     accuracy had 61 % with three prompts, which are often all found.

@@ -107,7 +107,10 @@ def test_no_error_of_two_runs_is_no_difference_of_0() -> None:
     assert behind["recall"]["behind"][1] > 0.05 and behind["auroc"]["behind"] is None
 
 
-@pytest.mark.parametrize("shared", [0, 1], ids=["independent", "correlated"])
+@pytest.mark.parametrize(
+    "shared",
+    [pytest.param(0, marks=pytest.mark.slow, id="independent"), pytest.param(1, id="correlated")],
+)
 def test_intervals_of_differences_contain_the_truth(shared: int) -> None:
     """Rates of 5 and 0 %: 80 % of bare percentiles do; 20 and 10 %, the second within the first: 83
     % do.

@@ -90,7 +90,7 @@ def settings(*more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("views", [0, 1])
+@pytest.mark.parametrize("views", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_head_from_stored_features_equals_one_from_pixels(
     views: int, tiny_recipe: Path, data: Path, weights: Path, tmp_path: Path
 ) -> None:
@@ -151,7 +151,7 @@ def test_views_equal_the_augmentation_of_training_from_pixels(
     np.testing.assert_array_equal(some.rows(np.arange(4)), one[[9, 2, 30, 2]].astype(np.float16))
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("batch", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 64))])
 def test_files_do_not_depend_on_the_batch_or_the_ranks(
     batch: int, net: Detector, old: ShardSet, tmp_path: Path
 ) -> None:

@@ -309,7 +309,13 @@ def test_phase_2_fits_replayed_images_too(
     assert set((found[1].weights / found[0].weights).tolist()) == {1.0, 8.0}
 
 
-@pytest.mark.parametrize(("decay", "iterations"), [(0.01, 100), (0.0, 4), (0.0, 300)])
+@pytest.mark.parametrize(
+    ("decay", "iterations"),
+    [
+        (0.0, 4),
+        *(pytest.param(*values, marks=pytest.mark.slow) for values in ((0.01, 100), (0.0, 300))),
+    ],
+)
 def test_each_left_out_source_is_scored_by_a_fit_without_it(
     recipe: Recipe, weights: Path, data: Path, tmp_path: Path, decay: float, iterations: int
 ) -> None:

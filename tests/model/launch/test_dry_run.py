@@ -17,7 +17,10 @@ from model.training.run import train
 from storage import sha256_of
 from tests import forked
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 
 def dry_run(recipe: Path, data: Path, runs: Path, *settings: str, **options: object) -> Result:

@@ -13,7 +13,10 @@ from model.shipped.backbone import CLIP_8_BIT
 from sharding.format import read_index
 from tests.builders import encode, photo
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 
 @pytest.fixture

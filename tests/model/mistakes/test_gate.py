@@ -33,7 +33,10 @@ from model.training.conclude import GateError
 from model.verdict import VERDICTS
 from tests.builders import TINY, encode, hashes, photo, train_tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 FROZEN = (
     "network.freeze_backbone=true", 'network.head="stages"', "network.drop_path_rate=0.0",

@@ -30,7 +30,10 @@ from model.mistakes.regressions import OUTCOMES, Regression, find_files, record
 from model.verdict import VERDICTS
 from tests.builders import ROOT, encode, photo
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 NO_SIGN, UNCERTAIN, LIKELY = VERDICTS
 DATA = encode(photo(1))

@@ -38,7 +38,9 @@ def recipe(tiny_recipe: Path, tmp_path: Path) -> Recipe:
     return recipes.load(Recipe, tiny_recipe, [*SETTINGS, store])
 
 
-@pytest.mark.parametrize(("decay", "ranks"), [(0.0, 1), (0.9, 2)])
+@pytest.mark.parametrize(
+    ("decay", "ranks"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.9, 2)]
+)
 def test_each_source_is_scored_by_a_head_that_never_saw_it(
     recipe: Recipe, weights: Path, data: Path, tmp_path: Path, decay: float, ranks: int
 ) -> None:
@@ -101,7 +103,7 @@ def test_sources_that_belong_together_are_left_out_together(
     ("replayed", "exclude", "together", "solver"),
     [
         ("new", [], {"both": ["alpha", "gamma"]}, "lbfgs"),
-        ("again", ["beta"], {}, "lbfgs"),
+        pytest.param("again", ["beta"], {}, "lbfgs", marks=pytest.mark.slow),
         ("again", ["beta"], {}, "adamw"),
     ],
 )

@@ -20,7 +20,8 @@ from model.training.optim import (
 )
 from tests.builders import TINY
 
-BASE = timm.create_model("convnextv2_base", num_classes=2)
+with torch.device("meta"):  # names and shapes are enough for groups and rates
+    BASE = timm.create_model("convnextv2_base", num_classes=2)
 
 
 def rates(optim: Optim, backbone: torch.nn.Module, steps: int, step: int) -> set[float]:
@@ -60,7 +61,8 @@ def test_the_official_grouping_has_12_layers_and_the_head() -> None:
 
 
 def test_stages_are_groups_of_a_network_that_is_no_convnext() -> None:
-    backbone = timm.create_model("mobilenetv2_100", num_classes=2)
+    with torch.device("meta"):
+        backbone = timm.create_model("mobilenetv2_100", num_classes=2)
     layers = layer_of_parameters(backbone, "stage")
     assert len(set(layers.values())) == 9
     assert layers["conv_stem.weight"] == 0
@@ -131,7 +133,8 @@ def test_the_rates_are_used_by_the_step() -> None:
 
 
 def test_a_parameter_without_a_layer_is_an_error() -> None:
-    backbone = timm.create_model("convnextv2_atto", num_classes=2)
+    with torch.device("meta"):
+        backbone = timm.create_model("convnextv2_atto", num_classes=2)
     backbone.surprise = torch.nn.Linear(2, 2)
     with pytest.raises(OptimError, match=r"no layer for 2 parameters, first: surprise\.weight"):
         layer_of_parameters(backbone, "stage12")

@@ -62,7 +62,7 @@ class Died(Exception):
 
 @pytest.mark.parametrize(
     ("phase", "kills"),
-    [(2, 3), *(pytest.param(phase, 10, marks=pytest.mark.slow) for phase in (1, 2))],
+    [(2, 2), *(pytest.param(phase, 10, marks=pytest.mark.slow) for phase in (1, 2))],
 )
 def test_a_run_killed_at_random_steps_ends_as_the_uninterrupted_one(
     tiny_recipe: Path, phase2: Path, data: Path, tmp_path: Path, phase: int, kills: int,
