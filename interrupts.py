@@ -1,10 +1,13 @@
-"""Handle Ctrl-C (SIGINT), SIGTERM and SIGHUP with three context managers, which take no arguments.
+"""Handle Ctrl-C (SIGINT), SIGTERM and SIGHUP with four context managers, which take no arguments.
 
 `stop_signals()` yields a list to which each received signal (`signal.Signals`) is added, so that a
 loop can save its state and stop. A Ctrl-C that comes after any earlier signal raises
-`KeyboardInterrupt` and is not added. `resumable()` yields nothing; if its block raises
-`KeyboardInterrupt`, it prints that the same command resumes the job, and raises SystemExit with
-exit code 130. `terminations_interrupt()` yields nothing; in its block, SIGTERM raises
+`KeyboardInterrupt` and is not added. `stoppable()` yields nothing; it is for a part of that loop
+that may wait for long and changes nothing that is saved. In its block, the signal raises `Stopped`
+at once; one that came before raises it at the beginning. Without a block of `stop_signals()` around
+it, it does nothing. `resumable()` yields nothing; if its block raises `KeyboardInterrupt`, it
+prints that the same command resumes the job, and raises SystemExit with exit code 130.
+`terminations_interrupt()` yields nothing; in its block, SIGTERM raises
 `KeyboardInterrupt("SIGTERM")`, and SIGHUP alike. At the end of a block, the earlier signal handlers
 are restored. Outside the main thread, `stop_signals()` and `terminations_interrupt()` do not react
 to signals.
@@ -22,21 +25,58 @@ import console
 
 _TERMINATIONS = [signal.SIGTERM, signal.SIGHUP]
 
+_received: list[signal.Signals] = []
+"""Signals of the block of `stop_signals()` that runs now."""
+
+_stoppable = False
+"""Whether a block of `stoppable()` runs now."""
+
+
+class Stopped(Exception):
+    """A signal to stop came in, or before, a block of `stoppable()`."""
+
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
     """Yield a list to which each received SIGINT, SIGTERM and SIGHUP is added. A SIGINT after the
     first signal raises `KeyboardInterrupt`. Outside the main thread the list stays empty.
     """
+    global _received
     received: list[signal.Signals] = []
 
     def note(number: int, _frame: object) -> None:
+        global _stoppable
         received.append(signal.Signals(number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         console.log.warning("%s: saving, then stopping", received[-1].name)
+        if _stoppable:
+            _stoppable = False
+            raise Stopped
 
-    with _handled([signal.SIGINT, *_TERMINATIONS], note):
-        yield received
+    before, _received = _received, received
+    try:
+        with _handled([signal.SIGINT, *_TERMINATIONS], note):
+            yield received
+    finally:
+        _received = before
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let a signal end the block at once, which `stop_signals()` only adds to its list: a wait in
+    the block may be long.
+
+    Raises:
+        Stopped: a signal came in the block, or before.
+    """
+    global _stoppable
+    try:
+        _stoppable = True
+        if _received:
+            raise Stopped
+        yield
+    finally:
+        _stoppable = False
 
 
 @contextlib.contextmanager

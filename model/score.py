@@ -17,7 +17,9 @@ It returns `Scores`, sorted by sample: the arrays `samples` (row numbers in the 
 real, 1 fake) and `logits` (float32, fake minus real, before any temperature), and `failures`, a
 dict, row number -> why the image could not be decoded. An image in `failures` is not in the arrays.
 It raises `ScoreError` for a score that is not finite, and what the loader raises for a set that
-cannot be scored (`LoadError`, `OrderError`, `FeatureError`). All are `ValueError`s.
+cannot be scored (`LoadError`, `OrderError`, `FeatureError`). All are `ValueError`s. After a
+signal to one rank in a block of `interrupts.stop_signals()`, every rank raises `Stopped`
+(interrupts.py).
 
 `score(net, batches, device, dtype, on_images)` returns the `Scores` of an iterable of `Batch`,
 finite or not; it sets the evaluation mode too. `logits_of(net, images, device, dtype)` does not; it
@@ -39,6 +41,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import interrupts
 from model.distributed import DistEnv, all_gather_object
 from pipeline.batch import Batch
 from pipeline.stream import BatchLoader, evaluation_batches
@@ -162,11 +165,18 @@ def score_set(
 
     Raises:
         ScoreError: a score is not finite.
+        Stopped: a signal to stop came to a rank in a block of `interrupts.stop_signals()`.
         RuntimeError: the scored and failed samples are not those of the index (a bug of this
             program).
     """
-    rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
-    scores = join_ranks(all_gather_object(dist or DistEnv(), rank_scores))
+    rank_scores: Scores | None = None
+    # Around the part that exchanges nothing. `Stopped` is raised below, by all ranks.
+    with contextlib.suppress(interrupts.Stopped), interrupts.stoppable():
+        rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    parts = all_gather_object(dist or DistEnv(), rank_scores)
+    if None in parts:
+        raise interrupts.Stopped
+    scores = join_ranks([part for part in parts if part])
     covered = np.sort(np.concatenate([scores.samples, [*scores.failures]]).astype(np.int64))
     if not np.array_equal(covered, np.arange(len(loader.shards))):
         raise RuntimeError(

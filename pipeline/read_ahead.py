@@ -15,7 +15,7 @@ ReadAhead(...) as ahead:` starts the thread, and `ahead.next()` returns the next
 `next()` raises StopIteration after the last request, `StallError` (pipeline/monitor.py) if none
 came in `stall_error_s` seconds, or the error that ended the thread. The property `ready` is the
 number of batches that wait, already read (the end counts as one). The end of the `with` block stops
-the thread and waits for it for at most 5 seconds.
+the thread and waits for it for at most a second.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class ReadAhead:
 
     def __exit__(self, *_error: object) -> None:
         self._stopped.set()
-        self._thread.join(5)  # seconds; a read may hang forever
+        self._thread.join(1)  # seconds; a read may hang forever
         # An error that stays here would be part of a reference cycle: its traceback has the frames
         # of `next` and of its caller, whose pipeline would wait for Python's garbage collector.
         with contextlib.suppress(queue.Empty):

@@ -20,7 +20,8 @@ never collect objects that are garbage in this process.
 
 `killed_at_the_end()` takes no arguments and returns what torch's `DataLoader` expects as its
 `multiprocessing_context`. Its processes are forked on Linux. They are ended by SIGKILL, which needs
-no answer, where Python and torch would send SIGTERM.
+no answer, where Python and torch would send SIGTERM. Before that, each has `END_S` seconds to end
+by itself, where torch would wait 5.
 """
 
 import atexit
@@ -50,6 +51,11 @@ QUEUED_BATCHES = 2
 
 HELD_BATCHES = 3
 """Batches that the consumer keeps: the current one, and those being received."""
+
+END_S = 0.1
+"""Longest time in seconds that torch waits for a worker to end by itself. One that hangs does not,
+and torch waits for one after another.
+"""
 
 RESERVED_BYTES = 2**20
 """Bytes of shared memory reserved for queues, locks and the status of the workers."""
@@ -125,6 +131,9 @@ class _KilledProcess(_Process):
     def start(self) -> None:
         super().start()
         self._popen.terminate = self._popen.kill  # Python calls this one at its end
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(None if timeout is None else min(timeout, END_S))
 
 
 class _Queue(multiprocessing.queues.Queue):

@@ -101,10 +101,10 @@ def dry_run(
     say = console.say if planned.dist.is_main else _say_nothing
     for line in (*(f"{line}; it is not used" for line in planned.damaged), *planned.warnings):
         console.log.warning("%s", line)
-    if planned.finished:
+    if planned.finished or planned.done == planned.steps:
         say(
             f"{planned.folder} is finished: training would only repeat what is missing of the "
-            "calibration and the gate"
+            "last validation, the calibration and the gate"
         )
         return
     train_state = assemble(planned)

@@ -138,8 +138,8 @@ class RunPlan:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done or the run ended early."""
-        return self.done == self.steps or bool(self.ended)
+        """Whether all steps are done and validated, or the run ended early."""
+        return bool(self.ended)
 
     def describe(self) -> list[str]:
         """Describe the run and every automatic choice, a line each."""

@@ -32,8 +32,9 @@ data, runs).finished` of `model/training/plan.py` does. Errors:
 - `OSError`: another file cannot be read or written.
 - `GateError` of `model/training/conclude.py` (a `ValueError`, so catch it first): the gate refuses
   the checkpoint. Every rank raises it.
-- `Interrupted` (no `ValueError`): after a signal to stop, once a checkpoint is saved. A fit
-  saves none: the same call fits again.
+- `Interrupted` (no `ValueError`): after a signal to stop, once a checkpoint is saved, also while
+  the run waits for images or validates. A validation that was stopped is done first when the run is
+  resumed. A fit saves no checkpoint: the same call fits again.
 
 `run_steps(planned, train_state, stop_at)` is the training loop alone. It takes a `RunPlan` and the
 `TrainState` made from it. It returns a pair: a text that says why the run is finished, or "" if it
@@ -84,6 +85,7 @@ from model.training.validation import (
     validate,
     write_validation,
 )
+from pipeline.batch import Batch
 from pipeline.monitor import LoaderStats
 from sharding.lock import reading
 from storage import AnyPath
@@ -201,7 +203,9 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
     """
     recipe, stream, dist = planned.recipe, planned.stream, planned.dist
     settings, steps, done, best = recipe.run, planned.steps, planned.done, planned.best
-    gain, over = planned.gain, ""
+    gain, over, saved, logged = planned.gain, "", done, done
+    saving = validating = _left_to_validate(planned)
+    stopping, at_end, validation = False, False, None
     forward = compile_network(planned, train_state)
     with (
         one_thread(planned.features is not None),
@@ -215,38 +219,43 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
     ):
         advance(done)
         stats = LoaderStats(stream.pool.shards.codes("source")[1], dist.world_size)
-        for batch in stats.timed(stream.batches(done, settings.epochs)):
-            loss = take_step(train_state, forward, batch, recipe, step=done, steps=steps)
-            done += 1
-            for failure in stream.loader.name_failures(batch):
-                console.rank_log.warning("not decoded: %s", failure)
-            epoch, ended = -(-done // planned.steps_per_epoch), done % planned.steps_per_epoch == 0
-            validating = ended and (epoch % settings.validate_every == 0 or done == steps)
-            stopping = all_reduce_any(dist, bool(received))
-            due = settings.save_every and done % settings.save_every == 0
-            at_end = stop_at is not None and done >= stop_at
-            saving = validating or due or stopping or at_end
-            if saving or done % settings.log_every == 0:
-                _refuse_bad_loss(planned, train_state)
-                _refuse_bad_weights(train_state, done)
-                _log_step(history, stats, train_state, done, loss)
-            advance(1, f"epoch {epoch} of {settings.epochs}, {stats.note()}")
-            validation = None
-            if validating:
-                validation = _validate(planned, train_state)
+        batches = stats.timed(stream.batches(done, settings.epochs))
+        while True:
+            if validating and (validation := _validate_unless_stopped(planned, train_state)):
                 _log_validation(history, done, validation)
                 gain = gain.after(done, validation.selection)
+                over = _why_over(planned, done, gain)
                 stats.reset()
-            over = _why_over(planned, done, gain)
-            if saving:
+            stopping = stopping or (validating and validation is None)
+            if saving and (validation is not None or done > saved):
                 if history is not None:
                     history.sync()
                 best = save(planned, train_state, done, validation, best, gain=gain, ended=over)
-            if stopping and not over:
+                saved = done
+            if stopping:
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if over or at_end:
                 break
+            batch, validation = _next_unless_stopped(batches), None
+            # Before the step: no rank waits in its step for one that has no batch.
+            stopping = all_reduce_any(dist, batch is None or bool(received))
+            if batch is not None and not stopping:
+                loss = take_step(train_state, forward, batch, recipe, step=done, steps=steps)
+                done += 1
+                for failure in stream.loader.name_failures(batch):
+                    console.rank_log.warning("not decoded: %s", failure)
+                epoch = -(-done // planned.steps_per_epoch)
+                advance(1, f"epoch {epoch} of {settings.epochs}, {stats.note()}")
+            at_end = stop_at is not None and done >= stop_at
+            validating = _is_due(planned, done) and not stopping
+            due = settings.save_every and done % settings.save_every == 0
+            saving = bool(validating or due or stopping or at_end)
+            if done > logged and (saving or done % settings.log_every == 0):
+                _refuse_bad_loss(planned, train_state)
+                _refuse_bad_weights(train_state, done)
+                _log_step(history, stats, train_state, done, loss)
+                logged = done
     assert best is not None  # never None: the last step is always saved
     return over, best
 
@@ -302,6 +311,39 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
         gain = planned.gain.after(done, validation.selection)
         best = save(planned, train_state, done, validation, None, gain=gain, ended=over)
     return over, best
+
+
+def _is_due(planned: RunPlan, done: int) -> bool:
+    """Return whether the run is validated after `done` steps."""
+    epoch, rest = divmod(done, planned.steps_per_epoch)
+    every = planned.recipe.run.validate_every
+    return done > 0 and not rest and (epoch % every == 0 or done == planned.steps)
+
+
+def _left_to_validate(planned: RunPlan) -> bool:
+    """Return whether a signal stopped the validation that the checkpoint to resume should have."""
+    return (
+        planned.resumed is not None
+        and _is_due(planned, planned.done)
+        and not checkpoint.read_meta(planned.resumed)["metrics"]
+    )
+
+
+def _validate_unless_stopped(planned: RunPlan, train_state: TrainState) -> Validation | None:
+    """Compute the metrics of the validation sets; None if a signal to stop came to a rank."""
+    try:
+        return _validate(planned, train_state)
+    except interrupts.Stopped:
+        return None
+
+
+def _next_unless_stopped(batches: Iterator[Batch]) -> Batch | None:
+    """Wait for the next batch; None if a signal to stop came to this rank."""
+    try:
+        with interrupts.stoppable():
+            return next(batches)
+    except interrupts.Stopped:
+        return None
 
 
 def _tracker(planned: RunPlan) -> contextlib.AbstractContextManager[Tracker | None]:

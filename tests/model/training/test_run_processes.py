@@ -22,7 +22,8 @@ from model import checkpoint
 from model.recipe import Recipe
 from model.tracking.history import rows_of
 from model.training import saving
-from model.training.run import train
+from model.training.run import Interrupted, train
+from pipeline.read import ShardReader
 from tests import forked
 from tests.builders import ROOT, can_mount, losses_of, same
 from tests.checkpoints import last_of
@@ -91,6 +92,61 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
         while time.monotonic() < deadline:
             os.killpg(running.process.pid, 0)
             time.sleep(0.2)
+
+
+def test_a_signal_ends_the_wait_for_a_worker_that_hangs(
+    tiny_recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    """Not only after `loading.stall_error_s`, here 900 seconds."""
+    settings = [
+        "loading.num_workers=1",
+        "loading.batch_size=1",
+        "run.epochs=300",
+        "run.log_every=1",
+    ]
+    running = forked.start(
+        command(tiny_recipe, data, tmp_path / "runs", *settings), tmp_path / "answer.json"
+    )
+    wait_for_rows(tmp_path / "runs/tiny", 1, running)
+    parent = running.process.pid
+    for worker in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        os.kill(int(worker), signal.SIGSTOP)
+    time.sleep(0.5)  # it takes the batches that are ready, then waits
+    os.kill(parent, signal.SIGTERM)
+    ended = running.wait(timeout_s=30)
+    assert ended.status == 130, ended
+    assert "stopped by SIGTERM at step" in ended.stderr
+    assert last_of(tmp_path / "runs/tiny")
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_first(
+    tiny_recipe: Path, data: Path, tmp_path: Path, is_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends as an uninterrupted one, also where the last step is not validated yet."""
+    recipe, run = recipes.load(Recipe, tiny_recipe), tmp_path / "stopped/tiny"
+    read = ShardReader.read
+
+    def hang(self: ShardReader, samples: object) -> object:
+        validating = [folder.name for folder in self.shards.folders] == ["val"]
+        if validating and bool(checkpoint.checkpoints_of(run)) == is_last:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(HANG_S)
+        return read(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardReader, "read", hang)
+        with pytest.raises(Interrupted, match=f"SIGTERM at step {10 if is_last else 5} of 10"):
+            train(recipe, data, run.parent)
+    meta = checkpoint.read_meta(last_of(run))
+    assert (meta["step"], meta["metrics"], meta["ended"]) == (10 if is_last else 5, {}, None)
+    assert train(recipe, data, run.parent).name == train(recipe, data, tmp_path / "whole").name
+    assert same(last_of(run), last_of(tmp_path / "whole/tiny"))
+    rows, whole = (
+        [(row["kind"], row["step"]) for row in rows_of(one)]
+        for one in (run, tmp_path / "whole/tiny")
+    )
+    assert rows == whole
 
 
 @pytest.mark.slow
