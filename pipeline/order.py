@@ -20,12 +20,14 @@ rank's batch. The number of ranks does not change the samples of a step: 2 ranks
 together the same 24 as one rank.
 
 A run resumes from a dict: `state_of(seed=..., number=..., step=..., global_batch=...,
-index_sha256=..., shuffle=..., settings=...)` returns it for the next step of epoch `number` and the
-set's hash (`ShardSet.sha256`). `settings` has all else that decides the order: a dict, name of a
-setting -> its value as text. `check_state(state, ...)` takes the same keywords without `number` and
-`step`, and returns the (epoch, step) in the state. It raises `OrderError` if the state has another
-value than one of these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`.
-States of earlier versions lack the shuffle and the settings, which are then not compared.
+index_sha256=..., content_sha256=..., shuffle=..., settings=...)` returns it for the next step of
+epoch `number` and two hashes: of the indexes (`ShardSet.sha256`), and of what batches are made of
+(`pipeline/contents.py`). `settings` has all else that decides the order: a dict, name of a setting
+-> its value as text. `check_state(state, ...)` takes the same keywords without `number` and `step`,
+and returns the (epoch, step) in the state. It raises `OrderError` if the state has another value
+than one of these arguments, or another version than that of `shuffle` in `ORDER_VERSIONS`. The hash
+of the indexes, which have other facts too, is only compared for states of earlier versions, which
+lack the other one. They also lack the shuffle and the settings, which are then not compared.
 `repeat()` lists the samples of a source several times, `mixing_of()` measures how well an order is
 shuffled (`Mixing`), and `rng_of(seed, number, purpose)` returns a NumPy generator, with `REPLAY` or
 `REPEAT` as purpose.
@@ -250,8 +252,8 @@ def _blocks(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 
 
 def state_of(
-    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str, shuffle: Shuffle,
-    settings: Mapping[str, str],
+    *, seed: int, number: int, step: int, global_batch: int, index_sha256: str,
+    content_sha256: str, shuffle: Shuffle, settings: Mapping[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return what `check_state` needs to resume before `step` of epoch `number`: integers and short
     texts. The order itself is not needed.
@@ -263,6 +265,7 @@ def state_of(
         "step": step,
         "global_batch": global_batch,
         "index_sha256": index_sha256,
+        "content_sha256": content_sha256,
         "loading.shuffle": shuffle,
         **settings,
     }
@@ -273,12 +276,14 @@ _CHANGED = {
     "seed": "the seed has changed since this run began",
     "global_batch": "the batch size over all processes has changed since this run began",
     "index_sha256": "the shard set has been built again since this run began",
+    "content_sha256": "the shard set has been built again since this run began, with other images, "
+    "labels, sources, groups or policies",
 }
 
 
 def check_state(
-    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str, shuffle: Shuffle,
-    settings: Mapping[str, str],
+    state: Mapping[str, Any], *, seed: int, global_batch: int, index_sha256: str,
+    content_sha256: str, shuffle: Shuffle, settings: Mapping[str, str],
 ) -> tuple[int, int]:  # fmt: skip
     """Return the (epoch, step) to resume from.
 
@@ -286,11 +291,14 @@ def check_state(
         OrderError: the state belongs to other shards, another seed, global batch or order version,
             or to other `settings`.
     """
+    sets = {"content_sha256": content_sha256}
+    if "content_sha256" not in state:  # of an earlier version
+        sets = {"index_sha256": index_sha256}
     expected = {
         "loading.shuffle": shuffle,  # before the version, which differs between shuffles
         "order_version": ORDER_VERSIONS[shuffle],
         "seed": seed,
-        "index_sha256": index_sha256,  # before the batch size, which `--folder` takes from the sets
+        **sets,  # before the batch size, which `--folder` takes from the sets
         **settings,
         "global_batch": global_batch,
     }
@@ -298,8 +306,8 @@ def check_state(
     for name, value in expected.items():
         before = state.get(name, value) if name in newer else state[name]
         if before != value:
-            if name == "index_sha256":
-                before, value = before[:16], index_sha256[:16]
+            if name in sets:
+                before, value = before[:16], sets[name][:16]
             raise OrderError(
                 f"cannot resume: {_CHANGED.get(name, f'{name} has changed since this run began')} "
                 f"({name} was {before} and is {value}), so the order of samples would change; "

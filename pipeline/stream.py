@@ -48,6 +48,7 @@ Errors:
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ import torch
 
 from pipeline.augment import AugmentPolicy
 from pipeline.batch import Batch
+from pipeline.contents import content_sha256, policies_sha256
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
 from pipeline.order import (
@@ -321,9 +323,17 @@ class Stream:
             step=step,
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
+            content_sha256=self._content_sha256,
             shuffle=self.loader.loading.shuffle,
             settings=self._settings,
         )
+
+    @functools.cached_property
+    def _content_sha256(self) -> str:
+        """Hash of what batches are made of. Other facts of the sets may change during a run."""
+        shards = self.pool.shards
+        both = content_sha256(shards) + policies_sha256(shards)
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def _settings(self) -> dict[str, str]:
@@ -353,6 +363,7 @@ class Stream:
             seed=self.seed,
             global_batch=self.loader.global_batch,
             index_sha256=self.pool.shards.sha256,
+            content_sha256=self._content_sha256,
             shuffle=self.loader.loading.shuffle,
             settings=self._settings,
         )

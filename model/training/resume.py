@@ -25,6 +25,7 @@ import recipes
 from model import checkpoint
 from model.recipe import Recipe, flat_settings
 from model.training.validation import Gain
+from pipeline.contents import content_sha256
 from pipeline.stream import Stream
 from sharding.format import ShardSet, hashes_of
 
@@ -116,12 +117,17 @@ def progress_of(
             figures of different images, and forgetting would be their difference.
     """
     state = checkpoint.load_state(resumed, lazy=True)
-    done, now = stream.resume(state["order"]), hashes_of(validation)
-    for name, sha256 in state.get("validation", now).items():
+    done = stream.resume(state["order"])
+    now = {name: content_sha256(shards) for name, shards in validation.items()}
+    before = state.get("validation_content")
+    if before is None:  # saved by an earlier version
+        now = hashes_of(validation)
+        before = state.get("validation", now)
+    for name, sha256 in before.items():
         if now[name] != sha256:
             raise ValueError(
                 f"cannot resume: validation set {name} has been built again since this run began "
-                f"(index_sha256 was {sha256[:16]} and is {now[name][:16]}), so figures of "
+                f"(its hash was {sha256[:16]} and is {now[name][:16]}), so figures of "
                 "different images would be compared; undo the change, or start a new run with "
                 "--run NAME"
             )

@@ -54,7 +54,7 @@ from model.shipped.entries import TrainingData
 from model.training.plan import RunPlan
 from model.training.step import TrainState
 from model.training.validation import Best, Gain, better
-from sharding.format import hashes_of
+from pipeline.contents import content_sha256
 from storage import partial_of, whole_name
 
 log = logging.getLogger("ai_images_detector")
@@ -125,7 +125,7 @@ def save(
             "optimizer": optimizer,
             "scaler": train_state.scaler.state_dict(),
             "order": stream.state(done),
-            "validation": hashes_of(plan.validation),
+            "validation_content": {n: content_sha256(s) for n, s in plan.validation.items()},
             "gain": asdict(gain),
             "rng": rng,
             "cuda_rng": cuda_rng if on_gpu else [],

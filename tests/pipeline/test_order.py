@@ -80,13 +80,14 @@ def test_too_few_samples_are_an_error() -> None:
 
 
 NOW = {
-    "seed": 5, "global_batch": 24, "index_sha256": "abc", "shuffle": "global",
+    "seed": 5, "global_batch": 24, "index_sha256": "abc", "content_sha256": "def",
+    "shuffle": "global",
     "settings": {"replay.ratio": "1:8"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "changed", ["order_version", "seed", "global_batch", "index_sha256", "loading.shuffle",
+    "changed", ["order_version", "seed", "global_batch", "content_sha256", "loading.shuffle",
                 "replay.ratio"],
 )  # fmt: skip
 def test_a_state_of_another_run_is_refused(changed: str) -> None:
@@ -103,6 +104,9 @@ def test_a_state_of_an_earlier_version_resumes() -> None:
         "index_sha256": "abc",
     }  # fmt: skip
     assert check_state(before, **NOW) == (2, 17)
+    assert check_state(state_of(number=2, step=17, **NOW), **{**NOW, "index_sha256": "x"})
+    with pytest.raises(OrderError, match="index_sha256 was abc and is x"):
+        check_state(before, **{**NOW, "index_sha256": "x"})
     with pytest.raises(OrderError, match="order_version was 1 and is 2"):
         check_state(before, **{**NOW, "shuffle": "block"})
 

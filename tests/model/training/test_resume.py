@@ -10,6 +10,8 @@ from model import checkpoint
 from model.recipe import Recipe
 from model.training.plan import plan
 from model.training.run import train
+from sharding.format import open_shards
+from tests.builders import build_all, write_raw
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -90,6 +92,44 @@ def test_a_validation_set_that_was_built_again_is_refused(
             plan(recipe, shards, runs)
         (shards / "val").unlink()
         (shards / "val").symlink_to(data / "val")
+
+
+SWAPPED = 'real = [{ folder = "fake" }]\nfake = [{ folder = "real" }]'
+
+
+def with_catalog(raw: Path, before: str, after: str) -> None:
+    """Change a text of the catalog of `write_raw`."""
+    file = raw / "catalog.toml"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def test_a_run_goes_on_after_a_build_that_changes_only_other_facts(
+    load: Load, tmp_path: Path
+) -> None:
+    """Generators are in the tars, too, but in no batch. Labels, images and policies are refused."""
+    raw, data, runs = write_raw(tmp_path / "raw"), tmp_path / "shards", tmp_path / "runs"
+    recipe = load("run.epochs=1")
+    train(recipe, build_all(raw, data), runs, stop_at=2)
+    before = {name: open_shards([data / name]).sha256 for name in ("old", "val")}
+    with_catalog(raw, 'license = "test"', 'license = "CC0-1.0"')
+    with_catalog(raw, 'generator = "camera"', 'generator = "Canon"')
+    build_all(raw, data)
+    assert all(open_shards([data / name]).sha256 != before[name] for name in before)
+    train(recipe, data, runs, stop_at=3)
+    assert plan(recipe, data, runs).done == 3
+    catalog = (raw / "catalog.toml").read_text()
+    for old, new, said in (
+        ('policy = "dda"', 'policy = "train"', "the shard set has been built again since this run"),
+        (catalog.split('set = "old"\n')[1].partition("\n\n")[0], SWAPPED, "the shard set has been"),
+        (catalog.split("val = 0.2 }\n")[1].rstrip(), SWAPPED, "validation set val has been built"),
+    ):
+        with_catalog(raw, old, new)
+        build_all(raw, data)
+        with pytest.raises(ValueError, match=f"cannot resume: {said}"):
+            plan(recipe, data, runs)
+        (raw / "catalog.toml").write_text(catalog)
 
 
 def test_a_resumed_run_keeps_its_teacher(load: Load, data: Path, tmp_path: Path) -> None:
