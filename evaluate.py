@@ -293,12 +293,15 @@ def _measure_mistakes(
 
 def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
     """Write and print the report again from a scores file."""
-    from model.evaluation.run import report_on
+    from model.evaluation.run import lock_output, report_on
     from report.files import write_report
     from report.terminal import print_report
 
-    report = report_on(scores)
-    written = write_report(report, scores, any_path(data), out or scores.parent)
+    folder = out or scores.parent
+    with contextlib.ExitStack() as held:
+        lock_output(folder, held)
+        report = report_on(scores)
+        written = write_report(report, scores, any_path(data), folder)
     print_report(report)
     say_files(written)
     _refuse_gaps(report)

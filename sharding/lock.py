@@ -99,8 +99,8 @@ def changing(folder: AnyPath, names: Collection[str], *, writes: bool) -> Iterat
         yield
         return
     busy = BlockingIOError(
-        f"the shards of {folder} would change, and another process reads them (a training or an "
-        "evaluation); wait for it to end, then run the command again"
+        f"the shards of {folder} would change, and another process reads them (such as a "
+        "training); wait for it to end, then run the command again"
     )
     with locks.locked(folder, busy, is_folder=True):
         yield

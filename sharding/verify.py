@@ -56,6 +56,7 @@ from sharding.format import (
     timm_info,
 )
 from sharding.index import Index
+from sharding.lock import reading
 from sharding.remote import files_in
 from storage import (
     AnyPath,
@@ -111,6 +112,7 @@ def verify(
 
     Raises:
         ShardError: a set cannot be opened.
+        BlockingIOError: a build is changing a set.
     """
     faults: list[str] = []
     opened = []
@@ -124,11 +126,12 @@ def verify(
             (str(folder), entry, _copied(shards.table, rows_of.get(code, np.empty(0, np.int64))))
             for code, entry in enumerate(entries)
         )
-        for count, new_faults in run_all(
-            verify_shard, tasks, "local", jobs if len(entries) > 1 else 1
-        ):
-            faults += new_faults
-            on_images(count)
+        with reading(shards):  # else a shard that a build replaces meanwhile would be a fault
+            for count, new_faults in run_all(
+                verify_shard, tasks, "local", jobs if len(entries) > 1 else 1
+            ):
+                faults += new_faults
+                on_images(count)
     return sorted(faults) + _check_splits(folders, opened)
 
 

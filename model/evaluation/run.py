@@ -111,12 +111,14 @@ def evaluate(
         console.log.warning("%s", sentence)
     keep_freed_memory(planned.device)
     with contextlib.ExitStack() as own:
-        on_main(planned.dist, lambda: _lock(out, held or own))
+        on_main(planned.dist, lambda: lock_output(out, held or own))
         return _evaluate(planned, out)
 
 
-def _lock(out: Path, held: contextlib.ExitStack) -> None:
-    """Lock the output folder. The report would otherwise be on the scores of another evaluation."""
+def lock_output(out: Path, held: contextlib.ExitStack) -> None:
+    """Lock the folder of a report until `held` ends; the folder is made if it is missing. The
+    report would otherwise be on the scores of another evaluation.
+    """
     out.mkdir(parents=True, exist_ok=True)
     busy = BlockingIOError(
         f"another evaluation is writing {out}; wait for it to end, or name another folder with "

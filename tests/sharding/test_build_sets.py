@@ -93,6 +93,11 @@ def test_a_set_that_is_read_is_not_changed(tmp_path: Path) -> None:
         reading(shards),
     ):
         pass
+    with (
+        changing(tmp_path / "out/tr", ["another.tar"], writes=False),
+        pytest.raises(BlockingIOError, match="a build is changing"),
+    ):
+        verify([tmp_path / "out/tr"], jobs=1)
 
 
 def test_a_set_without_images_and_a_set_without_a_class_are_named(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import evaluate
 from locks import locked
 from model.backbones.pretrained import NetworkError
 from model.checkpoint import CheckpointError, annotate, read_meta
@@ -156,6 +158,8 @@ def test_a_folder_that_another_evaluation_writes_is_refused_before_scoring(
         run.evaluate(tiny_checkpoint, data, ["val"], out, options=options, held=held)
         with pytest.raises(BlockingIOError, match="another evaluation is writing"):
             run.evaluate(tiny_checkpoint, data, ["val"], out, options=options)
+        said = CliRunner().invoke(evaluate.main, ["--scores", str(out / "scores.parquet")])
+        assert said.exit_code == 1 and "another evaluation is writing" in said.stderr
     assert sorted(path.name for path in out.iterdir()) == ["scores.parquet", "speed.json"]
 
 
