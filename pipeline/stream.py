@@ -184,7 +184,10 @@ class Stream:
     seed: int
     repeats: Mapping[str, float] = field(default_factory=dict)
     views: int | None = None
-    _replayed: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _replayed: dict[int, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _running: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def new_per_epoch(self) -> int:
@@ -285,6 +288,8 @@ class Stream:
         epoch_number = start // self.steps_per_epoch
         while epoch_number < epochs:
             epoch = self.epoch(epoch_number)
+            self._running.clear()
+            self._running[epoch_number] = epoch  # a save within it, or at its end, reads its order
             params_for = self.params(epoch_number)
             yield from self.loader.batches(
                 epoch, params_for, max(0, start - epoch_number * epoch.steps)
@@ -294,25 +299,47 @@ class Stream:
     def replayed_until(self, done: int, *, whole: bool = False) -> Iterator[tuple[str, int]]:
         """Yield the key of each old sample in the first `done` steps, and how often it came. With
         `whole`, whole epochs count, as in `epoch()`. The counts of finished epochs are kept for the
-        next call: a run asks at each of its checkpoints.
+        next call, and in checkpoints (`replayed_state`): a run asks at each of its checkpoints, and
+        an order takes seconds for a hundred million samples.
         """
         finished, left = divmod(done, self.steps_per_epoch)
         if whole:
             finished, left = finished + (left > 0), 0
         known = max((n for n in self._replayed if n <= finished and not whole), default=0)
-        none = np.zeros(len(self.pool.shards), np.int32)
-        counts = self._replayed.get(known, none).copy()
+        counts = np.zeros(len(self.pool.shards), np.int32)
+        if known:
+            rows, times = self._replayed[known]
+            counts[rows] = times
         for epoch_number in range(known, finished):
-            _add_replayed(counts, self.epoch(epoch_number, whole=whole))
+            _add_replayed(counts, self._order(epoch_number, whole=whole))
         if not whole:
+            rows = np.flatnonzero(counts)
             self._replayed.clear()
-            self._replayed[finished] = counts
+            self._replayed[finished] = rows, counts[rows]
         if left:
-            counts = counts.copy()
-            _add_replayed(counts, self.epoch(finished), left)
+            _add_replayed(counts, self._order(finished), left)
         samples = np.flatnonzero(counts)
         keys = self.pool.shards.table.column("key").take(samples)
         return ((key.as_py(), int(count)) for key, count in zip(keys, counts[samples], strict=True))
+
+    def _order(self, epoch_number: int, *, whole: bool = False) -> Epoch:
+        """Return the order of an epoch. That of the running one is known."""
+        running = None if whole else self._running.get(epoch_number)
+        return running or self.epoch(epoch_number, whole=whole)
+
+    def replayed_state(self) -> dict[str, Any]:
+        """Return what `replayed_until` has kept, so that a resumed run need not order each finished
+        epoch again: their number, the old samples that came, and how often.
+        """
+        ((finished, (rows, times)),) = self._replayed.items()
+        samples, counts = torch.from_numpy(rows), torch.from_numpy(times)
+        return {"epochs": finished, "samples": samples, "counts": counts}
+
+    def keep_replayed(self, state: Mapping[str, Any]) -> None:
+        """Take over the `replayed_state` of a checkpoint of this run."""
+        # Copied from the file, which is removed after the next save.
+        kept = state["samples"].numpy().copy(), state["counts"].numpy().copy()
+        self._replayed[state["epochs"]] = kept
 
     def state(self, done: int) -> dict[str, Any]:
         """Return what `resume` needs to continue after `done` steps: a few integers and texts."""

@@ -118,6 +118,8 @@ def progress_of(
     """
     state = checkpoint.load_state(resumed, lazy=True)
     done = stream.resume(state["order"])
+    if "replayed" in state:  # else of an earlier version, or a run that replays nothing
+        stream.keep_replayed(state["replayed"])
     now = {name: content_sha256(shards) for name, shards in validation.items()}
     before = state.get("validation_content")
     if before is None:  # saved by an earlier version

@@ -119,6 +119,8 @@ def save(
 
     def write() -> None:
         recipe, stream, data = plan.recipe, plan.stream, _data_of(plan)
+        whole = recipe.optim.solver == "lbfgs"
+        replayed = stream.replayed_until(done, whole=whole) if data["replay"] else None
         with lean_import():
             optimizer = train_state.optimizer.state_dict()
         state = {
@@ -130,6 +132,8 @@ def save(
             "rng": rng,
             "cuda_rng": cuda_rng if on_gpu else [],
         }
+        if replayed and not whole:
+            state["replayed"] = stream.replayed_state()
         if train_state.ema is not None:
             state["net"] = train_state.net.backbone.state_dict()
         checkpoint.save(
@@ -137,11 +141,7 @@ def save(
             train_state.shown,
             recipe=recipe,
             state=state,
-            replayed=(
-                stream.replayed_until(done, whole=recipe.optim.solver == "lbfgs")
-                if data["replay"]
-                else None
-            ),
+            replayed=replayed,
             record=checkpoint.Record(
                 step=done,
                 epoch=done / plan.steps_per_epoch,

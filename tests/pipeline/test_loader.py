@@ -240,6 +240,13 @@ def test_the_replayed_samples_of_an_epoch_are_chosen_once_for_all_checkpoints(
     assert numbers == [0, 1, 2, 3, 0]
     assert Counter(saved[0]) < Counter(saved[1]) and Counter(saved[3]) < Counter(saved[0])
     assert saved[2] == dict(make_stream(ratio="1:2").replayed_until(3 * steps + 1))
+    resumed, whole = make_stream(ratio="1:2"), make_stream(ratio="1:2").replayed_until(4 * steps)
+    stream.replayed_until(3 * steps)
+    resumed.keep_replayed(stream.replayed_state())
+    numbers.clear()
+    list(resumed.batches(3 * steps, 4))
+    assert dict(resumed.replayed_until(4 * steps)) == dict(whole)
+    assert numbers == [3]
 
 
 def test_the_record_of_replayed_samples_does_not_grow_with_the_epochs(
@@ -249,9 +256,9 @@ def test_the_record_of_replayed_samples_does_not_grow_with_the_epochs(
     stream, kept = make_stream(ratio="1:2"), []
     for epochs in (20, 40):
         rows = [*stream.replayed_until(epochs * stream.steps_per_epoch)]
-        (counts,) = stream._replayed.values()
-        kept.append((len(rows), counts.nbytes))
-    assert kept[0] == kept[1] == (len(stream.pool.old), 4 * len(stream.pool.shards))
+        state = stream.replayed_state()
+        kept.append((len(rows), len(state["samples"]), len(state["counts"])))
+    assert kept[0] == kept[1] == 3 * (len(stream.pool.old),)
 
 
 def test_sources_marked_no_replay_are_never_old(make_stream: Callable) -> None:
