@@ -11,7 +11,8 @@ with `--folder`, one of them or neither.
 - `--recipe`: a recipe (TOML file, or name of a built-in one). It names the shard sets (packed
   images) and all settings.
 - `--folder`: packs the images in DIR/real and DIR/fake first, as sets below `--data`, and trains on
-  them with the recipe of `--recipe` or `--phase`, or else `recipes/clip-phase1.toml`.
+  them with the recipe of `--recipe` or `--phase`, or else `recipes/clip-phase1.toml`. A published
+  division (folders named train, val or test, or a column of a CSV table) is kept.
 - `--set`: changes a value of the recipe, such as optim.lr=1e-4; may be repeated.
 - `--dry-run`: tries a few steps and prints the plan. No checkpoint is written. With `--folder`, the
   images are packed nevertheless.

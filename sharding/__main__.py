@@ -331,7 +331,9 @@ def describe_command(folder: Path, out: Path) -> None:
     )
     for split, count in description.published.items():
         images = console.counted(count, "image")
-        console.say(f"{images} in folders named like {split}: only they go to the {split} set")
+        console.say(f"{images} of a published {split} split: only they go to the {split} set")
+    for note in description.notes:
+        console.say(note)
     write_text(out, description.text)
     for reason, count in description.unread.items():
         console.say(f"excluded: {console.counted(count, 'file')}: {reason}")

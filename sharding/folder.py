@@ -20,13 +20,15 @@ It returns a `PackedFolder`:
 - `train`, `validate`: the path of each set relative to `data`, a text: `folders/...`.
 - `train_counts`, `validate_counts`: each [number of real images, of fake images].
 - `shards_written`: the number of shards that this call wrote.
+- `test`, `test_counts`: the same of a published test set; "" and [0, 0] if there is none.
 - `left_out`: a list of lines, which `sharding build` prints too: the files and images of `folder`
-  that are in neither set, by reason.
+  that are in no set, by reason, and the CSV tables and columns that are not used.
 
 Errors, of which all but `OSError` are `ValueError`s:
 
 - `CatalogError`: a subfolder is missing, the path of `folder` is `/` or not UTF-8, a class has
-  fewer than `FEWEST` images, or, after packing, a class has no image in one of the sets.
+  fewer than `FEWEST` images, or has none in a published validation set, or, after packing, a class
+  has no image in the training or the validation set.
 - `ShardError`: too many images of a set are unreadable (more than one and more than the fraction
   `MAX_BAD`, or all), a raw file changed meanwhile, or the folder of a set has files that no build
   wrote.
@@ -34,11 +36,14 @@ Errors, of which all but `OSError` are `ValueError`s:
 - `OSError`: a file cannot be read or written, or another process packs the folder.
 
 About the fraction `HELD_OUT` of the images, in whole groups of related ones, goes to the validation
-set. Files below `data`:
+set. Folders that are named like a published split (sharding/folder_names.py), inside those of a
+class or around them (`test/fake`), and a column of a CSV table (sharding/image_table.py) keep it:
+images of val and of test go to the sets of these names, and only they. Files below `data`:
 
     folders/<name>-<hash of the folder's path>/catalog.toml
     folders/<name>-<hash of the folder's path>/<name>            training set
     folders/<name>-<hash of the folder's path>/<name>-val        validation set
+    folders/<name>-<hash of the folder's path>/<name>-test       published test set, if there is one
 """
 
 import hashlib
@@ -46,12 +51,13 @@ import re
 import shlex
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import recipes
-from console import counted, log
+from console import counted
 from imaging.names import utf8_name
 from sharding.build import Progress, Tolerance, build, no_progress, why_lacking
 from sharding.catalog import (
@@ -62,11 +68,13 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.describe import split_of
+from sharding.folder_names import NAMED, split_of
 from sharding.format import CLASSES, UNKNOWN
+from sharding.image_table import ImageTable, Where, columns_in_use, destination, find_table, rule
 from sharding.left_out import left_out
 from sharding.listing import Listing, links_in, list_source
-from storage import AnyPath, make_folder, write_text
+from sharding.raw import walk
+from storage import AnyPath, make_folder, parse_json, write_text
 
 PLACE = "folders"
 CATALOG_FILE = "catalog.toml"
@@ -88,9 +96,10 @@ MAX_BAD = 0.05
 class PackedFolder:
     """Result of packing a folder.
 
-    `place` is the folder with both sets. `train` and `validate` are the paths of the sets below the
-    folder of all sets, and the counts are their images per class, by label. `shards_written` is the
-    number of shards that this run wrote. `left_out` are lines on the files and images in no set.
+    `place` is the folder with the sets. `train`, `validate` and `test` are the paths of the sets
+    below the folder of all sets, and the counts are their images per class, by label. `test` is ""
+    if no test set is published. `shards_written` is the number of shards that this run wrote.
+    `left_out` are lines on the files and images in no set, and on what is not used.
     """
 
     name: str
@@ -99,8 +108,28 @@ class PackedFolder:
     validate: str
     train_counts: Sequence[int]
     validate_counts: Sequence[int]
+    test: str
+    test_counts: Sequence[int]
     shards_written: int
     left_out: Sequence[str]
+
+
+class _Unit(NamedTuple):
+    """Images of a class folder that go to one set: those below `path` whose row has the values."""
+
+    side: str  # class folder
+    path: str  # it, or a folder inside that is named like a split
+    split: str = ""
+    where: Where = ()
+
+    def rules(self, kind: str) -> list[tuple[str, str]]:
+        """Return the folders of its rules, with the generators of their images."""
+        if kind == "real":
+            return [(self.path, "camera")]
+        above, _, _ = self.path[len(self.side) + 1 :].rpartition("/")
+        if generator := above.partition("/")[0]:
+            return [(self.path, generator.removesuffix(".zip"))]
+        return [(f"{self.path}/{NAMED}", ""), (self.path, UNKNOWN)]  # a subfolder names it
 
 
 def pack_folder(
@@ -116,17 +145,17 @@ def pack_folder(
     """
     folder = folder.resolve()
     sides = _class_folders(folder)
-    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[: LONGEST_NAME - len("-val")]
+    name = re.sub(r"[^a-z0-9_-]+", "_", folder.name.lower())[: LONGEST_NAME - len("-test")]
     name = name.strip("_-") or "images"
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     place = data / PLACE / f"{name}-{digest}"
-    text = _catalog_text(name, folder, sides)
-    catalog = recipes.build(Catalog, tomllib.loads(text), str(place / CATALOG_FILE))
+    table, notes = find_table(folder.parent, folder.name, list(walk(folder.parent, folder.name)))
+    if not columns_in_use(table, True, notes):
+        table = None
+    text, catalog, listing = _catalog(name, folder, sides, table)
+    _refuse_few(name, folder, sides, listing)
     # Images that are kept for testing must not be trained on here either.
     catalog = replace(catalog, exclude=read_catalog([BUILT_IN]).exclude)
-    listing = list_source(name, catalog.sources[name], folder.parent)
-    _refuse_few(folder, sides, listing)
-    _warn_of_splits(folder, listing)
     make_folder(place)
     write_text(place / CATALOG_FILE, text)
     scan, built = build(
@@ -135,9 +164,9 @@ def pack_folder(
         progress=progress,
     )  # fmt: skip
     labels = {one.name: one.index["totals"]["label"] for one in built}
-    train, validate = (
+    train, validate, test = (
         [labels.get(set_name, {}).get(kind, 0) for kind in CLASSES]
-        for set_name in (name, f"{name}-val")
+        for set_name in (name, f"{name}-val", f"{name}-test")
     )
     excluded = [row for one in built for row in one.excluded]
     for label, (of_train, of_val) in enumerate(zip(train, validate, strict=True)):
@@ -147,15 +176,18 @@ def pack_folder(
                 f"and {of_val} for validation, expected at least 1 of each"
                 f"{why_lacking(excluded, label)}; add images that differ"
             )
+    where = f"{PLACE}/{place.name}/{name}"
     return PackedFolder(
         name=name,
         place=place,
-        train=f"{PLACE}/{place.name}/{name}",
-        validate=f"{PLACE}/{place.name}/{name}-val",
+        train=where,
+        validate=f"{where}-val",
         train_counts=train,
         validate_counts=validate,
+        test=f"{where}-test" if sum(test) else "",
+        test_counts=test,
         shards_written=sum(one.shards_written for one in built),
-        left_out=left_out(built, scan, place),
+        left_out=[*notes, *left_out(built, scan, place)],
     )
 
 
@@ -170,7 +202,17 @@ def _class_folders(folder: Path) -> list[list[str]]:
             f"{utf8_name(str(folder))} cannot be packed: its name is empty or not UTF-8; rename it"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    sides = [[name for name in names if name.lower() in known] for known in CLASS_FOLDERS]
+    inside = [name for name in names if split_of(name)[0] and not (folder / name).is_symlink()]
+    names += [
+        f"{name}/{path.name}"
+        for name in inside
+        for path in sorted((folder / name).iterdir())
+        if path.is_dir()
+    ]
+    sides = [
+        [name for name in names if name.rpartition("/")[2].lower() in known]
+        for known in CLASS_FOLDERS
+    ]
     for kind, known, side in zip(CLASSES, CLASS_FOLDERS, sides, strict=True):
         if not side:
             there = ", ".join(utf8_name(name) for name in names[:8]) or "no folder"
@@ -182,8 +224,45 @@ def _class_folders(folder: Path) -> list[list[str]]:
     return sides
 
 
-def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
+def _catalog(
+    name: str, folder: Path, sides: list[list[str]], table: ImageTable | None
+) -> tuple[str, Catalog, Listing]:
+    """Return the catalog of a folder as TOML and as a `Catalog`, with the images that it lists."""
+    plain = [[_Unit(side, side) for side in of_class] for of_class in sides]
+    _, _, listing = _read(name, folder, _catalog_text(name, folder, plain, None))
+    inside = {item.origin.partition("/")[2].rpartition("/")[0] for item in listing.items}
+    units = [[unit for side in of_class for unit in _units(side, inside, table)]
+             for of_class in sides]  # fmt: skip
+    return _read(name, folder, _catalog_text(name, folder, units, table))
+
+
+def _units(side: str, inside: Set[str], table: ImageTable | None) -> list[_Unit]:
+    """Return what the images of the class folder `side` are divided into. `inside` are all folders
+    with images. The name of a folder counts before the table.
+    """
+    split = split_of(side)[0]
+    below = {split_of(path) for path in inside if path.startswith(f"{side}/")}
+    published = [_Unit(side, path, of) for of, path in below if len(path) > len(side)]
+    if split or not table:
+        others = [_Unit(side, side, split)]
+    else:
+        values = table.splits.items()
+        others = [_Unit(side, side, of, ((table.split, value),)) for value, of in values]
+    # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`.
+    return [*sorted(published, key=lambda unit: (-len(unit.path), unit.path)), *others]
+
+
+def _read(name: str, folder: Path, text: str) -> tuple[str, Catalog, Listing]:
+    catalog = recipes.build(Catalog, tomllib.loads(text), CATALOG_FILE)
+    return text, catalog, list_source(name, catalog.sources[name], folder.parent)
+
+
+def _catalog_text(
+    name: str, folder: Path, units: Sequence[Sequence[_Unit]], table: ImageTable | None
+) -> str:
     """Return the catalog of a folder as TOML."""
+    held = [split for split in ("val", "test") if any(u.split == split for us in units for u in us)]
+    uses_table = table and any(unit.where for of_class in units for unit in of_class)
     lines = [
         f"# Made from the folders of {toml_string(str(folder))};",
         "# overwritten each time the folder is packed.",
@@ -191,53 +270,50 @@ def _catalog_text(name: str, folder: Path, sides: list[list[str]]) -> str:
         "[sets]",
         f'{name} = "train"',
         f'{name}-val = "val"',
+        *([f'{name}-test = "test"'] if "test" in held else []),
         "",
         f"[sources.{name}]",
         f"root = {toml_string(folder.name)}",
         'license = "mine"',
-        f"set = {{ {name} = {1 - HELD_OUT:g}, {name}-val = {HELD_OUT:g} }}",
+        *([f"table = {table.as_toml()}"] if table and uses_table else []),
+        f"set = {destination(name, held, {'val': HELD_OUT})}",
     ]
-    for kind, side in zip(CLASSES, sides, strict=True):
+    for kind, of_class in zip(CLASSES, units, strict=True):
         lines.append(f"{kind} = [")
-        for path in side:
-            if kind == "fake":  # a subfolder names the generator
-                within = toml_string(f"{path}/<generator>")
-                lines.append(f"    {{ folder = {within}, optional = true }},")
-            generator = UNKNOWN if kind == "fake" else "camera"
-            rule = f'folder = {toml_string(path)}, generator = "{generator}"'
-            lines.append(f"    {{ {rule}, optional = true }},")
+        for unit in of_class:
+            for path, generator in unit.rules(kind):
+                line = rule(name, path, unit.split, generator, unit.where, optional=True)
+                lines.append(f"    {line},")
         lines.append("]")
     return "\n".join(lines) + "\n"
 
 
-def _refuse_few(folder: Path, sides: list[list[str]], listing: Listing) -> None:
+def _refuse_few(name: str, folder: Path, sides: list[list[str]], listing: Listing) -> None:
     """Refuse a class with too few images, before any image is decoded.
 
     Raises:
         CatalogError: the message gives the number of images.
     """
-    counts = Counter(item.label for item in listing.items)
+    sets = [(item.label, {*parse_json(item.destination)}) for item in listing.items]
+    counts = Counter(label for label, names in sets if names != {f"{name}-test"})
+    held = Counter(label for label, names in sets if names == {f"{name}-val"})
     for label, kind in enumerate(CLASSES):
         if counts[label] < FEWEST:
             where = " and ".join(str(folder / side) for side in sides[label])
             count = counted(counts[label], "image") if counts[label] else "no image"
+            beside = " besides a published test set" if counts.total() < len(sets) else ""
+            reasons = [f"; {counted(e['files'], 'file')}: {r}" for r, e in listing.excluded.items()]
             raise CatalogError(
-                f"{where} has {count}; expected at least {FEWEST} {kind} images (a fifth is for "
-                "validation), such as .jpg, .png or .webp files, in folders or zip archives"
-                f"{links_in(listing)}"
+                f"{where} has {count}{beside}; expected at least {FEWEST} {kind} images (a fifth "
+                "is for validation), such as .jpg, .png or .webp files, in folders or zip archives"
+                f"{links_in(listing) or ''.join(reasons[:2])}"
             )
-
-
-def _warn_of_splits(folder: Path, listing: Listing) -> None:
-    """Log that images of published splits are divided like all others."""
-    inside = [item.origin.partition("/")[2].rpartition("/")[0] for item in listing.items]
-    held = [path for path in inside if split_of(path)[0] in ("val", "test")]
-    if held:
-        log.warning(
-            "divided like all others: %s in folders named like a published validation or test set "
-            "(first: %s); a catalog from `%s` keeps published splits apart",
-            counted(len(held), "image"), held[0], _describing(folder),
-        )  # fmt: skip
+        if held and not held[label]:
+            raise CatalogError(
+                f"the published validation set in {folder} has {counted(held.total(), 'image')} "
+                f"and no {kind} image; add some to it, or rename its folders so that a fifth of "
+                "all images is held out instead"
+            )
 
 
 def _describing(folder: Path) -> str:

@@ -11,10 +11,11 @@ call it; rank 0 packs.
   name instead of getting the folder's.
 - `dist`: this process's rank, a `DistEnv`; `DistEnv()` for a single process.
 
-It writes a training set `<name>`, a validation set `<name>-val` and `catalog.toml` into
-`folders/<name>-<hash>/` below `data`. `<name>` is made from the folder's name, `<hash>` from its
-full path. Another call with the same folder and `data` uses the packed sets again, and packs only
-what is new or changed in the folder. The files and images that are left out are logged, by reason.
+It writes a training set `<name>`, a validation set `<name>-val`, `catalog.toml` and, if the folder
+has a published test set, `<name>-test` into `folders/<name>-<hash>/` below `data`. `<name>` is made
+from the folder's name, `<hash>` from its full path. Another call with the same folder and `data`
+uses the packed sets again, and packs only what is new or changed in the folder. The files and
+images that are left out are logged, by reason.
 
 It returns the recipe with these two sets. If the recipe also trains on old sets (replay), its own
 validation sets are kept beside the new one. The batch size in it is reduced if there are few
@@ -29,11 +30,13 @@ if `changed` has `data.train` or, without replay, `data.validate`, which the pac
 --folder` uses by default, or raises `ValueError` if it is not cached.
 """
 
+import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import console
+from installed import command
 from model.distributed import DistEnv, on_main
 from model.recipe import Recipe
 from model.shipped.backbone import CLIP_8_BIT, cached_path
@@ -87,6 +90,8 @@ def with_folder(
         )
     packed = on_main(dist, lambda: pack_folder(folder, data, progress=image_progress))
     console.log.info("%s", _words_for(packed, folder))
+    if packed.test:
+        console.log.info("%s", _words_for_test(packed, data))
     for line in packed.left_out:
         console.log.info("%s", line)
     samples, batch = sum(packed.train_counts), recipe.loading.batch_size
@@ -112,4 +117,15 @@ def _words_for(packed: PackedFolder, folder: Path) -> str:
     return (
         f"{folder} {done} in {packed.place}: {counts[0]} to train on ({packed.name}), {counts[1]} "
         f"held out ({packed.name}-val)"
+    )
+
+
+def _words_for_test(packed: PackedFolder, data: AnyPath) -> str:
+    """Say that a published test set is kept apart, and how to measure on it."""
+    real, fake = packed.test_counts
+    words = ["--data", str(data), "--shards", packed.test]
+    return (
+        f"published test set: {real:,} real and {fake:,} fake images ({packed.name}-test), which "
+        "are neither trained nor validated on; after the training: "
+        f"`{command('evaluate')} {shlex.join(words)}`"
     )

@@ -122,6 +122,92 @@ def test_published_splits_stay_apart(
     }
 
 
+def listed(tmp_path: Path, text: str) -> dict[str, tuple[int, str, set[str]]]:
+    """Return label, generator and sets of each image by a proposed catalog."""
+    (tmp_path / "c.toml").write_text(text)
+    listing = list_source("d", read_catalog([tmp_path / "c.toml"]).sources["d"], tmp_path)
+    assert not listing.unmatched
+    return {
+        item.origin: (item.label, item.generator, {*json.loads(item.destination)})
+        for item in listing.items
+    }
+
+
+def test_a_table_tells_classes_and_splits(tmp_path: Path) -> None:
+    """The table was ignored: all images were undecided, and the test set was divided."""
+    kinds = ("photo", "SDXL", "flux")
+    names = [f"images/{number}.png" for number in range(9)]
+    touch(tmp_path / "d", *names, "images/none.png")
+    rows = [
+        f"{name[7:]},{kinds[at % 3]},{'Test' if at < 3 else 'train'},a cat\n"
+        for at, name in enumerate(names)
+    ]
+    (tmp_path / "d/labels.csv").write_text("file,kind,split,prompt\n" + "".join(rows))
+    description = describe(tmp_path / "d")
+    assert description.published == {"test": 3} and not description.undecided
+    reason = "no row in labels.csv for its name (key column 'file', such as '0.png')"
+    assert description.unread == {reason: 1}
+    assert description.notes == [
+        "table labels.csv: 'kind' and 'split' decide",
+        "table labels.csv: not used: 'prompt'",
+    ]
+    divided = {"d", "d-val"}
+    assert listed(tmp_path, description.text) == {
+        f"d/{name}": (
+            int(at % 3 > 0), ("camera", "sdxl", "flux")[at % 3], {"d-test"} if at < 3 else divided
+        )
+        for at, name in enumerate(names)
+    }  # fmt: skip
+
+
+def test_a_table_divides_what_folders_label(tmp_path: Path) -> None:
+    names = [f"{kind}/{number}.png" for kind in ("real", "fake/sdxl") for number in range(4)]
+    touch(tmp_path / "d", *names, "fake/sdxl/val/9.png")
+    rows = [f"{name},{'test' if '0' in name else ''},{name[:4]}\n" for name in names]
+    (tmp_path / "d/m.csv").write_text("path,part,class\n" + "".join(rows))
+    description = describe(tmp_path / "d")
+    assert description.notes == [
+        "table m.csv: 'part' decides",
+        "table m.csv: not used: 'class': folders give the classes",
+    ]
+    assert description.published == {"val": 1, "test": 2}
+    assert {name: sets for name, (_, _, sets) in listed(tmp_path, description.text).items()} == {
+        **{f"d/{name}": {"d-test"} if "0" in name else {"d"} for name in names},
+        "d/fake/sdxl/val/9.png": {"d-val"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("csv", "said"),
+    [
+        ("file,split\n0.png,1\n1.png,2\n", "column 'split' is not used: '1' is not the name of a"),
+        ("file;split\n0.png;test\n", "table t.csv: no column has the names of images (file;split)"),
+        ("file,prompt\n0.png,a cat\n", "neither classes nor splits of images (prompt)"),
+        ("file,split\n0.png,\xe9\n", "t.csv is damaged or not a table"),
+    ],
+)
+def test_a_table_that_is_not_used_is_named(tmp_path: Path, csv: str, said: str) -> None:
+    touch(tmp_path / "d", "real/0.png", "fake/1.png")
+    (tmp_path / "d/t.csv").write_text(csv, encoding="latin-1")
+    description = describe(tmp_path / "d")
+    assert said in "; ".join(description.notes)
+    assert "table =" not in description.text and not description.published
+    assert len(listed(tmp_path, description.text)) == 2
+
+
+def test_classes_that_are_numbers_are_left_to_the_user(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "x/0.png", "x/1.png")
+    (tmp_path / "d/t.csv").write_text("file,label\n0.png,0\n1.png,1\n")
+    description = describe(tmp_path / "d")
+    assert description.undecided == {"label=0": 1, "label=1": 1}
+    assert '    # { where = { "label" = "0" } },  # 1 image: real?' in description.text
+    real, fake = (f'# {{ where = {{ "label" = "{value}" }} }}' for value in "01")
+    above, below = description.text.split("fake = [")
+    text = above.replace(real, real[2:]) + "fake = [" + below.replace(fake, fake[2:])
+    goes = listed(tmp_path, text)
+    assert [goes[f"d/x/{number}.png"][0] for number in (0, 1)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "path", ["flux-dev", "fake/dev", "fake/latest", "ai/test prompts", "fake/train_val"]
 )
@@ -216,7 +302,7 @@ def test_the_folders_that_hold_the_images_are_printed(tmp_path: Path) -> None:
     assert ["", "sdxl", "fake", "sdxl", "-", "3", "., a, b", ""] in rows
     assert ["", "flux", "fake", "flux", "-", "9", "0, 1, 2 and 6 more", ""] in rows
     assert ["", "real/test", "real", "camera", "test", "1", ".", ""] in rows
-    assert "1 image in folders named like test: only they go to the test set" in result.output
+    assert "1 image of a published test split: only they go to the test set" in result.output
     assert "by its name: training" not in result.output
     arguments = ["describe", str(tmp_path / "d/real"), "--out", str(tmp_path / "o2")]
     assert "without a class" in CliRunner().invoke(main, arguments).output

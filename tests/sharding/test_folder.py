@@ -184,23 +184,53 @@ def test_what_is_left_out_is_named_as_a_build_names_it(mine: Path, tmp_path: Pat
     assert len(packed.left_out) == 5
 
 
-def test_published_splits_that_are_divided_are_named(
-    mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pack(mine, tmp_path / "shards")
-    assert "published" not in caplog.text
-    write_images(mine / "REAL/Testing", 3, 300)
-    pack(mine, tmp_path / "shards")
-    assert "3 images in folders named like a published validation or test set" in caplog.text
-    assert (
-        f"(first: REAL/Testing); a catalog from `python -m sharding describe '{mine}'` keeps"
-        in (caplog.text)
-    )
+def origins(data: Path, name: str) -> set[str]:
+    return {*open_shards([data / name]).table.column("origin").to_pylist()}
+
+
+def test_published_splits_are_kept(tmp_path: Path) -> None:
+    """Its test images were divided among the training and the validation set."""
+    mine, data = tmp_path / "mine", tmp_path / "shards"
+    write_images(mine / "train/REAL", 22, 0)
+    write_images(mine / "train/FAKE/sdxl", 22, 100)
+    write_images(mine / "test/REAL", 3, 200)
+    write_images(mine / "test/FAKE/flux", 3, 300)
+    write_images(mine / "train/FAKE/sdxl/valid", 3, 400)
+    write_images(mine / "train/REAL/Validation", 2, 500)
+    packed = pack(mine, data)
+    assert list(packed.test_counts) == [3, 3]
+    assert all(name.startswith("mine/test/") for name in origins(data, packed.test))
+    assert len(origins(data, packed.validate)) == 5
+    assert all("/valid" in name.lower() for name in origins(data, packed.validate))
+    assert sum(packed.train_counts) == 44
+    assert {*read_index(data / packed.test)["totals"]["generator"]} == {"camera", "flux"}
+    assert {*read_index(data / packed.validate)["totals"]["generator"]} == {"camera", "sdxl"}
+    assert read_index(data / packed.test)["split"] == "test"
+    shutil.rmtree(mine / "train/REAL/Validation")
+    with pytest.raises(
+        CatalogError, match=r"validation set .* has 3 images and no real image; add"
+    ):
+        pack(mine, data)
+
+
+def test_the_splits_of_a_table_are_kept(mine: Path, tmp_path: Path) -> None:
+    images = sorted(path.relative_to(mine) for path in mine.rglob("*.jpg"))
+    rows = [f"{name},{'test' if at % 7 == 0 else 'train'},p\n" for at, name in enumerate(images)]
+    (mine / "meta.csv").write_text("file,Split,prompt\n" + "".join(rows[1:]))
+    packed = pack(mine, tmp_path / "shards")
+    expected = {f"My Photos/{name}" for name in images[7::7]}
+    assert origins(tmp_path / "shards", packed.test) == expected
+    assert sum(packed.train_counts) + sum(packed.validate_counts) == 51 - len(expected)
+    assert packed.left_out[:2] == [
+        "table meta.csv: 'Split' decides",
+        "table meta.csv: not used: 'prompt'",
+    ]
+    assert any("1 file: no row in meta.csv" in line for line in packed.left_out)
 
 
 def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:
     packed = pack(mine.rename(mine.with_name("x" * 200)), tmp_path / "shards")
-    assert packed.name == "x" * 74
+    assert packed.name == "x" * 73
     assert len(open_shards([tmp_path / "shards" / packed.train])) > 0
 
 

@@ -1,0 +1,252 @@
+"""Find the CSV table in a folder of images that has a row per image, and the columns in it with the
+class and with the published split.
+
+Main entry: `find_table(raw, root, files)`. It guesses nothing that it does not name: what it does
+not use is in the notes.
+
+- `raw`, `root`: the folder of the raw datasets (`Path` or `UPath`) and the name of a folder in it.
+- `files`: the list of the files in that folder, from `walk()` of sharding/raw.py.
+
+It returns a pair: an `ImageTable`, or None if no table names the images and their class or split;
+and a list of lines, the notes on tables and columns that are not used. The fields of the table:
+
+- `name`: the name of the CSV files. `key`: the column with the names of the images.
+- `split`: the column with the published splits, "" if there is none. `splits`: dict from each of
+  its values to "train", "val" or "test", or to "" if it is empty.
+- `label`: the column with the classes, "" if there is none. `labels`: dict from each of its values
+  to the label, or to None if the words of the value do not tell it, as for 0 and 1.
+- `unused`: the names of the other columns.
+
+`row_of(inside)` returns the row of an image (its path below `root`), or the reason why it has none.
+`columns_in_use(table, has_classes, notes)` returns its columns that decide, and adds a note on the
+others. `as_toml()` returns the table as the value of `table` in a catalog. `rule(...)` and
+`destination(...)` return a rule and `set` of a source as TOML; they decide what becomes of a
+published split.
+"""
+
+import csv
+import fnmatch
+import posixpath
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from imaging.decode import IMAGE_SUFFIXES
+from sharding.catalog import CatalogError, Source, Table, toml_string
+from sharding.folder_names import class_of, split_of
+from sharding.raw import RawFile, nfc
+from sharding.tables import LabelRows, naming_damage, read_rows
+from storage import AnyPath
+
+Where = tuple[tuple[str, str], ...]
+"""Conditions of a rule: columns, and the values that they must have."""
+
+MOST_VALUES = 50
+"""Maximum number of different values in a column of classes or splits; others are free texts."""
+
+SPLIT_NAMES = frozenset("split splits subset partition fold usage".split())
+"""Names of columns that are expected to have a split, in lower case."""
+
+LABEL_NAMES = frozenset("label labels class target category kind type is_fake is_ai fake".split())
+"""Names of columns that are expected to have a class, in lower case."""
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """CSV table of the images of a folder; see the module docstring."""
+
+    name: str
+    key: str
+    split: str
+    splits: Mapping[str, str]
+    label: str
+    labels: Mapping[str, int | None]
+    unused: Sequence[str]
+    root: str
+    rows: LabelRows
+
+    def row_of(self, inside: str) -> Mapping[str, str] | str:
+        """Return the row of an image, or the reason why it has none."""
+        return self.rows.row_of(f"{self.root}/{inside}")
+
+    def as_toml(self) -> str:
+        """Return the value of the key `table` of a source."""
+        return f"{{ name = {toml_string(self.name)}, key = {toml_string(self.key)} }}"
+
+
+def _where_as_toml(where: Where) -> str:
+    """Return the value of the key `where` of a rule, "" without a condition."""
+    if not where:
+        return ""
+    pairs = (f"{toml_string(column)} = {toml_string(value)}" for column, value in where)
+    return f"{{ {', '.join(pairs)} }}"
+
+
+def rule(
+    name: str, folder: str, split: str, generator: str, where: Where, *, optional: bool = False
+) -> str:
+    """Return a rule of the source `name` as TOML. Images of a published val or test set go to this
+    set, those of train where all others go.
+    """
+    parts = {"folder": toml_string(folder) if folder else "", "where": _where_as_toml(where)}
+    parts |= {"generator": toml_string(generator) if generator else ""}
+    parts |= {"set": toml_string(f"{name}-{split}") if split in ("val", "test") else ""}
+    parts |= {"optional": "true" if optional else ""}
+    return f"{{ {', '.join(f'{key} = {value}' for key, value in parts.items() if value)} }}"
+
+
+def destination(name: str, published: Collection[str], held_out: Mapping[str, float]) -> str:
+    """Return `set` of the source `name` as TOML: shares of the training set and of those sets of
+    `held_out` (split -> share) that are not published. What is published goes only to its own set.
+    """
+    shares = {f"{name}-{s}": share for s, share in held_out.items() if s not in published}
+    shares = {name: 1 - sum(shares.values()), **shares}
+    divided = ", ".join(f"{key} = {share:g}" for key, share in shares.items())
+    return f"{{ {divided} }}" if len(shares) > 1 else toml_string(name)
+
+
+def find_table(
+    raw: AnyPath, root: str, files: Sequence[RawFile]
+) -> tuple[ImageTable | None, list[str]]:
+    """Return the table with the class or the split of the images below `raw/root`, and notes."""
+    images = {_base(file) for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES}
+    keys: dict[str, set[str]] = {}
+    notes: list[str] = []
+    for file in files:
+        if not _base(file).endswith(".csv"):
+            continue
+        if reason := file.excluded or ("in an archive" if file.member else ""):
+            notes.append(f"table {file.inside} is not read: {reason}")
+            continue
+        try:
+            columns, key = _key_of(raw / file.path, images)
+        except (CatalogError, OSError) as error:
+            notes.append(f"not read: {error}")
+            continue
+        if key:
+            keys.setdefault(_base(file), set()).add(key)
+        else:
+            shown = ", ".join(columns[:8]) or "none"
+            notes.append(f"table {file.inside}: no column has the names of images ({shown})")
+    tables = []
+    for name, columns_of in keys.items():
+        if len(columns_of) > 1:
+            shown = " and ".join(sorted(columns_of))
+            notes.append(
+                f"tables {name} are not used: they name images in different columns ({shown})"
+            )
+            continue
+        (key,) = columns_of
+        table = _table(raw, root, files, name, key, notes)
+        tables += [table] if table.split or table.label else []
+    if len(tables) > 1:
+        names = " and ".join(table.name for table in tables)
+        notes.append(f"{names} each have a row per image: none is used; leave one of them there")
+        return None, notes
+    return (tables[0] if tables else None), notes
+
+
+def columns_in_use(
+    table: ImageTable | None, has_classes: bool, notes: list[str]
+) -> tuple[str, ...]:
+    """Return the columns of the table that decide, and add to the notes which do not. With
+    `has_classes`, folders give the classes.
+    """
+    if not table:
+        return ()
+    columns = [table.split] if table.split else []
+    columns = [table.label, *columns] if table.label and not has_classes else columns
+    rest = [column for column in (table.label, *table.unused) if column and column not in columns]
+    if columns:
+        verb = "decide" if len(columns) > 1 else "decides"
+        notes.append(f"table {table.name}: {' and '.join(map(repr, columns))} {verb}")
+    if rest:
+        shown = ", ".join(map(repr, rest))
+        why = ": folders give the classes" if table.label in rest else ""
+        notes.append(f"table {table.name}: not used: {shown}{why}")
+    return tuple(columns)
+
+
+def _base(file: RawFile) -> str:
+    return nfc(file.inside).rpartition("/")[2].lower()
+
+
+def _rows(path: AnyPath) -> Iterator[dict[str, str]]:
+    with naming_damage(path), path.open("r", encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        yield dict.fromkeys(reader.fieldnames or (), "")
+        yield from reader
+
+
+def _key_of(path: AnyPath, images: set[str]) -> tuple[list[str], str]:
+    """Return the columns of a CSV file, and the one where most rows, and half of all, have the name
+    of an image; "" if there is none.
+    """
+    hits, count, columns = Counter[str](), 0, list[str]()
+    for number, row in enumerate(_rows(path)):
+        if not number:
+            columns = [*row]
+            continue
+        count += 1
+        for column, value in row.items():
+            if isinstance(value, str):  # not what follows the last column
+                named = nfc(value.strip().replace("\\", "/")).lower().rpartition("/")[2]
+                hits[column] += named in images
+    ((key, most),) = hits.most_common(1) or [("", 0)]
+    return columns, key if most and 2 * most >= count else ""
+
+
+def _table(
+    raw: AnyPath, root: str, files: Sequence[RawFile], name: str, key: str, notes: list[str]
+) -> ImageTable:
+    """Read the CSV files of one name, and choose the columns with the class and the split."""
+    actual = next(base for f in files for base in [f.inside.rpartition("/")[2]] if _base(f) == name)
+    table = Table(name=actual, key=key)
+    read = [file for file in files if not (fnmatch.fnmatch(_base(file), name) and file.excluded)]
+    rows = read_rows(Source(license="", set="any", real=["**"], table=table), root, raw, read)
+    assert rows is not None
+    values: dict[str, Counter[str]] = {}
+    for row in rows.rows.values():
+        for column, value in (row or {}).items():
+            values.setdefault(column, Counter())[value.strip()] += 1
+    few = {column: counts for column, counts in values.items() if len(counts) <= MOST_VALUES}
+    split = _split_column(actual, few, notes)
+    label, labels = _label_column({c: counts for c, counts in few.items() if c != split})
+    unused = [column for column in values if column not in (split, label)]
+    if not (split or label):
+        shown = ", ".join(values) or "no other column"
+        notes.append(f"table {actual}: neither classes nor splits of images ({shown})")
+    splits = {value: split_of(value)[0] for value in sorted(few.get(split, ()))}
+    return ImageTable(actual, key, split, splits, label, labels, unused, root, rows)
+
+
+def _split_column(name: str, values: Mapping[str, Counter[str]], notes: list[str]) -> str:
+    """Return the column whose values name splits, with a validation or test set among them."""
+    good = []
+    for column, counts in values.items():
+        strange = [value for value in counts if value and not split_of(value)[0]]
+        held = [value for value in counts if split_of(value)[0] in ("val", "test")]
+        if held and not strange:
+            good.append(column)
+        elif column.lower() in SPLIT_NAMES and strange:
+            notes.append(
+                f"table {name}: column {column!r} is not used: {strange[0]!r} is not the name of a "
+                "split (train, val, test)"
+            )
+    return min(good, key=lambda column: column.lower() not in SPLIT_NAMES, default="")
+
+
+def _label_column(values: Mapping[str, Counter[str]]) -> tuple[str, dict[str, int | None]]:
+    """Return the column whose values tell the class of most images, and the label of each value. If
+    there is none, a column that has the name of one.
+    """
+    decided: dict[str, dict[str, int | None]] = {}
+    shares: dict[str, float] = {}
+    for column, counts in values.items():
+        labels = {value: class_of(value, {value.lower()})[0] for value in sorted(counts)}
+        known = sum(count for value, count in counts.items() if labels[value] is not None)
+        is_named = column.lower() in LABEL_NAMES and len(counts) > 1
+        if {0, 1} <= {*labels.values()} or is_named:
+            decided[column], shares[column] = labels, known / counts.total() + 0.001 * is_named
+    best = max(shares, key=lambda column: shares[column], default="")
+    return best, decided.get(best, {})
