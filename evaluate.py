@@ -11,7 +11,8 @@ Main entry: `main()`, a click group, also without a subcommand. One of these say
 - `--subset FILE`: a CSV file with the columns set and key. Only the samples that it lists are
   scored. `--shards` may be given, too: then only the listed samples of these sets are scored;
 - `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
-  images, to `--out` or the folder of FILE;
+  images, to `--out` or the folder of FILE. Or a CSV table of another detector's scores (columns of
+  `model/score_tables/csv_table.py`), of the images of the `--shards` if given;
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
   verdicts are added to the records. The exit code is 1 if this detector is wrong where another one
   was right, or if no image can be scored. `--images FOLDER` is searched for images without a
@@ -73,7 +74,6 @@ REGRESSIONS_FILE = "regressions.json"
 
 CONFLICTS = {
     "scores": (
-        "names",
         "suite",
         "subset",
         "reference_reals",
@@ -118,7 +118,8 @@ CONFLICTS = {
 @click.option(
     "--scores",
     type=cli.LocalPath(exists=True, dir_okay=False),
-    help="Write the report again from this scores.parquet, without network or images.",
+    help="Write the report again from this scores.parquet, without network or images; or that on "
+    "the scores of another detector in a CSV table (path, label, score; docs/detectors.md).",
 )
 @click.option(
     "--robustness",
@@ -185,7 +186,7 @@ def main(
         return
     cli.refuse_conflicts(CONFLICTS)
     if scores:
-        _report_on_scores(scores, data, out)
+        _report_on_scores(scores, names, data, runs, out)
         return
     if images and not regressions:
         raise click.UsageError("--images is for recorded mistakes: add --regressions FOLDER")
@@ -291,15 +292,28 @@ def _measure_mistakes(
         )
 
 
-def _report_on_scores(scores: Path, data: str, out: Path | None) -> None:
-    """Write and print the report again from a scores file."""
+def _report_on_scores(
+    scores: Path, names: Sequence[str], data: str, runs: Path, out: Path | None
+) -> None:
+    """Write and print the report again from a scores file, or that on a CSV table of scores."""
+    is_table = scores.suffix.lower() == ".csv"
+    if names and not is_table:
+        raise click.UsageError("--scores cannot be combined with --shards, except for a CSV table")
     from model.evaluation.run import lock_output, report_on
     from report.files import write_report
     from report.terminal import print_report
 
+    if is_table:
+        from model.adapters.detector import output_name
+        from model.score_tables.csv_table import import_scores
+
+        out = out or runs / output_name("scores", scores.stem, scores) / "evaluation"
     folder = out or scores.parent
     with contextlib.ExitStack() as held:
         lock_output(folder, held)
+        if is_table:
+            scores = import_scores(scores, list(dict.fromkeys(names)), any_path(data), folder)
+            console.say(f"scores: {scores}")
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), folder)
     print_report(report)

@@ -24,8 +24,9 @@ temperature), `probability` (of fake, after it), `valid` (False: the image got n
 The dict is stored in the file metadata as JSON under `evaluation`:
 
     {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": of this program,
-     "detector": {"kind": checkpoint, onnx, hf, timm or file, "name": name, "sha256": hash of its
-                  weights or file, "revision": commit, "fake_labels": [label, ...]},
+     "detector": {"kind": checkpoint, onnx, hf, timm, file or scores, "name": name,
+                  "sha256": hash of its weights or file, "revision": commit,
+                  "fake_labels": [label, ...]},
      "precision": "fp32", "backend": "pil",
      "temperature": t, "threshold": p, "calibration": null or as in meta.json,
      "subset": null or {"file": name, "sha256": hash, "samples": n},
@@ -37,7 +38,9 @@ The dict is stored in the file metadata as JSON under `evaluation`:
      "maybe_trained_on": [set, ...]}     # others that have the name of one
 
 For an ONNX file, `checkpoint` is its path, and `run` and `step` are those of the exported
-checkpoint. For the kinds hf, timm and file, `checkpoint` is the name that the user typed, `run` the
+checkpoint. `scores` is a CSV table (`model/score_tables/csv_table.py`): `checkpoint` is its path,
+and without a shard set `sha256` in a row is that of the image's name, and `index_sha256` that of
+the table. For the kinds hf, timm and file, `checkpoint` is the name that the user typed, `run` the
 name of the detector, and `step` 0. `sha256`, `revision` and `fake_labels` are left out if the kind
 of detector has none.
 

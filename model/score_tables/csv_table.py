@@ -1,0 +1,285 @@
+"""Read the scores of somebody else's detector from a CSV table, as the scores file of an
+evaluation.
+
+Main entry: `import_scores(file, names, data, out)`. It needs neither network nor images.
+
+- `file`: `Path` of the CSV table: columns separated by commas, a row per image.
+- `names`: names of the shard sets that were scored (folders in `data`, a `Path` or `UPath`); empty:
+  the table says everything.
+- `out`: `Path` of the folder for `scores.parquet`, made if needed.
+
+It returns the path of that file, from which `report_on()` of `model/evaluation/run.py` makes the
+report. Columns of the table:
+
+- `key` or `path`: the name of the image, once in each set.
+- `score` or `probability`: the probability of fake, 0 to 1. Empty or NaN: the detector gave none.
+- `label`: `real` or 0, `fake` or 1. It may be missing if `names` are given.
+- `set`, `source`, `generator`, `group`: optional, without `names` only. By default all images are
+  in the set `SET`, of one source with the name of the file, and each is a group of its own.
+
+Other columns are named in the log and not used. With `names`, an image is the sample with this key,
+with this path below the raw folder, or whose tar and key the path ends with, as `predict.py` writes
+them. Its label, source, generator and group are those of the set. An image of the set without a row
+has no score, and a row of no image is counted in the log.
+
+The scores are neither calibrated nor changed: 0.5 decides. `ScoresError` (a `ValueError`) is raised
+for a table that cannot be used; the message names the line.
+"""
+
+import csv
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+import console
+from escape import reason_of
+from installed import git_commit
+from model.adapters.detector import logits_from, meta_of
+from model.evaluation.scores import SCORES_FILE, SCORES_SCHEMA, ScoresError, rows_of, write_scores
+from model.score import Scores
+from model.verdict import CALIBRATION_KEYS
+from sharding.format import CLASSES, ShardSet, open_shards
+from storage import AnyPath, sha256_of
+
+NAMES, SCORES = ("key", "path"), ("score", "probability")
+"""Names of the columns with the name and the score of an image; the first that is there counts."""
+
+OPTIONAL = ("set", "source", "generator", "group")
+
+LABELS = {"real": 0, "0": 0, "fake": 1, "1": 1}
+
+SET = "images"
+"""Name of the set of a table that names none: the same for all, so that they can be compared."""
+
+NO_SCORE = "the table has no score for it"
+
+
+class _Row(NamedTuple):
+    """One image of the table."""
+
+    line: int
+    name: str
+    label: int | None
+    score: float  # NaN: none
+    about: Mapping[str, str]  # of `OPTIONAL`
+
+
+def import_scores(file: Path, names: Sequence[str], data: AnyPath, out: Path) -> Path:
+    """Write the scores in the table `file` as a scores file to `out`, and return its path.
+
+    Raises:
+        ScoresError: a column is missing, a label or score cannot be read, an image has two rows, or
+            no row is of an image of the sets.
+        ValueError, OSError: a set or file cannot be read.
+    """
+    rows = list(_rows(file, needs_label=not names))
+    sets = {name: open_shards([data / name]) for name in names}
+    parts = _of_sets(file, rows, sets) if sets else _of_table(file, rows)
+    digest = sha256_of(file)
+    meta = meta_of("scores", file.stem, sha256=digest)
+    about = {
+        "checkpoint": str(file),
+        "run": meta["run"],
+        "step": meta["step"],
+        "detector": meta["detector"],
+        "commit": git_commit(),
+        "precision": "not known: scores of a table",
+        "backend": "none",
+        **{key: meta[key] for key in CALIBRATION_KEYS},
+        "subset": None,
+        "sets": {
+            name: {
+                "index_sha256": sets[name].sha256 if sets else digest,
+                "split": part.column("split")[0].as_py(),
+                "known_generators": [],
+                "robustness": None,
+            }
+            for name, part in parts.items()
+        },
+        "reference_reals": None,
+        "trained_on": [],
+        "maybe_trained_on": [],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_scores(out / SCORES_FILE, [*parts.values()], about)
+    return out / SCORES_FILE
+
+
+def _rows(file: Path, *, needs_label: bool) -> Iterator[_Row]:
+    """Yield the rows of the table.
+
+    Raises:
+        ScoresError: the table is damaged, lacks a column, or has a wrong label or score.
+    """
+    try:
+        with file.open("r", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = [column.strip() for column in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            name, score = (_first(columns, known) for known in (NAMES, SCORES))
+            missing = [] if name else ["key or path"]
+            missing += [] if score else ["score or probability"]
+            missing += ["label"] if needs_label and "label" not in columns else []
+            if missing:
+                raise ScoresError(
+                    f"{file} has the columns {', '.join(columns) or 'none'}, expected also "
+                    f"{' and '.join(missing)}, separated by commas"
+                )
+            used = {name, score, "label", *(OPTIONAL if needs_label else ())}
+            if unused := [column for column in columns if column not in used]:
+                console.log.info("%s: columns not used: %s", file, ", ".join(unused))
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                values = {column: (row[column] or "").strip() for column in columns}
+                label = _label(values["label"], where) if "label" in columns else None
+                about = {column: values.get(column, "") for column in OPTIONAL}
+                if not values[name]:
+                    raise ScoresError(f"{where}: {name} is empty, expected the name of an image")
+                yield _Row(
+                    reader.line_num, values[name], label, _score(values[score], where), about
+                )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ScoresError(f"{file} is not a CSV table in UTF-8 ({reason_of(error)})") from error
+
+
+def _first(columns: Sequence[str], known: Sequence[str]) -> str:
+    return next((column for column in known if column in columns), "")
+
+
+def _label(text: str, where: str) -> int:
+    if text.lower() not in LABELS:
+        raise ScoresError(f"{where}: label is {text[:40]!r}, expected real or 0, or fake or 1")
+    return LABELS[text.lower()]
+
+
+def _score(text: str, where: str) -> float:
+    if not text:
+        return math.nan
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.inf
+    if math.isinf(score) or score < 0 or score > 1:
+        raise ScoresError(
+            f"{where}: score is {text[:40]!r}, expected the probability of fake, 0 to 1 (of logits "
+            "take the sigmoid first)"
+        )
+    return score
+
+
+def _of_table(file: Path, rows: Sequence[_Row]) -> dict[str, pa.Table]:
+    """Return the rows of `scores.parquet` by set, as the table itself describes the images."""
+    if not rows:
+        raise ScoresError(f"{file} has no row, expected one per image")
+    by_set: dict[str, dict[str, _Row]] = {}
+    for row in rows:
+        of_set = by_set.setdefault(row.about["set"] or SET, {})
+        first = of_set.setdefault(row.name, row)
+        if first is not row:
+            _refuse_second(file, row, first)
+    return {name: _table(file.stem, name, [*of.values()]) for name, of in by_set.items()}
+
+
+def _refuse_second(file: Path, row: _Row, first: _Row) -> None:
+    raise ScoresError(
+        f"{file}, line {row.line}: {row.name} has a row already, line {first.line}; expected one "
+        "per image"
+    )
+
+
+def _table(stem: str, name: str, rows: Sequence[_Row]) -> pa.Table:
+    columns: dict[str, list[Any]] = {
+        "set": [name] * len(rows),
+        "key": [row.name for row in rows],
+        # No bytes are at hand. Equal names give equal values, so that two tables compare.
+        "sha256": [hashlib.sha256(row.name.encode()).digest() for row in rows],
+        "source": [row.about["source"] or stem for row in rows],
+        "generator": [row.about["generator"] or CLASSES[row.label or 0] for row in rows],
+        "split": ["test"] * len(rows),
+        "group": [row.about["group"] or row.name for row in rows],
+        "origin": [row.name for row in rows],
+        "label": [row.label for row in rows],
+        "valid": [not math.isnan(row.score) for row in rows],
+        "error": [NO_SCORE if math.isnan(row.score) else "" for row in rows],
+    }
+    scores = np.array([row.score for row in rows], np.float64)
+    columns["logit"] = _or_none(logits_from(scores))
+    columns["probability"] = _or_none(scores)
+    arrays = [pa.array(columns[field.name], field.type) for field in SCORES_SCHEMA]
+    return pa.table(arrays, schema=SCORES_SCHEMA)
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> dict[str, pa.Table]:
+    """Return the rows of `scores.parquet` of each set, with the scores of the table."""
+    samples: dict[str, tuple[str, int]] = {}
+    for name, shards in sets.items():
+        for column in ("key", "origin"):
+            for sample, text in enumerate(shards.table.column(column).to_pylist()):
+                samples.setdefault(text, (name, sample))
+    scored: dict[tuple[str, int], _Row] = {}
+    strangers = []
+    for row in rows:
+        if (of := _sample_of(row.name, samples)) is None:
+            strangers.append(row)
+            continue
+        first = scored.setdefault(of, row)
+        if first is not row:
+            _refuse_second(file, row, first)
+        label = int(sets[of[0]].column("label")[of[1]])
+        if row.label not in (None, label):
+            raise ScoresError(
+                f"{file}, line {row.line}: {row.name} is {CLASSES[row.label or 0]}, but "
+                f"{CLASSES[label]} in the set {of[0]}"
+            )
+    if not scored:
+        raise ScoresError(
+            f"{file}: no row is of an image of {', '.join(sets)}; the first is {rows[0].name!r}, "
+            f"expected keys or paths such as {next(iter(samples))!r}" if rows else
+            f"{file} has no row, expected one per image"
+        )  # fmt: skip
+    if strangers:
+        console.log.warning(
+            "%s: %s of no image of %s, not used (first: line %d, %s)",
+            file, console.counted(len(strangers), "row"), ", ".join(sets),
+            strangers[0].line, strangers[0].name,
+        )  # fmt: skip
+    return {name: _scored(name, shards, scored) for name, shards in sets.items()}
+
+
+def _sample_of(name: str, samples: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
+    """Return the set and the sample that the name of an image in a table is for, or None."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    ends = ("/".join(path.parts[at:]) for at in range(len(path.parts)))
+    keys = [path.stem] if path.parent.suffix == ".tar" else []
+    return next((samples[text] for text in (name, *ends, *keys) if text in samples), None)
+
+
+def _scored(name: str, shards: ShardSet, scored: Mapping[tuple[str, int], _Row]) -> pa.Table:
+    scores = np.full(len(shards), np.nan)
+    for sample in range(len(shards)):
+        if row := scored.get((name, sample)):
+            scores[sample] = row.score
+    good = np.flatnonzero(~np.isnan(scores))
+    table = rows_of(
+        name,
+        shards,
+        Scores(
+            samples=good,
+            labels=shards.column("label")[good].astype(np.int64),
+            logits=logits_from(scores[good]).astype(np.float32),
+            failures=dict.fromkeys(np.flatnonzero(np.isnan(scores)).tolist(), NO_SCORE),
+        ),
+        1.0,
+    )
+    at = table.column_names.index("probability")  # as in the table, not rounded as logits are
+    exact = pa.array(_or_none(scores), pa.float64())
+    return table.set_column(at, SCORES_SCHEMA.field("probability"), exact)

@@ -1,0 +1,108 @@
+"""Tests of `evaluate.py --scores` with the CSV table of somebody else's detector."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import evaluate
+from model.evaluation.scores import read_scores
+from sharding.format import ShardSet, open_shards
+
+ROWS = [f"photos/{n}.jpg,real,{n / 40:.3f},web" for n in range(20)]
+ROWS += [f"gan/{n}.png,1,{n / 40 + 0.5:.3f},gan" for n in range(20)]
+
+
+def table(path: Path, rows: list[str], columns: str = "path,label,score,source") -> Path:
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(evaluate.main, [str(argument) for argument in arguments])
+
+
+def test_a_table_gets_the_report_of_an_evaluation(tmp_path: Path) -> None:
+    file = table(tmp_path / "theirs.csv", [*ROWS, "photos/broken.jpg,0,,web"])
+    result = run("--scores", file, "--runs", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    assert "; 1 of 41 images without a score" in " ".join(result.output.split())
+    (report,) = (tmp_path / "runs").glob("scores-*-theirs/evaluation/report.json")
+    entry = json.loads(report.read_text())["sets"]["images"]
+    assert entry["overall"]["auroc"] == 1.0 and entry["overall"]["recall"] == 1.0
+    assert entry["overall"]["intervals"]["false_positive_rate"][1] > 0.1
+    assert {*entry["sources"]} == {"web", "gan"}
+    worse = [re.sub(r",0\.\d+,gan", ",0.3,gan", row) for row in ROWS] + ["photos/broken.jpg,0,,web"]
+    other = table(tmp_path / "worse.csv", worse)
+    assert run("--scores", other, "--out", tmp_path / "b").exit_code == 0
+    compared = run("compare", report.parent, tmp_path / "b")
+    assert compared.exit_code == 0, compared.output
+    assert "theirs" in compared.output and "worse" in compared.output
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"),
+    [
+        (ROWS, "path,label,logit,source", "expected also score or probability, separated by"),
+        (ROWS, "name,class,score,source", "expected also key or path and label, separated by"),
+        (["a.jpg,2,0.5,x"], None, "line 2: label is '2', expected real or 0, or fake or 1"),
+        (["a.jpg,0,1.5,x"], None, "line 2: score is '1.5', expected the probability of fake, 0 to"),
+        (["a.jpg,0,-3,x"], None, "line 2: score is '-3'"),
+        (["a.jpg,0,high,x"], None, "line 2: score is 'high'"),
+        (["a.jpg,0,0.1,x", "b,1,1,x", "a.jpg,0,0.1,x"], None, "line 4: a.jpg has a row already, l"),
+        ([",0,0.1,x"], None, "line 2: path is empty, expected the name of an image"),
+        ([], None, "has no row, expected one per image"),
+        (['a.jpg,0,0.1,"x'], None, "is not a CSV table in UTF-8"),
+    ],
+)
+def test_a_wrong_table_is_one_line(
+    tmp_path: Path, rows: list[str], columns: str | None, said: str
+) -> None:
+    file = table(tmp_path / "t.csv", rows, columns or "path,label,score,source")
+    result = run("--scores", file, "--runs", tmp_path / "runs")
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    assert said in line and not (tmp_path / "runs").exists()
+
+
+def names_of(shards: ShardSet) -> list[str]:
+    """Return names of the samples in the four forms that a table may have, in turn."""
+    forms = []
+    for row, (key, origin) in enumerate(
+        zip(*(shards.table.column(name).to_pylist() for name in ("key", "origin")), strict=True)
+    ):
+        known = (key, origin, f"C:\\raw\\{origin}", f"data/x/old-train-00000.tar/{key}.jpg")
+        forms.append(known[row % 4])
+    return forms
+
+
+def test_scores_of_a_packed_set_have_its_images(data: Path, tmp_path: Path) -> None:
+    shards = open_shards([data / "val"])
+    scores = np.linspace(0, 1, len(shards)).tolist()
+    rows = [f"{name},{score!r}" for name, score in zip(names_of(shards), scores, strict=True)]
+    columns = "path,probability"
+    file = table(tmp_path / "t.csv", [*rows[1:], "else/where.jpg,0.3"], columns)
+    words = ("--shards", "val", "--data", data, "--out", tmp_path / "out")
+    result = run("--scores", file, *words)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "1 row of no image of val, not used (first: line " in said
+    assert "1 of " in said and "without a score" in said
+    read = read_scores(tmp_path / "out/scores.parquet")
+    assert read.numbers("probability")[1:].tolist() == scores[1:]
+    assert not read.numbers("valid")[0] and read.numbers("valid")[1:].all()
+    assert read.table.column("sha256").to_pylist() == shards.table.column("sha256").to_pylist()
+    assert read.evaluation["sets"]["val"]["index_sha256"] == shards.sha256
+    label = ("fake", "real")[int(shards.column("label")[0])]
+    for wrong, said in (
+        ([f"{rows[0]},{label}"], f"is {label}, but "),
+        (["else/where.jpg,0.3,0"], "no row is of an image of val; the first is 'else/where.jpg'"),
+        ([f"{rows[0]},", f"{shards.table.column('origin')[0]},0.5,"], "label is ''"),
+    ):
+        result = run("--scores", table(tmp_path / "t.csv", wrong, f"{columns},label"), *words)
+        assert result.exit_code == 1 and said in result.output, result.output
+    table(tmp_path / "t.csv", [rows[0], f"{shards.table.column('origin')[0]},0.5"], columns)
+    assert "has a row already, line 2" in run("--scores", file, *words).output
