@@ -2,12 +2,13 @@
 
     python predict.py PATH... [--checkpoint RUN] [--format table|csv|jsonl] [--out FILE]
 
-PATH is a file, a folder, a pattern, a zip or tar archive, a shard set (packed images), or `-` for a
-list of paths on standard input. Each image gives the path, the probability that it is AI-generated,
-and the verdict *likely AI*, *uncertain* or *no sign of AI*, or why it has none. Statements in the
-file about its origin are added. The exit code is 0; 1 if an image has no verdict or a file cannot
-be written; 2 for a wrong command line, no image, or a detector, trust list or `--out` that cannot
-be opened (`NotStarted`); 130 after Ctrl-C. With `--watch`, that is the normal end (0 or 1).
+PATH is a file, a folder, a pattern, a zip or tar archive, a parquet table with images, a shard set
+(packed images), or `-` for a list of paths on standard input. Each image gives the path, the
+probability that it is AI-generated, and the verdict *likely AI*, *uncertain* or *no sign of AI*, or
+why it has none. Statements in the file about its origin are added. The exit code is 0; 1 if an
+image has no verdict or a file cannot be written; 2 for a wrong command line, no image, or a
+detector, trust list or `--out` that cannot be opened (`NotStarted`); 130 after Ctrl-C. With
+`--watch`, that is the normal end (0 or 1).
 
 Main entry: `main()`, the click command. Options:
 
@@ -168,8 +169,8 @@ def main(
 ) -> None:
     """For each image of PATH, print a verdict and the probability that it is AI-generated.
 
-    PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a shard set, or - to read
-    a list of paths from standard input, one per line.
+    PATH is a file, a folder, a pattern in quotes, a zip or tar archive, a parquet table with
+    images, a shard set, or - to read a list of paths from standard input, one per line.
 
     Without a calibration the number is a score, not a probability. CSV and JSON lines call it
     `probability` in both cases.

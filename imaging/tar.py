@@ -244,7 +244,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
         OSError: the archive cannot be read.
     """
     packed = is_compressed(path)
-    waiting = _Waiting()
+    waiting = Waiting()
     with _damage_named(), _open(path, packed) as archive:
         end = MAX_RATIO * path.stat().st_size + MAX_SLACK if packed else sys.maxsize
         reached = 0
@@ -354,7 +354,7 @@ class _MemberReader:
         return data
 
 
-class _Waiting:
+class Waiting:
     """Members that are in memory before they are read. `put` blocks while there are too many."""
 
     def __init__(self) -> None:

@@ -18,12 +18,13 @@ Main entries, two generators:
 An `ImageFile` has a `name`, a text, and `read()`, which takes no arguments and returns the bytes.
 The name is: of a file that is one of the paths, this path as it was given; of a match of a pattern,
 the path of the match; of a file in a folder, the folder and the path below it; of an image in an
-archive, the archive, `/` and the path in it.
+archive, the archive, `/` and the path in it; of an image in a parquet table, the table, `:`, its
+row (from 0), `:` and its column.
 
 Folders are searched with their subfolders. Hidden files and links to folders are skipped. An
-archive in a folder is skipped, except that `find_images()` reads the tars of a shard set. It also
-reads an archive that is one of the paths, or a match. `watch()` yields nothing of archives but a
-damaged tar of a shard set, as a file that cannot be read.
+archive or parquet table in a folder is skipped, except that `find_images()` reads the tars of a
+shard set. It also reads an archive or table that is one of the paths, or a match. `watch()` yields
+nothing of archives but a damaged tar of a shard set, as a file that cannot be read.
 
 A file or folder that cannot be read is yielded too: its `read()` raises `DecodeError` or `OSError`.
 So is a path of `find_images()` that does not exist, or a pattern that matches nothing. If the
@@ -59,6 +60,7 @@ RUN = 10_000
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
+TABLE = ".parquet"
 
 
 def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageFile]:
@@ -132,6 +134,8 @@ def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
         yield from _in_zip(path, excluded)
     elif lower.endswith(TARS) and os.path.isfile(path):  # noqa: PTH113
         yield from _in_tar(path, excluded)
+    elif lower.endswith(TABLE) and os.path.isfile(path):  # noqa: PTH113
+        yield from _in_table(path)
     else:
         yield ImageFile(path, partial(read_file, path))
 
@@ -205,6 +209,8 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             excluded["a link to a folder"] += 1
         elif entry.name.lower().endswith(ARCHIVES):
             excluded["an archive (name it to look inside)"] += 1
+        elif entry.name.lower().endswith(TABLE):
+            excluded["a parquet table (name it to read its images)"] += 1
         else:
             excluded[no_image(entry.name)] += 1
 
@@ -275,6 +281,25 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
                 yield unreadable(name, member.excluded)
             else:  # the bytes of a packed member are in memory, so reading it costs nothing
                 yield ImageFile(name, read, read) if packed else ImageFile(name, read)
+    except (DecodeError, OSError) as error:
+        yield unreadable(path, getattr(error, "strerror", None) or str(error))
+
+
+def _in_table(path: str) -> Iterator[ImageFile]:
+    """Yield the images in a parquet table. Like those of a compressed tar, each is in memory until
+    it is read or skipped.
+    """
+    from sharding.image_cells import image_cells  # imports pyarrow: slow, and not always needed
+
+    waiting = tar.Waiting()
+    try:
+        for place, data in image_cells(Path(path)):
+            name = f"{path}:{place}"
+            if isinstance(data, DecodeError):
+                yield unreadable(name, str(data))
+            else:
+                read = waiting.put(data)
+                yield ImageFile(name, read, read)
     except (DecodeError, OSError) as error:
         yield unreadable(path, getattr(error, "strerror", None) or str(error))
 

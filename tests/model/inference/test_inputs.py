@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imaging.decode import DecodeError
@@ -53,6 +55,74 @@ def test_an_index_or_a_listed_tar_that_is_a_pipe_or_a_device_is_not_waited_for(
         assert files.keys() == ({"a.tar", "x.png"} if name == "tar" else {"x.png"})
     with pytest.raises(DecodeError, match=r"^not a plain file, but a pipe"):
         files["a.tar"].read()
+
+
+def write_table(path: Path, columns: dict[str, object], **options: Any) -> Path:
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def test_the_images_of_a_parquet_table_are_read_by_row(tmp_path: Path) -> None:
+    data = [encode(photo(number, 20, 20)) for number in range(7)]
+    cells: list[dict | None] = [{"bytes": each, "path": f"{n}.jpg"} for n, each in enumerate(data)]
+    cells[2], cells[4] = {"bytes": None, "path": "elsewhere.jpg"}, None
+    columns = {"image": cells, "label": [0, 1] * 3 + [0], "mask": [{"bytes": b"m"}] * 7}
+    path = write_table(tmp_path / "t.parquet", columns, row_group_size=3)
+    excluded: Counter[str] = Counter()
+    files = {}
+    for file in inputs.find_images([str(path)], excluded):
+        try:
+            files[file.name.removeprefix(f"{path}:")] = file.read()
+        except DecodeError as error:
+            files[file.name.removeprefix(f"{path}:")] = str(error)
+    assert [*files] == [f"{row}:{column}" for row in range(7) for column in ("image", "mask")]
+    for row, each in enumerate(data):
+        assert files[f"{row}:image"] == (each if row not in (2, 4) else "the cell holds no image")
+    assert files["6:mask"] == b"m" and not excluded
+    assert not [*inputs.find_images([str(tmp_path)], excluded)]
+    assert excluded == {"a parquet table (name it to read its images)": 1}
+    assert len([*inputs.find_images([f"{tmp_path}/*.parquet"], excluded)]) == 14
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(b"PAR1 nothing"), "not a parquet table, or damaged"),
+        (lambda path: write_table(path, {"url": ["a"], "label": [1]}), r"\(columns: url, label\)$"),
+        (lambda path: os.truncate(path, 40), "not a parquet table, or damaged"),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b"\xff\xd8", b"\0\0" * 9)),
+            "not a parquet table, or damaged|is damaged",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_line(
+    tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    image = {"bytes": encode(photo(1, 20, 20))}
+    path = write_table(tmp_path / "t.parquet", {"image": [image] * 3}, compression="none")
+    spoil(path)
+    *_, file = inputs.find_images([str(path)], Counter())
+    assert file.name == str(path)
+    with pytest.raises(DecodeError, match=said):
+        file.read()
+
+
+def test_a_table_that_unpacks_to_too_much_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [{"bytes": bytes(2_000_000 + number)} for number in range(4)]
+    path = write_table(tmp_path / "t.parquet", {"image": cells}, row_group_size=2)
+    monkeypatch.setattr("sharding.image_cells.MAX_RATIO", 2)
+    monkeypatch.setattr("sharding.image_cells.MAX_SLACK", 5_000_000)
+    files = []
+    for file in inputs.find_images([str(path)], Counter()):
+        files.append(file)
+        if len(files) <= 2:
+            assert not any(file.read())
+    assert len(files) == 3
+    with pytest.raises(DecodeError, match="unpacks to more than 2 times its size"):
+        files[2].read()
 
 
 @pytest.fixture
