@@ -6,11 +6,11 @@ if a file is missing, cannot be read, or has a wrong key, name, value, set or sh
 this program's own catalogs: `BUILT_IN`, and `TESTS` (published test sets). The commands that take a
 catalog put `SHIPPED` before it. A later file overrides an earlier one key by key: to change one
 setting of a source, write only `[sources.NAME]` and that key. But two files, neither of `SHIPPED`,
-may not give one set two splits, or describe one source as a whole (with a license, sets and images)
-in two ways: the images of one would replace those of the other. A file may name only sets of its
-own or of earlier files. The fields of a `Catalog` are `sources` (name -> `Source`), `exclude` (a
-frozenset of the hashes in all `exclude` files), and the dicts `sets` (set -> split), `suites` (name
--> list of sets) and `reference` (set -> set). A file:
+may not give one set two splits or references, one suite two lists of sets, or describe one source
+as a whole (with a license, sets and images) in two ways: one would replace the other. A file may
+name only sets of its own or of earlier files. The fields of a `Catalog` are `sources` (name ->
+`Source`), `exclude` (a frozenset of the hashes in all `exclude` files), and the dicts `sets` (set
+-> split), `suites` (name -> list of sets) and `reference` (set -> set). A file:
 
     exclude = ["kept-for-testing.txt"]      # files of hashes, in the folder of this catalog
 
@@ -357,24 +357,36 @@ def _check_tables(values: Mapping[str, Any], file: Path) -> None:
 def _refuse_second(
     values: Mapping[str, Any], file: Path, described: dict[tuple[str, str], tuple[Path, Any]]
 ) -> None:
-    """Refuse a set or source that an earlier file of the user describes otherwise, and add those of
-    this file to `described`. A source without all of its keys overrides another and describes none.
+    """Refuse entries that an earlier file of the user describes otherwise, and add those of this
+    file to `described`. A source without all of its keys overrides another and describes none.
     """
-    whole = {("set", name): split for name, split in values.get("sets", {}).items()}
-    whole |= {
-        ("source", name): entry
-        for name, entry in values.get("sources", {}).items()
-        if {"license", "set"} <= entry.keys() and not entry.keys().isdisjoint({"real", "fake"})
+    whole = {
+        (kind, name): entry
+        for kind, table in _KINDS.items()
+        for name, entry in values.get(table, {}).items()
+        if kind != "source"
+        or ({"license", "set"} <= entry.keys() and not entry.keys().isdisjoint({"real", "fake"}))
     }
-    for (kind, name), entry in whole.items():
-        earlier, other = described.setdefault((kind, name), (file, entry))
-        if other != entry:
-            advice = "or, to override some of its keys, write only these in the second file"
-            advice = advice if kind == "source" else "or both the same split"
-            raise CatalogError(
-                f"{earlier} and {file} describe {kind} {name} in two ways; give one of them "
-                f"another name, {advice}"
-            )
+    other = [key for key, entry in whole.items() if described.get(key, ("", entry))[1] != entry]
+    for kind, name in other:
+        earlier, more = described[kind, name][0], sum(of == kind for of, _ in other) - 1
+        rest = f" (and {more} more)" if more else ""
+        raise CatalogError(
+            f"{earlier} and {file} describe {kind} {name}{rest} in two ways; {_ADVICE[kind]}"
+        )
+    described.update({key: (file, entry) for key, entry in whole.items() if key not in described})
+
+
+_KINDS = {"set": "sets", "source": "sources", "suite": "suites", "reference of set": "reference"}
+"""Entries that two files of the user may not describe in two ways -> their table."""
+
+_ADVICE = {
+    "source": "give one of them another name, or, to override some of its keys, write only these "
+    "in the second file",
+    "set": "give one of them another name, or both the same split",
+    "suite": "give one of them another name, or both the same sets",
+    "reference of set": "name the same set in both",
+}
 
 
 def _read_excluded(file: Path, lists: Any) -> set[str]:
@@ -440,7 +452,7 @@ def _check_downloads(catalog: Catalog, file: Path) -> None:
     for name, source in catalog.sources.items():
         if source.fetch and not source.fetch.by_hand:
             root = str(PurePosixPath(source.root or name))  # without `./`, `//` and a last `/`
-            other = first.setdefault(root, name)
+            other = first.setdefault(root.casefold(), name)  # a disk may ignore case
             if catalog.sources[other].fetch != source.fetch:
                 where = f"{file}: sources {other} and {name} have the root {root!r}"
                 raise CatalogError(f"{where} and different downloads; give each its own root")

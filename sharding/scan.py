@@ -33,7 +33,7 @@ from sharding.inventory import item_table
 from sharding.listing import Listing, links_in, list_source
 from sharding.raw import folder_of
 from sharding.split import capped
-from storage import AnyPath
+from storage import AnyPath, is_local
 
 WORK_FOLDER = ".build"
 """Folder below the output with intermediate results; only a build reads it."""
@@ -88,7 +88,7 @@ def find_sources(
     """
     scan = SourceScan()
     inventory = out / WORK_FOLDER / "inventory"
-    replaced = _replaced(catalog)
+    replaced = _replaced(catalog, raw)
     for name, source in catalog.sources.items():
         source = replace(source, root=folder_of(raw, source.root or name))
         is_there = (raw / source.root).is_dir()
@@ -125,11 +125,11 @@ def find_sources(
     return scan
 
 
-def _replaced(catalog: Catalog) -> dict[str, str]:
+def _replaced(catalog: Catalog, raw: AnyPath) -> dict[str, str]:
     """Return the source of the user that has the root of a shipped one, by the shipped one."""
-    by_root: dict[PurePosixPath, list[str]] = defaultdict(list)
+    by_root: dict[object, list[str]] = defaultdict(list)
     for name, source in catalog.sources.items():
-        by_root[PurePosixPath(source.root or name)].append(name)
+        by_root[_place(raw, folder_of(raw, source.root or name))].append(name)
     several = [names for names in by_root.values() if len(names) > 1]
     shipped = read_catalog(SHIPPED).sources if several else {}
     return {
@@ -140,6 +140,16 @@ def _replaced(catalog: Catalog) -> dict[str, str]:
         for name in names
         if catalog.sources[name] == shipped.get(name)
     }
+
+
+def _place(raw: AnyPath, root: str) -> object:
+    """Return a value that is the same for two names of one folder: `RAID` is `raid` on a disk that
+    ignores case, as those of macOS do.
+    """
+    if is_local(raw) and (raw / root).is_dir():
+        facts = (raw / root).stat()
+        return facts.st_dev, facts.st_ino
+    return PurePosixPath(root)
 
 
 def _refuse_unfinished(name: str, folder: AnyPath, fetched: Sequence[str]) -> None:

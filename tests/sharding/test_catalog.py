@@ -323,6 +323,39 @@ def test_two_catalogs_of_the_user_do_not_replace_each_others_source_or_set(tmp_p
     assert read_catalog([BUILT_IN, one, two]).sources["dda"].root == "b"  # one that ships
 
 
+def test_two_catalogs_of_the_user_do_not_replace_each_others_suite_or_reference(
+    tmp_path: Path,
+) -> None:
+    """The later one won without a word: a suite measured other sets."""
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    sets = '[sets]\na = "test"\nb = "test"\n'
+    for table, first, second, said in (
+        ("suites", 'x = ["a"]', 'x = ["a", "b"]', "suite x in two ways; give one of them another"),
+        ("reference", 'a = "b"', 'a = "a"', "reference of set a in two ways; name the same set"),
+    ):
+        one.write_text(f"{sets}[{table}]\n{first}\n")
+        two.write_text(f"[{table}]\n{second}\n")
+        with pytest.raises(CatalogError, match=f"{one} and {two} describe {said}"):
+            read_catalog([BUILT_IN, one, two])
+        two.write_text(f"[{table}]\n{first}\n")
+        read_catalog([BUILT_IN, one, two])
+    one.write_text('[suites]\nall = ["evalgen"]\n')
+    assert read_catalog([BUILT_IN, one]).suites["all"] == ["evalgen"]  # one that ships
+
+
+def test_two_downloads_have_no_root_that_differs_in_case(tmp_path: Path) -> None:
+    """On a disk that ignores case, each would delete the files of the other."""
+    entry = '[sources.{0}]\nlicense = "x"\nset = "train"\nreal = ["a"]\nroot = "{1}"\n'
+    fetch = '[sources.{0}.fetch.git]\nrepository = "https://x.org/{0}"\ncommit = "{1}"\n'
+    text = "".join(
+        entry.format(name, root) + fetch.format(name, "0" * 40) + 'pattern = "x"\ncount = 1\n'
+        + f'manifest_sha256 = "{"0" * 64}"\n'
+        for name, root in (("one", "Mine"), ("two", "mine"))
+    )  # fmt: skip
+    with pytest.raises(CatalogError, match="sources one and two have the root 'mine' and differ"):
+        catalog_of(tmp_path, text)
+
+
 GITHUB = BUILT_IN.with_name("catalog-github.toml")
 
 

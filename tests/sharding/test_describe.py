@@ -357,3 +357,11 @@ def test_describe_says_that_a_line_also_labels_the_folders_below(tmp_path: Path)
     (tmp_path / "c.toml").write_text(text.replace('    # "x/y"', '    "x/y"'))
     (source,) = read_catalog([tmp_path / "c.toml"]).sources.values()
     assert source.ignore == ["x/y"]
+
+
+def test_a_shipped_source_is_replaced_on_a_disk_that_ignores_case(tmp_path: Path) -> None:
+    touch(tmp_path / "raw/RAID", "val/nature/0.png", "val/ai/0.png")
+    (tmp_path / "raw/raid").symlink_to("RAID")  # two names of one folder, as on macOS
+    (tmp_path / "c.toml").write_text(describe(tmp_path / "raw/RAID").text)
+    catalog = read_catalog([*SHIPPED, tmp_path / "c.toml"])
+    assert find_sources(catalog, tmp_path / "raw", tmp_path / "out").items.keys() == {"my-raid"}
