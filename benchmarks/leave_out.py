@@ -215,14 +215,12 @@ def perturbed_features(
 
 def subset_of(planned: RunPlan, per_source: int) -> dict[str, np.ndarray]:
     """Return up to `per_source` rows of each source, those whose files have the smallest sha256."""
-    pool = planned.stream.pool
+    pool, used = planned.stream.pool, planned.stream.used_new
     codes, names = pool.shards.codes("source")
     hashes = np.array(pool.shards.table.column("sha256").to_pylist(), "S32")
     return {
-        names[code]: (own := pool.new[codes[pool.new] == code])[np.argsort(hashes[own])][
-            :per_source
-        ]
-        for code in np.unique(codes[pool.new])
+        names[code]: (own := used[codes[used] == code])[np.argsort(hashes[own])][:per_source]
+        for code in np.unique(codes[used])
     }
 
 

@@ -181,12 +181,13 @@ def _calibration_fault(planned: RunPlan) -> str:
     """Return why the sets of a run cannot be calibrated on, before anything is scored; empty if
     they have enough images of each class for the rates and are validation sets.
     """
-    recipe, pool = planned.recipe, planned.stream.pool
+    recipe, shards = planned.recipe, planned.stream.pool.shards
     try:
         check_validation_sets([planned.data / name for name in recipe.data.validate])
         if recipe.calibration.on == "left_out":
-            labels, sources = pool.shards.column("label"), pool.shards.codes("source")[0]
-            check_images(labels[pool.new], recipe.calibration, sources[pool.new])
+            labels, sources = shards.column("label"), shards.codes("source")[0]
+            used = planned.stream.used_new
+            check_images(labels[used], recipe.calibration, sources[used])
         else:
             check_sets([*planned.validation.values()], _rule_of(recipe))
     except CalibrationError as error:

@@ -25,8 +25,9 @@ validation set has another split than `val`, or a head cannot be trained (see `r
 
 `leave_one_out(planned, train_state, source, on_head)` trains the heads on stored features and
 returns the scores: a dict, source -> (labels, logits of fake minus real). The dict has the sources
-of the training sets. Sources that come only from replay sets (old sets, mixed in against
-forgetting) are not in it, but are left out with their group. The function also takes a `TrainState`
+of the training sets, without those that `data.repeats` sets to 0: the run has nothing of them.
+Sources that come only from replay sets (old sets, mixed in against forgetting) are not in it, but
+are left out with their group. The function also takes a `TrainState`
 (network, device, ..., from `assemble()`), the `FeatureSource` (location of the features, from
 `source_of()`), and a function that may be left out: `on_head(sources)` is called once for each new
 head, with the list of names that this head was trained without; while `on_head` runs,
@@ -144,7 +145,8 @@ def leave_one_out(
     """Score each source of the new sets with a head trained without it. Returns source -> (labels
     int64, logits float32 of fake minus real, before any temperature).
 
-    Sources of one group of the recipe's `calibration.together` are left out together, also those
+    A source that `data.repeats` sets to 0 is not in the run, and sets no threshold. Sources of one
+    group of the recipe's `calibration.together` are left out together, also those
     that are only replayed. `on_head(sources)` is called while the network has the head trained
     without these sources. At the end the network has its original head again.
     """
@@ -155,7 +157,8 @@ def leave_one_out(
     loader = FeatureLoader(pool.shards, source, loading, device)
     planned = replace(planned, stream=replace(planned.stream, loader=loader))
     codes, names = pool.shards.codes("source")
-    new = {names[code] for code in np.unique(codes[pool.new])}
+    used = planned.stream.used_new
+    new = {names[code] for code in np.unique(codes[used])}
     groups = [members for members in groups_of(planned).values() if new & {*members}]
     scored, short = {}, 0
     in_steps = planned.recipe.optim.solver == "adamw"
@@ -163,7 +166,7 @@ def leave_one_out(
         for members in groups:
             short += not refit(planned, train_state, members)
             for name in [member for member in members if member in new]:
-                rows = pool.new[codes[pool.new] == names.index(name)]
+                rows = used[codes[used] == names.index(name)]
                 of_source = FeatureLoader(pool.shards.take(rows), source, loading, device)
                 scores = score_set(train_state.net, of_source, planned.dtype)
                 scored[name] = scores.labels, scores.logits

@@ -95,6 +95,8 @@ def test_sources_that_belong_together_are_left_out_together(
     scored = leave_one_out(grouped, state, source)
     assert scored.keys() == alone.keys()
     assert not np.allclose(scored["alpha"][1], alone["alpha"][1])
+    unused = replace(planned, stream=replace(planned.stream, repeats={"alpha": 0.0}))
+    assert leave_one_out(unused, state, source).keys() == alone.keys() - {"alpha"}
     rest = sorted(alone.keys() - {"alpha", "beta"})
     assert all(np.array_equal(scored[name][1], alone[name][1]) for name in rest)
 
