@@ -61,6 +61,7 @@ from sharding.inventory import (
     take_inventory,
 )  # fmt: skip
 from sharding.lock import changing, locked
+from sharding.outlook import warn_of_small
 from sharding.overlaps import refuse_overlaps, warn_of_moves
 from sharding.plan import plan_shards, sample_key
 from sharding.record import (
@@ -171,6 +172,7 @@ def build(
     scan = find_sources(catalog, raw, out, tolerance, only)
     if not scan.listings and not scan.packed_only:
         return scan, []
+    warn_of_small(catalog, scan, only)
     work = out / WORK_FOLDER
     for path in (work, work / "inventory"):
         check_inside(path, out)

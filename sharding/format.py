@@ -74,6 +74,9 @@ FORMAT_VERSION = 5
 CLASSES = ("real", "fake")
 """Class names; a label is an index into this tuple: 0 real, 1 fake."""
 
+CALIBRATION_FEWEST = 20
+"""Images of each class that a calibration needs: 5 % of fewer is less than one image."""
+
 UNKNOWN = "unknown"
 """Generator of fakes of which nobody has named it."""
 

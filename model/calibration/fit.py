@@ -57,14 +57,14 @@ from model.metrics import expected_calibration_error, negative_log_likelihood
 from model.recipe import Calibrating
 from model.score import DEFAULT_THRESHOLD
 from model.verdict import LEFT_OUT, probability
-from sharding.format import CLASSES, read_index
+from sharding.format import CALIBRATION_FEWEST, CLASSES, read_index
 from storage import AnyPath
 
 ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
 Over = Literal["pooled", "most_sources", "worst_source"]
 
-FEWEST = 20
-"""Minimum number of images of each class: 5 % of fewer images is less than one image."""
+FEWEST = CALIBRATION_FEWEST
+"""Minimum number of images of each class, and of a source that counts by itself."""
 
 TEMPERATURES = 0.02, 50.0
 """Search range of the temperature. Scores that separate the classes give one well inside it."""
