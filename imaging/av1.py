@@ -84,23 +84,59 @@ def frame_pixels(data: bytes) -> int:
 
 def is_cropped(data: bytes, size: tuple[int, int]) -> bool:
     """Return whether a box `clap` (ISO 14496-12) shows a part of an AVIF of this (width, height).
+    Only that of the shown picture counts: the first of an animation, or the primary item, which may
+    be a grid of others.
 
     Raises:
         ValueError: more than `MAX_PARTS` parts.
     """
-    reader, end = Boxes(data), len(data)
-    shown: list[tuple[int, int]] = []
-    for meta, stop in reader.inside(0, end, b"meta"):
-        shown += reader.inside(meta + 4, stop, b"iprp", b"ipco", b"clap")
-    for table, stop in reader.inside(0, end, *_TABLES, b"stsd"):
-        for _, entry, entry_end in reader.boxes(table + 8, stop):
-            shown += reader.inside(entry + 78, entry_end, b"clap")
-    for at, _ in shown:
+    reader = Boxes(data)
+    is_animation = data[8:12] == b"avis"
+    for at in _crops_of_tracks(reader) if is_animation else _crops_of_primary_item(reader):
         # Width and height are fractions. A part as large as the picture is the whole.
         sides = [int.from_bytes(data[n : n + 4], "big") for n in range(at, at + 16, 4)]
         if (sides[0], sides[2]) != (size[0] * sides[1], size[1] * sides[3]):
             return True
     return False
+
+
+def _crops_of_tracks(reader: Boxes) -> Iterator[int]:
+    """Yield the start of the content of each box `clap` of a track."""
+    for table, stop in reader.inside(0, len(reader.data), *_TABLES, b"stsd"):
+        for _, entry, entry_end in reader.boxes(table + 8, stop):
+            for at, _ in reader.inside(entry + 78, entry_end, b"clap"):
+                yield at
+
+
+def _crops_of_primary_item(reader: Boxes) -> Iterator[int]:
+    """Yield the start of the content of each box `clap` that the primary item has."""
+    data = reader.data
+    for meta, meta_end in reader.inside(0, len(data), b"meta"):
+        primary = {
+            int.from_bytes(data[at + 4 : min(end, at + (8 if data[at] else 6))], "big")
+            for at, end in reader.inside(meta + 4, meta_end, b"pitm")
+        }
+        for properties, stop in reader.inside(meta + 4, meta_end, b"iprp"):
+            used = set()
+            for at, end in reader.inside(properties, stop, b"ipma"):
+                with contextlib.suppress(EOFError):
+                    for item, index in _associations(reader, io.BytesIO(data[at:end])):
+                        if item in primary:
+                            used.add(index)
+            for first, last in reader.inside(properties, stop, b"ipco"):
+                for index, (kind, at, _) in enumerate(reader.boxes(first, last), start=1):
+                    if kind == b"clap" and index in used:
+                        yield at
+
+
+def _associations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, int]]:
+    """Yield (number of the item, number of its property from 1 on) of a box `ipma`."""
+    head = _number(box, 4)
+    for _ in range(_number(box, 4)):
+        reader.count()
+        item = _number(box, 4 if head >> 24 else 2)
+        for _ in range(_number(box, 1)):  # the highest bit says whether readers must know it
+            yield item, _number(box, 2) & 0x7FFF if head & 1 else _number(box, 1) & 0x7F
 
 
 def _items(reader: Boxes) -> Iterator[bytes]:

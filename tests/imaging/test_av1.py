@@ -129,12 +129,26 @@ def test_a_cropped_avif_is_refused() -> None:
     assert decode.decode(whole).shape == (24, 32, 3)
 
 
+def test_a_crop_of_another_item_does_not_refuse_the_primary_one() -> None:
+    used = content_of(CROPPED, b"ipma")
+    assert is_cropped(CROPPED, (32, 24))
+    assert decode.decode(CROPPED.replace(used, used[:-1] + b"\0")).shape == (24, 32, 3)
+    thumbnail = CROPPED.replace(used, used[:8] + b"\0\2" + used[10:])  # 1 is the primary item
+    assert not is_cropped(thumbnail, (32, 24))
+    wide = b"\1\0\0\1" + used[4:8] + struct.pack(">IB5H", 1, 5, 1, 2, 0x8003, 4, 0x8005)
+    pitm = box(b"pitm", b"\1\0\0\0", struct.pack(">I", 1))
+    ipco = box(b"ipco", content_of(CROPPED, b"ipco"))
+    meta = box(b"meta", bytes(4), pitm, box(b"iprp", ipco, box(b"ipma", wide)))
+    assert is_cropped(meta, (32, 24))  # numbers of 4 and 2 bytes
+
+
 def test_a_crop_in_a_track_is_read() -> None:
     data = box(b"stsd", bytes(8), box(b"av01", bytes(78), box(b"clap", CROP)))
     for kind in (b"stbl", b"minf", b"mdia", b"trak", b"moov"):
         data = box(kind, data)
-    assert is_cropped(data, (32, 24))
-    assert not is_cropped(data, (16, 8))
+    assert is_cropped(box(b"ftyp", b"avis") + data, (32, 24))
+    assert not is_cropped(box(b"ftyp", b"avis") + data, (16, 8))
+    assert not is_cropped(box(b"ftyp", b"avif") + data, (32, 24))  # its primary item is shown
     assert not is_cropped(animation(), (80, 70))
 
 
