@@ -21,7 +21,7 @@ save memory):
 
 Of an image that was loaded before, lower bits and the depth of a JPEG 2000 cannot be read.
 
-`PixelError` (a `ValueError`) is raised in five cases:
+`PixelError` (a `ValueError`) is raised in seven cases:
 
 - No value is finite.
 - No white level is declared, and the image is a TIFF of signed or 32-bit integers, or has integers
@@ -31,6 +31,8 @@ Of an image that was loaded before, lower bits and the depth of a JPEG 2000 cann
 - A white level of 16-bit color is declared, but the lower bits cannot be read: they are multiplied
   by alpha, or compressed in one plane per channel.
 - A JPEG 2000 is of more or fewer than 8 bits, which Pillow reads right only of gray (9 to 16 bits).
+- A JPEG 2000 without the boxes of a `.jp2` does not say whether it is RGB or YCbCr.
+- A TIFF is YCbCr of fewer color than brightness values, without compression.
 """
 
 import io
@@ -52,7 +54,7 @@ white level. 12 bits stored in 16 reach exactly this share and would look black.
 """
 
 _BLACK, _WHITE = (280, 340), (281, 341)  # TIFF: (S)MinSampleValue, (S)MaxSampleValue
-_PHOTOMETRIC = 262
+_PHOTOMETRIC, _YCBCR_SUBSAMPLING = 262, 530
 
 _FULL = (0.0, 65535.0)
 """Black and white of 16 bits."""
@@ -76,6 +78,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """
     if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile) and image.tile:
         return _from_jpeg2000(image)
+    _refuse_raw_chroma(image)
     _name_depth_of_planes(image)
     if image.mode in _UPPER_OF_COLOR and _raw_mode(image)[-3:] in _SWAPPED:
         return _from_deep_color(image)
@@ -144,6 +147,23 @@ def _rename_raw_modes(image: ImageFile.ImageFile, rename: Callable[[str], str]) 
         image.tile[index] = tile._replace(args=(rename(tile.args[0]), *tile.args[1:]))
 
 
+def _refuse_raw_chroma(image: Image.Image) -> None:
+    """Refuse an uncompressed TIFF of YCbCr in which pixels share color values (section 21 of TIFF
+    6.0): Pillow reads as many of them as of brightness, and misses the rest.
+
+    Raises:
+        PixelError: the image is of this kind.
+    """
+    if image.mode != "YCbCr" or not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    is_raw = any(tile[0] == "raw" for tile in image.tile)
+    if is_raw and image.tag_v2.get(_YCBCR_SUBSAMPLING, (2, 2)) != (1, 1):
+        raise PixelError(
+            f"{_subject(image)}: YCbCr with chroma subsampling and without compression is not "
+            "read; convert it to RGB, or export it as PNG"
+        )
+
+
 def _from_deep_color(image: Image.Image) -> np.ndarray:
     lower = _lower_bytes(image)
     image.load()
@@ -190,7 +210,7 @@ def _from_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> np.ndarray:
     as 0 (not in the mode I;16), and shifts values of fewer bits, so that white becomes gray.
 
     Raises:
-        PixelError: a depth that Pillow reads wrong.
+        PixelError: a depth that Pillow reads wrong, or colors of an unknown kind.
     """
     depths = _depths_of_jpeg2000(image)
     bits = min(depths) if len(depths) == 1 else 0
@@ -199,6 +219,11 @@ def _from_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> np.ndarray:
         stated = "/".join(map(str, sorted(depths))) or "unknown"
         raise PixelError(
             f"{_subject(image)}: {stated}-bit {image.mode} is not read; export it as PNG"
+        )
+    if image.codec == "j2k" and not _states_colors(image):
+        raise PixelError(
+            f"{_subject(image)}: a codestream that does not say whether it is RGB or YCbCr; "
+            "convert it to PNG, or to JP2 with the right color space"
         )
     image.load()
     pixels = _from_loaded(image)
@@ -217,6 +242,27 @@ def _depths_of_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> set[int]:
     for palette, _ in boxes.inside(0, start, b"jp2h", b"pclr"):
         depths |= set(data[palette + 3 : palette + 3 + data[palette + 2]])
     return {(depth & 127) + 1 for depth in depths}
+
+
+def _states_colors(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> bool:
+    """Return whether a codestream shows its color space: gray, a transform that is defined for RGB
+    (ISO 15444-1, A.6.1), or fewer values of some channels, as only YCbCr has.
+    """
+    if image.mode in ("L", "LA", "I;16"):
+        return True
+    assert image.fp is not None  # it is not loaded yet
+    image.fp.seek(2)  # after the marker of the start
+    while (marker := image.fp.read(2)) not in (b"", b"\xff\x90"):  # to the first tile
+        segment = image.fp.read(max(0, int.from_bytes(image.fp.read(2), "big") - 2))
+        if marker == _SIZ and set(segment[37::3] + segment[38::3]) != {1}:
+            return True
+        if marker == _COD and segment[4:5] == b"\1":
+            return True
+    return False
+
+
+_SIZ, _COD = b"\xff\x51", b"\xff\x52"
+"""Markers of JPEG 2000: sizes of the image and its channels; defaults of the coding."""
 
 
 def _from_deep(image: Image.Image) -> np.ndarray:

@@ -231,6 +231,49 @@ def test_a_jpeg_2000_of_a_depth_that_pillow_reads_wrong_is_refused(data: bytes, 
             read(data)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "YCbCr"])
+def test_a_codestream_without_a_color_space_is_refused(mode: str) -> None:
+    """Nothing says whether it is RGB; the YCbCr of ffmpeg was scored as RGB."""
+    image = Image.fromarray(photo(1, 64, 48)).convert(mode)
+    data = encode(image, "JPEG2000", no_jp2=True)
+    with pytest.raises(DecodeError, match=r"does not say whether it is RGB or YCbCr; convert"):
+        decode(data)
+    boxed = decode(encode(image, "JPEG2000"))
+    transformed = decode(encode(image.convert("RGB"), "JPEG2000", no_jp2=True, mct=1))
+    np.testing.assert_array_equal(transformed, image.convert("RGB"))
+    np.testing.assert_array_equal(boxed, image.convert("RGB"))
+    assert decode(encode(image.convert("L"), "JPEG2000", no_jp2=True)).shape == (48, 64, 3)
+
+
+def test_a_codestream_of_fewer_colors_than_pixels_is_ycbcr() -> None:
+    """Channels of half the size are read: only YCbCr has them."""
+    data = bytearray(encode(Image.new("YCbCr", (8, 8), (128, 90, 90)), "JPEG2000", no_jp2=True))
+    start = data.index(b"\xff\x51") + 40
+    data[start + 4 : start + 6] = data[start + 7 : start + 9] = b"\2\2"
+    with Image.open(io.BytesIO(data)) as image:
+        assert rgb._states_colors(image)
+
+
+@pytest.mark.parametrize("sharing", [(2, 2), (2, 1), (4, 1)])
+def test_an_uncompressed_tiff_of_ycbcr_with_chroma_subsampling_is_named(
+    sharing: tuple[int, int],
+) -> None:
+    """It was called truncated, as Pillow expects a color of its own for each pixel."""
+    across, down = sharing
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    size = 16 * 16 + 2 * (16 // across) * (16 // down)
+    tags.update({256: 16, 257: 16, 258: (8, 8, 8), 259: 1, 262: 6, 277: 3, 278: 16, 279: size})
+    tags.update({273: 0, 530: sharing})
+    stream = io.BytesIO()
+    stream.write(b"II*\0\x08\0\0\0")
+    tags[273] = 8 + len(tags.tobytes(8))
+    stream.write(tags.tobytes(8) + bytes([128]) * size)
+    with pytest.raises(DecodeError, match=r"^TIFF .*: YCbCr with chroma subsampling and without"):
+        decode(stream.getvalue())
+    whole = Image.new("YCbCr", (16, 16), (128, 90, 90))
+    np.testing.assert_array_equal(decode(encode(whole, "TIFF")), whole.convert("RGB"))
+
+
 def test_the_depth_of_alpha_in_a_jpeg_2000_does_not_matter() -> None:
     data = jpeg2000(Image.new("RGBA", (9, 8), "white"), 8, 8, 8, 1, jp2=True)
     assert (decode(data) == 255).all()
