@@ -389,7 +389,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     with open_image(data) as image:
         if image.width < 1 or image.height < 1:
             raise DecodeError(f"no pixels: the header says {image.width} x {image.height}")
-        if _is_raw(image, data):
+        if is_raw(image, data):
             raise DecodeError(
                 "a camera RAW (such as DNG, NEF or CR2), of which only a preview of "
                 f"{image.width} x {image.height} pixels can be read; export it as JPEG"
@@ -405,7 +405,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
 
 
-def _is_raw(image: Image.Image, data: bytes) -> bool:
+def is_raw(image: Image.Image, data: bytes = b"") -> bool:
     """Return whether a TIFF is a camera RAW. Pillow decodes its first picture, a preview."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return False

@@ -65,7 +65,7 @@ from sharding.raw import read_all, row_group_of
 from sharding.remote import files_in, in_order, read_bytes, remove_files
 from storage import AnyPath, any_path, parse_json, whole_name, write_atomically
 
-FACTS_VERSION = "5"
+FACTS_VERSION = "6"
 """Version of the facts. Change it when `prepare` changes; older rows are then computed again."""
 
 CHUNK = 256

@@ -60,9 +60,8 @@ import numpy as np
 from PIL import Image
 
 from escape import reason_of
-from imaging.decode import DecodeError, ImageFile, boundary, decoded, read_file
-from imaging.orientation import orientation_left, upright_copy
-from imaging.rgb import to_rgb
+from imaging.decode import DecodeError, ImageFile, decoded, read_file
+from imaging.opened import bytes_or_pixels
 from model.inference.fitness import Notice, notices, score_word
 from model.inference.inputs import unreadable
 from model.verdict import NOT_FINITE, band_at, band_of, verdict
@@ -125,7 +124,8 @@ class Named(Protocol):
 def as_source(image: Picture, index: int = 0) -> Source:
     """Convert an image to a `Source`. An image without a name is called `image <index>`.
 
-    An array counts as upright. A PIL image is turned upright according to its EXIF orientation.
+    An array counts as upright. A PIL image is read as its file if it is not loaded yet; else it is
+    turned upright according to its EXIF orientation (`imaging/opened.py`).
 
     Raises:
         TypeError: not one of the types of `Picture`.
@@ -136,10 +136,12 @@ def as_source(image: Picture, index: int = 0) -> Source:
     if isinstance(image, Image.Image):
         name = str(getattr(image, "filename", "") or f"image {index}")
         try:
-            with boundary():
-                return DecodedImage(name, upright_copy(to_rgb(image), orientation_left(image)))
+            content = bytes_or_pixels(image)
         except DecodeError as error:
             return unreadable(name, _one_line(error))
+        if isinstance(content, bytes):
+            return ImageFile(name, lambda: content)
+        return DecodedImage(name, content)
     if isinstance(image, Picture):
         return as_file(image, index)
     raise _unknown(image)
