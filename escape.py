@@ -41,7 +41,8 @@ def printable(text: str, replacement: str | None = None) -> str:
     """Replace all characters that a terminal would execute or that deceive a reader by escapes, or
     each by `replacement`: control characters, marks that change the writing direction, invisible
     characters, and bytes of a file name that are not UTF-8. Newlines and what people write stay:
-    spaces of any width, and joiners within words and emoji.
+    spaces of any width, joiners within words and emoji, and tags in the flags of England, Scotland
+    and Wales.
     """
     if text.isprintable():
         return text
@@ -53,26 +54,45 @@ def printable(text: str, replacement: str | None = None) -> str:
 
 def _is_shown(text: str, at: int) -> bool:
     """Return whether the character at the index `at` may be shown as it is. A joiner (ZWJ, ZWNJ)
-    may if it changes its neighbors: at a virama of Indic scripts, between Arabic letters, in emoji.
+    may where people need it: at a virama of Indic scripts, at an Arabic letter, in emoji.
     """
     character = text[at]
     if character.isprintable() or character == "\n" or category(character) == "Zs":
         return True
-    if character not in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}" or at == 0:
+    if "\U000e0020" <= character <= "\U000e007f":  # a tag
+        start = text.rfind("\U0001f3f4", max(0, at - 6), at)
+        flag = _FLAG.match(text, start) if start >= 0 else None
+        return flag is not None and at < flag.end()
+    if character not in (_ZWJ, _ZWNJ):
         return False
-    before, after = text[at - 1], text[at + 1 : at + 2] or " "
-    if _VIRAMA in (combining(before), combining(after)):
+    before, after = text[at - 1] if at else " ", text[at + 1 : at + 2] or " "
+    if at and _VIRAMA in (combining(before), combining(after)):
         return True
-    if bidirectional(before) in ("AL", "NSM") and bidirectional(after) == "AL":
+    letter = text[max(0, at - 5) : at].rstrip(_ARABIC_MARKS)[-1:] or " "
+    is_arabic = bidirectional(letter) == "AL", bidirectional(after) == "AL"
+    if all(is_arabic) or (is_arabic[0] and after.isalnum()) or (is_arabic[1] and before.isalnum()):
+        return True
+    if character == _ZWJ and before in _HEHS and after not in (_ZWJ, _ZWNJ):
         return True
     return bool(_EMOJI_PARTS.fullmatch(before + character + after))
 
 
+_ZWJ, _ZWNJ = "\N{ZERO WIDTH JOINER}", "\N{ZERO WIDTH NON-JOINER}"
+
+# Vowel signs and others that are written above or below an Arabic letter.
+_ARABIC_MARKS = "".join(map(chr, (*range(0x64B, 0x660), 0x670, *range(0x6D6, 0x6DD))))
+# Letters that a ZWJ gives the form of an abbreviation, such as that of the Hijri calendar.
+_HEHS = "\N{ARABIC LETTER HEH}\N{ARABIC LETTER HEH GOAL}\N{ARABIC LETTER HEH DOACHASHMEE}"
 # Combining class of the signs that remove the vowel of an Indic letter.
 _VIRAMA = 9
 # A ZWJ between two symbols; the first may have a color of skin or a variation selector.
 _EMOJI_PARTS = re.compile(
     "[\ufe0f\u2190-\u2bff\U0001f000-\U0001faff]\u200d[\u2190-\u2bff\U0001f000-\U0001faff]"
+)
+# The flags of England, Scotland and Wales are a black flag and tags; systems draw no others.
+_FLAG = re.compile(
+    "\U0001f3f4\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067"
+    "|\U000e0073\U000e0063\U000e0074|\U000e0077\U000e006c\U000e0073)\U000e007f"
 )
 
 

@@ -18,6 +18,8 @@ from escape import (
     without_secrets,
 )
 
+ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+
 
 @pytest.mark.parametrize(
     "text",
@@ -25,7 +27,9 @@ from escape import (
      "\x00", "\u2028", "\u2066a", "a\u061cb", "pay\u200bpal", "pay\u200dpal", "pay\u200cpal",
      "\u200d", "\u0633\u200c\u200c\u0647", "\u0633\u200c.jpg", "a\u200d\U0001f469",
      "\U0001f468\u200d", "\ufeffa", "a\u2060b", "a\xadb", "\U000e0061",
-     "\U0001f468\u200c\U0001f469", "\ue000"],
+     "\U0001f468\u200c\U0001f469", "\ue000", "\u200c\u0633", "\u0633\u200d.jpg", "e\u0301\u200cx",
+     "\u0647\u200d\u200d", f"{ENGLAND[0]}{ENGLAND[2:]}", ENGLAND[:-1], ENGLAND[1:],
+     f"{ENGLAND[0]}\U000e0075\U000e0073\U000e0074\U000e0078\U000e007f"],  # Texas, drawn by few
 )  # fmt: skip
 def test_terminal_text_has_no_control_characters(text: str) -> None:
     shown = printable(text)
@@ -47,11 +51,15 @@ def test_printable_text_stays_unchanged() -> None:
         "写真\u3000まとめ.jpg",
         "\u0639\u06a9\u0633\u200c\u0647\u0627\u06cc.jpg",  # Persian
         "\u0646\u0647\u0654\u200c\u0647\u0627.jpg",  # with a mark before the joiner
+        "PDF\u200c\u0647\u0627.jpg",  # Latin with the plural of Persian
+        "\u06f5\u200c\u062a\u0627\u06cc\u06cc \u0639\u06a9\u0633\u200c\u06f2.jpg",  # digits
+        "\u06f1\u06f4\u06f0\u06f3 \u0647\u200d.jpg",  # a year, with its abbreviation
         "क्\u200dष.jpg",
         "ಸಾಫ್ಟ್\u200cವೇರ್.jpg",
         "র\u200d্যাম.jpg",  # Bengali, before the virama
         "അവന്\u200d.jpg",  # Malayalam, at the end of a word
         "👨\u200d👩\u200d👧 picnic.jpg",
+        f"{ENGLAND}\U0001f3f4\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f.jpg",
         "❤\ufe0f\u200d🔥 👨🏽\u200d🌾 🙂\u200d↔\ufe0f.jpg",
     ],
 )
