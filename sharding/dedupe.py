@@ -17,9 +17,9 @@ A `Decision` has five NumPy arrays with one value per row:
 - `wanted`: the set that the image was meant for.
 - `sets`: its final set, or "" if it is excluded.
 - `reasons`: why it is excluded, or "" if it is not.
-- `other`: the row of the image that is kept instead, or -1. If the same bytes are labeled real in
-  one row and fake in another, all rows with these bytes are excluded, and it is the first one of
-  the other label.
+- `other`: the row of the image that is kept instead, or -1. If the same bytes (as packed) are
+  labeled real in one row and fake in another, all rows with these bytes are excluded, and it is
+  the first one of the other label.
 - `groups`: the name of its group.
 
 A row with an `error` (an image that cannot be decoded) keeps its set: the caller drops such rows.
@@ -55,7 +55,9 @@ MAX_DIFFERENCE = 8.0
 with MAX_BITS, at least 98.9 % of re-encoded and resized copies are found, and none of 72,000 pairs
 of different images (docs/log.md)."""
 
-BOTH_LABELS = "the same bytes are labeled real and fake"
+BOTH_LABELS = "are labeled real and fake"
+"""End of the reason of images that are excluded because their content has both labels."""
+
 EXCLUDED_BY_CATALOG = "its SHA-256 stands in a list that the catalog excludes"
 
 SPLIT_RANK = {"train": 0, "val": 1, "test": 2}
@@ -120,12 +122,13 @@ def decide(
         np.array([names[c] for c in component], object),
     )
     labels = inventory.column("label").to_numpy()
-    good &= ~_exclude_both_labels(decision, sha, labels, good)
+    files = _bytes_of(inventory.column("original"), 32).view(np.uint64)
+    good &= ~_exclude_both_labels(decision, sha, files, labels, good)
     ranks = {name: SPLIT_RANK[split] for name, split in split_of.items()}
     rank = np.array([ranks[name] for name in decision.wanted], np.int8)
     losing = _losing(rank, component, good)
     decision.sets[losing] = ""
-    _keep_one_of_each(decision, sha, good, split_of)
+    _keep_one_of_each(decision, sha, files, good, split_of)
     _name_winners(decision, losing, rank, component, near, good)
     decision.sets[named] = ""
     decision.reasons[named] = EXCLUDED_BY_CATALOG
@@ -142,18 +145,25 @@ def _begins_with(hashes: pa.ChunkedArray, beginnings: Collection[str]) -> np.nda
 
 
 def _exclude_both_labels(
-    decision: Decision, sha: np.ndarray, labels: np.ndarray, good: np.ndarray
+    decision: Decision, sha: np.ndarray, files: np.ndarray, labels: np.ndarray, good: np.ndarray
 ) -> np.ndarray:
-    """Exclude all images whose bytes are labeled real and fake, and return a mask of them."""
+    """Exclude all images whose bytes or pixels are labeled real and fake; return a mask of them."""
     both = np.zeros(len(good), bool)
     for run in _runs(sha, np.flatnonzero(good)):
         if len(set(labels[run].tolist())) > 1:
             both[run] = True
+            decision.reasons[run] = f"the same {_equal_part(files[run])} {BOTH_LABELS}"
             for label in (0, 1):
                 decision.other[run[labels[run] == label]] = run[labels[run] != label][0]
     decision.sets[both] = ""
-    decision.reasons[both] = BOTH_LABELS
     return both
+
+
+def _equal_part(files: np.ndarray) -> str:
+    """Return what images have in common that are packed as the same bytes: also those of the files,
+    or only the pixels.
+    """
+    return "bytes" if (files == files[0]).all() else "pixels"
 
 
 def _losing(rank: np.ndarray, component: np.ndarray, good: np.ndarray) -> np.ndarray:
@@ -164,15 +174,20 @@ def _losing(rank: np.ndarray, component: np.ndarray, good: np.ndarray) -> np.nda
 
 
 def _keep_one_of_each(
-    decision: Decision, sha: np.ndarray, good: np.ndarray, split_of: Mapping[str, str]
+    decision: Decision,
+    sha: np.ndarray,
+    files: np.ndarray,
+    good: np.ndarray,
+    split_of: Mapping[str, str],
 ) -> None:
-    """Keep the first of images with the same bytes, by set and row."""
+    """Keep the first of images that are packed as the same bytes, by set and row."""
     order = {name: index for index, name in enumerate(_by_rank(split_of))}
     for run in _runs(sha, np.flatnonzero(good)):
         kept = [row for row in run.tolist() if decision.sets[row]]
         kept.sort(key=lambda row: (order[str(decision.sets[row])], row))
         for row in kept[1:]:
-            decision.reasons[row] = f"the same bytes as an image of {decision.sets[kept[0]]}"
+            part = _equal_part(files[[row, kept[0]]])
+            decision.reasons[row] = f"the same {part} as an image of {decision.sets[kept[0]]}"
             decision.other[row] = kept[0]
             decision.sets[row] = ""
 

@@ -331,12 +331,14 @@ def _check_splits(folders: Sequence[AnyPath], opened: Sequence[ShardSet]) -> lis
     for column, what in _TIES:
         for a, b in _repeated(table.column(column)):
             if splits[a] != splits[b] or column == "sha256":
-                faults.append(f"{name(a)}: {what} {name(b)}")
+                is_packed_anew = any(table.column("transcoded_from")[row].as_py() for row in (a, b))
+                part = "pixels" if is_packed_anew else "bytes"
+                faults.append(f"{name(a)}: {what.format(part=part)} {name(b)}")
     return faults
 
 
 _TIES = (
-    ("sha256", "the same bytes as"),
+    ("sha256", "the same {part} as"),
     ("group", "in another split than an image of the same group,"),
     ("phash", "in another split than an image with the same perceptual hash,"),
 )

@@ -141,6 +141,24 @@ def test_an_image_with_both_labels_is_excluded_from_all_sets(tmp_path: Path) -> 
     assert excluded(tmp_path, "evalgen") == {"coco/real/a.jpg": (reason, "more/fake/a.jpg")}
 
 
+def test_files_of_the_same_pixels_are_not_said_to_have_the_same_bytes(tmp_path: Path) -> None:
+    """They are packed as the same PNG."""
+    one, two, three = (encode(picture(n), "BMP") for n in (1, 2, 3))
+    put(tmp_path / "raw", {
+        "pairs/real/1.bmp": one, "more/real/1.tif": encode(picture(1), "TIFF"),
+        "pairs/real/2.bmp": two, "more/fake/2.tif": encode(picture(2), "TIFF"),
+        "pairs/fake/3.bmp": three, "more/fake/3.bmp": three,
+    })  # fmt: skip
+    pack(tmp_path)
+    both = "the same pixels are labeled real and fake"
+    reasons = {origin: reason for origin, (reason, _) in excluded(tmp_path, "phase1").items()}
+    assert len(reasons) == 4 and list(reasons.values()).count(both) == 2
+    assert reasons["pairs/real/2.bmp"] == reasons["more/fake/2.tif"] == both
+    assert sorted(set(reasons.values()) - {both}) == [
+        "the same bytes as an image of phase1", "the same pixels as an image of phase1"
+    ]  # fmt: skip
+
+
 def test_near_duplicates_go_to_the_same_set(tmp_path: Path) -> None:
     for n in range(30):
         put(tmp_path / "raw/faces", {
