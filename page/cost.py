@@ -21,17 +21,15 @@ fakes, how many get each verdict.
 - `band`: the uncertain band of probabilities, (low, high).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import streamlit as st
 from markupsafe import Markup
 
 from model.inference import fitness
 from model.inference.detector import ImageDetector
-from model.verdict import left_out_sources
-from page.figures import Row, VerdictShares, of_hundred, verdict_shares
+from page.figures import Row, VerdictShares, measured_on, of_hundred, verdict_shares
 from page.html import show
 
 
@@ -87,17 +85,6 @@ def percentages(values: Iterable[float]) -> dict[float, str]:
         if len(set(texts.values())) == different:
             break
     return texts
-
-
-def measured_on(meta: Mapping[str, Any]) -> str:
-    """Describe the images of the calibration, and by which detectors they were scored."""
-    calibration = meta["calibration"]
-    sets = ", ".join(calibration["fitted_on"])
-    how = ", each source by a detector trained without it" if left_out_sources(meta) else ""
-    return (
-        f"Measured on {sets}: {calibration['reals']:,} real and {calibration['fakes']:,} fake "
-        f"images{how}. On other kinds of images, expect more errors."
-    )
 
 
 def rule_sentence(detector: ImageDetector) -> str:

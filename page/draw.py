@@ -90,7 +90,11 @@ def main() -> None:
             show_figures(detector.meta)
             show_examples()
     scored = score_all(detector, list(files.values()))
-    announce(show_results(detector, files, scored) if scored else "")
+    text = ""
+    if scored:
+        with st.container(key="results"):  # live.js finds the results by this key
+            text = show_results(detector, files, scored)
+    announce(text, scored)
     about(detector)
 
 

@@ -8,8 +8,10 @@ returns `CalibratedRates`, or None if it has no calibration. `CalibratedRates` h
   each a `Measured`: `share`, `images` (number of images on which it was measured), `lowest` and
   `highest` (extreme shares of single sources, or None);
 - `uncertain`: the share of uncertain images, or None;
-- `left_out`: True if each source was scored by a detector that was trained without this source;
-- `fitted_on`: the names of the sets on which the rates were measured.
+- `left_out`: True if each source was scored by a detector that was trained without this source.
+
+`measured_on(meta)` takes the same and returns a text: on which images the rates of its calibration
+were measured.
 
 `verdict_shares(roc, band)` returns two `VerdictShares`, of the real and of the fake images: the
 shares `no_sign` (no sign of AI), `uncertain` and `likely` (likely AI).
@@ -26,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from console import counted
 from model.verdict import left_out_sources, shares_at
 
 
@@ -54,7 +57,6 @@ class CalibratedRates:
     false_positives: Measured
     uncertain: float | None
     left_out: bool
-    fitted_on: tuple[str, ...]
 
 
 def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
@@ -65,7 +67,6 @@ def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
     if not calibration:
         return None
     sources = left_out_sources(meta).values()
-    fitted_on = tuple(calibration["fitted_on"])
     if sources:
         images = sum(source["reals"] + source["fakes"] for source in sources)
         uncertain = sum(
@@ -76,7 +77,6 @@ def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
             _over_sources(list(sources), "false_positive_rate", "reals"),
             uncertain / images,
             True,
-            fitted_on,
         )
     if not calibration.get("roc"):
         return None
@@ -86,7 +86,22 @@ def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
         Measured(reals_called, calibration["reals"]),
         None,
         False,
-        fitted_on,
+    )
+
+
+def measured_on(meta: Mapping[str, Any]) -> str:
+    """Describe the images of the calibration, and by which detectors they were scored."""
+    calibration = meta["calibration"]
+    images = f"{calibration['reals']:,} real and {calibration['fakes']:,} fake images"
+    if sources := left_out_sources(meta):
+        return (
+            f"Measured on {images} of {counted(len(sources), 'source')}, each scored by a detector "
+            "trained without its source: these images were of a new kind for the detector, as "
+            "yours may be."
+        )
+    return (
+        f"Measured on {images} of the kinds that the detector was trained on. On other kinds of "
+        "images, expect more errors."
     )
 
 

@@ -11,8 +11,9 @@ Main entries, which put HTML on the page (Streamlit) and return nothing:
 - `show_examples()` takes nothing and shows three images. A click on one uploads it to the uploader,
   which `page.uploads.uploads()` must have shown on the same page.
 
-`figures_html(measured)` takes the `CalibratedRates` that `page.figures.rates(meta)` returns, or
-None, and returns the error rates as HTML (`Markup`). `HERE` is the folder of this module.
+`figures_html(measured, images)` takes the `CalibratedRates` that `page.figures.rates(meta)` returns,
+or None, and the text of `page.figures.measured_on(meta)`, and returns the error rates as HTML
+(`Markup`). `HERE` is the folder of this module.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from streamlit.delta_generator import DeltaGenerator
 from model.inference.fitness import Notice
 from model.verdict import capital
 from page.examples import ABOUT, examples
-from page.figures import CalibratedRates, Measured, of_hundred, rates
+from page.figures import CalibratedRates, Measured, measured_on, of_hundred, rates
 from page.html import icon, show
 from page.scored import data_url
 
@@ -69,13 +70,15 @@ def show_figures(meta: Mapping[str, Any]) -> None:
     """Show the error rates of the detector: recall together with false positives."""
     show(
         Markup('<section class="well"><h2>How often the detector is right</h2>{}</section>').format(
-            figures_html(rates(meta))
+            figures_html(rates(meta), measured_on(meta) if meta["calibration"] else "")
         )
     )
 
 
-def figures_html(measured: CalibratedRates | None) -> Markup:
-    """Return the cards with the rates as HTML, or a card that says that there are none."""
+def figures_html(measured: CalibratedRates | None, images: str) -> Markup:
+    """Return the cards with the rates as HTML, or a card that says that there are none. `images` is
+    a text on the images on which they were measured.
+    """
     if measured is None:
         return Markup(
             '<p class="card">Not known: the error rates of this detector were not measured.</p>'
@@ -95,16 +98,8 @@ def figures_html(measured: CalibratedRates | None) -> Markup:
                 "</span></div>"
             ).format(of_hundred(measured.uncertain))
         )
-    sets = ", ".join(measured.fitted_on)
-    how = (
-        f"Measured on {sets}, each source by a detector trained without it: these images were of a "
-        "new kind for the detector, as yours may be."
-        if measured.left_out
-        else f"Measured on {sets}: images of the kinds that the detector was trained on. On other "
-        "kinds of images, expect more errors."
-    )
     return Markup('<div class="card rates">{}</div><p class="quiet">{}</p>').format(
-        Markup().join(cards), how
+        Markup().join(cards), images
     )
 
 

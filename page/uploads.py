@@ -4,10 +4,11 @@ Main entry: `uploads()` takes nothing, puts the uploader and its buttons on the 
 and returns the list of uploaded files (Streamlit's `UploadedFile`), empty if there are none. The
 button "Paste from the clipboard" is shown if the browser allows it, "Remove all" while there are
 files. Files that the uploader or the server rejected are listed with the reasons; they are not
-returned. `announce(text)` makes screen readers speak a text, and returns nothing. Uploaded files
-stay in memory.
+returned. `announce(text, files)` makes screen readers speak a text, shows the results of new file
+ids, and returns nothing. Uploaded files stay in memory.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import streamlit as st
@@ -41,10 +42,7 @@ _rejected = st.components.v2.component(
 _live = st.components.v2.component(
     "live",
     html='<div class="for-readers" role="status"></div>',
-    js="""export default function ({ parentElement, data }) {
-  const region = parentElement.querySelector("[role=status]");
-  if (region.textContent !== data.text) region.textContent = data.text;
-}""",
+    js=(HERE / "live.js").read_text(encoding="utf-8"),
     isolate_styles=False,
 )
 
@@ -66,6 +64,8 @@ def uploads() -> list[UploadedFile]:
     return files
 
 
-def announce(text: str) -> None:
-    """Let screen readers speak `text`, through a live region that stays on the page."""
-    _live(key="live", data={"text": text})
+def announce(text: str, files: Collection[str]) -> None:
+    """Let screen readers speak `text`, and scroll to the results if one of these ids of files is
+    new and the results are not in the window.
+    """
+    _live(key="live", data={"text": text, "files": list(files)})

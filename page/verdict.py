@@ -30,23 +30,25 @@ from model.inference.provenance import Evidence
 from model.verdict import capital, percent
 from page.examples import ABOUT
 from page.html import KINDS, icon
-from page.scored import Scored, names_ai
+from page.scored import Scored, data_url, names_ai
 
 _STATES = {"trusted": "trusted", "valid, signer unknown": "unknown", "invalid": "invalid"}
 
 
 def verdict_html(detector: ImageDetector, result: Scored, said: str, level: int) -> Markup:
-    """Return the card with the verdict `said`. `level` is the HTML heading level."""
+    """Return the card with the verdict `said`. `level` is the HTML heading level. The thumbnail is
+    for phones, where the image itself is below the card.
+    """
     probability = result.prediction.probability
     assert probability is not None  # refused images have no verdict card
     kind = KINDS[said]
     return Markup(
-        '<div class="card verdict {}"><h{} class="said">{}{}</h{}><p>{}: <strong>{}</strong></p>{}'
-        '<p class="proof">{}.</p>{}</div>'
+        '<div class="card verdict {}"><img class="thumbnail" src="{}" alt=""><h{} class="said">{}{}'
+        '</h{}><p>{}: <strong>{}</strong></p>{}<p class="proof">{}.</p>{}</div>'
     ).format(
-        kind, level, icon(kind), capital(said), level, capital(fitness.score_label(detector.meta)),
-        percent(probability), scale_html(probability, detector.band),
-        capital(fitness.disclaimer(detector.meta)),
+        kind, data_url(result.thumbnail), level, icon(kind), capital(said), level,
+        capital(fitness.score_label(detector.meta)), percent(probability),
+        scale_html(probability, detector.band), capital(fitness.disclaimer(detector.meta)),
         Markup('<p class="quiet">{}</p>').format(ABOUT) if result.is_example else "",
     )  # fmt: skip
 

@@ -283,8 +283,7 @@ def test_the_slider_changes_the_verdict_and_the_figures(visit, detector) -> None
             doubt = of_hundred(of.uncertain) if threshold == detector.threshold else "-"
             assert cells == [of_hundred(of.no_sign), doubt, of_hundred(of.likely)]
         wait_for(
-            page,
-            f"Measured on new: {calibration['reals']} real and {calibration['fakes']} fake",
+            page, f"Measured on {calibration['reals']} real and {calibration['fakes']} fake images"
         )
 
 

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from page.examples import examples
-from tests.browser import browse, file_of, in_browser, settle, violations, wait_for, width_of
+from tests.browser import (
+    browse,
+    file_of,
+    in_browser,
+    in_window,
+    settle,
+    violations,
+    wait_for,
+    width_of,
+)
 from tests.builders import encode, photo
 
 if TYPE_CHECKING:
@@ -87,3 +96,20 @@ def test_an_example_is_an_image_like_any_other(visit: Callable[..., "Page"]) -> 
     for part in (".icon", ".scale i", ".scale b", ".stSlider div", ".stCheckbox div"):
         kept = page.locator(part).first.evaluate("(e) => getComputedStyle(e).forcedColorAdjust")
         assert kept == "none", part
+
+
+@in_browser
+@pytest.mark.parametrize("count", [1, 3])
+def test_on_a_phone_the_image_and_its_verdict_are_in_the_window(
+    visit: Callable[..., "Page"], count: int
+) -> None:
+    page = visit(**{**PHONE, "viewport": {"width": 390, "height": 420}})
+    names = [f"{index}.jpg" for index in range(count)]
+    browse(page, *(file_of(name, encode(photo(1, 400, 300))) for name in names))
+    wait_for(page, "Heatmap")
+    result = page.locator(".verdict" if count == 1 else ".images tbody tr").first
+    top = "document.querySelector('.st-key-results').getBoundingClientRect().top"
+    page.wait_for_function(f"0 < {top} && {top} < 99")
+    for part in ("img", ".said" if count == 1 else ".mark"):
+        assert result.locator(part).first.is_visible()
+        assert in_window(result.locator(part).first)

@@ -17,10 +17,10 @@ from model import load_detector
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.verdict import percent
-from page.cost import hundred_html, measured_on
+from page.cost import hundred_html
 from page.draw import sentence
 from page.examples import examples
-from page.figures import Measured, VerdictShares, of_hundred, rates, verdict_shares
+from page.figures import Measured, VerdictShares, measured_on, of_hundred, rates, verdict_shares
 from page.photo import crops_of, photo_html
 from page.scored import Scored, score
 from page.session import seconds_of
@@ -54,29 +54,31 @@ def test_a_share_is_never_shown_as_0_or_100() -> None:
 
 def test_the_first_screen_shows_the_rates_on_left_out_sources() -> None:
     calibration = {
-        "fitted_on": ["phase1"], "sources": SOURCES, "roc": ROC,
+        "fitted_on": ["phase1"], "sources": SOURCES, "roc": ROC, "reals": 400, "fakes": 100,
         "method": "sources left out, pooled",
     }  # fmt: skip
-    measured = rates({"calibration": calibration, "threshold": 0.7})
+    meta = {"calibration": calibration, "threshold": 0.7}
+    measured = rates(meta)
     assert measured.false_positives == Measured(pytest.approx(0.075), 400, 0.0, 0.1)
     assert measured.recall == Measured(pytest.approx(0.4), 100, 0.4, 0.4)
     assert measured.uncertain == pytest.approx(0.36)
-    html = figures_html(measured)
-    assert "each source by a detector trained without it" in html
+    html = figures_html(measured, measured_on(meta))
+    assert "phase1" not in html
     assert ">8</span>" in html and ">40</span>" in html and ">36</span>" in html
     assert "400 real images, by source under 1 to 10" in html
 
 
 def test_without_sources_the_rates_come_from_the_roc_curve() -> None:
     calibration = {"fitted_on": ["val"], "sources": {}, "roc": ROC, "reals": 50, "fakes": 40}
-    measured = rates({"calibration": calibration, "threshold": 0.7})
+    meta = {"calibration": calibration, "threshold": 0.7}
+    measured = rates(meta)
     assert measured.recall == Measured(0.6, 40) and measured.false_positives == Measured(0.04, 50)
-    html = figures_html(measured)
+    html = figures_html(measured, measured_on(meta))
     assert "of the kinds that the detector was trained on" in html and "by source" not in html
     assert rates({"calibration": None, "threshold": 0.5}) is None
     without = {name: value for name, value in calibration.items() if name != "roc"}
     assert rates({"calibration": without, "threshold": 0.5}) is None
-    assert "Not known" in figures_html(None)
+    assert "Not known" in figures_html(None, "")
 
 
 def test_only_left_out_sources_were_scored_by_detectors_without_them() -> None:
@@ -85,12 +87,13 @@ def test_only_left_out_sources_were_scored_by_detectors_without_them() -> None:
         "method": "validation sets by source, pooled",
     }  # fmt: skip
     assert measured_on({"calibration": calibration}) == (
-        "Measured on val: 1,000 real and 20 fake images. On other kinds of images, expect more "
-        "errors."
+        "Measured on 1,000 real and 20 fake images of the kinds that the detector was trained on. "
+        "On other kinds of images, expect more errors."
     )
     calibration["method"] = "sources left out, pooled"
-    assert "images, each source by a detector trained without it." in measured_on(
-        {"calibration": calibration}
+    assert measured_on({"calibration": calibration}) == (
+        "Measured on 1,000 real and 20 fake images of 1 source, each scored by a detector trained "
+        "without its source: these images were of a new kind for the detector, as yours may be."
     )
 
 
