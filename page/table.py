@@ -80,7 +80,7 @@ def show_table(
     )
     st.download_button(
         "Download as CSV",
-        as_csv(detector, scored, verdicts),
+        as_csv(detector, scored, verdicts).encode("utf-8-sig"),  # Excel asks for the mark
         "verdicts.csv",
         "text/csv",
         on_click="ignore",

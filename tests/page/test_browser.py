@@ -94,7 +94,9 @@ def test_many_images_in_a_table_and_as_csv(visit, detector) -> None:
     wait_for(page, "13 images", "1 unreadable", "not an image this program reads")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
-    rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    data = Path(download.value.path()).read_bytes()
+    assert data.startswith(b"\xef\xbb\xbf")  # Excel reads UTF-8 only with this mark
+    rows = list(csv.DictReader(data.decode("utf-8-sig").splitlines()))
     predictions = detector.predict(images)
     assert [row["path"] for row in rows] == [*(f"{i}.img" for i in range(12)), "notes.jpg"]
     for row, prediction in zip(rows, predictions, strict=False):
