@@ -11,9 +11,9 @@ Main entries, which put HTML on the page (Streamlit) and return nothing:
 - `show_examples()` takes nothing and shows three images. A click on one uploads it to the uploader,
   which `page.uploads.uploads()` must have shown on the same page.
 
-`figures_html(measured, images)` takes the `CalibratedRates` that `page.figures.rates(meta)` returns,
-or None, and the text of `page.figures.measured_on(meta)`, and returns the error rates as HTML
-(`Markup`). `HERE` is the folder of this module.
+`figures_html(measured, images)` takes the `CalibratedRates` that `page.figures.rates(meta)`
+returns, or None, and the text of `page.figures.measured_on(meta)`, and returns the error rates as
+HTML (`Markup`). `HERE` is the folder of this module.
 """
 
 from collections.abc import Mapping, Sequence
