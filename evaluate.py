@@ -305,14 +305,17 @@ def _report_on_scores(
 
     if is_table:
         from model.adapters.detector import output_name
-        from model.score_tables.csv_table import import_scores
+        from model.evaluation.scores import SCORES_FILE, write_scores
+        from model.score_tables.csv_table import read_scores
 
+        tables, about = read_scores(scores, list(dict.fromkeys(names)), any_path(data))
         out = out or runs / output_name("scores", scores.stem, scores) / "evaluation"
     folder = out or scores.parent
     with contextlib.ExitStack() as held:
         lock_output(folder, held)
         if is_table:
-            scores = import_scores(scores, list(dict.fromkeys(names)), any_path(data), folder)
+            scores = folder / SCORES_FILE
+            write_scores(scores, tables, about)
             console.say(f"scores: {scores}")
         report = report_on(scores)
         written = write_report(report, scores, any_path(data), folder)

@@ -1,4 +1,4 @@
 """Scores that the detectors of other people gave, as the scores of an evaluation.
 
-Main entry: `csv_table.import_scores()`. See `docs/detectors.md`.
+Main entry: `csv_table.read_scores()`. See `docs/detectors.md`.
 """

@@ -1,15 +1,14 @@
-"""Read the scores of somebody else's detector from a CSV table, as the scores file of an
-evaluation.
+"""Read the scores of somebody else's detector from a CSV table, as the content of a scores file.
 
-Main entry: `import_scores(file, names, data, out)`. It needs neither network nor images.
+Main entry: `read_scores(file, names, data)`. It needs neither network nor images.
 
 - `file`: `Path` of the CSV table: columns separated by commas, a row per image.
 - `names`: names of the shard sets that were scored (folders in `data`, a `Path` or `UPath`); empty:
   the table says everything.
-- `out`: `Path` of the folder for `scores.parquet`, made if needed.
 
-It returns the path of that file, from which `report_on()` of `model/evaluation/run.py` makes the
-report. Columns of the table:
+It returns the tables, one a set, and the description that `write_scores()` of
+`model/evaluation/scores.py` writes to a scores file; from that one, `report_on()` of
+`model/evaluation/run.py` makes the report. Columns of the CSV table:
 
 - `key` or `path`: the name of the image, once in each set.
 - `score` or `probability`: the probability of fake, 0 to 1. Empty or NaN: the detector gave none.
@@ -40,7 +39,7 @@ import console
 from escape import reason_of
 from installed import git_commit
 from model.adapters.detector import logits_from, meta_of
-from model.evaluation.scores import SCORES_FILE, SCORES_SCHEMA, ScoresError, rows_of, write_scores
+from model.evaluation.scores import SCORES_SCHEMA, ScoresError, rows_of
 from model.score import Scores
 from model.verdict import CALIBRATION_KEYS
 from sharding.format import CLASSES, ShardSet, open_shards
@@ -69,8 +68,10 @@ class _Row(NamedTuple):
     about: Mapping[str, str]  # of `OPTIONAL`
 
 
-def import_scores(file: Path, names: Sequence[str], data: AnyPath, out: Path) -> Path:
-    """Write the scores in the table `file` as a scores file to `out`, and return its path.
+def read_scores(
+    file: Path, names: Sequence[str], data: AnyPath
+) -> tuple[list[pa.Table], dict[str, Any]]:
+    """Return the scores in the table `file`: a table for each set, and what is known of all.
 
     Raises:
         ScoresError: a column is missing, a label or score cannot be read, an image has two rows, or
@@ -105,9 +106,7 @@ def import_scores(file: Path, names: Sequence[str], data: AnyPath, out: Path) ->
         "trained_on": [],
         "maybe_trained_on": [],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_scores(out / SCORES_FILE, [*parts.values()], about)
-    return out / SCORES_FILE
+    return [*parts.values()], about
 
 
 def _rows(file: Path, *, needs_label: bool) -> Iterator[_Row]:
