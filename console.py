@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from escape import one_line, printable, without_secrets
+from escape import as_utf8, one_line, printable, without_secrets
 
 log = logging.getLogger("ai_images_detector")
 
@@ -216,19 +216,19 @@ def say(text: str = "") -> None:
 
 
 def say_data(text: str) -> None:
-    """Print a line of CSV or JSON on standard output, always in UTF-8. Bytes of a file name that
-    are not UTF-8 are written unchanged. On a terminal, print by `say`.
+    """Print a line of CSV or JSON on standard output, always in UTF-8. On a terminal, print by
+    `say`.
     """
     if _standard_output().isatty():
         say(text)
     else:
-        click.echo(text.encode("utf-8", "surrogateescape"))
+        click.echo(as_utf8(text).encode())
 
 
 def _encodable(text: str) -> str:
     """Escape the characters of `text` that the encoding of standard output does not have."""
     encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return as_utf8(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager

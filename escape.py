@@ -3,11 +3,13 @@ paths.
 
 Main entries: none raises an error. Most functions take one `text` (str) and return a new str.
 `printable()` replaces control characters, which a terminal would execute, and characters that a
-reader cannot see by visible escapes (or by its `replacement`); newlines stay. `spreadsheet_cell()`
-puts a `'` before a text, or a part after `;` or a tab, that would run as a formula, and
-`from_spreadsheet_cell()` takes its result and returns the original text. `markdown()` returns one
-line in which markup is escaped and addresses do not become links; all words stay readable. (A text
-that is only a number with a full stop, such as `7.`, is not escaped: it can show as a list item.)
+reader cannot see by visible escapes (or by its `replacement`); newlines stay. `as_utf8()` escapes
+only what UTF-8 does not have: bytes of a file name, and single surrogates. `as_json(value)` returns
+a value as JSON with such texts. `spreadsheet_cell()` puts a `'` before a
+text, or a part after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes
+its result and returns the original text. `markdown()` returns one line in which markup is escaped
+and addresses do not become links; all words stay readable. (A text that is only a number with a
+full stop, such as `7.`, is not escaped: it can show as a list item.)
 `without_secrets()` replaces the logins, queries and fragments of web addresses (passwords, tokens,
 signatures) by `***`. `reason_of(error)` returns the message of an exception as one line, without
 secrets, and `typed_reason_of(error)` puts the name of its type before it. `one_line(error)` returns
@@ -47,9 +49,36 @@ def printable(text: str, replacement: str | None = None) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if _is_shown(text, at) else ascii(c)[1:-1] if replacement is None else replacement
+        c if _is_shown(text, at) else _code(c) if replacement is None else replacement
         for at, c in enumerate(text)
     )
+
+
+def _code(character: str) -> str:
+    """Return the escape of a character: `\\xff` for a byte that is not UTF-8, which Python keeps as
+    the surrogate U+DCFF, else that of Python.
+    """
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return ascii(character)[1:-1]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def as_utf8(text: str) -> str:
+    """Replace what UTF-8 does not have by escapes, so that every program can read the text: bytes
+    of a file name that are not UTF-8 (`\\xff`) and single surrogates (`\\ud800`).
+    """
+    return _SURROGATE.sub(lambda match: _code(match[0]), text)
+
+
+def as_json(value: Any, **options: Any) -> str:
+    """Return a value as JSON text in UTF-8, with the escapes of `as_utf8` in its texts. `options`
+    are arguments of `json.dumps`, such as `indent`.
+    """
+    text = json.dumps(value, ensure_ascii=False, **options)
+    return _SURROGATE.sub(lambda match: f"\\{_code(match[0])}", text)
 
 
 def _is_shown(text: str, at: int) -> bool:

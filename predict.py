@@ -384,6 +384,9 @@ def _finish(run: PredictionRun, paths: tuple[str, ...], watch: str | None) -> No
         before = f" ({run.skipped:,} were done before)" if run.skipped else ""
         done = console.counted(run.done, "image")
         console.log.info("%s%s at %s: %s", done, before, run.rate, verdicts or "-")
+    if run.escaped:
+        names = "1 name is" if run.escaped == 1 else f"{run.escaped:,} names are"
+        console.log.info("%s not UTF-8: such bytes are written as escapes, such as \\xff", names)
     if run.output == "table":
         console.log.info("%s", fitness.disclaimer(run.detector.meta))
     unreadable = run.verdicts[UNREADABLE] + (run.out.unreadable if run.out else 0)

@@ -3,8 +3,7 @@
 `is_hidden(name)` and `leaves_archive(name)` (the path would lead out of the target folder) return a
 bool. `kind_of(mode)` takes the mode of a link or device (`st_mode`) and returns the reason for not
 reading it. `no_image(name)` returns the reason for not reading a file whose name is not that of an
-image. `utf8_name(name)` returns the name with escapes for bytes that are not UTF-8. `HIDDEN`,
-`LINK` and `NESTED` are reasons why a file is not read.
+image. `HIDDEN`, `LINK` and `NESTED` are reasons why a file is not read.
 """
 
 import posixpath
@@ -33,13 +32,6 @@ def no_image(name: str) -> str:
     suffix = posixpath.splitext(name)[1].lower()
     kind = suffix if _EXTENSION.fullmatch(suffix) else "no extension"
     return f"not an image by its name ({kind})"
-
-
-def utf8_name(name: str) -> str:
-    """Replace bytes of a name that are not UTF-8 by escapes, so that the name can be printed and
-    stored.
-    """
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def kind_of(mode: int) -> str:

@@ -40,8 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from escape import as_utf8
 from imaging.decode import MAX_BYTES, DecodeError
-from imaging.names import HIDDEN, is_hidden, leaves_archive, utf8_name
+from imaging.names import HIDDEN, is_hidden, leaves_archive
 from storage import open_plain
 
 MAX_RATIO, MAX_SLACK = 200, 256 * 2**20
@@ -252,7 +253,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
             reached = archive.offset
             if member.isdir() or not wanted(member.name):
                 continue
-            name = utf8_name(member.name)
+            name = as_utf8(member.name)
             excluded = _refuse(member)
             if excluded:
                 yield TarMember(name, excluded, None)

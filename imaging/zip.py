@@ -32,8 +32,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from escape import as_utf8
 from imaging.decode import MAX_BYTES, DecodeError
-from imaging.names import HIDDEN, is_hidden, kind_of, leaves_archive, utf8_name
+from imaging.names import HIDDEN, is_hidden, kind_of, leaves_archive
 from storage import AnyPath, any_path, is_local
 
 MAX_RATIO = 1032
@@ -231,7 +232,7 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
         seen.add(entry.filename)
         where = (offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
         yield ZipMember(
-            utf8_name(entry.filename), ":".join(map(str, where)), entry.file_size, excluded
+            as_utf8(entry.filename), ":".join(map(str, where)), entry.file_size, excluded
         )
 
 

@@ -31,7 +31,6 @@ entry of a set, and returns the warnings about runs that were trained on it, or 
 None.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import console
-from escape import without_secrets
+from escape import as_json, as_utf8, without_secrets
 from model.evaluation.compare import shared_samples
 from model.evaluation.run import SPEED_FILE, find_scores
 from model.evaluation.scores import ScoreTable, read_scores
@@ -199,9 +198,9 @@ def write_comparison(sets: Mapping[str, Any], runs: Sequence[Path], out: Path) -
     out.mkdir(parents=True, exist_ok=True)
     command = without_secrets(shlex.join(["python", *sys.argv]))
     content = {"runs": [str(path) for path in runs], "sets": sets}
-    write_text(out / JSON_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    write_text(out / TABLE_FILE, comparison_csv(sets))
-    write_text(out / PAGE_FILE, comparison_page(sets, command))
+    write_text(out / JSON_FILE, as_json(content, indent=1, allow_nan=False) + "\n")
+    write_text(out / TABLE_FILE, as_utf8(comparison_csv(sets)))
+    write_text(out / PAGE_FILE, as_utf8(comparison_page(sets, command)))
     return [out / JSON_FILE, out / TABLE_FILE, out / PAGE_FILE]
 
 

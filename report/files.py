@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import console
-from escape import without_secrets
+from escape import as_utf8, without_secrets
 from model.evaluation.scores import ScoresError, read_scores
 from report.page import write_page
 from sharding.format import open_shards
@@ -65,5 +65,5 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
                 "%s: no pictures on the page: the set in %s has changed since", name, data
             )
             del shards[name]
-    command = without_secrets(shlex.join(["python", *sys.argv]))
+    command = as_utf8(without_secrets(shlex.join(["python", *sys.argv])))
     return [out / REPORT_FILE, *write_page(report, table, shards, out, command)]

@@ -48,7 +48,6 @@ the API's documentation.
 """
 
 import asyncio
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -62,6 +61,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from escape import as_json
 from imaging.decode import DecodeError, ImageFile
 from model.c2pa.signatures import State
 from model.inference.detector import ImageDetector
@@ -183,14 +183,11 @@ NO_KEY: dict[str, Any] = {}
 
 
 class Text(JSONResponse):
-    """JSON response in UTF-8. Names that are not valid UTF-8 are written with JSON escapes."""
+    """JSON response in UTF-8; bytes of a name that are not UTF-8 are escaped."""
 
     def render(self, content: Any) -> bytes:
         """Return the body as bytes."""
-        try:
-            return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-        except UnicodeEncodeError:
-            return json.dumps(content, allow_nan=False).encode()
+        return as_json(content, allow_nan=False).encode()
 
 
 @dataclass(eq=False)

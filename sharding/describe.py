@@ -52,8 +52,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from console import counted
+from escape import as_utf8
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.names import NESTED, no_image, utf8_name
+from imaging.names import NESTED, no_image
 from installed import command
 from sharding.catalog import (
     LONGEST_NAME,
@@ -119,8 +120,8 @@ def describe(folder: Path) -> Description:
         CatalogError: no image below `folder`, or its name is not UTF-8.
     """
     folder = folder.absolute()
-    if utf8_name(folder.name) != folder.name:
-        raise CatalogError(f"{utf8_name(str(folder))} has a name that is not UTF-8; rename it")
+    if as_utf8(folder.name) != folder.name:
+        raise CatalogError(f"{as_utf8(str(folder))} has a name that is not UTF-8; rename it")
     if leaves_raw(folder.name):
         raise CatalogError(f"{folder.name!r} cannot be the root of a source; rename the folder")
     files = list(walk(folder.parent, folder.name))

@@ -58,7 +58,7 @@ from typing import NamedTuple
 
 import recipes
 from console import counted
-from imaging.names import utf8_name
+from escape import as_utf8
 from sharding.build import Progress, Tolerance, build, no_progress, why_lacking
 from sharding.catalog import (
     BUILT_IN,
@@ -197,9 +197,9 @@ def _class_folders(folder: Path) -> list[list[str]]:
     Raises:
         CatalogError: a class has no folder, or the path of `folder` is `/` or not UTF-8.
     """
-    if utf8_name(str(folder)) != str(folder) or not folder.name:
+    if as_utf8(str(folder)) != str(folder) or not folder.name:
         raise CatalogError(
-            f"{utf8_name(str(folder))} cannot be packed: its name is empty or not UTF-8; rename it"
+            f"{as_utf8(str(folder))} cannot be packed: its name is empty or not UTF-8; rename it"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     inside = [name for name in names if split_of(name)[0] and not (folder / name).is_symlink()]
@@ -215,7 +215,7 @@ def _class_folders(folder: Path) -> list[list[str]]:
     ]
     for kind, known, side in zip(CLASSES, CLASS_FOLDERS, sides, strict=True):
         if not side:
-            there = ", ".join(utf8_name(name) for name in names[:8]) or "no folder"
+            there = ", ".join(as_utf8(name) for name in names[:8]) or "no folder"
             raise CatalogError(
                 f"{folder} has no folder of {kind} images (expected {' or '.join(known)}, "
                 f"found {there}); rename a folder, or let `{_describing(folder)}` "

@@ -46,8 +46,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from console import counted
+from escape import as_utf8
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.names import LINK, no_image, utf8_name
+from imaging.names import LINK, no_image
 from sharding.catalog import CatalogError, Rule, Source, Table, shares
 from sharding.format import CLASSES
 from sharding.raw import VOLUME, RawError, RawFile, nfc, walk
@@ -238,7 +239,7 @@ def _refuse_all(name: str, source: Source, root: AnyPath, listing: Listing) -> N
 
 def _refuse_missing_table(name: str, root: AnyPath, table: Table, files: Sequence[RawFile]) -> None:
     """Raise an error that names the CSV files which are there instead of the source's table."""
-    there = [utf8_name(file.inside) for file in files if file.inside.lower().endswith(".csv")]
+    there = [as_utf8(file.inside) for file in files if file.inside.lower().endswith(".csv")]
     instead = f", which has {', '.join(there[:4])}" if there else ", and no other CSV file"
     raise CatalogError(
         f"source {name} has no {table.name} below {root}{instead}; correct `table`, or set "

@@ -54,10 +54,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from escape import reason_of
+from escape import as_utf8, reason_of
 from imaging import zip
 from imaging.decode import MAX_BYTES, DecodeError
-from imaging.names import HIDDEN, is_hidden, kind_of, utf8_name
+from imaging.names import HIDDEN, is_hidden, kind_of
 from sharding.remote import in_order, read_bytes
 from storage import AnyPath, is_local, remote_errors
 
@@ -166,7 +166,7 @@ def _walk_local(raw: AnyPath, root: str) -> Iterator[RawFile]:
         else:
             facts = entry.stat(follow_symlinks=False)
             name = entry.path[len(top.rstrip("/")) + 1 :]
-            inside = utf8_name(name)
+            inside = as_utf8(name)
             excluded = "" if stat.S_ISREG(facts.st_mode) else kind_of(facts.st_mode)
             if inside != name and not excluded:
                 excluded = "a name that is not UTF-8; rename it"

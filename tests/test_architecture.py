@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "recipes": {"storage"},
     "locks": set(),
     "storage": {"installed", "escape", "locks"},
-    "imaging": {"storage"},
+    "imaging": {"escape", "storage"},
     "sharding": COMMON,
     "pipeline": {*COMMON, "sharding.format", "sharding.rows"},
     "model": {*COMMON, "sharding", "pipeline"},

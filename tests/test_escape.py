@@ -1,12 +1,15 @@
 """Escaping of untrusted text for terminals, spreadsheets, Markdown and logs."""
 
 import html
+import json
 import os
 import re
 
 import pytest
 
 from escape import (
+    as_json,
+    as_utf8,
     from_spreadsheet_cell,
     markdown,
     one_line,
@@ -36,6 +39,18 @@ def test_terminal_text_has_no_control_characters(text: str) -> None:
     assert shown.isprintable()
     shown.encode()
     assert printable(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [("caf\udce9.jpg", r"caf\xe9.jpg"), ("a\ud800b", r"a\ud800b"), ("é😀\u202e\n", "é😀\u202e\n"),
+     (r"caf\xe9.jpg", r"caf\xe9.jpg"), ("", "")],
+)  # fmt: skip
+def test_a_name_that_is_not_utf8_is_escaped_alike_everywhere(name: str, escaped: str) -> None:
+    """And only what UTF-8 does not have is."""
+    assert as_utf8(name) == escaped
+    assert json.loads(as_json({"a": [name]}).encode()) == {"a": [escaped]}
+    assert printable(name) == printable(escaped)
 
 
 def test_printable_text_stays_unchanged() -> None:

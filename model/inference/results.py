@@ -41,7 +41,6 @@ import contextlib
 import csv
 import hashlib
 import io
-import json
 import os
 import sys
 import time
@@ -53,7 +52,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from escape import from_spreadsheet_cell, printable, spreadsheet_cell
+from escape import as_json, as_utf8, from_spreadsheet_cell, printable, spreadsheet_cell
 from locks import locked
 from storage import parse_json, publish
 
@@ -101,22 +100,14 @@ def line(output: str, row: Mapping[str, Any]) -> str:
     if output == "csv":
         stream = io.StringIO()
         values = {**row, "provenance": "; ".join(map(str, row["provenance"]))}
-        cells = [spreadsheet_cell(v) if isinstance(v, str) else v for v in values.values()]
+        cells = [
+            spreadsheet_cell(as_utf8(value)) if isinstance(value, str) else value
+            for value in values.values()
+        ]
         # The writer quotes only newline characters of its own line end, so it must have both kinds.
         csv.writer(stream, lineterminator="\r\n").writerow(cells)
         return stream.getvalue().removesuffix("\r\n")
-    values = {**row, "provenance": [asdict(evidence) for evidence in row["provenance"]]}
-    text = json.dumps(values, ensure_ascii=False)
-    # A name that is not UTF-8 is written with escapes, so that Python can open the file by it.
-    return text if _is_utf8(text) else json.dumps(values)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return as_json({**row, "provenance": [asdict(evidence) for evidence in row["provenance"]]})
 
 
 def _table_line(row: Mapping[str, Any]) -> str:
@@ -197,7 +188,7 @@ class ResultsFile:
         Raises:
             OSError: the disk is full or missing; the message names the file.
         """
-        self.write_bytes(text.encode("utf-8", "surrogateescape") + b"\n")
+        self.write_bytes(text.encode() + b"\n")
 
     def write_bytes(self, data: bytes) -> None:
         """Append bytes that are whole rows; raises as `write`."""
@@ -327,7 +318,7 @@ _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 def _hash(name: str) -> np.uint64:
-    data = name.encode("utf-8", "surrogateescape")
+    data = as_utf8(name).encode()  # as rows have it
     return np.uint64(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
 
 
@@ -433,4 +424,4 @@ def _texts(stream: BinaryIO, end: int) -> Iterator[str]:
     while offset < end:
         part = stream.readline()
         offset += len(part)
-        yield part.decode("utf-8", "surrogateescape")
+        yield part.decode()

@@ -32,6 +32,7 @@ pass through. The `PredictionRun` counts:
 - `skipped`: images already in the results file.
 - `undrawn`: heatmaps that could not be written because the image's name is not possible as a file
   name. This is logged as a warning, and raises no error.
+- `escaped`: images of which the name is not UTF-8. Their lines have it with escapes (`as_utf8`).
 
 `draw_heatmap(detector, name, data, folder)` takes the name and the bytes of an image, and writes
 its heatmap to `heatmap_path(name, folder)`, a PNG below `folder`. `read_paths(paths)` yields these
@@ -55,7 +56,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePath
 
 import console
-from escape import one_line
+from escape import as_utf8, one_line
 from imaging.decode import DecodeError, ImageFile
 from model.c2pa.signatures import TrustList
 from model.inference import inputs, results
@@ -87,6 +88,7 @@ class PredictionRun:
     watched: set[str] | None = None  # of a watched folder: the names that came already
     skipped: int = 0  # images that are in the results file already
     undrawn: int = 0  # heatmaps that could not be written
+    escaped: int = 0  # images of which the name is not UTF-8
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -194,6 +196,7 @@ class PredictionRun:
 
     def _write(self, result: Prediction, note: Note) -> None:
         self.verdicts[result.verdict] += 1
+        self.escaped += as_utf8(result.name) != result.name
         row = results.row(
             path=result.name,
             probability=result.probability,

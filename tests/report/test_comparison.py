@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,20 @@ def test_two_runs_print_their_flips_and_the_table(tmp_path: Path) -> None:
     ):
         refused = compare(*arguments)
         assert refused.exit_code == 2 and said in refused.stderr
+
+
+def test_a_folder_whose_name_is_not_utf8_is_escaped_in_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = folders(tmp_path, 2)
+    odd = paths[0].rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", str(odd)])
+    result = compare(odd, paths[1], "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert rf"{tmp_path}/caf\xe9" in (tmp_path / "out/comparison.html").read_text("utf-8")
+    assert json.loads((tmp_path / "out/comparison.json").read_bytes())["runs"][0].endswith(
+        r"caf\xe9"
+    )
 
 
 def test_a_run_without_a_speed_has_none(tmp_path: Path) -> None:

@@ -289,10 +289,17 @@ def test_every_row_can_be_read_again(tmp_path: Path, output: str) -> None:
     assert all(name in file for name in NAMES)
     file.close()
     if output == "csv":
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = path.read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         assert [one["path"] for one in rows[:3]] == ["'=1+1.jpg", "''=1.jpg", "'+a.jpg"]
         assert not any(cell[:1] in "=+-@" for one in rows for cell in one.values() if cell)
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = finished(tmp_path / "out.csv", "a.jpg")
+    path.write_bytes(path.read_bytes().replace(b"a.jpg", b"\xff.jpg"))
+    with pytest.raises(ResultsError, match="is not a csv file of this program"):
+        open_results(path, "csv", MADE_BY, resume=True)
 
 
 def test_text_from_a_file_cannot_become_a_spreadsheet_formula(tmp_path: Path) -> None:
