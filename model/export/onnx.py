@@ -21,8 +21,8 @@ with the fields of `Difference`: `max` and `mean` difference of the probability 
 
 Errors, all `ValueError`s except `OSError`:
 
-- `ExportError`: a library is missing, no image can be read, or a difference on equal pixels is
-  above `TOLERANCE` or NaN. No file is written. An int8 file alone is left out, with a log line.
+- `ExportError`: a library is missing, no image can be read, a file is not valid ONNX, or a
+  difference on equal pixels is above `TOLERANCE` or NaN. No file is written. An int8 file alone is left out, with a log line.
 - `CheckpointError`: the checkpoint is missing, damaged or of another version. `RecipeError`: its
   recipe or the entry of its backbone has an unknown or wrong key. `BackboneError`: the backbone of
   a shipped detector was not fetched or is damaged. `NetworkError`: timm cannot build the network.
@@ -56,7 +56,7 @@ import torch
 from torch import nn
 
 import console
-from escape import without_paths
+from escape import as_json, reason_of, without_paths
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
 from installed import install_extra
 from model.checkpoint import load_network
@@ -172,7 +172,7 @@ def export_onnx(
         for precision, name in FILES.items():
             model = _CONVERT[precision](graph)
             onnx.helper.set_model_props(model, _metadata(meta, precision))
-            onnx.checker.check_model(model)
+            _check(model, name)
             onnx.save(model, partial / name)
         files = [partial / name for name in FILES.values()]
         parities, seen = compare(net, preprocess, meta, files, images, on_images)
@@ -190,7 +190,7 @@ def export_onnx(
             "files": [asdict(parity) for parity in parities],
             "versions": {name: version(name) for name in ("torch", "timm", "onnx", "onnxruntime")},
         }
-        text = json.dumps(report, indent=1, sort_keys=True) + "\n"
+        text = as_json(report, indent=1, sort_keys=True) + "\n"
         (partial / PARITY_FILE).write_text(text, encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
         for name in (*written, PARITY_FILE):
@@ -198,6 +198,23 @@ def export_onnx(
         for name in set(FILES.values()) - {*written}:
             (out / name).unlink(missing_ok=True)  # of an earlier export
     return report
+
+
+def _check(model: Any, name: str) -> None:
+    """Check an ONNX model, the inferred types of all values included, as other programs do.
+
+    Raises:
+        ExportError: the model is not valid.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{name} is not valid ({reason_of(error)}); nothing was written. Check the versions of "
+            "torch, onnx and onnxruntime"
+        ) from error
 
 
 def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
@@ -250,7 +267,9 @@ def _halved(graph: Any) -> Any:
         )
     )
     halved.graph.sort()  # the converter appends the casts at the end
-    return ir.to_proto(halved)
+    model = ir.to_proto(halved)
+    model.graph.ClearField("value_info")  # the converter left the types of values before the casts
+    return model
 
 
 def _quantized(graph: Any) -> Any:

@@ -84,6 +84,13 @@ def test_the_graph_computes_what_the_network_computes(
     assert np.abs(probabilities - fake).max() < limit
 
 
+@pytest.mark.parametrize("precision", export.FILES)
+def test_every_file_passes_the_full_check_of_onnx(exported: Path, precision: str) -> None:
+    model = onnx.load(exported / export.FILES[precision])
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+
+
 def test_the_weights_of_fp16_are_halved(exported: Path) -> None:
     kinds = {}
     for precision in ("fp32", "fp16"):
