@@ -2,8 +2,8 @@
 
 Main entries: `make_app(service)` takes a `Service` and returns a FastAPI application with POST
 `/predict` and GET `/healthz` (200 while the process runs), `/readyz` (503 and the reason if it is
-not ready), `/metrics` (for Prometheus) and `/docs` (an HTML page). It checks no API key: see
-`serve/guard.py`.
+not ready), `/metrics` (for Prometheus) and `/docs` (an HTML page), also by HEAD. It checks no API
+key: see `serve/guard.py`.
 
 `Service(detector, limits, metrics)` starts the threads that score:
 
@@ -55,6 +55,7 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Security
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -437,4 +438,8 @@ def make_app(service: Service) -> FastAPI:
     async def docs() -> Response:
         return HTMLResponse(docs_page(app.openapi(), service.limits))
 
+    app.openapi()  # it is made once, and so without HEAD, which GET implies (RFC 9110)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            route.methods.add("HEAD")
     return app

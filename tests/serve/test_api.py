@@ -235,6 +235,28 @@ def test_without_the_key_nothing_is_scored(serve: Serve) -> None:
         assert client.get(path).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])
+def test_head_is_answered_as_get_and_other_methods_are_405_with_those_allowed(
+    serve: Serve, path: str
+) -> None:
+    """Monitors and `wget --spider` send HEAD."""
+    client, service = serve()
+    assert client.head(path).status_code == client.get(path).status_code == 200
+    for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
+        answer = client.request(method, path)
+        assert answer.status_code == 405
+        assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
+    service.stopping = True
+    assert client.head("/readyz").status_code == 503
+    assert set(client.get("/openapi.json").json()["paths"]["/healthz"]) == {"get"}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"])
+def test_images_are_sent_by_post_alone(serve: Serve, method: str) -> None:
+    answer = serve()[0].request(method, "/predict")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
 def test_metrics_count_requests_and_images(serve: Serve) -> None:
     client, _ = serve()
     client.post("/predict", files=form(PHOTO, KINDS["html"]))
