@@ -3,9 +3,10 @@
 Main entry: `command(name)` takes the name of a command, such as "train" (not checked), and returns
 how to start it: `python train.py` in a checkout, else `ai-images-detector train`.
 `install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
-the end of a message: how to install them. `program_version()` returns the version, `git_commit()`
-the commit. All return text. `versions()` returns those of the libraries that affect results.
-`CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
+the end of a message: how to install them. `why_not_imported(error, extra)` returns it only if one
+is missing, else the `error` (an ImportError). `program_version()` returns the version,
+`git_commit()` the commit. All return text. `versions()` returns those of the libraries that affect
+results. `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
 
 On Windows, where locks and atomic writes of this program do not work, importing this module ends
 the process with one line. All commands and `model` import it before they need what Windows lacks.
@@ -74,6 +75,15 @@ def git_commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
+
+
+def why_not_imported(error: ImportError, extra: str) -> str:
+    """Return why a library of an extra cannot be used, as the last part of a message: it, or one
+    that it needs, is missing, or it is there and cannot be imported.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return install_extra(extra)
+    return f"it is installed, but cannot be imported: {' '.join(str(error).split())[:300]}"
 
 
 def install_extra(extra: str) -> str:

@@ -56,10 +56,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 from upath import UPath
 
 from escape import reason_of
-from installed import install_extra
+from installed import why_not_imported
 from locks import locked
 
 if TYPE_CHECKING:
@@ -77,24 +78,39 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
     `UPath` of an address keeps its options.
 
     Raises:
-        ValueError: an empty text, a zero byte, an address without bucket or host, or an address
-            whose file system is not installed.
+        ValueError: an empty text, a zero byte, an address of an unknown kind or without bucket or
+            host, or one whose library is not installed.
     """
     if not str(text).strip():
         raise ValueError("an empty path; name a file or folder, or . for this folder")
     if "\0" in str(text):
         raise ValueError("a path contains a zero byte, which no file system allows")
-    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:/*", str(text)):
-        raise ValueError(
-            f"{text} names no bucket or host; expected an address like s3://bucket/folder"
-        )
     if ":" not in str(text):
         return Path(str(text))
+    scheme, _, rest = str(text).partition(":")
+    if not isinstance(text, UPath) and _ADDRESS.match(str(text)):
+        text = f"{scheme.lower()}:{rest}"
+    expected = "expected an address like s3://bucket/folder, or a path on this machine"
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:/*", str(text)) or (
+        scheme.lower() in READ_ONLY and not re.match("//[^/]", rest)
+    ):
+        raise ValueError(f"{text} names no bucket or host; {expected}")
     try:
         path = UPath(text)
-        return Path(path.path) if path.protocol in _OF_THIS_MACHINE else path
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{text}: {error}; for s3:// addresses {install_extra('s3')}") from error
+        if path.protocol in _OF_THIS_MACHINE:
+            return Path(path.path)
+        fsspec.get_filesystem_class(path.protocol)
+    except ImportError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        how = f" a library: {error}"  # such as "Please install gcsfs to access Google Storage"
+        if scheme.lower() in ("s3", "s3a"):
+            how = f" the library s3fs; {why_not_imported(cause, 's3')}"
+        raise ValueError(f"{text} needs{how}") from error
+    except ValueError as error:
+        is_known = scheme.lower() in fsspec.available_protocols()
+        fault = "names no bucket or host" if is_known else "is of no known kind of address"
+        raise ValueError(f"{text} {fault}; {expected}") from error
+    return path
 
 
 def local_path(text: str | os.PathLike) -> Path:

@@ -39,7 +39,7 @@ import requests
 
 import console
 from escape import reason_of, without_secrets
-from installed import install_extra
+from installed import why_not_imported
 from locks import locked
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.downloads import FetchError, check_content, check_hash
@@ -374,8 +374,10 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
     try:
         import kagglehub
         from kagglehub import exceptions
-    except ImportError:
-        raise FetchError(f"Kaggle downloads need kagglehub; {install_extra('fetch')}") from None
+    except ImportError as error:
+        raise FetchError(
+            f"Kaggle downloads need kagglehub; {why_not_imported(error, 'fetch')}"
+        ) from None
     if (target / MARK).exists():
         raise FetchError(
             f"{target} is of an earlier download, which lacks files or is not what the catalog "

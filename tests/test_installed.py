@@ -91,6 +91,11 @@ def test_messages_name_the_commands_of_a_checkout_or_an_installation(
 ) -> None:
     assert installed.command("train") == "python train.py"
     assert installed.install_extra("app") == "install the extra `app`, as `make setup` does"
+    missing, broken = ModuleNotFoundError("no"), ImportError("libcudart.so.12:\nno such file")
+    assert installed.why_not_imported(missing, "app") == installed.install_extra("app")
+    assert installed.why_not_imported(broken, "app") == (
+        "it is installed, but cannot be imported: libcudart.so.12: no such file"
+    )
     monkeypatch.setattr(installed, "CHECKOUT", False)
     assert installed.command("train") == "ai-images-detector train"
     assert installed.install_extra("app").endswith('`app`: pip install "ai-images-detector[app]"')

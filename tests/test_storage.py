@@ -355,27 +355,6 @@ def test_a_full_disk_error_names_the_file(tmp_path: Path) -> None:
     assert result.stdout.splitlines() == [*said, "0"], result.stderr
 
 
-@pytest.mark.parametrize("read", [storage.any_path, storage.local_path])
-def test_a_file_address_is_a_path_of_this_machine(
-    tmp_path: Path, read: Callable[[str], storage.AnyPath]
-) -> None:
-    assert read(f"file://{tmp_path}") == tmp_path
-    assert storage.is_local(read(f"file://{tmp_path}"))
-
-
-@pytest.mark.parametrize("text", ["C:/me/runs", "C:\\me", "C:/"])
-def test_a_path_of_windows_is_no_address(text: str) -> None:
-    """In WSL it does not exist, which is then the message."""
-    for read in (storage.any_path, storage.local_path):
-        assert read(text) == Path(text)
-
-
-@pytest.mark.parametrize("text", ["s3://bucket/a", "simplecache::memory://bucket/a"])
-def test_local_path_refuses_addresses(text: str) -> None:
-    with pytest.raises(ValueError, match="is an address"):
-        storage.local_path(text)
-
-
 def test_an_address_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

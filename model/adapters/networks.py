@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from escape import typed_reason_of
-from installed import install_extra
+from installed import why_not_imported
 from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
@@ -98,7 +98,7 @@ def open_transformers(
         import transformers
     except ImportError as error:
         raise DetectorError(
-            f"hf: needs the library transformers; {install_extra('detectors')}"
+            f"hf: needs the library transformers; {why_not_imported(error, 'detectors')}"
         ) from error
     transformers.utils.logging.disable_progress_bar()  # console.py shows the progress
     folder, revision = _files_of(name, name)

@@ -22,7 +22,8 @@ with the fields of `Difference`: `max` and `mean` difference of the probability 
 Errors, all `ValueError`s except `OSError`:
 
 - `ExportError`: a library is missing, no image can be read, a file is not valid ONNX, or a
-  difference on equal pixels is above `TOLERANCE` or NaN. No file is written. An int8 file alone is left out, with a log line.
+  difference on equal pixels is above `TOLERANCE` or NaN. No file is written. An int8 file alone is
+  left out, with a log line.
 - `CheckpointError`: the checkpoint is missing, damaged or of another version. `RecipeError`: its
   recipe or the entry of its backbone has an unknown or wrong key. `BackboneError`: the backbone of
   a shipped detector was not fetched or is damaged. `NetworkError`: timm cannot build the network.
@@ -58,7 +59,7 @@ from torch import nn
 import console
 from escape import as_json, reason_of, without_paths
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
-from installed import install_extra
+from installed import why_not_imported
 from model.checkpoint import load_network
 from model.export.license import license_of
 from model.inference.fitness import FITNESS_KEYS, generators_seen, sets_seen
@@ -165,7 +166,10 @@ def export_onnx(
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{error.name} is not installed; {install_extra('export')}") from error
+        raise ExportError(
+            f"an export needs the libraries onnxruntime and onnxscript; "
+            f"{why_not_imported(error, 'export')}"
+        ) from error
     net, preprocess, meta = load_network(checkpoint)
     with temporary_folder(out) as partial:
         graph = _graph_of(net, preprocess, meta["temperature"])

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from installed import install_extra
+from installed import why_not_imported
 from model.inference.detector import ImageDetector
 from model.inference.prediction import Picture
 from model.network import Detector
@@ -92,7 +92,7 @@ def _require_captum() -> None:
         importlib.import_module("captum.attr")
     except ImportError as error:
         raise ExplainError(
-            f"a heatmap needs the library captum; {install_extra('heatmap')}"
+            f"a heatmap needs the library captum; {why_not_imported(error, 'heatmap')}"
         ) from error
 
 

@@ -46,7 +46,7 @@ from PIL import Image
 import recipes
 from devices import parse_device
 from escape import text_fault
-from installed import install_extra
+from installed import why_not_imported
 from model.inference.prediction import (
     AnyDetector,
     Scored,
@@ -196,7 +196,7 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
         import onnxruntime
     except ImportError as error:
         raise OnnxError(
-            f"an ONNX file needs the library onnxruntime; {install_extra('export')}"
+            f"an ONNX file needs the library onnxruntime; {why_not_imported(error, 'export')}"
         ) from error
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 

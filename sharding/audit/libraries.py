@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterator
 from types import ModuleType
 
-from installed import install_extra
+from installed import why_not_imported
 
 
 def import_extra(module: str) -> ModuleType:
@@ -23,7 +23,8 @@ def import_extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"the audit needs scikit-learn and matplotlib ({error}); {install_extra('audit')}"
+            f"the audit needs the library {module.partition('.')[0]}; "
+            f"{why_not_imported(error, 'audit')}"
         ) from error
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from devices import device_here, parse_device
 from escape import reason_of, text_fault, typed_reason_of
-from installed import install_extra
+from installed import why_not_imported
 from storage import parse_json, read_text, sha256_of
 
 CONFIG_FILE = "config.json"
@@ -130,7 +130,7 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
     try:
         import diffusers
     except ImportError as error:
-        raise DecoderError(f"pairs need diffusers ({error}); {install_extra('pairs')}") from error
+        raise DecoderError(f"pairs need diffusers; {why_not_imported(error, 'pairs')}") from error
     import torch
 
     device = device_here(device)

@@ -1,0 +1,62 @@
+"""Paths and addresses: which is which, and what is wrong with a mistyped one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+import storage
+
+
+@pytest.mark.parametrize("read", [storage.any_path, storage.local_path])
+def test_a_file_address_is_a_path_of_this_machine(
+    tmp_path: Path, read: Callable[[str], storage.AnyPath]
+) -> None:
+    assert read(f"file://{tmp_path}") == tmp_path
+    assert storage.is_local(read(f"file://{tmp_path}"))
+
+
+@pytest.mark.parametrize("text", ["C:/me/runs", "C:\\me", "C:/"])
+def test_a_path_of_windows_is_no_address(text: str) -> None:
+    """In WSL it does not exist, which is then the message."""
+    for read in (storage.any_path, storage.local_path):
+        assert read(text) == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("s3:/bucket/a", "names no bucket or host"), ("s3:///bucket/a", "names no bucket or host"),
+     ("http:/here.org/a", "names no bucket or host"), ("HTTPS:///a", "names no bucket or host"),
+     ("s3:", "names no bucket or host"), ("htp://here.org/a", "is of no known kind of address")],
+)  # fmt: skip
+def test_a_mistyped_address_is_one_true_line(text: str, fault: str) -> None:
+    """It blamed an extra that is installed."""
+    with pytest.raises(ValueError, match=rf"{fault}; expected an address like s3://bucket/\S+, or"):
+        storage.any_path(text)
+
+
+def test_the_scheme_of_an_address_may_have_capitals() -> None:
+    assert storage.any_path("Memory://bucket/a") == UPath("memory://bucket/a")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ModuleNotFoundError("No module named 's3fs'"), "s3fs; install the extra `s3`"),
+     (ImportError("no symbol x"), "s3fs; it is installed, but cannot be imported: no symbol x")],
+)  # fmt: skip
+def test_the_extra_is_named_only_if_its_library_is_missing(
+    error: ImportError, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_protocol: str) -> None:
+        raise ImportError("Install s3fs to access S3") from error
+
+    monkeypatch.setattr(storage.fsspec, "get_filesystem_class", fails)
+    with pytest.raises(ValueError, match=f"^s3://bucket/a needs the library {said}"):
+        storage.any_path("s3://bucket/a")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a", "simplecache::memory://bucket/a"])
+def test_local_path_refuses_addresses(text: str) -> None:
+    with pytest.raises(ValueError, match="is an address"):
+        storage.local_path(text)
