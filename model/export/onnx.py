@@ -319,7 +319,10 @@ def _metadata(meta: Mapping[str, Any], precision: str) -> dict[str, str]:
     """
     preprocess = Preprocess(**meta["preprocess"])
     size, (height, width) = preprocess.crop_size, preprocess.shape
-    detail = f"; below it the {size} x {size} pixels in the center of that square, not resized"
+    detail = (
+        f"; below it the center square of {size} pixels of that square before its resizing, or all "
+        f"of a smaller one, resized to {size}"
+    )
     values = {
         "format_version": FORMAT_VERSION,
         "classes": meta["classes"],
@@ -334,8 +337,10 @@ def _metadata(meta: Mapping[str, Any], precision: str) -> dict[str, str]:
         "network": meta["recipe"]["network"]["name"],
         "license": license_of(meta).text,
         "input": f"images: uint8 (batch, {height}, {width}, 3) RGB, 0 to 255, upright; the center "
-        "square with crop_size / resize_size of the shorter side, resized "
-        f"(antialiased {preprocess.interpolation})" + (detail if preprocess.detail_crop else ""),
+        "square, cut out and then resized to crop_size "
+        f"(antialiased {preprocess.interpolation}): side = shorter side * crop_size / resize_size, "
+        "rounded half to even, at least 1; left = floor((width - side) / 2), top likewise"
+        + (detail if preprocess.detail_crop else ""),
         "outputs": "probability: float32 (batch,), of fake, after the temperature; logits: float32 "
         "(batch, 2), in the order of classes, before the temperature",
     }

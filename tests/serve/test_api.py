@@ -239,7 +239,7 @@ def test_without_the_key_nothing_is_scored(serve: Serve) -> None:
 def test_head_is_answered_as_get_and_other_methods_are_405_with_those_allowed(
     serve: Serve, path: str
 ) -> None:
-    """Monitors and `wget --spider` send HEAD."""
+    """Probes of some monitors send HEAD."""
     client, service = serve()
     assert client.head(path).status_code == client.get(path).status_code == 200
     for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
