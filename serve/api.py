@@ -440,6 +440,6 @@ def make_app(service: Service) -> FastAPI:
 
     app.openapi()  # it is made once, and so without HEAD, which GET implies (RFC 9110)
     for route in app.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")
     return app
