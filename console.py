@@ -19,6 +19,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from typing import Any, TextIO, cast
 
 import click
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -89,7 +90,11 @@ def _console(stderr: bool) -> Console:
     """
     stream = cast(TextIO, _StandardError()) if stderr else _standard_output()
     width = None if stream.isatty() else _WIDE
-    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+    if not (console.width and console.height):  # rich crops all text if COLUMNS or LINES is 0
+        columns, lines = shutil.get_terminal_size()
+        console.size = ConsoleDimensions(console.width or columns, console.height or lines)
+    return console
 
 
 ERR = _console(stderr=True)

@@ -30,7 +30,8 @@ SHOWN = r"a\x1b[2J\x9b31m\rb [red]FLUX.1 [dev][/base] :skull: \u202e"
 def in_a_terminal(code: str, columns: int = 200) -> str:
     """Run a Python program in a terminal of this width; returns its output with Unix line ends."""
     ours, its = pty.openpty()
-    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm", "PYTHONUTF8": "1"}
+    size = {"COLUMNS": str(columns), "LINES": str(min(columns, 25))}
+    environment = os.environ | size | {"TERM": "xterm", "PYTHONUTF8": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", f"import console\n{code}"],
         cwd=ROOT, stdin=its, stdout=its, stderr=its, env=environment, close_fds=True,
@@ -72,6 +73,18 @@ def test_file_names_cannot_send_control_characters_to_a_terminal() -> None:
         assert SHOWN in received, code
         assert not set(received) & set("\x1b\x9b\u202e"), (code, received)
         assert "\rb" not in received, code  # only the progress bar may return to the line start
+
+
+def test_a_size_of_0_counts_as_not_set() -> None:
+    """Such as COLUMNS=0: rich would crop all text to nothing."""
+    code = (
+        "console.start_logging(None, None, False); console.log.info('a warning')\n"
+        "console.say('a result'); console.table('', ['name'], [['a row']])\n"
+        "with console.progress('a bar', 2) as advance: advance()\n"
+    )
+    received = in_a_terminal(code, columns=0)
+    for text in ("a warning", "a result", "a row", "a bar"):
+        assert text in received
 
 
 def test_a_table_is_never_cut() -> None:
