@@ -1,7 +1,9 @@
 # The commands of a checkout; `make help` lists them.
 
-PYTHON ?= python3
 BIN := .venv/bin
+OLD := sys.version_info < (3, 11)
+# The Python of an environment that is there, else python3.
+PYTHON ?= $(shell $(BIN)/python -c 'import sys; sys.exit($(OLD))' 2>/dev/null && echo $(BIN)/python || echo python3)
 DEMO ?= demo
 RUN := $(BIN)/python
 
@@ -13,8 +15,14 @@ help: ## print this list
 
 setup: .venv/installed ## install everything into .venv (a few GB, a minute or two)
 
+CHECK = import sys; $(OLD) and sys.exit("Error: $(PYTHON) is Python %d.%d, expected 3.11 or newer; \
+type: make setup PYTHON=python3.12" % sys.version_info[:2])
+VERSION := -c 'import sys; print(sys.version_info[:2])'
+
+# Without --clear, `venv` keeps the Python that it finds in the folder: an older one, or one that is gone.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c '$(CHECK)'
+	$(PYTHON) -m venv $$([ "$$($(PYTHON) $(VERSION))" = "$$($(RUN) $(VERSION) 2>&1)" ] || echo --clear) .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt \
 		-r pyproject.toml --all-extras
