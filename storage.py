@@ -75,7 +75,8 @@ _OF_THIS_MACHINE = ("", "file", "local")
 
 def any_path(text: str | os.PathLike | UPath) -> AnyPath:
     """Convert a text to a `Path` (this machine) or a `UPath` (an address such as s3://...). A
-    `UPath` of an address keeps its options.
+    `UPath` of an address keeps its options. Web addresses are read through the proxy that
+    HTTP_PROXY, HTTPS_PROXY and NO_PROXY name.
 
     Raises:
         ValueError: an empty text, a zero byte, an address of an unknown kind or without bucket or
@@ -100,6 +101,9 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
         if path.protocol in _OF_THIS_MACHINE:
             return Path(path.path)
         fsspec.get_filesystem_class(path.protocol)
+        if path.protocol in READ_ONLY:  # else fsspec's client ignores HTTP_PROXY and NO_PROXY
+            own = path.storage_options.get("client_kwargs", {})
+            path = UPath(text, client_kwargs={"trust_env": True} | own)
     except ImportError as error:
         cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
         how = f" a library: {error}"  # such as "Please install gcsfs to access Google Storage"
@@ -163,13 +167,14 @@ def remote_errors(path: AnyPath, fault: str) -> Iterator[None]:
     except Exception as error:
         if is_local(path) or isinstance(error, ValueError):
             raise
-        # For a missing file, fsspec raises an error with the address from one with the reason.
-        raise OSError(remote_fault(path, fault, error.__cause__ or error)) from error
+        raise OSError(remote_fault(path, fault, error)) from error
 
 
 def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
     """Return the line for an error of an address's client: what failed, why, and what to check."""
-    reason = reason_of(error)
+    # For a missing file, fsspec raises an error with the address from one with the reason.
+    missing = isinstance(error, FileNotFoundError)
+    reason = reason_of(error.__cause__ or error if missing else error)
     return f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
 
 
@@ -457,6 +462,10 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
         return json.loads(text, strict=strict)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+OWN_CACHE = "Set DETECTOR_CACHE to a folder of yours"
+"""Advice to a user who may not read `cache_folder()`."""
 
 
 def cache_folder() -> Path:

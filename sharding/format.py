@@ -62,6 +62,7 @@ from sharding.rows import row_numbers
 from storage import (
     MAX_TABLE_BYTES,
     AnyPath,
+    RefusedFileError,
     any_path,
     is_local,
     parse_json,
@@ -305,10 +306,10 @@ def read_index(folder: str | AnyPath) -> Index:
 
 @contextlib.contextmanager
 def _explained(folder: AnyPath) -> Iterator[None]:
-    """Turn the different errors of remote storage clients into a `ShardError`."""
+    """Turn the different errors of remote storage clients into a `ShardError` with the address."""
     try:
         yield
-    except (ShardError, OSError):
+    except (ShardError, RefusedFileError):
         raise
     except Exception as error:
         if is_local(folder):
@@ -406,6 +407,7 @@ def open_shards(folders: Sequence[str | AnyPath]) -> ShardSet:
         index = read_index(folder)
         with _explained(folder):
             data = read_plain(folder / SAMPLES_FILE, MAX_TABLE_BYTES)
+            digest.update(read_plain(folder / INDEX_FILE))
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != index["samples_sha256"]:
             raise ShardError(
@@ -429,7 +431,6 @@ def open_shards(folders: Sequence[str | AnyPath]) -> ShardSet:
         _refuse_other_facts(sources, index["sources"], home_of, folder)
         sources |= index["sources"]
         home_of |= dict.fromkeys(index["sources"], folder)
-        digest.update(read_plain(folder / INDEX_FILE))
     return ShardSet(
         tuple(homes),
         tuple(shards),

@@ -1,7 +1,7 @@
 """Serve small datasets on loopback as Hugging Face, Kaggle and plain HTTP do, and download them.
 
-Main entry: `Server`. It answers only the requests that the client libraries send. `run_async(work)`
-runs a coroutine, for tests of servers.
+Main entry: `Server`. It answers only the requests that the client libraries send. `Proxy(upstream)`
+is a proxy in front of a server. `run_async(work)` runs a coroutine, for tests of servers.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,6 +170,45 @@ class Handler(BaseHTTPRequestHandler):
             self.server.go_on.wait(2 * HANG_S)
         self.wfile.write(body[:end])
         self.close_connection = end is not None
+
+
+class Proxy(ThreadingHTTPServer):
+    """Proxy that sends the requests for all hosts to the server at `upstream`, and records them as
+    texts such as `GET http://host/path`.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.url, self.upstream = f"http://127.0.0.1:{self.server_port}", upstream
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class _Forward(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def do_GET(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        to = urlsplit(self.path)._replace(scheme="", netloc="").geturl()
+        upstream = HTTPConnection(urlsplit(self.server.upstream).netloc)
+        # Without the host: a server of S3 would take it for the name of a bucket.
+        headers = {name: value for name, value in self.headers.items() if name != "Host"}
+        upstream.request(self.command, to, body, headers)
+        answer = upstream.getresponse()
+        self.send_response_only(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.read())
+        upstream.close()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def _oid(body: bytes) -> str:
