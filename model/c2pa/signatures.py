@@ -44,6 +44,7 @@ import datetime
 import functools
 import hashlib
 import io
+import logging
 import os
 import re
 import ssl
@@ -52,7 +53,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from storage import cache_folder, parse_json, read_plain
+from escape import one_line
+from storage import OWN_CACHE, cache_folder, parse_json, read_plain
+
+log = logging.getLogger("ai_images_detector")
 
 State = Literal["trusted", "valid, signer unknown", "invalid"]
 """Result of checking a signature.
@@ -114,7 +118,8 @@ class TrustList:
 
 def usual_trust_list() -> TrustList | None:
     """Return the list that `DETECTOR_TRUST_LIST` names, or the public list if it was downloaded, or
-    None. The list is read once per process.
+    None. The list is read once per process. If this user may not read the public list, one warning
+    says so.
 
     Raises:
         TrustListError: the list cannot be used.
@@ -129,7 +134,14 @@ def usual_trust_list() -> TrustList | None:
 def _usual_trust_list(named: str | None, cached: Path | None) -> TrustList | None:
     if named:
         return read_trust_list(Path(named), VARIABLE)
-    return read_cached(cached) if cached and cached.is_file() else None
+    try:
+        if cached is None or not cached.is_file():
+            return None
+        cached.open("rb").close()
+    except PermissionError as error:  # the cache of another user, such as root's in a container
+        log.warning("%s; no C2PA trust list is used. %s", one_line(error), OWN_CACHE)
+        return None
+    return read_cached(cached)
 
 
 def read_trust_list(path: Path, origin: str = "--trust-list") -> TrustList:

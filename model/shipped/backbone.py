@@ -50,9 +50,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import recipes
+from escape import one_line
 from model.recipe import STEP_FOLDER
 from model.verdict import CALIBRATION_KEYS, calibration_fault, keep_left_out
-from storage import cache_folder, file_name, sha256_of
+from storage import OWN_CACHE, cache_folder, file_name, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
 """Folder of the shipped detectors."""
@@ -199,6 +200,18 @@ def cached_path(sha256: str) -> Path:
     return cache_folder() / f"{sha256}.safetensors"
 
 
+def is_cached(sha256: str) -> bool:
+    """Return whether the file with this hash is in the cache.
+
+    Raises:
+        BackboneError: this user may not read the cache.
+    """
+    try:
+        return cached_path(sha256).is_file()
+    except PermissionError as error:
+        raise BackboneError(f"{one_line(error)}. {OWN_CACHE}") from error
+
+
 def spec_of(meta: Mapping[str, Any], where: str) -> BackboneSpec | None:
     """Return the backbone that a checkpoint's meta requires; None if the weights include it.
 
@@ -219,9 +232,10 @@ def locate(spec: BackboneSpec, folder: Path) -> tuple[Path, str]:
     file is not verified.
 
     Raises:
-        BackboneError: no such file is cached; the message says what to type.
+        BackboneError: no such file is cached, or this user may not read the cache; the message says
+            what to type.
     """
-    cached = [file.sha256 for file in spec.files if cached_path(file.sha256).is_file()]
+    cached = [file.sha256 for file in spec.files if is_cached(file.sha256)]
     for sha256 in cached:
         if sha256 in spec.tested:
             return cached_path(sha256), sha256

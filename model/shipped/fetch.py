@@ -67,6 +67,7 @@ from model.shipped.backbone import (
     WheelPlace,
     cache_folder,
     cached_path,
+    is_cached,
     shipped_names,
     spec_of,
     verify_file,
@@ -136,7 +137,7 @@ def weights_at(named: Path) -> Path:
     except FetchError as error:
         raise FetchError(f"{named} does not exist, and {error}") from None
     for file in spec.files:
-        if cached_path(file.sha256).is_file():
+        if is_cached(file.sha256):
             return cached_path(file.sha256)
     raise FetchError(
         f"the backbone {spec.name} is not on this machine; type `python -m model fetch {named}`"
@@ -157,8 +158,8 @@ def fetch_backbone(spec: BackboneSpec, by_hand: Path | None = None) -> Path:
         cache_folder().mkdir(parents=True, exist_ok=True)
         return _take(files, by_hand)
     for file in files:
-        path = cached_path(file.sha256)
-        if path.is_file():
+        if is_cached(file.sha256):
+            path = cached_path(file.sha256)
             verify_file(path, file.sha256, "delete it, then run this command again")
             return path
     cache_folder().mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """States of C2PA signatures (trusted, signer unknown, invalid), and lists of trust anchors."""
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -264,6 +265,25 @@ def test_without_a_home_folder_no_list_was_downloaded(monkeypatch: pytest.Monkey
     assert usual_trust_list() is None
     with pytest.raises(ValueError, match="no home folder; set DETECTOR_CACHE"):
         cache_folder()
+
+
+@pytest.mark.parametrize("method", ["is_file", "open"])  # the folder, or the file
+def test_a_list_that_this_user_may_not_read_is_not_used(
+    method: str, cached: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(cached, pem(make_authority().root))
+
+    def refused(path: Path, *_arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, refused)
+    assert usual_trust_list() is None
+    assert usual_trust_list() is None
+    (line,) = logged
+    assert line == (
+        f"{cached}: Permission denied; no C2PA trust list is used. Set DETECTOR_CACHE to a folder "
+        "of yours"
+    )
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "sha256", "pem", "fetched"])

@@ -1,5 +1,6 @@
 """A shipped head gives, with its backbone, the same scores as its checkpoint."""
 
+import errno
 import json
 import logging
 from dataclasses import replace
@@ -136,6 +137,13 @@ def test_a_path_has_priority_over_a_name(
     assert load_detector(NAME).checkpoint == own.relative_to(tmp_path)
 
 
+class Refused(type(Path())):
+    """Path below a folder of another user."""
+
+    def is_file(self) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+
 def test_predict_uses_the_shipped_head_or_names_the_fetch_command(
     shipped: Path, file: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +156,11 @@ def test_predict_uses_the_shipped_head_or_names_the_fetch_command(
     result = CliRunner().invoke(predict.main, line)
     assert result.exit_code == 2
     assert "is not on this machine; type `python -m model fetch`" in result.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "cached_path", lambda _sha256: Refused("/root/x"))
+        result = CliRunner().invoke(predict.main, line)
+    assert result.exit_code == 2
+    assert "/root/x: Permission denied. Set DETECTOR_CACHE to a folder of yours" in result.output
     other = shipped.rename(shipped.with_name("other"))
     with pytest.raises(BackboneError, match="type `python -m model fetch other`"):
         checkpoint.load_network(other)
