@@ -14,7 +14,8 @@ full stop, such as `7.`, is not escaped: it can show as a list item.)
 signatures) by `***`. `reason_of(error)` returns the message of an exception as one line, without
 secrets, and `typed_reason_of(error)` puts the name of its type before it. `one_line(error)` returns
 a message for the user: for an `OSError`, the file and the reason. `text_fault(error)` describes an
-error of reading a text or JSON file.
+error of reading a text or JSON file. `too_many_files(error)` returns the message for an error of
+too many open files, else None.
 `without_paths(value)` takes a record (a dict, a list, or any value in one) and returns it without
 private paths and secrets.
 """
@@ -183,6 +184,8 @@ def reason_of(error: BaseException, longest: int = 300) -> str:
 
 def one_line(error: Exception) -> str:
     """Return the message of an error in one line; for an `OSError`, the file and the reason."""
+    if advice := too_many_files(error):
+        return advice
     if isinstance(error, OSError) and error.strerror:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
             return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
@@ -200,6 +203,22 @@ def one_line(error: Exception) -> str:
             return f"{name}: not readable by this user (mode {mode:o})"
         return f"{name}: {error.strerror}"
     return str(error) or type(error).__name__
+
+
+def too_many_files(error: BaseException) -> str | None:
+    """Return the message for an error of too many open files; None for any other error."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and isinstance(error, OSError | RuntimeError):  # of torch, or of a worker
+        codes = (errno.ENFILE, errno.EMFILE)  # the text of the second is a part of the first
+        code = next((code for code in codes if os.strerror(code) in str(error)), None)
+    if code == errno.ENFILE:
+        return "too many files are open on this machine; end other programs (limit: fs.file-max)"
+    if code == errno.EMFILE:
+        return (
+            "too many files are open; raise the limit (ulimit -n 4096) or use fewer workers "
+            "(loading.num_workers, --jobs)"
+        )
+    return None
 
 
 def _name_of(filename: object) -> str:

@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from upath import UPath
 
-from escape import reason_of
+from escape import reason_of, too_many_files
 from installed import why_not_imported
 from locks import locked
 
@@ -175,6 +175,8 @@ def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
     # For a missing file, fsspec raises an error with the address from one with the reason.
     missing = isinstance(error, FileNotFoundError)
     reason = reason_of(error.__cause__ or error if missing else error)
+    if advice := too_many_files(error):
+        return f"{path} {fault}: {advice}"
     return f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
 
 

@@ -35,7 +35,7 @@ and `num_workers` other than 0). The errors of `batches()` come with the first b
   `num_workers` 0, there is no such limit).
 - `LoadError`: more than 5 % of the samples so far cannot be decoded. This is checked once
   `MIN_SEEN` samples were seen, and at the end of a whole epoch. One bad sample alone is no error.
-- `RuntimeError`: the GPU fails. `OSError`: too many files are open.
+- `LoadError`: too many files are open. `RuntimeError`: the GPU fails.
 
 `choose_backend(asked, device)` returns (backend, reason) for "auto", "dali" or "pil", and raises
 `LoadError` for another text; `check_shards(shards)` is the check of the tars.
@@ -57,6 +57,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from escape import too_many_files
 from pipeline.augment import AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, Batch, DecodedBatch, LoadError, Request, labeled_batch
 from pipeline.loading import Backend, Loading
@@ -167,9 +168,10 @@ class Loader:
                 f"{self.global_batch}; make both with the same batch size and number of ranks"
             )
         seen, bad = 0, []
-        status = self._status
-        watching = Watchdog(status.describe, self.loading.stall_warning_s)
-        with self._named_failures(), watching as watchdog:
+        with (
+            self._named_failures(),
+            Watchdog(self._status.describe, self.loading.stall_warning_s) as watchdog,
+        ):
             decoded = self._decode(epoch, params_for, start)
             for step in range(start, epoch.steps):
                 with watchdog.waiting(step):
@@ -221,11 +223,8 @@ class Loader:
             if TIMED_OUT in str(error):
                 status = self._status.describe()
                 raise LoadError(stalled(self.loading.stall_error_s, status)) from error
-            if isinstance(error, RuntimeError) and lines[0].startswith("Too many open files"):
-                raise LoadError(
-                    "too many files are open to take a batch from a loading worker; raise the "
-                    "limit (ulimit -n 4096) or use a smaller loading.num_workers"
-                ) from error
+            if advice := too_many_files(error):
+                raise LoadError(advice) from error
             if isinstance(error, OSError) and of_worker:
                 raise OSError(reason.partition(": ")[2] or reason) from error
             if isinstance(error, OSError) and not isinstance(error, ConnectionError):
@@ -244,7 +243,7 @@ class Loader:
         if self.backend == "dali":
             yield from self._dali.run(map(requests.make, steps), start)
             return
-        loader = DataLoader(
+        loader = _DataLoader(
             requests,
             sampler=steps,
             batch_size=None,
@@ -283,6 +282,8 @@ class Loader:
         wanted = asked if asked >= 0 else min(16, cores())
         if self.backend == "dali" or not wanted:
             return wanted
+        if wanted > cores():
+            _warn_of_few_cores(wanted, cores())
         batch_bytes = 3 * self.loading.batch_size * math.prod(self.preprocess.shape)
         free = free_shared_memory()
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -321,6 +322,21 @@ class Loader:
         images = pixels.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         rows = epoch.positions(step, self.rank, self.world_size)
         return labeled_batch(self.shards, epoch, rows, images, pixels.failures, pixels.timing)
+
+
+@functools.cache  # once, not for each set
+def _warn_of_few_cores(workers: int, cores: int) -> None:
+    log.warning(
+        "loading.num_workers is %d, more than the cores that this process may use (%d), so that "
+        "loading is no faster; -1 takes one worker for each core", workers, cores,
+    )  # fmt: skip
+
+
+class _DataLoader(DataLoader):
+    """`DataLoader` without torch's own warning of too few cores."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Check nothing: `Loader` warns."""
 
 
 SAMPLED_TOGETHER = 1024

@@ -25,7 +25,6 @@ another length than in the index. `max_open()` is the number of tars that may be
 """
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import os
@@ -39,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from escape import too_many_files
 from imaging.decode import DecodeError, decode_image
 from imaging.header import claimed_size
 from imaging.orientation import is_transposed
@@ -63,9 +63,6 @@ CACHED_READ_S = 60e-6
 """Seconds above which a read is assumed to come from the disk. A read from the page cache takes 10
 to 20 us.
 """
-
-
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 UNREAD = "cannot be read: "
@@ -216,11 +213,8 @@ class ShardReader:
             reader = self._remote if self._remote and code in self._remote_codes else self._files
             data = reader.read(code, offset, size)
         except OSError as error:
-            if error.errno in _TOO_MANY:
-                raise OSError(
-                    f"{error}; raise the limit of open files (ulimit -n 4096) or use fewer "
-                    "loading workers"
-                ) from error
+            if advice := too_many_files(error):
+                raise OSError(advice) from error
             return ReadError(f"{UNREAD}{error}")
         if len(data) != size:
             return ReadError(f"the tar ends early: {len(data)} of {size} bytes")
@@ -301,7 +295,7 @@ class _Files:
         try:
             return self._open_checked(code)
         except OSError as error:
-            if error.errno not in _TOO_MANY or self._few:  # `_few`: read without a lock, see `_on`
+            if too_many_files(error) is None or self._few:  # `_few`: read without a lock, see `_on`
                 raise
             self._close_oldest(1)  # the rest of the process has taken the descriptors
             return self._open_checked(code)

@@ -194,3 +194,20 @@ def test_an_error_of_a_descriptor_is_one_line() -> None:
     with pytest.raises(IsADirectoryError) as refused:
         os.fdopen(os.open("/", os.O_RDONLY))
     assert one_line(refused.value) == "Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(24, "Too many open files"), "ulimit -n 4096"),
+        (OSError(24, "Too many open files", "/a"), "ulimit -n 4096"),
+        (OSError(23, "Too many open files in system"), "end other programs"),
+        (OSError("[Errno 24] Too many open files: '/a'"), "ulimit -n 4096"),
+        (RuntimeError("Too many open files. Communication with the workers"), "ulimit -n 4096"),
+        (FileNotFoundError(2, "No such file", "/tmp/Too many open files"), None),
+        (ValueError("Too many open files"), None),
+    ],
+)
+def test_too_many_open_files_come_with_advice(error: Exception, advice: str | None) -> None:
+    assert ("too many files are open" in one_line(error)) == (advice is not None)
+    assert (advice or "") in one_line(error)

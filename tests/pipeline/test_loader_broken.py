@@ -212,12 +212,12 @@ def test_an_error_of_the_system_in_a_worker_is_one_line(
     old: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(_self: ShardReader, _samples: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files", "/shards/a.tar")
+        raise OSError(errno.EIO, "Input/output error", "/shards/a.tar")
 
     monkeypatch.setattr(ShardReader, "read", failing)  # a worker is forked with it
     loading = Loading(batch_size=4, backend="pil", num_workers=1)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
-    with pytest.raises(OSError, match=r"^\[Errno 24\] Too many open files: '/shards/a.tar'$"):
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '/shards/a.tar'$"):
         list(evaluation_batches(loader))
 
 
@@ -227,9 +227,19 @@ def test_too_few_descriptors_for_a_batch_of_a_worker_are_named(old: ShardSet) ->
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     batches = evaluation_batches(loader)
     next(batches)
-    too_many = pytest.raises(LoadError, match=r"too many files are open .*; raise the limit \(")
-    with limited(resource.RLIMIT_NOFILE, 3), too_many:
+    with limited(resource.RLIMIT_NOFILE, 3), TOO_MANY:
         list(batches)
+
+
+def test_too_few_descriptors_for_another_worker_are_named(old: ShardSet) -> None:
+    """Such as for those of a validation beside those of the training."""
+    loading = Loading(batch_size=4, backend="pil", num_workers=1)
+    loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
+    with limited(resource.RLIMIT_NOFILE, 3), TOO_MANY:
+        list(evaluation_batches(loader))
+
+
+TOO_MANY = pytest.raises(LoadError, match=r"^too many files are open; raise .* fewer workers \(")
 
 
 def test_a_batch_that_a_worker_cannot_pass_ends_the_run(
@@ -243,8 +253,25 @@ def test_a_batch_that_a_worker_cannot_pass_ends_the_run(
     monkeypatch.setattr("multiprocessing.reduction.DupFd", failing)  # a worker is forked with it
     loading = Loading(batch_size=4, backend="pil", num_workers=1, stall_error_s=8)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
-    with pytest.raises(OSError, match=r"^\[Errno 24\] Too many open files$"):
+    with TOO_MANY:
         list(evaluation_batches(loader))
+
+
+@pytest.mark.filterwarnings("error")
+def test_more_workers_than_cores_are_one_line(
+    old: ShardSet, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would warn twice, with a line of its code. `docker --cpuset-cpus` limits the cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0})
+    loading = Loading(batch_size=4, backend="pil", num_workers=2)
+    for _set in range(2):
+        list(
+            evaluation_batches(open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU))
+        )
+    (line,) = [line for line in logged if "cores" in line]
+    assert line.startswith(
+        "loading.num_workers is 2, more than the cores that this process may use (1)"
+    )
 
 
 # torch's signal handler may raise while torch opens a file, and the file is then never closed.

@@ -133,6 +133,6 @@ def test_more_shards_than_file_descriptors_can_be_read(old: ShardSet) -> None:
             while True:
                 others.enter_context(Path(os.devnull).open())
         assert len(reader.read(range(8, 16))) == 8
-    too_many = pytest.raises(OSError, match=r"Too many open .*ulimit -n 4096")
+    too_many = pytest.raises(OSError, match=r"too many files are open; .*ulimit -n 4096")
     with limited(resource.RLIMIT_NOFILE, 3), too_many:
         ShardReader(many).read([0])
