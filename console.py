@@ -43,6 +43,10 @@ rank_log = logging.getLogger("ai_images_detector.rank")
 warnings come from every rank, those of `log` only from rank 0, because all ranks have the same.
 """
 
+# Without a handler, Python prints the warnings of matplotlib, such as those on its own folder of a
+# user without a home folder. Handlers of a program that imports this one still get them.
+logging.getLogger("matplotlib").addHandler(logging.NullHandler())
+
 # Width of tables in a pipe or a file, in characters: wide enough that no table is wrapped.
 _WIDE = 100_000
 

@@ -87,6 +87,17 @@ def test_a_size_of_0_counts_as_not_set() -> None:
         assert text in received
 
 
+def test_matplotlib_prints_nothing_about_its_own_folder() -> None:
+    """As for a user without a home folder. torchmetrics imports it, also where nothing is drawn."""
+    code = "import console, model.metrics, matplotlib; print(matplotlib.get_cachedir())"
+    environment = os.environ | {"MPLCONFIGDIR": f"{os.devnull}/none"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert not done.stderr
+    assert "matplotlib-" in done.stdout  # a temporary folder
+
+
 def test_a_table_is_never_cut() -> None:
     """In a terminal that is too narrow, each row is printed as a paragraph."""
     columns = ["what", "reals", "recall", "false positives", "AUROC"]
