@@ -5,9 +5,13 @@ of the GPU, an int, or None if the name has none. `name` is a text: `auto`, `cpu
 `cuda:N`, where N has at most four digits, or a `torch.device` of such a name. Another one raises
 `ValueError`. Whether the device exists is not checked: only the library that computes knows.
 `device_here(name, local)` asks torch, and returns torch's name of the device.
+
+`cores()` returns the number of processor cores that this process may use.
 """
 
+import os
 import re
+import sys
 
 _NAME = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
@@ -45,3 +49,8 @@ def device_here(asked: object, local: int = 0) -> str:
     if number is not None and number >= count:
         raise ValueError(f"no device {asked} here; number of CUDA devices: {count}, from cuda:0")
     return "cuda" if number is None else f"cuda:{number}"
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

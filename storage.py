@@ -34,8 +34,8 @@ bytes of a whole file, `read_text(path, most)` its UTF-8 text. Both raise `Refus
 `OSError`) for pipes, devices and more than `most` bytes. `open_plain(path)` is a context manager
 that opens a file, but no pipe and no device. `size_of(path)` returns bytes, or None if there is no
 file. `parse_json(text)` returns the value of a JSON text; it raises `ValueError`, also for one that
-is nested too deeply. `cores()` returns the number of processor cores that this process may use,
-`cache_folder()` the folder for downloaded weights (variable `DETECTOR_CACHE`; `ValueError`: none).
+is nested too deeply. `cache_folder()` returns the folder for downloaded weights (variable
+`DETECTOR_CACHE`; `ValueError`: none).
 `make_socket_folder()` prepares this process for starting others.
 """
 
@@ -49,7 +49,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -497,8 +496,3 @@ def make_socket_folder() -> None:
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = before
-
-
-def cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -56,12 +56,12 @@ import click
 
 import cli
 import console
+from devices import cores
 from imaging.decode import IMAGE_SUFFIXES, ImageFile, read_file
 from model import load_detector
 from model.inference import results
 from model.inference.detector import ImageDetector
 from model.inference.run import PredictionRun
-from storage import cores
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (1, 8, 32)

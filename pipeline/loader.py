@@ -57,6 +57,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from devices import cores
 from escape import too_many_files
 from pipeline.augment import AugmentBatch, blank
 from pipeline.batch import PLACEHOLDER, Batch, DecodedBatch, LoadError, Request, labeled_batch
@@ -83,7 +84,6 @@ from pipeline.workers import (
     stop_signals_held,
 )
 from sharding.format import ShardSet
-from storage import cores
 
 if TYPE_CHECKING:
     from pipeline.dali import DaliBackend

@@ -45,7 +45,8 @@ import click
 import cli
 import console
 import interrupts
-from storage import AnyPath, check_reachable, cores, file_name, write_text
+from devices import cores
+from storage import AnyPath, check_reachable, file_name, write_text
 
 if TYPE_CHECKING:
     from sharding.executor import Engine

@@ -34,10 +34,11 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
+from devices import cores
 from escape import printable
 from imaging.budget import share_large
 from installed import install_extra
-from storage import cores, make_socket_folder
+from storage import make_socket_folder
 
 Engine = Literal["local", "ray"]
 

@@ -1,5 +1,6 @@
 """Names of devices: every command and detector reads them alike."""
 
+import os
 import re
 
 import click
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import cli
-from devices import device_here, parse_device
+from devices import cores, device_here, parse_device
 from model.device import choose_device
 from sharding.pairs.decoder import load_decoder
 
@@ -59,3 +60,7 @@ def test_a_device_is_one_that_torch_sees(
         return
     with pytest.raises(ValueError, match=device):
         device_here(asked)
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= cores() <= (os.cpu_count() or 1)

@@ -383,10 +383,6 @@ def test_a_server_that_answers_is_reachable_whatever_it_says(status: int) -> Non
         server.shutdown()
 
 
-def test_cores_are_those_this_process_may_use() -> None:
-    assert 1 <= storage.cores() <= (os.cpu_count() or 1)
-
-
 def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
     """A pipe would be waited for, and a device read without an end."""
     os.mkfifo(tmp_path / "pipe")

@@ -48,6 +48,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from devices import cores
 from escape import reason_of
 from imaging.decode import DecodeError
 from model.distributed import DistEnv, all_gather_object
@@ -58,7 +59,6 @@ from model.verdict import NOT_FINITE, probability
 from pipeline.perturb import ORIGINAL, Perturbation
 from pipeline.read import ShardReader
 from sharding.format import CLASSES, ShardSet
-from storage import cores
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,13 +59,13 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
+from devices import cores
 from escape import reason_of
 from imaging.decode import DecodeError, ImageFile, decoded, read_file
 from imaging.opened import bytes_or_pixels
 from model.inference.fitness import Notice, notices, score_word
 from model.inference.inputs import unreadable
 from model.verdict import NOT_FINITE, band_at, band_of, verdict
-from storage import cores
 
 UNREADABLE = "unreadable"
 """Verdict for a file that is not an image, is damaged, or has a side below `MIN_SIDE_PX`."""
