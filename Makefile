@@ -42,7 +42,7 @@ demo: setup ## pack, train twice, evaluate and predict on synthetic images (2 to
 	@echo "raw images: $(DEMO)/raw   shards: $(DEMO)/shards   checkpoints and curves: $(DEMO)/runs"
 
 test: setup ## run the tests that are not slow (7 minutes on two slow cores)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## run every test
 	$(RUN) -m pytest

@@ -1,7 +1,7 @@
 """Print failed tests at once on a GPU, where a run may be stopped before its end.
 
 Main entry: `pytest_runtest_logreport(report)`, a hook of pytest, imported by tests/conftest.py. It
-is in a file of its own so that the test of the hook does not load what the other fixtures need.
+is in a file of its own so that the test of the hook can import it.
 """
 
 import os

@@ -36,7 +36,10 @@ from sharding.lock import changing
 from tests.browser import html_of
 from tests.builders import ROOT, encode, photo, train_tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("no_workers"),
+]
 
 
 @pytest.fixture(scope="module")

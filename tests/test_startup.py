@@ -125,3 +125,12 @@ def test_help_and_refusals_load_nothing_heavy(outcomes: list) -> None:
     for name, line, code, loaded in outcomes:
         assert not loaded, f"{name} {' '.join(line)} loads {', '.join(loaded)}"
         assert (code == 0) == (line == ["--help"]), f"{name} {' '.join(line)} exits with {code}"
+
+
+def test_the_process_that_distributes_tests_loads_nothing_heavy() -> None:
+    """Its workers start after it has loaded `tests/conftest.py`."""
+    code = f"import sys, tests.conftest; print([n for n in {HEAVY} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
