@@ -4,13 +4,13 @@
 loop can save its state and stop. A Ctrl-C that comes after any earlier signal raises
 `KeyboardInterrupt` and is not added. `stoppable()` yields nothing; it is for a part of that loop
 that may wait for long and changes nothing that is saved. In its block, the signal raises `Stopped`
-at once; one that came before raises it at the beginning. Without a block of `stop_signals()` around
-it, it does nothing. `resumable()` yields nothing; if its block raises `KeyboardInterrupt`, it
-prints that the same command resumes the job, and raises SystemExit with exit code 130.
-`terminations_interrupt()` yields nothing; in its block, SIGTERM raises
-`KeyboardInterrupt("SIGTERM")`, and SIGHUP alike. At the end of a block, the earlier signal handlers
-are restored. Outside the main thread, `stop_signals()` and `terminations_interrupt()` do not react
-to signals.
+at once; one that came before raises it at the beginning, and one that code in the block has
+swallowed raises it at the end. Without a block of `stop_signals()` around it, it does nothing.
+`resumable()` yields nothing; if its block raises `KeyboardInterrupt`, it prints that the same
+command resumes the job, and raises SystemExit with exit code 130. `terminations_interrupt()` yields
+nothing; in its block, SIGTERM raises `KeyboardInterrupt("SIGTERM")`, and SIGHUP alike. At the end
+of a block, the earlier signal handlers are restored. Outside the main thread, `stop_signals()` and
+`terminations_interrupt()` do not react to signals.
 
 SIGHUP comes when a terminal is closed or its connection is lost. Where it is ignored, as under
 `nohup`, it stays so.
@@ -32,8 +32,11 @@ _stoppable = False
 """Whether a block of `stoppable()` runs now."""
 
 
-class Stopped(Exception):
-    """A signal to stop came in, or before, a block of `stoppable()`."""
+class Stopped(BaseException):
+    """A signal to stop came in, or before, a block of `stoppable()`. It is no `Exception`, as
+    `KeyboardInterrupt` is none: decoders turn every `Exception` into a failed image, and DALI's
+    builder tries another way.
+    """
 
 
 @contextlib.contextmanager
@@ -64,7 +67,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Let a signal end the block at once, which `stop_signals()` only adds to its list: a wait in
-    the block may be long.
+    the block may be long. What the block has computed until then may be incomplete; drop it.
 
     Raises:
         Stopped: a signal came in the block, or before.
@@ -75,6 +78,8 @@ def stoppable() -> Iterator[None]:
         if _received:
             raise Stopped
         yield
+        if _received:  # a callback or native code in the block may have swallowed it
+            raise Stopped
     finally:
         _stoppable = False
 

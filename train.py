@@ -41,6 +41,7 @@ import click
 
 import cli
 import console
+import interrupts
 from storage import any_path
 
 
@@ -157,7 +158,9 @@ def main(
             try_out(recipe, any_path(data), runs, init_from=init_from, dist=dist)
             return
         try:
-            best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
+            # Training itself saves first. Before and after it, a signal ends the command.
+            with interrupts.resumable(), interrupts.terminations_interrupt():
+                best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
         except Interrupted as stopped:
             if dist.is_main:
                 console.note(f"{stopped}; run the same command again to resume")

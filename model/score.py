@@ -169,10 +169,12 @@ def score_set(
         RuntimeError: the scored and failed samples are not those of the index (a bug of this
             program).
     """
-    rank_scores: Scores | None = None
-    # Around the part that exchanges nothing. `Stopped` is raised below, by all ranks.
-    with contextlib.suppress(interrupts.Stopped), interrupts.stoppable():
-        rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    rank_scores: Scores | None
+    try:  # around the part that exchanges nothing; `Stopped` is raised below, by all ranks
+        with interrupts.stoppable():
+            rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
+    except interrupts.Stopped:
+        rank_scores = None
     parts = all_gather_object(dist or DistEnv(), rank_scores)
     if None in parts:
         raise interrupts.Stopped

@@ -1,12 +1,14 @@
 """Write the history of a training run (loss, rates, validation metrics) to `metrics.jsonl`,
 TensorBoard and a tracker, and read it.
 
-Main entry: `History(folder, done, tracker)`, a context manager.
+Main entry: `History(folder, done, tracker, validated=True)`, a context manager.
 
 - `folder`: the `Path` of the run's folder (made if missing). It gets `metrics.jsonl` and the folder
   `tensorboard`, and after an interruption `removed.jsonl`.
 - `done`: the number of finished steps, 0 for a new run. Rows of later steps, left by an interrupted
   run, are removed from `metrics.jsonl` first; step and kind of each go to `removed.jsonl`.
+- `validated`: False if the validation of step `done` is still to be done. Its rows are then removed
+  as those of later steps are: the run may have ended between writing them and saving.
 - `tracker`: an open `Tracker` of `model/tracking/tracker.py` (sender to a service such as MLflow),
   or None (the default).
 
@@ -102,33 +104,41 @@ class History:
     interruptions.
     """
 
-    def __init__(self, folder: Path, done: int, tracker: Tracker | None = None):
+    def __init__(
+        self, folder: Path, done: int, tracker: Tracker | None = None, *, validated: bool = True
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.tracker = folder / HISTORY_FILE, tracker
+        self.done, self.validated = done, validated
         self.sent: set[tuple[int, str]] = set()
         if self.path.exists():
-            self._drop_later(folder / REMOVED_FILE, done)
+            self._drop_later(folder / REMOVED_FILE)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
-    def _drop_later(self, removed: Path, done: int) -> None:
+    def _is_done(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the run goes on after this row, and does not write it again."""
+        is_left = str(row["kind"]).startswith("validate") and not self.validated
+        return row["step"] < self.done or (row["step"] == self.done and not is_left)
+
+    def _drop_later(self, removed: Path) -> None:
         size = 0  # of the rows that stay
         for line, row in _rows_in(self.path):
-            if row["step"] > done:
-                self.sent.add((row["step"], row["kind"]))
-            else:
+            if self._is_done(row):
                 size += len(line)
+            else:
+                self.sent.add((row["step"], row["kind"]))
         if removed.exists():
-            rows = (row for _line, row in _rows_in(removed) if row["step"] > done)
+            rows = (row for _line, row in _rows_in(removed) if not self._is_done(row))
             self.sent |= {(row["step"], row["kind"]) for row in rows}
         if self.sent:  # first: after a kill, both files have them
             keys = ({"step": step, "kind": kind} for step, kind in sorted(self.sent))
             write_text(removed, "".join(f"{json.dumps(key)}\n" for key in keys))
         if size < self.path.stat().st_size:
-            write_atomically(self.path, lambda partial: self._copy_until(done, partial))
+            write_atomically(self.path, self._copy_done)
 
-    def _copy_until(self, done: int, partial: Path) -> None:
+    def _copy_done(self, partial: Path) -> None:
         with partial.open("wb") as stream:
-            stream.writelines(line for line, row in _rows_in(self.path) if row["step"] <= done)
+            stream.writelines(line for line, row in _rows_in(self.path) if self._is_done(row))
 
     def __enter__(self) -> "History":
         return self

@@ -211,7 +211,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
         one_thread(planned.features is not None),
         interrupts.stop_signals() as received,
         _tracker(planned) as tracker,
-        History(planned.folder, done, tracker)
+        History(planned.folder, done, tracker, validated=not validating)
         if dist.is_main
         else contextlib.nullcontext() as history,
         contextlib.closing(stream.loader),
@@ -232,7 +232,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
                     history.sync()
                 best = save(planned, train_state, done, validation, best, gain=gain, ended=over)
                 saved = done
-            if stopping:
+            if stopping or ((over or at_end) and all_reduce_any(dist, bool(received))):
                 name = received[0].name if received else "a signal to another rank"
                 raise Interrupted(f"stopped by {name} at step {done} of {steps}")
             if over or at_end:
@@ -283,10 +283,13 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
         console.progress("fitting", recipe.optim.iterations, shown=dist.is_main) as advance,
     ):
 
+        def interrupted() -> Interrupted:
+            name = received[0].name if received else "a signal to another rank"
+            return Interrupted(f"stopped by {name} before the fit ended; nothing was saved")
+
         def on_evaluation() -> None:
             if all_reduce_any(dist, bool(received)):
-                name = received[0].name if received else "a signal to another rank"
-                raise Interrupted(f"stopped by {name} before the fit ended; nothing was saved")
+                raise interrupted()
             advance(1)
 
         fit = fit_head(train_state.net, samples, recipe.optim, dist, on_evaluation)
@@ -302,7 +305,9 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
                 "NAME with a higher optim.iterations than %d",
                 *(fit.iterations, fit.gradient, recipe.optim.iterations),
             )
-        validation = _validate(planned, train_state)
+        validation = _validate_unless_stopped(planned, train_state)
+        if validation is None:
+            raise interrupted()
         if history is not None:
             history.write(done, "train", {"loss": fit.loss, "lr": 0.0})
         _log_validation(history, done, validation)

@@ -119,7 +119,7 @@ def test_the_exported_graph_predicts_the_same(saved: Path, tmp_path: Path) -> No
     by_onnx = [prediction.probability for prediction in exported.predict(FILES)]
     np.testing.assert_allclose(by_onnx, by_file, atol=1e-2)
     assert "(batch, 64, 32, 3)" in exported.meta["input"]
-    assert "not resized" in exported.meta["input"]
+    assert "before its resizing" in exported.meta["input"]
 
 
 def test_the_heatmap_shows_both_crops(saved: Path) -> None:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from escape import as_utf8
 from model.inference.detector import ImageDetector
 from serve import addresses
 from serve.limits import MB, Limits
@@ -228,7 +229,7 @@ def test_a_url_that_cannot_be_fetched_gets_an_error_row(serve: Serve, site: Site
     rows = answer.json()["images"]
     for (url, words), row in zip(said.items(), rows, strict=False):
         assert row["verdict"] == "unreadable" and words in row["error"], (url, row)
-    assert [row["path"] for row in rows] == [*said, site.url("/fine")]
+    assert [row["path"] for row in rows] == [as_utf8(url) for url in (*said, site.url("/fine"))]
     assert rows[-1]["error"] == ""
     assert client.post("/predict", json={"urls": [site.url("/gone")]}).status_code == 422
 

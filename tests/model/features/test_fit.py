@@ -1,6 +1,5 @@
 """The fit of a head to stored features: the minimum, its weights, runs, and refusals."""
 
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -363,20 +362,19 @@ def test_only_a_single_linear_layer_is_fitted(recipe: Recipe) -> None:
         check_fit(distilled, plain)
 
 
+@pytest.mark.parametrize("part", ["fit_head", "validate"])
 def test_a_signal_ends_a_fit_and_the_same_command_fits_again(
-    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit = run.fit_head
+    recipe: Recipe, weights: Path, data: Path, tmp_path: Path, part: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    function = getattr(run, part)
 
-    def interrupted(net, samples, optim, dist, on_evaluation):
-        def on() -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-            on_evaluation()
-
-        return fit(net, samples, optim, dist, on)
+    def interrupted(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return function(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "fit_head", interrupted)
+        patch.setattr(run, part, interrupted)
         with pytest.raises(Interrupted, match="stopped by SIGTERM before the fit ended; nothing"):
             train(recipe, data, tmp_path / "runs", init_from=weights)
     assert not checkpoint.checkpoints_of(tmp_path / "runs/tiny")

@@ -65,3 +65,15 @@ def test_a_history_of_any_length_is_read_and_continued(
     with History(tmp_path, 1):
         pass
     assert [*rows_of(tmp_path)] == ROWS[:1] * 6001
+
+
+def test_rows_of_a_validation_that_is_still_to_be_done_are_removed(tmp_path: Path) -> None:
+    """A run that was killed between them and its checkpoint writes them again."""
+    with History(tmp_path, 0) as history:
+        for step in (4, 5):
+            for kind in ("train", "validate", "validate/val"):
+                history.write(step, kind, {"loss": 0.5})
+    with History(tmp_path, 5, validated=False):
+        pass
+    rows = [(row["step"], row["kind"]) for row in rows_of(tmp_path)]
+    assert rows == [(4, "train"), (4, "validate"), (4, "validate/val"), (5, "train")]

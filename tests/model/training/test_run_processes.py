@@ -119,10 +119,11 @@ def test_a_signal_ends_the_wait_for_a_worker_that_hangs(
     assert last_of(tmp_path / "runs/tiny")
 
 
-@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize(("is_last", "swallowed"), [(False, False), (True, False), (False, True)])
 def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_first(
-    tiny_recipe: Path, data: Path, tmp_path: Path, is_last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_recipe: Path, data: Path, tmp_path: Path, is_last: bool, swallowed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The run ends as an uninterrupted one, also where the last step is not validated yet."""
     recipe, run = recipes.load(Recipe, tiny_recipe), tmp_path / "stopped/tiny"
     read = ShardReader.read
@@ -130,8 +131,9 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_first(
     def hang(self: ShardReader, samples: object) -> object:
         validating = [folder.name for folder in self.shards.folders] == ["val"]
         if validating and bool(checkpoint.checkpoints_of(run)) == is_last:
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(HANG_S)
+            with contextlib.suppress(BaseException if swallowed else ()):
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(HANG_S)
         return read(self, samples)
 
     with monkeypatch.context() as patch:
@@ -147,6 +149,27 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_first(
         for one in (run, tmp_path / "whole/tiny")
     )
     assert rows == whole
+
+
+def test_a_signal_in_the_last_save_stops_before_the_calibration(
+    tiny_recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = recipes.load(Recipe, tiny_recipe), tmp_path / "stopped/tiny"
+    save = saving.save
+
+    def signalled(*arguments: object, ended: str, **rest: object) -> object:
+        if ended:
+            signal.raise_signal(signal.SIGTERM)
+        return save(*arguments, ended=ended, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.training.run.save", signalled)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM at step 10 of 10"):
+            train(recipe, data, run.parent)
+    assert checkpoint.read_meta(last_of(run))["calibration"] is None
+    train(recipe, data, run.parent)
+    train(recipe, data, tmp_path / "whole")
+    assert same(last_of(run), last_of(tmp_path / "whole/tiny"))
 
 
 @pytest.mark.slow

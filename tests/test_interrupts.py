@@ -1,0 +1,37 @@
+"""Signals that stop a loop end its waits, whatever the code in them catches."""
+
+import contextlib
+import signal
+
+import pytest
+
+import interrupts
+from imaging.decode import boundary
+
+
+def test_a_signal_is_no_fault_of_an_image() -> None:
+    """`boundary` turns every `Exception` of a decoder into a failed image."""
+    with interrupts.stop_signals(), pytest.raises(interrupts.Stopped), interrupts.stoppable():
+        with boundary("JPEG"):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_block_that_swallows_the_signal_ends_with_it() -> None:
+    with interrupts.stop_signals() as received, pytest.raises(interrupts.Stopped):
+        with interrupts.stoppable(), contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+def test_a_signal_before_the_block_ends_it_at_once() -> None:
+    with interrupts.stop_signals(), pytest.raises(interrupts.Stopped):
+        signal.raise_signal(signal.SIGHUP)
+        with interrupts.stoppable():
+            raise AssertionError("the block ran")
+
+
+def test_without_stop_signals_nothing_is_raised() -> None:
+    with interrupts.stop_signals(), contextlib.suppress(interrupts.Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    with interrupts.stoppable():
+        pass
