@@ -5,7 +5,7 @@
 #
 # The HTTP API (docs/api.md) is the same image with another command; docker-compose.yml has both.
 # The detector that ships needs no run, only its backbone: -v "$HOME/.cache/ai-images-detector/backbones:/cache:ro"
-# For an NVIDIA GPU: docker build --build-arg TORCH=cu130 ..., and docker run --gpus all ...
+# For an NVIDIA GPU: docker build --build-arg TORCH=cu132 ..., and docker run --gpus all ...
 # The digest is Python 3.11.16 for amd64 and arm64.
 FROM python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 

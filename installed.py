@@ -1,12 +1,15 @@
-"""Name commands in messages so that they work both in a checkout and in an installed wheel.
+"""Name commands in messages so that they work where this program runs: in the folder of a checkout,
+with a checkout elsewhere (an editable installation), and in an installed wheel.
 
 Main entry: `command(name)` takes the name of a command, such as "train" (not checked), and returns
-how to start it: `python train.py` in a checkout, else `ai-images-detector train`.
+how to start it: `python train.py` in the folder of a checkout, `python /there/train.py` for a
+checkout elsewhere, else `ai-images-detector train`.
 `install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
 the end of a message: how to install them. `why_not_imported(error, extra)` returns it only if one
 is missing, else the `error` (an ImportError). `program_version()` returns the version,
 `git_commit()` the commit. All return text. `versions()` returns those of the libraries that affect
-results. `CHECKOUT` is True in a checkout. `DEMO` is the command that makes synthetic demo images.
+results. `CHECKOUT` is True in a checkout, `IN_CHECKOUT` if it is also the working folder. `DEMO` is
+the command that makes synthetic demo images.
 
 On Windows, where locks and atomic writes of this program do not work, importing this module ends
 the process with one line. All commands and `model` import it before they need what Windows lacks.
@@ -15,10 +18,12 @@ the process with one line. All commands and `model` import it before they need w
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -30,18 +35,26 @@ if sys.platform == "win32":
 NAME = "ai-images-detector"
 """Name of the distribution and of its console command (`pyproject.toml`)."""
 
-CHECKOUT = (Path(__file__).parent / "pyproject.toml").is_file()
+FOLDER = Path(__file__).resolve().parent
+"""Folder of the program."""
+
+CHECKOUT = (FOLDER / "pyproject.toml").is_file()
 """True in a checkout, false in an installed wheel, which has no pyproject.toml."""
 
-DEMO = "make demo" if CHECKOUT else "python -m sharding demo demo"
+IN_CHECKOUT = CHECKOUT and Path().samefile(FOLDER)
+"""True if the working folder of this process, when it starts, is that of the checkout."""
+
+DEMO = "make demo" if IN_CHECKOUT else "python -m sharding demo demo"
 """Command that makes the synthetic demo images."""
 
 
 def command(name: str) -> str:
-    """Return how to start a command: `python train.py` in a checkout, else `ai-images-detector
-    train`.
+    """Return how to start a command: `python train.py` in the folder of the checkout, with the path
+    of the file in another one, and `ai-images-detector train` without a checkout.
     """
-    return f"python {name}.py" if CHECKOUT else f"{NAME} {name}"
+    if not CHECKOUT:
+        return f"{NAME} {name}"
+    return f"python {name}.py" if IN_CHECKOUT else f"python {shlex.quote(f'{FOLDER}/{name}.py')}"
 
 
 def program_version() -> str:
@@ -87,7 +100,10 @@ def why_not_imported(error: ImportError, extra: str) -> str:
 
 
 def install_extra(extra: str) -> str:
-    """Return how to install the libraries of an extra, as the last part of a message."""
-    if CHECKOUT:
-        return f"install the extra `{extra}`, as `make setup` does"
-    return f'install the extra `{extra}`: pip install "{NAME}[{extra}]"'
+    """Return how to install the libraries of an extra into this environment, as the last part of a
+    message. An environment of uv has no pip.
+    """
+    python = shlex.quote(sys.executable)
+    pip = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    what = f"-e {shlex.quote(f'{FOLDER}[{extra}]')}" if CHECKOUT else f'"{NAME}[{extra}]"'
+    return f"install the extra `{extra}`: {pip} {what}"

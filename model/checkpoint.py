@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 import recipes
 from escape import reason_of, text_fault
-from installed import DEMO, command, git_commit, versions
+from installed import DEMO, IN_CHECKOUT, command, git_commit, versions
 from locks import locked
 from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
@@ -492,9 +492,9 @@ def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Pat
     default = backbone.DETECTORS / backbone.DEFAULT_DETECTOR
     if shipped and (default / META_FILE).exists():
         return default
+    demo = f"see the whole flow with `{DEMO}` (then --runs demo/runs), " if IN_CHECKOUT else ""
     raise NoCheckpointError(
         f"no {'usable ' * bool(candidates)}checkpoint below {runs}; train one with "
-        f"`{command('train')} --phase 1`, see the whole flow with `{DEMO}` (then --runs demo/runs),"
-        " name one with --checkpoint FOLDER, or use the shipped one: `python -m model fetch`, then "
-        "--checkpoint clip"
+        f"`{command('train')} --phase 1`, {demo}name one with --checkpoint FOLDER, or use the "
+        "shipped one: `python -m model fetch`, then --checkpoint clip"
     )

@@ -19,7 +19,8 @@ must have been called before in the same session, because it makes the store of 
 
 `crops_of(preprocess, size)` takes the size of the image in pixels (width, height) and returns the
 crops, a list of (left, top, width, height) as fractions of the image's width and height: the
-resized crop, then the detail if there is one.
+resized crop, then the detail if there is one. `shown_reason(error)` returns the text of an error of
+a heatmap without paths of this machine.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from markupsafe import Markup
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+import console
 from imaging.decode_lock import Busy, decode_lock, hold
 from model.inference import gradcam
 from model.inference.detector import ImageDetector
@@ -91,6 +93,16 @@ def photo_html(
     )  # fmt: skip
 
 
+def shown_reason(error: Exception) -> str:
+    """Return the reason for which there is no heatmap, for visitors: without paths of this machine,
+    which go to the log.
+    """
+    if not isinstance(error, gradcam.NoCaptumError):
+        return str(error)
+    console.log.warning("%s", error)
+    return "A heatmap needs the library captum. The log of this page says how to install it."
+
+
 def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> None:
     """Show the image and a switch for its heatmap; the image stays visible meanwhile."""
     picture = st.empty()
@@ -108,6 +120,6 @@ def show_photo(detector: ImageDetector, file: UploadedFile, result: Scored) -> N
             maps[file.file_id] = [as_jpeg(Image.fromarray(crop)) for crop in crops]
         except (gradcam.ExplainError, Busy) as error:
             show(photo_html(result, detector.preprocess), picture)
-            show(Markup('<p class="card refused">{}</p>').format(error))
+            show(Markup('<p class="card refused">{}</p>').format(shown_reason(error)))
             return
     show(photo_html(result, detector.preprocess, maps[file.file_id]), picture)

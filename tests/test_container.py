@@ -33,6 +33,15 @@ def test_the_container_is_pinned_and_its_user_can_read_it() -> None:
     assert text.count("--constraint constraints.txt") == 2
 
 
+def test_the_advised_build_for_a_gpu_has_the_cuda_of_the_pinned_torch() -> None:
+    """Another build of torch needs other versions of CUDA's libraries than those pinned."""
+    pinned = (ROOT / "constraints.txt").read_text()
+    major, minor = re.search(r"^cuda-toolkit==(\d+)\.(\d+)", pinned, re.M).groups()
+    for name in ("Dockerfile", "docs/page.md"):
+        advised = re.findall(r"TORCH=(cu\d+)", (ROOT / name).read_text(encoding="utf-8"))
+        assert advised == [f"cu{major}{minor}"], name
+
+
 def test_the_container_has_all_modules_that_the_page_imports() -> None:
     copies = re.findall(r"^COPY (.*)", (ROOT / "Dockerfile").read_text(), re.M)
     copied = {word.rstrip("/") for line in copies for word in line.split()[:-1]}

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -90,7 +91,6 @@ def test_messages_name_the_commands_of_a_checkout_or_an_installation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert installed.command("train") == "python train.py"
-    assert installed.install_extra("app") == "install the extra `app`, as `make setup` does"
     missing, broken = ModuleNotFoundError("no"), ImportError("libcudart.so.12:\nno such file")
     assert installed.why_not_imported(missing, "app") == installed.install_extra("app")
     assert installed.why_not_imported(broken, "app") == (
@@ -98,7 +98,40 @@ def test_messages_name_the_commands_of_a_checkout_or_an_installation(
     )
     monkeypatch.setattr(installed, "CHECKOUT", False)
     assert installed.command("train") == "ai-images-detector train"
-    assert installed.install_extra("app").endswith('`app`: pip install "ai-images-detector[app]"')
+
+
+def test_another_folder_than_the_checkout_gets_the_path_of_the_script(tmp_path: Path) -> None:
+    """As in an editable installation; `make demo` has no rule there. The folder may be gone."""
+    code = "import os, sys, installed\nprint(installed.command('train'), installed.DEMO)"
+    gone = "import os; os.rmdir(os.getcwd())\n"
+    for program in (code, gone + code):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        script = shlex.quote(str(ROOT / "train.py"))
+        assert done.stdout == f"python {script} python -m sharding demo demo\n"
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+@pytest.mark.parametrize("with_pip", [True, False])
+def test_an_extra_is_installed_into_the_environment_that_runs(
+    checkout: bool, with_pip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It named `make setup` in environments that it does not fill. uv makes none with pip."""
+    monkeypatch.setattr(installed, "CHECKOUT", checkout)
+    monkeypatch.setattr(installed, "find_spec", lambda _name: with_pip or None)
+    monkeypatch.setattr(sys, "executable", "/my env/bin/python")
+    said = installed.install_extra("app").removeprefix("install the extra `app`: ")
+    *line, what = shlex.split(said)
+    python = "/my env/bin/python"
+    editable = ["-e"] if checkout else []
+    assert what == (f"{ROOT}[app]" if checkout else "ai-images-detector[app]")
+    if with_pip:
+        assert line == [python, "-m", "pip", "install", *editable]
+    else:
+        assert line == ["uv", "pip", "install", "--python", python, *editable]
 
 
 def texts_in(source: str) -> Iterator[tuple[int, str]]:

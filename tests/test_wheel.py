@@ -158,5 +158,7 @@ def test_without_extras_it_packs_trains_and_predicts(installed: Path, tmp_path: 
     ):  # fmt: skip
         done = run(installed, tmp_path, *line)
         assert done.returncode, line
-        assert f'pip install "ai-images-detector[{extra}]"' in done.stderr
+        python = installed / "python"  # uv made this environment, without pip
+        said = f'uv pip install --python {python} "ai-images-detector[{extra}]"'
+        assert said in done.stderr
         assert "Traceback" not in done.stderr

@@ -21,9 +21,9 @@ with the fields of `Difference`: `max` and `mean` difference of the probability 
 
 Errors, all `ValueError`s except `OSError`:
 
-- `ExportError`: a library is missing, no image can be read, a file is not valid ONNX, or a
-  difference on equal pixels is above `TOLERANCE` or NaN. No file is written. An int8 file alone is
-  left out, with a log line.
+- `ExportError`: a library is missing or fails, no image can be read, a file is not valid ONNX, or
+  a difference on equal pixels is above `TOLERANCE` or NaN. No file is written. An int8 file alone
+  is left out, with a log line.
 - `CheckpointError`: the checkpoint is missing, damaged or of another version. `RecipeError`: its
   recipe or the entry of its backbone has an unknown or wrong key. `BackboneError`: the backbone of
   a shipped detector was not fetched or is damaged. `NetworkError`: timm cannot build the network.
@@ -57,7 +57,7 @@ import torch
 from torch import nn
 
 import console
-from escape import as_json, reason_of, without_paths
+from escape import as_json, typed_reason_of, without_paths
 from imaging.decode import IMAGE_SUFFIXES, DecodeError, ImageFile, decode
 from installed import why_not_imported
 from model.checkpoint import load_network
@@ -101,6 +101,8 @@ NOISE = 16
 """Number of noise images to compare if no images are given."""
 
 _BATCH = 8
+
+_LIBRARIES = ("torch", "onnx", "onnxruntime", "onnxscript")
 
 
 class ExportError(ValueError):
@@ -158,11 +160,10 @@ def export_onnx(
     called after every n compared images.
 
     Raises:
-        ExportError: a library is not installed, no image can be read, or a file differs too much
-            from PyTorch. Then nothing is written.
+        ExportError: a library is missing or fails, no image can be read, or a file differs too
+            much from PyTorch. Then nothing is written.
     """
     try:
-        import onnx
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -172,12 +173,7 @@ def export_onnx(
         ) from error
     net, preprocess, meta = load_network(checkpoint)
     with temporary_folder(out) as partial:
-        graph = _graph_of(net, preprocess, meta["temperature"])
-        for precision, name in FILES.items():
-            model = _CONVERT[precision](graph)
-            onnx.helper.set_model_props(model, _metadata(meta, precision))
-            _check(model, name)
-            onnx.save(model, partial / name)
+        _write_files(net, preprocess, meta, partial)
         files = [partial / name for name in FILES.values()]
         parities, seen = compare(net, preprocess, meta, files, images, on_images)
         for parity in parities:
@@ -204,20 +200,32 @@ def export_onnx(
     return report
 
 
-def _check(model: Any, name: str) -> None:
-    """Check an ONNX model, the inferred types of all values included, as other programs do.
+def _write_files(
+    net: Detector, preprocess: Preprocess, meta: Mapping[str, Any], folder: Path
+) -> None:
+    """Convert the network, and write those of `FILES` that pass the full check: that of other
+    programs, which infers the types of all values.
 
     Raises:
-        ExportError: the model is not valid.
+        ExportError: the libraries cannot convert the network, or a file is not valid.
     """
     import onnx
 
+    name = FILES["fp32"]
     try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        graph = _graph_of(net, preprocess, meta["temperature"])
+        for precision, name in FILES.items():
+            model = _CONVERT[precision](graph)
+            onnx.helper.set_model_props(model, _metadata(meta, precision))
+            onnx.checker.check_model(model, full_check=True)
+            onnx.save(model, folder / name)
+    except OSError:  # of the disk
+        raise
+    except Exception as error:  # these libraries raise many types, also if they do not fit together
+        versions = ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
         raise ExportError(
-            f"{name} is not valid ({reason_of(error)}); nothing was written. Check the versions of "
-            "torch, onnx and onnxruntime"
+            f"{name} could not be made ({typed_reason_of(error.__cause__ or error)}); nothing was "
+            f"written. Found {versions}; install the newest versions of these"
         ) from error
 
 

@@ -5,7 +5,8 @@ Main entry: `heatmap(detector, image)` takes an `ImageDetector` (a loaded checkp
 width, 3) in RGB or (height, width) in gray, or an `ImageFile`. It returns uint8
 (*detector.preprocess.shape, 3) RGB: the network's input in gray, with red where it raised the
 score. A detail crop is below the first crop. It raises `DecodeError` or `OSError` for an unreadable
-image, and `ExplainError` if the network has no feature map or patches, or captum is not installed.
+image, and `ExplainError` if the network has no feature map or patches, or (`NoCaptumError`) captum
+is not installed.
 `MEANING` is the explanation to show with a heatmap.
 
 `attribution(detector, image)` returns the network's input and the raw values per cell, float32
@@ -52,6 +53,10 @@ class ExplainError(ValueError):
     """Raised if a heatmap cannot be computed; the message gives the reason."""
 
 
+class NoCaptumError(ExplainError):
+    """Raised if captum cannot be imported. The message has a command with paths of this machine."""
+
+
 def attribution(detector: ImageDetector, image: Picture) -> tuple[np.ndarray, np.ndarray]:
     """Return the network's input, uint8 (*shape, 3) RGB, and the attribution of each cell of
     its last features, float32 (rows, columns): the first-order contribution of the cell to the
@@ -91,7 +96,7 @@ def _require_captum() -> None:
     try:
         importlib.import_module("captum.attr")
     except ImportError as error:
-        raise ExplainError(
+        raise NoCaptumError(
             f"a heatmap needs the library captum; {why_not_imported(error, 'heatmap')}"
         ) from error
 

@@ -32,7 +32,6 @@ from console import counted
 from escape import printable
 from imaging.jpeg import APP1, segments
 from imaging.quiet import without_warnings
-from installed import install_extra
 from model.c2pa import signatures
 from model.c2pa.signatures import State, TrustList
 from model.inference.generators import is_named, is_signature, settings_across, settings_in
@@ -120,8 +119,8 @@ def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidenc
         return
     if not signatures.is_readable():
         yield Evidence(
-            "C2PA", "a manifest; reading it needs the library c2pa-python; "
-            f"{install_extra('evidence')}", "C2PA",
+            "C2PA", "a manifest; reading it needs the library of the extra `evidence`: "
+            "pip install c2pa-python", "C2PA",  # visitors of the page see no paths of this machine
         )  # fmt: skip
         return
     try:

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import console
+from installed import install_extra
 from storage import parse_json, read_text, write_text
 
 TrackerName = Literal["", "wandb", "mlflow"]
@@ -55,8 +56,6 @@ OPEN_TIMEOUT_S = 20.0
 
 CLOSE_TIMEOUT_S = 30.0
 """Seconds that the end of a run waits for the tracker to receive the last rows."""
-
-_INSTALLED_AS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +159,9 @@ def check_tracker(name: TrackerName) -> None:
     """
     if name and not is_installed(name):
         raise ValueError(
-            f"run.tracker is {name}, and its package is not installed: type `pip install "
-            f"{_INSTALLED_AS[name]}`, or leave run.tracker out (TensorBoard and "
-            "metrics.jsonl are always written)"
+            f"run.tracker is {name}, and its package is not installed; leave run.tracker out "
+            "(TensorBoard and metrics.jsonl are always written), or "
+            f"{install_extra(name)}"
         )
 
 

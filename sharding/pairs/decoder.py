@@ -124,14 +124,15 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
         DecoderError: diffusers is missing, or the file is no VAE for RGB images.
         ValueError: there is no such device, or the hub does not allow this `name`.
     """
-    parse_device(device)  # before a download
-    folder = find_decoder(name)
-    kind = _kind_of(folder)
+    parse_device(device)  # this and the library are checked before a download
     try:
         import diffusers
     except ImportError as error:
         raise DecoderError(f"pairs need diffusers; {why_not_imported(error, 'pairs')}") from error
     import torch
+
+    folder = find_decoder(name)
+    kind = _kind_of(folder)
 
     device = device_here(device)
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from imaging import decode
 from imaging import decode_lock as locks
 from model import load_detector
+from model.inference import gradcam
 from model.inference.prediction import UNREADABLE, Prediction
 from model.inference.provenance import Evidence, read_evidence
 from model.verdict import percent
@@ -21,7 +23,7 @@ from page.cost import hundred_html
 from page.draw import sentence
 from page.examples import examples
 from page.figures import Measured, VerdictShares, measured_on, of_hundred, rates, verdict_shares
-from page.photo import crops_of, photo_html
+from page.photo import crops_of, photo_html, shown_reason
 from page.scored import Scored, score
 from page.session import seconds_of
 from page.start import figures_html
@@ -36,6 +38,17 @@ SOURCES = {
     "b": {"reals": 100, "fakes": 0, "false_positive_rate": 0.0, "recall": None, "uncertain": 0.1},
     "c": {"reals": 0, "fakes": 100, "false_positive_rate": None, "recall": 0.4, "uncertain": 0.2},
 }
+
+
+def test_visitors_see_no_path_of_the_server_if_captum_is_missing(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(gradcam.NoCaptumError) as raised:
+        gradcam._require_captum()
+    assert "captum" in shown_reason(raised.value) and "/" not in shown_reason(raised.value)
+    assert any("install the extra `heatmap`: " in line for line in logged)
+    assert shown_reason(gradcam.ExplainError("no map")) == "no map"
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,26 @@ def test_a_result_that_is_not_finite_is_far_from_every_verdict() -> None:
     assert np.isnan(apart.max) and apart.verdicts == 1
 
 
+@pytest.mark.parametrize("step", ["_graph_of", "_metadata"])
+def test_a_library_that_fails_is_one_line(
+    step: str, exported: Path, tiny_checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Such as versions that do not fit together. The cause says more than the libraries' text."""
+
+    def fails(*_arguments: object) -> None:
+        raise RuntimeError("failed to export.\n# Python 3.11") from ImportError("no opset23")
+
+    monkeypatch.setattr(export, "_graph_of", lambda *_: onnx.load(exported / "detector.onnx"))
+    monkeypatch.setattr(export, step, fails)
+    arguments = ["export", "--onnx", "--checkpoint", str(tiny_checkpoint)]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "onnx")])
+    assert result.exit_code == 1
+    said = "Error: detector.onnx could not be made (ImportError: no opset23); nothing was written."
+    assert f"{said} Found torch {torch.__version__.partition('+')[0]}" in result.stderr
+    assert "Traceback" not in result.output and not list(tmp_path.iterdir())
+
+
 def test_a_file_that_differs_too_much_is_not_written(
     exported: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

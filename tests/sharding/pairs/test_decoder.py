@@ -1,6 +1,7 @@
 """Tests of decoders: a VAE in diffusers format is loaded from a folder or the hub, without code."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,13 @@ def test_only_two_files_are_downloaded_from_the_hub(
         monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
         with pytest.raises(DecoderError, match=r"did not come from the hub \(no route\)"):
             find_decoder("owner/name")
+
+
+def test_without_diffusers_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(module, "find_decoder", lambda _name: pytest.fail("downloaded"))
+    with pytest.raises(DecoderError, match="pairs need diffusers; install the extra `pairs`"):
+        load("owner/name", "cpu")
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:
