@@ -28,9 +28,10 @@ a folder that is missing or cannot be read `OSError`.
 that split, and no others if it is val or test. All images that are not published for val or test
 are divided among the other sets.
 
-A CSV table with a row per image (sharding/image_table.py) divides the images of folders that have
-no name of a split, if one of its columns has splits. If no folder has a class, a column with
-classes gives them. An image without a row is in no set then.
+A CSV table with a row per image (sharding/image_table.py) divides the images, if one of its columns
+has splits. Where a folder names another split, test counts before val, and val before train. If no
+folder has a class, a column with classes gives them. An image without a row is in no set then,
+unless its folder has a class and is named like a split.
 
 If no name decides, the folder is undecided. The catalog has two lines for it, one under each class,
 both commented out; a person removes the `#` of the right one. Such a line also labels the undecided
@@ -64,9 +65,9 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.folder_names import NAMED, class_of, generator_of, model_name, split_of
+from sharding.folder_names import NAMED, class_of, generator_of, model_name, split_of, strictest
 from sharding.format import CLASSES, UNKNOWN
-from sharding.image_table import ImageTable, Where, columns_in_use, destination, find_table, rule
+from sharding.image_table import ImageTable, Where, destination, find_table, rule
 from sharding.raw import RawFile, nfc, walk
 
 CONTAINERS = frozenset(
@@ -135,23 +136,30 @@ def describe(folder: Path) -> Description:
             f"zip archives{there}"
         )
     table, notes = find_table(folder.parent, folder.name, files)
-    inside = {nfc(name.rpartition("/")[0]) for name in names}
-    every = {path for name in inside for path in _with_parents(name)}
-    has_classes = any(class_of(name, every)[0] is not None for name in inside)
-    columns = columns_in_use(table, has_classes, notes)
+    folders = {nfc(name.rpartition("/")[0]) for name in names}
+    every = {path for name in folders for path in _with_parents(name)}
+    has_classes = any(class_of(name, every)[0] is not None for name in folders)
+    columns = table.decisive(has_classes) if table else ()
     images: Counter[tuple[str, Where]] = Counter()
     by_label = bool(table and table.label in columns)
     for name in names:
-        needs_row = table and columns and (by_label or not split_of(name.rpartition("/")[0])[0])
-        row = table.row_of(name) if table and needs_row else {}
+        inside = name.rpartition("/")[0]
+        split = "" if by_label else split_of(inside)[0]
+        row = table.row_of(name) if table and columns and split != "test" else {}
+        if table and split and row == table.rows.no_row:
+            row = {}  # its folder says enough
         if isinstance(row, str):
             unread[row] += 1
         else:
-            where = tuple((column, row.get(column, "").strip()) for column in columns)
-            images[nfc(name.rpartition("/")[0]), where] += 1
+            where = table.where(inside, row, columns) if table else ()
+            images[nfc(inside), where] += 1
+    if table:
+        conditions = [where for _, where in images]
+        notes += table.notes_on(columns, conditions, names)
+        table = table if any(conditions) else None
     known = _by_table(images, table) if table and by_label else _by_folder(images, every, table)
     held = {split: known.published[split] for split in ("val", "test") if known.published[split]}
-    text = _catalog(folder, known, held, table if columns else None)
+    text = _catalog(folder, known, held, table)
     undecided = {_named(path, where): count for (path, where), count in known.undecided.items()}
     return Description(text, known.folders, held, undecided, dict(unread), notes)
 
@@ -179,10 +187,12 @@ def _by_folder(
     labels: dict[tuple[str, Where], int] = {}
     deciding: dict[tuple[str, Where], str] = {}
     holding: dict[tuple[str, Where], dict[str, int]] = {}
-    for (inside, row), count in sorted(images.items()):
+    below: dict[
+        str, list[str]
+    ] = {}  # of a path: generators are in its rules or in folders, not both
+    for (inside, where), count in sorted(images.items()):
         split, published_as = split_of(inside)
-        where = () if split else row
-        known.published[split or _split_by(where, table)] += count
+        known.published[strictest(split, _split_by(where, table))] += count
         label, decided = class_of(inside, every)
         if label is None:
             unit = (inside or ".", where)
@@ -191,15 +201,16 @@ def _by_folder(
         unit = (max(decided, published_as, key=len), where)
         labels[unit], deciding[unit] = label, decided
         inner = holding.setdefault(unit, {})
-        below = inside[len(unit[0]) + 1 :] or "."
-        inner[below] = inner.get(below, 0) + count
+        rest = inside[len(unit[0]) + 1 :] or "."
+        inner[rest] = inner.get(rest, 0) + count
+        below.setdefault(unit[0], []).append(rest)
     for (path, where), inner in holding.items():
         label, decided = labels[path, where], deciding[path, where]
         known.folders[_named(path, where)] = Folder(
             CLASSES[label],
             sum(inner.values()),
-            generator_of(decided, path, inner) if label else "camera",
-            split_of(path)[0] or _split_by(where, table),
+            generator_of(decided, path, below[path]) if label else "camera",
+            strictest(split_of(path)[0], _split_by(where, table)),
             [*inner],
             path,
             where,
@@ -211,10 +222,9 @@ def _by_table(images: Mapping[tuple[str, Where], int], table: ImageTable) -> _So
     """Sort images by the classes that the table gives. A folder may still name a split."""
     known = _Sorted()
     rules: dict[tuple[str, Where], dict[str, int]] = {}
-    for (inside, row), count in sorted(images.items()):
+    for (inside, where), count in sorted(images.items()):
         split, path = split_of(inside)
-        where = row[:1] if split else row
-        known.published[split or _split_by(where, table)] += count
+        known.published[strictest(split, table.split_if(where))] += count
         holding = rules.setdefault((path, where), {})
         holding[inside or "."] = holding.get(inside or ".", 0) + count
     for (path, where), holding in rules.items():
@@ -227,7 +237,7 @@ def _by_table(images: Mapping[tuple[str, Where], int], table: ImageTable) -> _So
             CLASSES[label],
             total,
             (model_name(value) or UNKNOWN) if label else "camera",
-            split_of(path)[0] or _split_by(where, table),
+            strictest(split_of(path)[0], table.split_if(where)),
             [*holding],
             path,
             where,
@@ -237,7 +247,7 @@ def _by_table(images: Mapping[tuple[str, Where], int], table: ImageTable) -> _So
 
 def _split_by(where: Where, table: ImageTable | None) -> str:
     """Return the published split of rows with these values, "" if they name none."""
-    return next((table.splits[v] for c, v in where if table and c == table.split), "")
+    return table.split_if(where) if table else ""
 
 
 def _named(path: str, where: Where) -> str:
@@ -283,8 +293,11 @@ def _catalog(folder: Path, known: _Sorted, held: dict[str, int], table: ImageTab
         undecided[path] += count
     for kind in CLASSES:
         lines.append(f"{kind} = [")
-        # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`.
-        for entry in sorted(known.folders.values(), key=lambda entry: entry.generator == NAMED):
+        # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`, and rows
+        # with the split val, not the folder `train`.
+        for entry in sorted(
+            known.folders.values(), key=lambda entry: (entry.generator == NAMED, -len(entry.where))
+        ):
             if entry.kind != kind:
                 continue
             path, named = entry.path, entry.generator
@@ -293,11 +306,11 @@ def _catalog(folder: Path, known: _Sorted, held: dict[str, int], table: ImageTab
             images = counted(entry.images, "image")
             to = rule(name, path, entry.split, named, entry.where)
             lines.append(f"    {to},  # {images}")
-        for (path, where), count in known.undecided.items():
+        for (path, where), count in sorted(known.undecided.items(), key=lambda u: -len(u[0][1])):
             below = sum(undecided[inner] for inner in undecided if _is_below(inner, path))
             images = counted(count + below, "image")
             note = f", {below:,} of them in folders below that are listed too" if below else ""
-            split = split_of(path)[0] or _split_by(where, table)
+            split = strictest(split_of(path)[0], _split_by(where, table))
             to = rule(name, path, split, "", where)
             lines.append(f"    # {to},  # {images}{note}: {kind}?")
         lines.append("]")

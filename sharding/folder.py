@@ -68,9 +68,9 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.folder_names import NAMED, split_of
+from sharding.folder_names import NAMED, split_of, strictest
 from sharding.format import CLASSES, UNKNOWN
-from sharding.image_table import ImageTable, Where, columns_in_use, destination, find_table, rule
+from sharding.image_table import ImageTable, Where, destination, find_table, rule
 from sharding.left_out import left_out
 from sharding.listing import Listing, links_in, list_source
 from sharding.raw import walk
@@ -150,9 +150,7 @@ def pack_folder(
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     place = data / PLACE / f"{name}-{digest}"
     table, notes = find_table(folder.parent, folder.name, list(walk(folder.parent, folder.name)))
-    if not columns_in_use(table, True, notes):
-        table = None
-    text, catalog, listing = _catalog(name, folder, sides, table)
+    text, catalog, listing = _catalog(name, folder, sides, table, notes)
     _refuse_few(name, folder, sides, listing)
     # Images that are kept for testing must not be trained on here either.
     catalog = replace(catalog, exclude=read_catalog([BUILT_IN]).exclude)
@@ -225,31 +223,46 @@ def _class_folders(folder: Path) -> list[list[str]]:
 
 
 def _catalog(
-    name: str, folder: Path, sides: list[list[str]], table: ImageTable | None
+    name: str, folder: Path, sides: list[list[str]], table: ImageTable | None, notes: list[str]
 ) -> tuple[str, Catalog, Listing]:
-    """Return the catalog of a folder as TOML and as a `Catalog`, with the images that it lists."""
+    """Return the catalog of a folder as TOML and as a `Catalog`, with the images that it lists.
+    Lines on the table are added to `notes`.
+    """
     plain = [[_Unit(side, side) for side in of_class] for of_class in sides]
     _, _, listing = _read(name, folder, _catalog_text(name, folder, plain, None))
-    inside = {item.origin.partition("/")[2].rpartition("/")[0] for item in listing.items}
+    names = [item.origin.partition("/")[2] for item in listing.items]
+    inside = {path.rpartition("/")[0] for path in names}
     units = [[unit for side in of_class for unit in _units(side, inside, table)]
              for of_class in sides]  # fmt: skip
+    if table:
+        wheres = [unit.where for of_class in units for unit in of_class]
+        notes += table.notes_on(table.decisive(has_classes=True), wheres, names)
     return _read(name, folder, _catalog_text(name, folder, units, table))
 
 
 def _units(side: str, inside: Set[str], table: ImageTable | None) -> list[_Unit]:
     """Return what the images of the class folder `side` are divided into. `inside` are all folders
-    with images. The name of a folder counts before the table.
+    with images. Where both a folder and its rows name a split, test counts before val before train.
     """
-    split = split_of(side)[0]
-    below = {split_of(path) for path in inside if path.startswith(f"{side}/")}
-    published = [_Unit(side, path, of) for of, path in below if len(path) > len(side)]
-    if split or not table:
-        others = [_Unit(side, side, split)]
-    else:
-        values = table.splits.items()
-        others = [_Unit(side, side, of, ((table.split, value),)) for value, of in values]
-    # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`.
-    return [*sorted(published, key=lambda unit: (-len(unit.path), unit.path)), *others]
+    below = {split_of(path)[1] for path in inside if path.startswith(f"{side}/")}
+    published = sorted(
+        (path for path in below if len(path) > len(side)), key=lambda p: (-len(p), p)
+    )
+    units = []
+    # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`, and rows with
+    # the split val, not the folder `train`.
+    for path in (*published, side):
+        split = split_of(path)[0]
+        if table and table.split:
+            wheres = [table.where(path, {table.split: v}, [table.split]) for v in table.splits]
+            units += [
+                _Unit(side, path, strictest(split, table.split_if(where)), where)
+                for where in wheres
+                if where
+            ]
+        if split or not (table and table.split):
+            units.append(_Unit(side, path, split))
+    return units
 
 
 def _read(name: str, folder: Path, text: str) -> tuple[str, Catalog, Listing]:

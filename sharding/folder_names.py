@@ -7,6 +7,7 @@ Main entries, each for the path of a folder below the one that is read, with `/`
   decides, or (None, "") if none does. `folders` is a set of the lower-case paths of all folders.
 - `split_of(path)` returns the split ("train", "val" or "test") and the path up to the name that
   says so, or ("", "").
+- `strictest(splits)` returns which of several splits of one image counts.
 - `generator_of(decided, path, holding)` returns the generator of the fakes in the folder `path`,
   whose class the name of the folder `decided` tells, or `NAMED` if the folders inside name it.
   `holding` are the folders with its images, relative to `path`. `model_name(part)` returns what one
@@ -22,8 +23,8 @@ of memory cards, such as "SD Card/DCIM", and "imagen" in a name without a digit 
 in `EXACT`.
 
 A folder named like a split (`SPLITS`) is taken for a published split. Of several such names in a
-path, test counts before val, and val before train: a detector must not learn from what others
-measure on.
+path, and of a path and the row of a table, test counts before val, and val before train: a detector
+must not learn from what others measure on.
 
 The generator of fakes is named by the folders below one that says only that they are fakes, such as
 `fake/sdxl`. Otherwise it is the deepest name of a known family of generators in the path, or the
@@ -91,6 +92,11 @@ def split_of(inside: str) -> tuple[str, str]:
             if told and told <= words:
                 return split, "/".join(parts[:depth])
     return "", ""
+
+
+def strictest(*splits: str) -> str:
+    """Return the split that counts for an image with all of these: test before val before train."""
+    return next((split for split in SPLITS if split in splits), "")
 
 
 def class_of(inside: str, folders: Set[str]) -> tuple[int | None, str]:

@@ -18,8 +18,10 @@ and a list of lines, the notes on tables and columns that are not used. The fiel
 - `unused`: the names of the other columns.
 
 `row_of(inside)` returns the row of an image (its path below `root`), or the reason why it has none.
-`columns_in_use(table, has_classes, notes)` returns its columns that decide, and adds a note on the
-others. `as_toml()` returns the table as the value of `table` in a catalog. `rule(...)` and
+`where(inside, row, columns)` returns the conditions of a rule for an image with this row, and
+`split_if(where)` the split that they name. `decisive(has_classes)` returns the columns that may
+decide, and `notes_on(columns, rules, images)` lines on those that do and those that are not used.
+`as_toml()` returns the table as the value of `table` in a catalog. `rule(...)` and
 `destination(...)` return a rule and `set` of a source as TOML; they decide what becomes of a
 published split.
 """
@@ -28,12 +30,13 @@ import csv
 import fnmatch
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from sharding.catalog import CatalogError, Source, Table, toml_string
-from sharding.folder_names import class_of, split_of
+from sharding.folder_names import class_of, split_of, strictest
 from sharding.raw import RawFile, nfc
 from sharding.tables import LabelRows, naming_damage, read_rows
 from storage import AnyPath
@@ -68,6 +71,62 @@ class ImageTable:
     def row_of(self, inside: str) -> Mapping[str, str] | str:
         """Return the row of an image, or the reason why it has none."""
         return self.rows.row_of(f"{self.root}/{inside}")
+
+    def decisive(self, has_classes: bool) -> tuple[str, ...]:
+        """Return the columns that may decide. With `has_classes`, folders give the classes."""
+        label = "" if has_classes else self.label
+        return tuple(column for column in (label, self.split) if column)
+
+    def where(self, folder: str, row: Mapping[str, str], columns: Sequence[str]) -> Where:
+        """Return the conditions of a rule for the images in a folder that have such a row. The
+        split of the row is one unless the folder names a split that counts before it.
+        """
+        published = split_of(folder)[0]
+        cells = ((column, row.get(column, "").strip()) for column in columns if row)
+        return tuple(
+            (column, value)
+            for column, value in cells
+            if column != self.split
+            or not published
+            or strictest(published, self.splits[value]) != published
+        )
+
+    def split_if(self, where: Where) -> str:
+        """Return the published split of rows with these values, "" if they name none."""
+        return next((self.splits[value] for column, value in where if column == self.split), "")
+
+    def notes_on(
+        self, columns: Sequence[str], rules: Collection[Where], images: Iterable[str]
+    ) -> list[str]:
+        """Return lines on the columns that decide in the conditions of `rules`, on the others, and
+        on the `images` (paths) whose folder and row name different splits.
+        """
+        used = {column for where in rules for column, _ in where}
+        decide = [column for column in columns if column in used]
+        rest = [c for c in (self.label, *self.unused) if c and c not in columns]
+        notes = []
+        if decide:
+            verb = "decide" if len(decide) > 1 else "decides"
+            notes.append(f"table {self.name}: {' and '.join(map(repr, decide))} {verb}")
+        if idle := [column for column in columns if column not in used]:
+            shown = " and ".join(map(repr, idle))
+            notes.append(f"table {self.name}: not used: {shown}: folders give the splits")
+        if rest:
+            why = ": folders give the classes" if self.label in rest else ""
+            notes.append(f"table {self.name}: not used: {', '.join(map(repr, rest))}{why}")
+        if self.split in columns and (count := sum(map(self._disagrees, images))):
+            notes.append(
+                f"table {self.name}: {self.split!r} and the folder name different splits of "
+                f"{counted(count, 'image')}: test counts before val, and val before train"
+            )
+        return notes
+
+    def _disagrees(self, inside: str) -> bool:
+        """Return whether folder and row name different splits of an image."""
+        named = split_of(inside.rpartition("/")[0])[0]
+        row = self.row_of(inside) if named else ""
+        split = "" if isinstance(row, str) else self.splits[row.get(self.split, "").strip()]
+        return bool(split) and split != named
 
     def as_toml(self) -> str:
         """Return the value of the key `table` of a source."""
@@ -144,27 +203,6 @@ def find_table(
         notes.append(f"{names} each have a row per image: none is used; leave one of them there")
         return None, notes
     return (tables[0] if tables else None), notes
-
-
-def columns_in_use(
-    table: ImageTable | None, has_classes: bool, notes: list[str]
-) -> tuple[str, ...]:
-    """Return the columns of the table that decide, and add to the notes which do not. With
-    `has_classes`, folders give the classes.
-    """
-    if not table:
-        return ()
-    columns = [table.split] if table.split else []
-    columns = [table.label, *columns] if table.label and not has_classes else columns
-    rest = [column for column in (table.label, *table.unused) if column and column not in columns]
-    if columns:
-        verb = "decide" if len(columns) > 1 else "decides"
-        notes.append(f"table {table.name}: {' and '.join(map(repr, columns))} {verb}")
-    if rest:
-        shown = ", ".join(map(repr, rest))
-        why = ": folders give the classes" if table.label in rest else ""
-        notes.append(f"table {table.name}: not used: {shown}{why}")
-    return tuple(columns)
 
 
 def _base(file: RawFile) -> str:

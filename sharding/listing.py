@@ -372,6 +372,8 @@ def _by_row(claims: list[_Claim], path: str, table: LabelRows) -> tuple[list[_Cl
         return agreeing, "its folder and its row in the table disagree"
     if table.table.optional and row == table.no_row:
         return claims, row
+    if row != table.no_row and any(claim.compiled.rule.where for claim in claims):
+        return [], row  # one of its rows may say that it is not for training
     return [claim for claim in claims if not claim.compiled.rule.where], row
 
 

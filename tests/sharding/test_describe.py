@@ -177,6 +177,38 @@ def test_a_table_divides_what_folders_label(tmp_path: Path) -> None:
     }
 
 
+def test_a_table_takes_images_out_of_the_folder_train(tmp_path: Path) -> None:
+    """Images of its validation set were trained on: the name of the folder counted."""
+    kinds = ("real", "fake", "fake/sdxl")
+    names = [f"{of}/{kind}/{n}.png" for of in ("train", "test") for kind in kinds for n in range(3)]
+    touch(tmp_path / "d", *names)
+    rows = [f"{name},{('val', 'train')[name[-5] > '0']}\n" for name in names if "/2" not in name]
+    rows += ["train/real/2.png,train\n", "train/real/2.png,val\n"]
+    (tmp_path / "d/splits.csv").write_text("file,split\n" + "".join(rows))
+    description = describe(tmp_path / "d")
+    assert description.notes == [
+        "table splits.csv: 'split' decides",
+        "table splits.csv: 'split' and the folder name different splits of 9 images: test counts "
+        "before val, and val before train",
+    ]
+    assert description.published == {"val": 3, "test": 9}
+    assert description.unread == {"its rows in the table contradict each other": 1}
+    goes = {name: sets for name, (_, _, sets) in listed(tmp_path, description.text).items()}
+    assert goes == {
+        f"d/{name}": {"d-test"} if "test/" in name else {"d-val"} if "/0" in name else {"d"}
+        for name in names
+        if name != "train/real/2.png"
+    }
+
+
+def test_a_table_that_folders_overrule_is_said_not_to_decide(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "test/real/0.png", "test/fake/1.png")
+    (tmp_path / "d/m.csv").write_text("file,split\n0.png,test\n1.png,test\n")
+    description = describe(tmp_path / "d")
+    assert description.notes == ["table m.csv: not used: 'split': folders give the splits"]
+    assert "table =" not in description.text
+
+
 @pytest.mark.parametrize(
     ("csv", "said"),
     [

@@ -228,6 +228,20 @@ def test_the_splits_of_a_table_are_kept(mine: Path, tmp_path: Path) -> None:
     assert any("1 file: no row in meta.csv" in line for line in packed.left_out)
 
 
+def test_a_table_takes_images_out_of_the_folder_train(tmp_path: Path) -> None:
+    mine, data = tmp_path / "mine", tmp_path / "shards"
+    write_images(mine / "train/real", 22, 0)
+    write_images(mine / "train/fake/sdxl", 22, 100)
+    write_images(mine / "test/real", 2, 200)
+    write_images(mine / "test/fake", 2, 300)
+    held = {"train/real/3.jpg", "train/fake/sdxl/107.jpg"}
+    (mine / "m.csv").write_text("file,split\n" + "".join(f"{name},val\n" for name in held))
+    packed = pack(mine, data)
+    assert origins(data, packed.validate) == {f"mine/{name}" for name in held}
+    assert list(packed.train_counts) == [21, 21] and list(packed.test_counts) == [2, 2]
+    assert packed.left_out[0] == "table m.csv: 'split' decides"
+
+
 def test_a_folder_with_a_long_name(mine: Path, tmp_path: Path) -> None:
     packed = pack(mine.rename(mine.with_name("x" * 200)), tmp_path / "shards")
     assert packed.name == "x" * 73
