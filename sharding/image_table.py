@@ -26,19 +26,19 @@ decide, and `notes_on(columns, rules, images)` lines on those that do and those 
 published split.
 """
 
-import csv
 import fnmatch
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from sharding.catalog import CatalogError, Source, Table, toml_string
+from sharding.csv_rows import csv_rows
 from sharding.folder_names import class_of, split_of, strictest
 from sharding.raw import RawFile, nfc
-from sharding.tables import LabelRows, naming_damage, read_rows
+from sharding.tables import LabelRows, read_rows
 from storage import AnyPath
 
 Where = tuple[tuple[str, str], ...]
@@ -196,7 +196,11 @@ def find_table(
             )
             continue
         (key,) = columns_of
-        table = _table(raw, root, files, name, key, notes)
+        try:
+            table = _table(raw, root, files, name, key, notes)
+        except CatalogError as error:  # a table of this name in another folder
+            notes.append(f"not read: {error}")
+            continue
         tables += [table] if table.split or table.label else []
     if len(tables) > 1:
         names = " and ".join(table.name for table in tables)
@@ -209,26 +213,16 @@ def _base(file: RawFile) -> str:
     return nfc(file.inside).rpartition("/")[2].lower()
 
 
-def _rows(path: AnyPath) -> Iterator[dict[str, str]]:
-    with naming_damage(path), path.open("r", encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        yield dict.fromkeys(reader.fieldnames or (), "")
-        yield from reader
-
-
 def _key_of(path: AnyPath, images: set[str]) -> tuple[list[str], str]:
     """Return the columns of a CSV file, and the one where most rows, and half of all, have the name
     of an image; "" if there is none.
     """
-    hits, count, columns = Counter[str](), 0, list[str]()
-    for number, row in enumerate(_rows(path)):
-        if not number:
-            columns = [*row]
-            continue
-        count += 1
-        for column, value in row.items():
-            if isinstance(value, str):  # not what follows the last column
-                named = nfc(value.strip().replace("\\", "/")).lower().rpartition("/")[2]
+    hits, count = Counter[str](), 0
+    with csv_rows(path, CatalogError) as (columns, rows):
+        for _, row in rows:
+            count += 1
+            for column, value in row.items():
+                named = nfc(value.replace("\\", "/")).lower().rpartition("/")[2]
                 hits[column] += named in images
     ((key, most),) = hits.most_common(1) or [("", 0)]
     return columns, key if most and 2 * most >= count else ""

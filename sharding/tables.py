@@ -16,7 +16,6 @@ A damaged table, and one without a column or a class that the catalog names, rai
 """
 
 import contextlib
-import csv
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import pyarrow as pa
 
 from escape import reason_of
 from sharding.catalog import CatalogError, Rule, Source, Table
+from sharding.csv_rows import csv_rows
 from sharding.format import CLASSES
 from sharding.raw import RawFile, nfc
 from storage import AnyPath, parse_json
@@ -40,7 +40,7 @@ def naming_damage(path: AnyPath) -> Iterator[None]:
         yield
     except CatalogError:
         raise
-    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
         reason = reason_of(error)
@@ -78,7 +78,7 @@ class LabelRows:
         key = nfc(str(PurePosixPath(named.replace("\\", "/")))).lower().lstrip("/")
         beside = f"{nfc(folder).lower()}/{key}"
         key = beside if beside in self.paths else key
-        values = {column: value or "" for column, value in row.items() if column}
+        values = dict(row)
         if self.rows.setdefault(key, values) != values:
             self.rows[key] = None
 
@@ -119,22 +119,18 @@ def read_rows(
                 f"{raw / file.path} is {file.excluded}, expected a table; put the file itself there"
             )
         rows.csv_files += 1
-        with (
-            naming_damage(raw / file.path),
-            (raw / file.path).open("r", encoding="utf-8-sig", newline="") as stream,
-        ):
-            reader = csv.DictReader(stream)
-            if missing := sorted(needed - {*(reader.fieldnames or [])}):
+        with csv_rows(raw / file.path, CatalogError) as (columns, lines):
+            if missing := sorted(needed - {*columns}):
                 raise CatalogError(
-                    f"{raw / file.path} has columns {reader.fieldnames}, expected "
+                    f"{raw / file.path} has columns {columns}, expected "
                     f"{', '.join(map(repr, missing))} among them"
                 )
-            for row in reader:
+            for line, row in lines:
                 named = row.pop(source.table.key)
-                if named is None:
+                if not named:
                     raise CatalogError(
-                        f"{raw / file.path} ends line {reader.line_num} before the column "
-                        f"{source.table.key!r}, so it is damaged; fetch it again"
+                        f"{raw / file.path}, line {line} has no name of an image in the column "
+                        f"{source.table.key!r}; complete or remove it, or fetch the table again"
                     )
                 rows.add(named, row, f"{root}/{file.inside}".rpartition("/")[0])
     return rows

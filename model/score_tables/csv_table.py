@@ -25,7 +25,6 @@ The scores are neither calibrated nor changed: 0.5 decides. `ScoresError` (a `Va
 for a table that cannot be used; the message names the line.
 """
 
-import csv
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,12 +35,12 @@ import numpy as np
 import pyarrow as pa
 
 import console
-from escape import reason_of
 from installed import git_commit
 from model.adapters.detector import logits_from, meta_of
 from model.evaluation.scores import SCORES_SCHEMA, ScoresError, rows_of
 from model.score import Scores
 from model.verdict import CALIBRATION_KEYS
+from sharding.csv_rows import csv_rows
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath, sha256_of
 
@@ -115,35 +114,26 @@ def _rows(file: Path, *, needs_label: bool) -> Iterator[_Row]:
     Raises:
         ScoresError: the table is damaged, lacks a column, or has a wrong label or score.
     """
-    try:
-        with file.open("r", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            columns = [column.strip() for column in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            name, score = (_first(columns, known) for known in (NAMES, SCORES))
-            missing = [] if name else ["key or path"]
-            missing += [] if score else ["score or probability"]
-            missing += ["label"] if needs_label and "label" not in columns else []
-            if missing:
-                raise ScoresError(
-                    f"{file} has the columns {', '.join(columns) or 'none'}, expected also "
-                    f"{' and '.join(missing)}, separated by commas"
-                )
-            used = {name, score, "label", *(OPTIONAL if needs_label else ())}
-            if unused := [column for column in columns if column not in used]:
-                console.log.info("%s: columns not used: %s", file, ", ".join(unused))
-            for row in reader:
-                where = f"{file}, line {reader.line_num}"
-                values = {column: (row[column] or "").strip() for column in columns}
-                label = _label(values["label"], where) if "label" in columns else None
-                about = {column: values.get(column, "") for column in OPTIONAL}
-                if not values[name]:
-                    raise ScoresError(f"{where}: {name} is empty, expected the name of an image")
-                yield _Row(
-                    reader.line_num, values[name], label, _score(values[score], where), about
-                )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ScoresError(f"{file} is not a CSV table in UTF-8 ({reason_of(error)})") from error
+    with csv_rows(file, ScoresError) as (columns, rows):
+        name, score = (_first(columns, known) for known in (NAMES, SCORES))
+        missing = [] if name else ["key or path"]
+        missing += [] if score else ["score or probability"]
+        missing += ["label"] if needs_label and "label" not in columns else []
+        if missing:
+            raise ScoresError(
+                f"{file} has the columns {', '.join(columns) or 'none'}, expected also "
+                f"{' and '.join(missing)}, separated by commas"
+            )
+        used = {name, score, "label", *(OPTIONAL if needs_label else ())}
+        if unused := [column or "(no heading)" for column in columns if column not in used]:
+            console.log.info("%s: columns not used: %s", file, ", ".join(unused))
+        for line, row in rows:
+            where = f"{file}, line {line}"
+            label = _label(row["label"], where) if "label" in columns else None
+            about = {column: row.get(column, "") for column in OPTIONAL}
+            if not row[name]:
+                raise ScoresError(f"{where}: {name} is empty, expected the name of an image")
+            yield _Row(line, row[name], label, _score(row[score], where), about)
 
 
 def _first(columns: Sequence[str], known: Sequence[str]) -> str:

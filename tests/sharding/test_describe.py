@@ -213,9 +213,17 @@ def test_a_table_that_folders_overrule_is_said_not_to_decide(tmp_path: Path) -> 
     ("csv", "said"),
     [
         ("file,split\n0.png,1\n1.png,2\n", "column 'split' is not used: '1' is not the name of a"),
-        ("file;split\n0.png;test\n", "table t.csv: no column has the names of images (file;split)"),
+        (
+            "file;split\n0.png;test\n",
+            "t.csv separates its columns by semicolons (file;split), expected commas",
+        ),
+        (
+            "file,label,split\n0.png,a castle, real photo,test\n",
+            "line 2 has 4 cells, the heading 3",
+        ),
+        ("file,split,split\n0.png,val,test\n", "has two columns 'split', expected one"),
         ("file,prompt\n0.png,a cat\n", "neither classes nor splits of images (prompt)"),
-        ("file,split\n0.png,\xe9\n", "t.csv is damaged or not a table"),
+        ("file,split\n0.png,\xe9\n", "t.csv is in another encoding"),
     ],
 )
 def test_a_table_that_is_not_used_is_named(tmp_path: Path, csv: str, said: str) -> None:

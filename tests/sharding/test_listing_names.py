@@ -120,11 +120,13 @@ def test_too_many_jobs_are_a_one_line_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("x.parquet", b""), ("x.parquet", b"PAR1" + bytes(99) + b"PAR1"),
-     ("x_labels.csv", b"filename,label\ncaf\xe9.png,1\n")],
+    ("name", "content", "said"),
+    [("x.parquet", b"", "damaged or not a table ("),
+     ("x.parquet", b"PAR1" + bytes(99) + b"PAR1", "damaged or not a table ("),
+     ("x_labels.csv", b"filename,label\ncaf\xe9.png,1\n",
+      "in another encoding (byte 18 is 0xe9, which is not UTF-8), expected a CSV table in UTF-8")],
 )  # fmt: skip
-def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     small_source(tmp_path, b"real", "real")
     with (tmp_path / "catalog.toml").open("a") as stream:
         stream.write('table = { name = "*.csv", key = "filename" }\n')
@@ -134,7 +136,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes) -> 
     (tmp_path / "raw/mine" / name).write_bytes(content)
     status, output = build_command(tmp_path)
     assert status == 1
-    assert f"Error: {tmp_path}/raw/mine/{name} is damaged or not a table (" in output
+    assert f"Error: {tmp_path}/raw/mine/{name} is {said}" in output
 
 
 def with_tables(tmp_path: Path) -> Path:
@@ -185,7 +187,8 @@ def test_a_table_that_ends_within_a_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "raw/mine/x.csv").write_text("label,filename\n1,a.png\n1")
     status, output = build_command(tmp_path)
     assert status == 1
-    assert f"Error: {tmp_path}/raw/mine/x.csv ends line 3 before the column 'filename'" in output
+    said = "line 3 has no name of an image in the column 'filename'"
+    assert f"Error: {tmp_path}/raw/mine/x.csv, {said}" in output
 
 
 def test_files_with_numbers_as_extensions_are_counted_in_one_line(tmp_path: Path) -> None:

@@ -137,6 +137,13 @@ def test_a_row_is_for_the_file_in_the_folder_of_its_table(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_a_row_with_too_many_cells_is_refused(tmp_path: Path) -> None:
+    """The label of the image was a part of its caption."""
+    write(tmp_path, "id,text,label\n0.png,a castle, 0,1\n", "0.png")
+    with pytest.raises(CatalogError, match=r"labels\.csv, line 2 has 4 cells, the heading 3"):
+        listing_of(tmp_path)
+
+
 def test_rows_that_contradict_each_other_have_a_reason_of_their_own(tmp_path: Path) -> None:
     write(tmp_path, "id,label\n0.png,0\n0.png,1\n1.png,1\n", "a/0.png", "a/1.png")
     listing = listing_of(tmp_path, RULES, ", optional = true")

@@ -55,6 +55,14 @@ def test_a_table_gets_the_report_of_an_evaluation(tmp_path: Path) -> None:
         (["a.jpg,0,0.1,x", "b,1,1,x", "a.jpg,0,0.1,x"], None, "line 4: a.jpg has a row already, l"),
         ([",0,0.1,x"], None, "line 2: path is empty, expected the name of an image"),
         ([], None, "has no row, expected one per image"),
+        (
+            ["a.jpg,0,0,212,x"],
+            None,
+            "line 2 has 5 cells, the heading 4; write decimals with a point",
+        ),
+        (["a.jpg,0,0.1,0.9"], "path,label,score,score", "has two columns 'score', expected one"),
+        (["a.jpg;0;0,1"], "path;label;score", "separates its columns by semicolons (path;label;"),
+        (["a.jpg\t0\t0.1"], "path\tlabel\tscore", "separates its columns by tabs"),
         (['a.jpg,0,0.1,"x'], None, "is not a CSV table in UTF-8"),
     ],
 )
@@ -66,6 +74,31 @@ def test_a_wrong_table_is_one_line(
     assert result.exit_code == 1
     (line,) = result.output.splitlines()
     assert said in line and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-16", "is UTF-16, expected"),
+        ("utf-16-le", "is UTF-16, expected"),
+        ("latin-1", "in anot"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path: Path, encoding: str, said: str) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("path,label,score\n\xe9.png,0,0.1\n", encoding=encoding)
+    result = run("--scores", file, "--runs", tmp_path / "runs")
+    assert result.exit_code == 1 and said in result.output, result.output
+    assert "CSV table in UTF-8; save it as UTF-8" in result.output
+
+
+def test_columns_without_a_heading(tmp_path: Path) -> None:
+    """pandas writes the first one, spreadsheets the last ones."""
+    file = table(tmp_path / "t.csv", [f"{n},{row},," for n, row in enumerate(ROWS)],
+                 ",path,label,score,source,,")  # fmt: skip
+    result = run("--scores", file, "--runs", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    assert "columns not used: (no heading)" in result.output
 
 
 def names_of(shards: ShardSet) -> list[str]:
