@@ -145,7 +145,7 @@ def describe(folder: Path) -> Description:
     for name in names:
         inside = name.rpartition("/")[0]
         split = "" if by_label else split_of(inside)[0]
-        row = table.row_of(name) if table and columns and split != "test" else {}
+        row = table.row_of(name, columns) if table and columns and split != "test" else {}
         if table and split and row == table.rows.no_row:
             row = {}  # its folder says enough
         if isinstance(row, str):

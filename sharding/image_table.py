@@ -17,7 +17,8 @@ and a list of lines, the notes on tables and columns that are not used. The fiel
   to the label, or to None if the words of the value do not tell it, as for 0 and 1.
 - `unused`: the names of the other columns.
 
-`row_of(inside)` returns the row of an image (its path below `root`), or the reason why it has none.
+`row_of(inside, columns)` returns the row of an image (its path below `root`), or the reason why it
+has none, such as several rows that differ in one of the columns.
 `where(inside, row, columns)` returns the conditions of a rule for an image with this row, and
 `split_if(where)` the split that they name. `decisive(has_classes)` returns the columns that may
 decide, and `notes_on(columns, rules, images)` lines on those that do and those that are not used.
@@ -26,7 +27,7 @@ decide, and `notes_on(columns, rules, images)` lines on those that do and those 
 published split.
 """
 
-import fnmatch
+import glob
 import posixpath
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -68,9 +69,9 @@ class ImageTable:
     root: str
     rows: LabelRows
 
-    def row_of(self, inside: str) -> Mapping[str, str] | str:
-        """Return the row of an image, or the reason why it has none."""
-        return self.rows.row_of(f"{self.root}/{inside}")
+    def row_of(self, inside: str, columns: Sequence[str]) -> Mapping[str, str] | str:
+        """Return the row of an image, in which these columns decide, or why it has none."""
+        return self.rows.row_of(f"{self.root}/{inside}", columns)
 
     def decisive(self, has_classes: bool) -> tuple[str, ...]:
         """Return the columns that may decide. With `has_classes`, folders give the classes."""
@@ -114,6 +115,12 @@ class ImageTable:
         if rest:
             why = ": folders give the classes" if self.label in rest else ""
             notes.append(f"table {self.name}: not used: {', '.join(map(repr, rest))}{why}")
+        if fitted := self.rows.fitted:
+            key, path = next(iter(fitted.items()))
+            notes.append(
+                f"table {self.name}: {counted(len(fitted), 'path')} of another folder taken for "
+                f"the file that it ends with, such as {key} for {path}"
+            )
         if self.split in columns and (count := sum(map(self._disagrees, images))):
             notes.append(
                 f"table {self.name}: {self.split!r} and the folder name different splits of "
@@ -124,13 +131,13 @@ class ImageTable:
     def _disagrees(self, inside: str) -> bool:
         """Return whether folder and row name different splits of an image."""
         named = split_of(inside.rpartition("/")[0])[0]
-        row = self.row_of(inside) if named else ""
+        row = self.row_of(inside, [self.split]) if named else ""
         split = "" if isinstance(row, str) else self.splits[row.get(self.split, "").strip()]
         return bool(split) and split != named
 
     def as_toml(self) -> str:
         """Return the value of the key `table` of a source."""
-        return f"{{ name = {toml_string(self.name)}, key = {toml_string(self.key)} }}"
+        return f"{{ name = {toml_string(glob.escape(self.name))}, key = {toml_string(self.key)} }}"
 
 
 def _where_as_toml(where: Where) -> str:
@@ -201,6 +208,9 @@ def find_table(
         except CatalogError as error:  # a table of this name in another folder
             notes.append(f"not read: {error}")
             continue
+        if fault := _fault(table, files):
+            notes.append(f"table {table.name} is not used: {fault}")
+            continue
         tables += [table] if table.split or table.label else []
     if len(tables) > 1:
         names = " and ".join(table.name for table in tables)
@@ -233,14 +243,17 @@ def _table(
 ) -> ImageTable:
     """Read the CSV files of one name, and choose the columns with the class and the split."""
     actual = next(base for f in files for base in [f.inside.rpartition("/")[2]] if _base(f) == name)
-    table = Table(name=actual, key=key)
-    read = [file for file in files if not (fnmatch.fnmatch(_base(file), name) and file.excluded)]
+    table = Table(name=glob.escape(actual), key=key)
+    read = [file for file in files if not (_base(file) == name and file.excluded)]
     rows = read_rows(Source(license="", set="any", real=["**"], table=table), root, raw, read)
     assert rows is not None
     values: dict[str, Counter[str]] = {}
     for row in rows.rows.values():
-        for column, value in (row or {}).items():
-            values.setdefault(column, Counter())[value.strip()] += 1
+        for column, value in row.items():
+            values.setdefault(column, Counter())[value] += 1
+    for differing in rows.differing.values():
+        for column, others in differing.items():
+            values.setdefault(column, Counter()).update(others)
     few = {column: counts for column, counts in values.items() if len(counts) <= MOST_VALUES}
     split = _split_column(actual, few, notes)
     label, labels = _label_column({c: counts for c, counts in few.items() if c != split})
@@ -250,6 +263,22 @@ def _table(
         notes.append(f"table {actual}: neither classes nor splits of images ({shown})")
     splits = {value: split_of(value)[0] for value in sorted(few.get(split, ()))}
     return ImageTable(actual, key, split, splits, label, labels, unused, root, rows)
+
+
+def _fault(table: ImageTable, files: Sequence[RawFile]) -> str:
+    """Return why no row of a table is for one image, or "". Names that several images have are kept
+    as the shared ones of its rows.
+    """
+    rows = table.rows
+    images = [file.inside for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES]
+    counts = Counter(rows.key_of(f"{table.root}/{inside}") for inside in images)
+    rows.shared = {key for key, count in counts.items() if count > 1 and "/" not in key} - {""}
+    if counts.keys() - rows.shared - {""}:
+        return ""
+    what = f"write paths below {table.root} into its column {table.key!r}"
+    if rows.shared:
+        return f"several images have each of its names, such as {min(rows.shared)!r}; {what}"
+    return f"no image has such a path as {rows.example!r}; {what}"
 
 
 def _split_column(name: str, values: Mapping[str, Counter[str]], notes: list[str]) -> str:

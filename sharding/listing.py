@@ -164,6 +164,9 @@ def list_source(name: str, source: Source, raw: AnyPath) -> Listing:
     listing = Listing()
     used: set[str] = set()
     table = read_rows(source, root, raw, files)
+    if table and table.fitted:
+        note = "rows whose path ends with that of a file"
+        listing.read_as[note] = len(table.fitted)
     if table and table.table.optional and not table.rows:
         listing.read_as[f"no table {table.table.name}: labels by folder"] = 0
     on_files = [rule for rule in rules if not rule.rule.column]

@@ -17,7 +17,7 @@ A damaged table, and one without a column or a class that the catalog names, rai
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -55,13 +55,18 @@ class LabelRows:
 
     A row is for the files whose path ends with its key, in whole parts; of several such rows, the
     one with the longest key. The key is the whole path if there is such a file below the folder of
-    the CSV file. `paths` are the paths of all files of the source. `shared` are keys without a
-    folder that several files would have. `csv_files` counts the CSV files.
+    the CSV file. `fitted` are the keys of rows that are for a file because they end with its path
+    (`fit`), and the paths. `paths` are the paths of all files of the source. `shared` are keys
+    without a folder that several files would have. `csv_files` counts the CSV files. Several rows
+    of one key contradict each other if they differ in one of the `deciding` columns.
     """
 
     table: Table
     paths: Set[str] = frozenset()
-    rows: dict[str, dict[str, str] | None] = field(default_factory=dict)  # None: they contradict
+    deciding: Set[str] = frozenset()
+    rows: dict[str, dict[str, str]] = field(default_factory=dict)  # the first of each key
+    differing: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # of further rows
+    fitted: dict[str, str] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)
     example: str = ""
     csv_files: int = 0
@@ -78,9 +83,43 @@ class LabelRows:
         key = nfc(str(PurePosixPath(named.replace("\\", "/")))).lower().lstrip("/")
         beside = f"{nfc(folder).lower()}/{key}"
         key = beside if beside in self.paths else key
-        values = dict(row)
-        if self.rows.setdefault(key, values) != values:
-            self.rows[key] = None
+        self._join(key, dict(row))
+
+    def _join(self, key: str, row: dict[str, str]) -> None:
+        first = self.rows.setdefault(key, row)
+        for column in {*first, *row}:
+            if first.get(column, "") != (value := row.get(column, "")):
+                self.differing.setdefault(key, {}).setdefault(column, set()).add(value)
+
+    def fit(self, root: str) -> None:
+        """Give each row that is for no file to the file whose path, from the folder `root` or from
+        inside of it, is the end of the key: the key is a path on another machine. It is none if
+        what is before this end is a folder in `root`.
+        """
+        inside = f"{nfc(root).lower()}/"
+        folders = {str(folder) for path in self.paths for folder in PurePosixPath(path).parents}
+        used = {self.key_of(path) for path in self.paths}
+        for key in [key for key in self.rows if "/" in key and key not in used]:
+            parts = key.split("/")
+            ends = [
+                "/".join(parts[at:])
+                for at in range(1, len(parts) - 1)  # an end with a folder
+                if inside + "/".join(parts[:at]) not in folders
+            ]
+            paths = (path for end in ends for path in (end, inside + end) if path in self.paths)
+            if path := next(paths, ""):
+                before = self.key_of(path)
+                self.fitted[key] = path
+                self._take(path, key)
+                if "/" in before and before != path:
+                    self._take(path, before)
+
+    def _take(self, key: str, other: str) -> None:
+        """Add the rows of another key to those of `key`."""
+        self._join(key, self.rows[other])
+        for column, values in self.differing.get(other, {}).items():
+            for value in values:
+                self._join(key, {**self.rows[other], column: value})
 
     def key_of(self, path: str) -> str:
         """Return the key of the row of a file, or "" if it has none."""
@@ -89,15 +128,19 @@ class LabelRows:
             key = key.partition("/")[2]
         return key
 
-    def row_of(self, path: str) -> Mapping[str, str] | str:
-        """Return the row of a file, or the reason why it has none."""
+    def row_of(self, path: str, deciding: Iterable[str] | None = None) -> Mapping[str, str] | str:
+        """Return the row of a file, or the reason why it has none. Its rows may differ in columns
+        other than `deciding` (default: those of the rules).
+        """
         key = self.key_of(path)
         if key in self.shared:
             return "several files have its name, and its row in the table has no folder"
         if not key:
             return self.no_row
-        row = self.rows[key]
-        return "its rows in the table contradict each other" if row is None else row
+        deciding = self.deciding if deciding is None else deciding
+        if any(column in self.differing.get(key, {}) for column in deciding):
+            return "its rows in the table contradict each other"
+        return self.rows[key]
 
 
 def read_rows(
@@ -108,9 +151,10 @@ def read_rows(
         return None
     pattern = source.table.name.lower()
     rules = [rule for label in range(len(CLASSES)) for rule in source.rules(label)]
-    needed = {source.table.key}.union(*(rule.where for rule in rules if not rule.column))
+    deciding = frozenset[str]().union(*(rule.where for rule in rules if not rule.column))
+    needed = {source.table.key, *deciding}
     paths = {nfc(f"{root}/{file.inside}").lower() for file in files}
-    rows = LabelRows(source.table, paths)
+    rows = LabelRows(source.table, paths, deciding)
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
             continue
@@ -133,6 +177,7 @@ def read_rows(
                         f"{source.table.key!r}; complete or remove it, or fetch the table again"
                     )
                 rows.add(named, row, f"{root}/{file.inside}".rpartition("/")[0])
+    rows.fit(root)
     return rows
 
 

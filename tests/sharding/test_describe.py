@@ -222,6 +222,11 @@ def test_a_table_that_folders_overrule_is_said_not_to_decide(tmp_path: Path) -> 
             "line 2 has 4 cells, the heading 3",
         ),
         ("file,split,split\n0.png,val,test\n", "has two columns 'split', expected one"),
+        (
+            "file,split\n/x/y/0.png,val\n",
+            "no image has such a path as '/x/y/0.png'; write paths below d ",
+        ),
+        ("file,prompt\n0.png,a cat\n0.png,a dog\n", "nor splits of images (prompt)"),
         ("file,prompt\n0.png,a cat\n", "neither classes nor splits of images (prompt)"),
         ("file,split\n0.png,\xe9\n", "t.csv is in another encoding"),
     ],
@@ -233,6 +238,25 @@ def test_a_table_that_is_not_used_is_named(tmp_path: Path, csv: str, said: str) 
     assert said in "; ".join(description.notes)
     assert "table =" not in description.text and not description.published
     assert len(listed(tmp_path, description.text)) == 2
+
+
+def test_names_that_several_images_have_divide_none(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "real/0.png", "fake/0.png")
+    (tmp_path / "d/t.csv").write_text("file,split\n0.png,test\n")
+    said = "table t.csv is not used: several images have each of its names, such as '0.png'; write"
+    assert said in describe(tmp_path / "d").notes[0]
+
+
+@pytest.mark.parametrize("name", ["labels[1].csv", "m.csv"])
+def test_rows_that_agree_in_the_split_are_one(tmp_path: Path, name: str) -> None:
+    """Two captions of an image made its split a contradiction; a name was read as a pattern."""
+    touch(tmp_path / "d", "real/0.png", "fake/1.png")
+    rows = ["0.png,val,a\n", "0.png,val,b\n", "1.png,train,c\n"]
+    (tmp_path / "d" / name).write_text("file,split,text\n" + "".join(rows))
+    description = describe(tmp_path / "d")
+    assert description.published == {"val": 1} and not description.unread
+    goes = {image: sets for image, (_, _, sets) in listed(tmp_path, description.text).items()}
+    assert goes == {"d/real/0.png": {"d-val"}, "d/fake/1.png": {"d", "d-test"}}
 
 
 def test_classes_that_are_numbers_are_left_to_the_user(tmp_path: Path) -> None:

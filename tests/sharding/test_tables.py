@@ -151,6 +151,31 @@ def test_rows_that_contradict_each_other_have_a_reason_of_their_own(tmp_path: Pa
     assert reasons(listing) == {"its rows in the table contradict each other": ["a/0.png"]}
 
 
+@pytest.mark.parametrize(
+    "above", ["/home/me/s", "C:\\\\data\\\\s", "dataset", "..", "/x/dataset/old"]
+)
+def test_a_path_of_another_machine_is_that_of_the_file_it_ends_with(
+    tmp_path: Path, above: str
+) -> None:
+    csv = f"id,label\n{above}/a/0.png,0\n{above}/b/0.png,1\n{above}/2.png,1\n"
+    write(
+        tmp_path, csv.replace("/", "\\" if ":" in above else "/"), "a/0.png", "b/0.png", "x/2.png"
+    )
+    listing = listing_of(tmp_path)
+    assert labels(listing) == {"a/0.png": 0, "b/0.png": 1}
+    assert listing.read_as["rows whose path ends with that of a file"] == 2
+    write(tmp_path, f"{csv}/other/b/0.png,0\n")
+    listing = listing_of(tmp_path)
+    assert labels(listing) == {"a/0.png": 0}
+    assert reasons(listing)["its rows in the table contradict each other"] == ["b/0.png"]
+
+
+def test_rows_that_differ_elsewhere_agree(tmp_path: Path) -> None:
+    """Such as two captions of one image: it was left out."""
+    write(tmp_path, "id,text,label\n0.png,a,0\n0.png,b,0\n1.png,c,1\n", "0.png", "1.png")
+    assert labels(listing_of(tmp_path)) == {"0.png": 0, "1.png": 1}
+
+
 def test_the_example_of_the_page_about_own_images_builds(tmp_path: Path) -> None:
     page = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^```csv\n(.*?)^```", page, re.S | re.M)
