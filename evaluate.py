@@ -11,7 +11,7 @@ Main entry: `main()`, a click group, also without a subcommand. One of these say
 - `--subset FILE`: a CSV file with the columns set and key. Only the samples that it lists are
   scored. `--shards` may be given, too: then only the listed samples of these sets are scored;
 - `--scores FILE`: an earlier `scores.parquet`. Only the report is written again, without network or
-  images, to `--out` or the folder of FILE. Or a CSV table of another detector's scores (columns of
+  images, to the folder of FILE. Or a CSV table of another detector's scores (columns of
   `model/score_tables/csv_table.py`), of the images of the `--shards` if given;
 - `--regressions FOLDER`: mistakes that `predict.py --report-mistake` recorded in FOLDER. The new
   verdicts are added to the records. The exit code is 1 if this detector is wrong where another one
@@ -34,7 +34,7 @@ With which detector, and how:
 
 `--out FOLDER` gets `scores.parquet`, `report.json`, CSV tables, `speed.json` and `report.html`.
 Default: `<run's folder>/evaluation/<sets>`, or `<folder of --runs>/<name>/evaluation/<sets>` for a
-detector NAME that is not from a run; for a checkpoint in no run, <name> is `checkpoint-`, its
+detector NAME or a table, not from a run; for a checkpoint in no run, <name> is `checkpoint-`, its
 folder and a hash of its place. (In <sets>, the set `folders/mine` is `folders-mine`.) With
 `--regressions` it gets only `regressions.json` (default: no file). An error is one line and exit
 code 1; wrong options (see `CONFLICTS`) give 2.
@@ -206,15 +206,15 @@ def main(
     from model.evaluation.suites import open_suite
     from pipeline.loading import Loading
     from pipeline.subset import read_subset
-    from report.files import write_report
+    from report.files import folder_of, write_report
     from report.terminal import print_report
 
     listed = read_subset(subset) if subset else None
     chosen_suite = open_suite(suite, any_path(data)) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    joined = suite or "+".join(_folder_of(name, data) for name in names)
-    folder = file_name(joined.strip(".") or "sets", f"-{subset.stem}" if subset else "")
+    joined = suite or folder_of(names, data)
+    folder = file_name(joined, f"-{subset.stem}" if subset else "")
     with contextlib.ExitStack() as held:
         with init_distributed() as dist:
             chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
@@ -234,15 +234,6 @@ def main(
             console.say(f"scores: {out / SCORES_FILE}")
             say_files(written)
             _refuse_gaps(report, chosen_suite.missing_line if chosen_suite else "")
-
-
-def _folder_of(name: str, data: str) -> str:
-    """Return the part of a set's name that its report's folder is named after: the whole name below
-    `data`, because two sets in different folders can have the same last part.
-    """
-    path, above = Path(name), Path(str(data)).absolute()  # an address contains no path
-    below = path.relative_to(above) if path.is_relative_to(above) else path
-    return "-".join(part for part in below.parts if part not in (below.anchor, ".."))
 
 
 def _refuse_options_before(context: click.Context, subcommand: str) -> None:
@@ -300,7 +291,7 @@ def _report_on_scores(
     if names and not is_table:
         raise click.UsageError("--scores cannot be combined with --shards, except for a CSV table")
     from model.evaluation.run import lock_output, report_on
-    from report.files import write_report
+    from report.files import folder_of, write_report
     from report.terminal import print_report
 
     if is_table:
@@ -308,8 +299,10 @@ def _report_on_scores(
         from model.evaluation.scores import SCORES_FILE, write_scores
         from model.score_tables.csv_table import read_scores
 
-        tables, about = read_scores(scores, list(dict.fromkeys(names)), any_path(data))
-        out = out or runs / output_name("scores", scores.stem, scores) / "evaluation"
+        names = list(dict.fromkeys(names))
+        tables, about = read_scores(scores, names, any_path(data))
+        made = runs / output_name("scores", scores.stem, scores) / "evaluation"
+        out = out or (made / file_name(folder_of(names, data), "") if names else made)
     folder = out or scores.parent
     with contextlib.ExitStack() as held:
         lock_output(folder, held)

@@ -18,12 +18,14 @@ this process. Errors:
   lacks a set of `report`, so it is of another evaluation. Nothing is written. (Scores of another
   evaluation of the same sets are not noticed.)
 - OSError: `scores` cannot be read (nothing is written), or a file cannot be written.
+
+`folder_of(names, data)` returns the name of the folder of a report on these sets.
 """
 
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,15 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
             del shards[name]
     command = as_utf8(without_secrets(shlex.join(["python", *sys.argv])))
     return [out / REPORT_FILE, *write_page(report, table, shards, out, command)]
+
+
+def folder_of(names: Sequence[str], data: AnyPath | str) -> str:
+    """Return the name of the folder of a report on sets: their whole names below `data`, because
+    two sets in different folders can have the same last part.
+    """
+    above = Path(str(data)).absolute()  # an address contains no path
+    texts = []
+    for path in map(Path, names):
+        below = path.relative_to(above) if path.is_relative_to(above) else path
+        texts.append("-".join(part for part in below.parts if part not in (below.anchor, "..")))
+    return "+".join(texts).strip(".") or "sets"

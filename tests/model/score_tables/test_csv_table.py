@@ -137,5 +137,11 @@ def test_scores_of_a_packed_set_have_its_images(data: Path, tmp_path: Path) -> N
     ):
         result = run("--scores", table(tmp_path / "t.csv", wrong, f"{columns},label"), *words)
         assert result.exit_code == 1 and said in result.output, result.output
+    table(tmp_path / "t.csv", rows, columns)
+    for name in ("val", "train"):  # a report of other sets took the place of the first
+        words = ("--shards", name, "--data", data, "--runs", tmp_path / "runs")
+        run("--scores", file, *words)
+    assert [*(tmp_path / "runs").glob("scores-*-t/evaluation/val/report.json")]
+    words = ("--shards", "val", "--data", data, "--out", tmp_path / "out")
     table(tmp_path / "t.csv", [rows[0], f"{shards.table.column('origin')[0]},0.5"], columns)
     assert "has a row already, line 2" in run("--scores", file, *words).output
