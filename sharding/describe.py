@@ -16,9 +16,11 @@ written to disk. Its fields:
   does not tell one, to its number of images ("." is `folder`).
 - `unread`: dict from each reason why images cannot be used to the number of files: images, and
   files of other kinds that may hold images (`CONTAINERS`).
-- `notes`: a list of lines on the CSV table, and on tables and columns that are not used.
+- `notes`: a list of lines on the CSV table, on tables and columns that are not used, and on folders
+  that may be a published split and are not taken for one.
 
-`CatalogError` is raised if there is no image, or if the folder's name is not UTF-8 or cannot be the
+`CatalogError` is raised if there is no image, if CSV tables divide the images by their file names
+(`test.csv`), or if the folder's name is not UTF-8 or cannot be the
 root of a source (such as a name with a control character). A broken zip archive raises `RawError`,
 a folder that is missing or cannot be read `OSError`.
 
@@ -65,7 +67,15 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.folder_names import NAMED, class_of, generator_of, model_name, split_of, strictest
+from sharding.folder_names import (
+    NAMED,
+    class_of,
+    generator_of,
+    model_name,
+    notes_on_splits,
+    split_of,
+    strictest,
+)
 from sharding.format import CLASSES, UNKNOWN
 from sharding.image_table import ImageTable, Where, destination, find_table, rule
 from sharding.raw import RawFile, nfc, walk
@@ -157,6 +167,7 @@ def describe(folder: Path) -> Description:
         conditions = [where for _, where in images]
         notes += table.notes_on(columns, conditions, names)
         table = table if any(conditions) else None
+    notes += notes_on_splits(folders)
     known = _by_table(images, table) if table and by_label else _by_folder(images, every, table)
     held = {split: known.published[split] for split in ("val", "test") if known.published[split]}
     text = _catalog(folder, known, held, table)

@@ -28,7 +28,8 @@ Errors, of which all but `OSError` are `ValueError`s:
 
 - `CatalogError`: a subfolder is missing, the path of `folder` is `/` or not UTF-8, a class has
   fewer than `FEWEST` images, or has none in a published validation set, or, after packing, a class
-  has no image in the training or the validation set.
+  has no image in the training or the validation set, or CSV tables divide the images by their file
+  names (`test.csv`).
 - `ShardError`: too many images of a set are unreadable (more than one and more than the fraction
   `MAX_BAD`, or all), a raw file changed meanwhile, or the folder of a set has files that no build
   wrote.
@@ -68,7 +69,7 @@ from sharding.catalog import (
     read_catalog,
     toml_string,
 )
-from sharding.folder_names import NAMED, split_of, strictest
+from sharding.folder_names import NAMED, notes_on_splits, split_of, strictest
 from sharding.format import CLASSES, UNKNOWN
 from sharding.image_table import ImageTable, Where, destination, find_table, rule
 from sharding.left_out import left_out
@@ -237,6 +238,7 @@ def _catalog(
     if table:
         wheres = [unit.where for of_class in units for unit in of_class]
         notes += table.notes_on(table.decisive(has_classes=True), wheres, names)
+    notes += notes_on_splits(inside)
     return _read(name, folder, _catalog_text(name, folder, units, table))
 
 

@@ -7,6 +7,8 @@ Main entries, each for the path of a folder below the one that is read, with `/`
   decides, or (None, "") if none does. `folders` is a set of the lower-case paths of all folders.
 - `split_of(path)` returns the split ("train", "val" or "test") and the path up to the name that
   says so, or ("", "").
+- `notes_on_splits(folders)` returns a line on the folders that are not taken for a split, but have
+  a word of one in their name (`looks_published(name)`).
 - `strictest(splits)` returns which of several splits of one image counts.
 - `generator_of(decided, path, holding)` returns the generator of the fakes in the folder `path`,
   whose class the name of the folder `decided` tells, or `NAMED` if the folders inside name it.
@@ -24,7 +26,8 @@ in `EXACT`.
 
 A folder named like a split (`SPLITS`) is taken for a published split. Of several such names in a
 path, and of a path and the row of a table, test counts before val, and val before train: a detector
-must not learn from what others measure on.
+must not learn from what others measure on. `dev` below a folder of fakes is a generator (of FLUX),
+not a split.
 
 The generator of fakes is named by the folders below one that says only that they are fakes, such as
 `fake/sdxl`. Otherwise it is the deepest name of a known family of generators in the path, or the
@@ -62,11 +65,14 @@ _CONTENT = frozenset("nature natural photo photos photograph photographs human".
 """Words for real images that also say what generated images show."""
 
 SPLITS = {
-    "test": frozenset({"test", "testing"}),
-    "val": frozenset({"val", "valid", "validation"}),
-    "train": frozenset({"train", "training"}),
+    "test": frozenset("test testing testset eval evaluation holdout".split()),
+    "val": frozenset("val valid validation valset dev".split()),
+    "train": frozenset("train training trainset".split()),
 }
 """Words that may be the name of a folder with a published split, by split."""
+
+_SPLIT_WORDS = frozenset().union(*SPLITS.values()) - {"dev"}
+"""Words that are no part of a generator's name, such as that of FLUX.1 [dev]."""
 
 NAMED = "<generator>"
 """Generator of a rule whose pattern takes it from the name of a folder."""
@@ -86,12 +92,46 @@ def split_of(inside: str) -> tuple[str, str]:
     none does.
     """
     parts = inside.split("/")
-    for split, words in SPLITS.items():
-        for depth, part in enumerate(parts, 1):
-            told = _words_in(part) - _PLAIN
-            if told and told <= words:
+    for split in SPLITS:
+        for depth in range(1, len(parts) + 1):
+            if _split_at(parts[:depth]) == split:
                 return split, "/".join(parts[:depth])
     return "", ""
+
+
+def _split_at(parts: Sequence[str]) -> str:
+    """Return the split that the last name of a path names, or ""."""
+    told = _words_in(parts[-1]) - _PLAIN
+    if told == {"dev"} and any(_Name(part.lower(), on_card=False).exact == 1 for part in parts):
+        return ""
+    return next((split for split, words in SPLITS.items() if told and told <= words), "")
+
+
+def looks_published(name: str) -> bool:
+    """Return whether a name has a word of a split that is not for training."""
+    words = _words_in(name)
+    return words - _PLAIN == {"dev"} or not words.isdisjoint(
+        (SPLITS["test"] | SPLITS["val"]) & _SPLIT_WORDS
+    )
+
+
+def notes_on_splits(folders: Iterable[str]) -> list[str]:
+    """Return a line on the folders named almost like a published split, if there are any."""
+    paths = {
+        "/".join(path.split("/")[: at + 1]) for path in folders for at in range(path.count("/") + 1)
+    }
+    unclear = sorted(
+        path
+        for path in paths
+        if looks_published(path.rpartition("/")[2]) and not _split_at(path.split("/"))
+    )
+    if not unclear:
+        return []
+    more = f" and {len(unclear) - 5:,} more" if len(unclear) > 5 else ""
+    return [
+        f"not taken for a published split: {', '.join(unclear[:5])}{more}; if it is one, name the "
+        "folder test or val, or give its rules `set`"
+    ]
 
 
 def strictest(*splits: str) -> str:
@@ -166,20 +206,24 @@ def generator_of(decided: str, path: str, holding: Iterable[str]) -> str:
         and any(map(model_name, below))
     ):
         return NAMED
-    names = [name for part in path.split("/") if (name := model_name(part))]
+    parts = path.split("/")
+    names = [
+        name
+        for depth, part in enumerate(parts, 1)
+        if (name := model_name(part)) and not _split_at(parts[:depth])
+    ]
     known = [name for name in names if _FAMILIES.search(name)]
     return (known or names or [UNKNOWN])[-1]
 
 
 def model_name(part: str) -> str:
     """Return what the name of a folder says beyond a class and a split, or ""."""
-    splits = frozenset().union(*SPLITS.values())
-    if _words_in(part) <= _PLAIN | splits:
+    if _words_in(part) <= _PLAIN | _SPLIT_WORDS:
         return ""
     words = re.split(r"(?:[^\w.]|_)+", part.lower().removesuffix(".zip").strip("_- "))
     if words[0] in ("0", "1") and words[1] in _FAKES:  # as in 1_fake
         del words[0]
-    return "-".join(word for word in words if word not in _FAKES | _NEUTRAL | splits)
+    return "-".join(word for word in words if word not in _FAKES | _NEUTRAL | _SPLIT_WORDS)
 
 
 def _words_in(part: str) -> set[str]:

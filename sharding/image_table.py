@@ -7,6 +7,7 @@ not use is in the notes.
 - `raw`, `root`: the folder of the raw datasets (`Path` or `UPath`) and the name of a folder in it.
 - `files`: the list of the files in that folder, from `walk()` of sharding/raw.py.
 
+Tables that divide the images by their file names, such as `test.csv`, are a `CatalogError`.
 It returns a pair: an `ImageTable`, or None if no table names the images and their class or split;
 and a list of lines, the notes on tables and columns that are not used. The fields of the table:
 
@@ -37,7 +38,7 @@ from console import counted
 from imaging.decode import IMAGE_SUFFIXES
 from sharding.catalog import CatalogError, Source, Table, toml_string
 from sharding.csv_rows import csv_rows
-from sharding.folder_names import class_of, split_of, strictest
+from sharding.folder_names import class_of, looks_published, split_of, strictest
 from sharding.raw import RawFile, nfc
 from sharding.tables import LabelRows, read_rows
 from storage import AnyPath
@@ -47,6 +48,9 @@ Where = tuple[tuple[str, str], ...]
 
 MOST_VALUES = 50
 """Maximum number of different values in a column of classes or splits; others are free texts."""
+
+OTHER_TABLES = frozenset({".tsv", ".jsonl", ".xlsx", ".ods"})
+"""Suffixes of tables that are not read, such as `metadata.jsonl` of Hugging Face."""
 
 SPLIT_NAMES = frozenset("split splits subset partition fold usage".split())
 """Names of columns that are expected to have a split, in lower case."""
@@ -178,8 +182,12 @@ def find_table(
     images = {_base(file) for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES}
     keys: dict[str, set[str]] = {}
     notes: list[str] = []
+    others: dict[str, list[str]] = {}
     for file in files:
-        if not _base(file).endswith(".csv"):
+        suffix = posixpath.splitext(_base(file))[1]
+        if suffix in OTHER_TABLES:
+            others.setdefault(suffix, []).append(file.inside)
+        if suffix != ".csv":
             continue
         if reason := file.excluded or ("in an archive" if file.member else ""):
             notes.append(f"table {file.inside} is not read: {reason}")
@@ -194,7 +202,13 @@ def find_table(
         else:
             shown = ", ".join(columns[:8]) or "none"
             notes.append(f"table {file.inside}: no column has the names of images ({shown})")
+    for of_suffix in others.values():
+        notes.append(
+            f"{counted(len(of_suffix), 'table')} not read, such as {of_suffix[0]}: write a CSV "
+            "table with commas if it has classes or splits of the images"
+        )
     tables = []
+    dividing: dict[str, bool] = {}
     for name, columns_of in keys.items():
         if len(columns_of) > 1:
             shown = " and ".join(sorted(columns_of))
@@ -212,9 +226,20 @@ def find_table(
             notes.append(f"table {table.name} is not used: {fault}")
             continue
         tables += [table] if table.split or table.label else []
+        if not table.split and _names_split(table.name):
+            dividing[table.name] = _divides(table, files)
+    if any(dividing.values()):
+        raise CatalogError(
+            f"{' and '.join(dividing)} in {raw / root}: their names divide the images, and only a "
+            "column can; join them into one table with a column 'split' (train, val or test), or "
+            "move them out of the folder to divide its images anew"
+        )
     if len(tables) > 1:
         names = " and ".join(table.name for table in tables)
-        notes.append(f"{names} each have a row per image: none is used; leave one of them there")
+        notes.append(
+            f"{names} each have a row per image: none is used; join them into one, or leave "
+            "one of them there"
+        )
         return None, notes
     return (tables[0] if tables else None), notes
 
@@ -279,6 +304,26 @@ def _fault(table: ImageTable, files: Sequence[RawFile]) -> str:
     if rows.shared:
         return f"several images have each of its names, such as {min(rows.shared)!r}; {what}"
     return f"no image has such a path as {rows.example!r}; {what}"
+
+
+def _names_split(name: str) -> bool:
+    """Return whether a table has the name of a split, or a word of one that is not for training."""
+    stem = posixpath.splitext(name)[0]
+    return looks_published(stem) or bool(split_of(stem)[0])
+
+
+def _divides(table: ImageTable, files: Sequence[RawFile]) -> bool:
+    """Return whether a table is named like a published split and has a row of an image that is in
+    no folder of such a name.
+    """
+    if not looks_published(posixpath.splitext(table.name)[0]):
+        return False  # train.csv alone
+    images = [file.inside for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES]
+    return any(
+        split_of(inside.rpartition("/")[0])[0] not in ("val", "test")
+        and not isinstance(table.row_of(inside, ()), str)
+        for inside in images
+    )
 
 
 def _split_column(name: str, values: Mapping[str, Counter[str]], notes: list[str]) -> str:

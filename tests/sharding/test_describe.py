@@ -272,6 +272,56 @@ def test_classes_that_are_numbers_are_left_to_the_user(tmp_path: Path) -> None:
     assert [goes[f"d/x/{number}.png"][0] for number in (0, 1)] == [0, 1]
 
 
+def test_tables_named_like_splits_are_refused(tmp_path: Path) -> None:
+    """All images were divided at random, or only those of train.csv were used."""
+    touch(tmp_path / "d", *(f"img/{number}.png" for number in range(3)))
+    for number, name in enumerate(("train", "val_labels", "test")):
+        (tmp_path / f"d/{name}.csv").write_text(f"file,label\n{number}.png,{number % 2}\n")
+    said = (
+        r"test\.csv and train\.csv and val_labels\.csv in .*join them into one table with a column"
+    )
+    with pytest.raises(CatalogError, match=said):
+        describe(tmp_path / "d")
+    (tmp_path / "d/val_labels.csv").unlink()
+    (tmp_path / "d/test").mkdir()
+    (tmp_path / "d/img/2.png").rename(tmp_path / "d/test/2.png")
+    assert describe(tmp_path / "d").published == {"test": 1}  # the folder says the same as test.csv
+
+
+def test_tables_of_other_formats_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "real/0.png", "real/metadata.jsonl", "fake/metadata.jsonl", "splits.tsv")
+    notes = describe(tmp_path / "d").notes
+    assert [note.partition(":")[0] for note in notes] == [
+        "2 tables not read, such as fake/metadata.jsonl",
+        "1 table not read, such as splits.tsv",
+    ]
+
+
+def test_other_names_of_splits(tmp_path: Path) -> None:
+    folders = ("train/real", "dev/real", "eval/fake", "holdout/real", "testset/fake", "fake/dev")
+    touch(tmp_path / "d", *(f"{folder}/0.png" for folder in folders))
+    description = describe(tmp_path / "d")
+    assert description.published == {"val": 1, "test": 3}
+    assert {path: (f.split, f.generator) for path, f in description.folders.items()} == {
+        "dev/real": ("val", "camera"), "eval/fake": ("test", "unknown"),
+        "fake": ("", "<generator>"), "holdout/real": ("test", "camera"),
+        "testset/fake": ("test", "unknown"), "train/real": ("train", "camera"),
+    }  # fmt: skip
+    assert [note.partition(";")[0] for note in description.notes] == [
+        "not taken for a published split: fake/dev"
+    ]
+
+
+def test_a_folder_named_almost_like_a_split_is_said_to_be_none(tmp_path: Path) -> None:
+    """Such as those of ForenSynths. The published test set was divided without a word."""
+    touch(tmp_path / "d", *(f"progan_{of}/cat/{k}/0.png" for of in ("train", "val", "test")
+                            for k in ("0_real", "1_fake")), "flux-dev/0.png")  # fmt: skip
+    assert describe(tmp_path / "d").notes == [
+        "not taken for a published split: progan_test, progan_val; if it is one, name the folder "
+        "test or val, or give its rules `set`"
+    ]
+
+
 @pytest.mark.parametrize(
     "path", ["flux-dev", "fake/dev", "fake/latest", "ai/test prompts", "fake/train_val"]
 )
