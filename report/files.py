@@ -57,6 +57,9 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
     write_text(out / REPORT_FILE, text)
     shards = {}
     for name, set_report in report["sets"].items():
+        if set_report["index_sha256"] == report["detector"].get("sha256"):
+            console.log.info("%s: no pictures on the page: the table has no images", name)
+            continue
         try:
             shards[name] = open_shards([data / name])
         except (ValueError, OSError) as error:

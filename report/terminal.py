@@ -71,7 +71,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.say(sentence)
     if report["subset"]:
         console.say(on_subset(report["subset"]))
-    if report["calibration"] is None:
+    if report["calibration"] is None and report["detector"]["kind"] == "scores":
+        console.say("not calibrated: 0.5 decides")
+    elif report["calibration"] is None:
         console.say(f"not calibrated: see `{command('evaluate')} calibrate --help`")
     for name, set_report in report["sets"].items():
         rows = [_row("overall", set_report["overall"])]

@@ -327,9 +327,7 @@ def describe_command(folder: Path, out: Path) -> None:
     ]
     rows += [[path, "?", "?", "-", count, "."] for path, count in description.undecided.items()]
     columns = ["folder", "class", "generator", "split", "images", "in its folders"]
-    console.table(
-        f"{folder}: classes by folder name", columns, rows, drop=["in its folders", "split"]
-    )
+    console.table(f"{folder}: proposed classes", columns, rows, drop=["in its folders", "split"])
     for split, count in description.published.items():
         images = console.counted(count, "image")
         console.say(f"{images} of a published {split} split: only they go to the {split} set")
@@ -343,8 +341,8 @@ def describe_command(folder: Path, out: Path) -> None:
         (missing,) = {"real", "fake"} - kinds
         console.say(f"no folder of {missing} images by its name: training needs both classes")
     if description.undecided:
-        folders = console.counted(len(description.undecided), "folder")
-        console.say(f"{folders} without a class: uncomment a line for each, real or fake, in {out}")
+        rules = console.counted(len(description.undecided), "rule")
+        console.say(f"{rules} without a class: uncomment a line for each, real or fake, in {out}")
     words = shlex.join(["--raw", str(folder.absolute().parent), "--catalog", str(out)])
     console.say(f"check {out}, then: python -m sharding build {words}")
 

@@ -282,8 +282,9 @@ def _catalog(folder: Path, known: _Sorted, held: dict[str, int], table: ImageTab
     name = _free_name(folder)
     measure = f"{command('evaluate')} --shards {name}-test"
     lines = [
-        f"# Proposed from the folder names of {toml_string(folder.name)}. Check every line: the",
-        "# labels of the images come only from this file.",
+        f"# Proposed for {toml_string(folder.name)}, from names of folders"
+        f"{' and its CSV table' if table else ''}. Check every line:",
+        "# the labels of the images come only from this file.",
         "",
         "[sets]",
         f'{name} = "train"',

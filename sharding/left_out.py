@@ -41,7 +41,7 @@ def left_out(built: Sequence[BuiltSet], scan: SourceScan, out: AnyPath) -> list[
         what = f"{kinds[0]} image" if one and one.index["samples"] else "image"
         why = why_lacking(one.excluded, CLASSES.index(kinds[0])) if one else ""
         is_lost = why or (one and one.index["quarantined"])
-        advice = "" if is_lost else ", or raise the share of the set in the catalog"
+        advice = "" if is_lost else ", or raise its share in a catalog of yours"
         lines.append(f"no {what} went to set {name}{why}; add images{advice}")
     return lines
 

@@ -28,6 +28,7 @@ def warn_of_small(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> No
         for name in shares
     }
     counts: dict[str, Counter[int]] = {}
+    divided: set[str] = set()  # sets with a share of images, not the published ones
     for table in scan.items.values():
         rows = (table.column(name).to_pylist() for name in ("group", "destination", "label"))
         shares_of: dict[str, Mapping[str, float]] = {}
@@ -36,6 +37,7 @@ def warn_of_small(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> No
             held = [name for name in shares if catalog.sets[name] == "val"]
             if not held:
                 continue
+            divided.update(held if len(shares) > 1 else ())
             for name in held:
                 counts.setdefault(name, Counter())
             if (name := choose_set(group, shares)) in held:
@@ -47,6 +49,7 @@ def warn_of_small(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> No
                 counted(by_label[label], f"{kind} image") for label, kind in enumerate(CLASSES)
             )
             log.warning(
-                "set %s will have about %s and %s; a calibration needs %d of each: add images, or "
-                "raise the share of the set in the catalog", name, real, fake, CALIBRATION_FEWEST,
+                "set %s will have about %s and %s; a calibration needs %d of each: add images%s",
+                name, real, fake, CALIBRATION_FEWEST,
+                ", or raise its share in a catalog of yours" if name in divided else "",
             )  # fmt: skip

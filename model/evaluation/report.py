@@ -416,9 +416,11 @@ def _headline(
         if unscored[REAL]:
             counted = console.counted(unscored[REAL], "real image")
             none, other = f"NONE OF {counted.upper()} COULD BE SCORED", "another set"
+        of_table = about["detector"]["kind"] == "scores"
+        advice = "add real images" if of_table else f"name {other} with --reference-reals"
         return (
             f"{name}: {none}, so no false-positive rate. That {recall} of {fakes} were found says "
-            f"nothing about false alarms; name {other} with --reference-reals"
+            f"nothing about false alarms; {advice}"
         )
     if recall is None:
         none = "no fake images here"

@@ -232,7 +232,7 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
     if not scored:
         raise ScoresError(
             f"{file}: no row is of an image of {', '.join(sets)}; the first is {rows[0].name!r}, "
-            f"expected keys or paths such as {next(iter(samples))!r}" if rows else
+            f"expected keys or paths such as {_example(sets)}" if rows else
             f"{file} has no row, expected one per image"
         )  # fmt: skip
     if strangers:
@@ -242,6 +242,12 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
             strangers[0].line, strangers[0].name,
         )  # fmt: skip
     return {name: _scored(name, shards, scored) for name, shards in sets.items()}
+
+
+def _example(sets: Mapping[str, ShardSet]) -> str:
+    """Return the key and the path of a sample."""
+    first = next(iter(sets.values())).table.slice(0, 1)
+    return " or ".join(repr(first.column(name)[0].as_py()) for name in ("key", "origin"))
 
 
 def _sample_of(name: str, samples: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:

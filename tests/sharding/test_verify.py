@@ -299,7 +299,7 @@ def test_describe_then_build(tmp_path: Path) -> None:
     out = tmp_path / "mine.toml"
     status, output = run("describe", folder, "--out", out)
     assert status == 0, output
-    assert "1 folder without a class" in output
+    assert "1 rule without a class" in output
     assert '# { folder = "misc" }' in out.read_text()
     status, output = run(
         "build", "--raw", tmp_path, "--catalog", out, "--out", tmp_path / "out", "--jobs", 1

@@ -30,6 +30,8 @@ def test_a_table_gets_the_report_of_an_evaluation(tmp_path: Path) -> None:
     result = run("--scores", file, "--runs", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     assert "; 1 of 41 images without a score" in " ".join(result.output.split())
+    assert "not calibrated: 0.5 decides" in result.output
+    assert "make demo" not in result.output
     (report,) = (tmp_path / "runs").glob("scores-*-theirs/evaluation/report.json")
     entry = json.loads(report.read_text())["sets"]["images"]
     assert entry["overall"]["auroc"] == 1.0 and entry["overall"]["recall"] == 1.0
@@ -101,6 +103,13 @@ def test_columns_without_a_heading(tmp_path: Path) -> None:
     assert "columns not used: (no heading)" in result.output
 
 
+def test_advice_on_a_table_without_real_images_can_be_followed(tmp_path: Path) -> None:
+    file = table(tmp_path / "t.csv", ROWS[20:], "path,label,score,source")
+    result = run("--scores", file, "--runs", tmp_path / "runs")
+    said = " ".join(result.output.split())
+    assert "about false alarms; add real images" in said and "--reference-reals" not in said
+
+
 def names_of(shards: ShardSet) -> list[str]:
     """Return names of the samples in the four forms that a table may have, in turn."""
     forms = []
@@ -137,6 +146,8 @@ def test_scores_of_a_packed_set_have_its_images(data: Path, tmp_path: Path) -> N
     ):
         result = run("--scores", table(tmp_path / "t.csv", wrong, f"{columns},label"), *words)
         assert result.exit_code == 1 and said in result.output, result.output
+        path = repr(shards.table.column("origin")[0].as_py())
+        assert "else" not in wrong[0] or f" or {path}" in result.output
     table(tmp_path / "t.csv", rows, columns)
     for name in ("val", "train"):  # a report of other sets took the place of the first
         words = ("--shards", name, "--data", data, "--runs", tmp_path / "runs")
