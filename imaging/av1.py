@@ -15,7 +15,7 @@ import io
 from collections.abc import Iterator
 
 MAX_PARTS = 20_000
-"""Boxes, items and units of AV1 data that are read of one file."""
+"""Boxes, items, their pieces and properties, and units of AV1 data that are read of one file."""
 
 
 _TABLES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
@@ -38,7 +38,6 @@ class Boxes:
         """Return the bytes at these (start, size); a size of 0 means all that follow."""
         parts = []
         for start, size in pieces:
-            self.count()
             parts.append(self.data[start : start + size] if size else self.data[start:])
             self.bytes_left -= len(parts[-1])
             if self.bytes_left < 0:
@@ -136,6 +135,7 @@ def _associations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, int]]:
         reader.count()
         item = _number(box, 4 if head >> 24 else 2)
         for _ in range(_number(box, 1)):  # the highest bit says whether readers must know it
+            reader.count()
             yield item, _number(box, 2) & 0x7FFF if head & 1 else _number(box, 1) & 0x7F
 
 
@@ -173,6 +173,7 @@ def _locations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, bool, list
         _number(box, 2)  # of a file; others are not read
         base, extents = _number(box, more >> 4), []
         for _ in range(_number(box, 2)):
+            reader.count()  # its numbers may have 0 bytes
             _number(box, more & 15 if version else 0)
             extents.append((base + _number(box, sizes >> 4), _number(box, sizes & 15)))
         yield item, method == 1, extents

@@ -273,18 +273,19 @@ def first_of_each(
     first image has the lowest number. (EvalGEN: `Flux/a photo of a bench_0.jpg` to `_19.jpg`. Its
     authors use image 0 of each: 553 prompts, 2,765 images.)
     """
-    best: dict[tuple[int, int, str], tuple[int, str, int]] = {}
+    best: dict[tuple[int, int, str], tuple[float, str, int]] = {}
     for row in rows.tolist():
         parts = _NUMBERED.fullmatch(origins[row])
         assert parts is not None  # the pattern matches any text
         stem, number = parts.groups()
         key = int(groups[row]), int(generators[row]), stem
-        candidate = int(number or 0), origins[row], row
+        candidate = float(number or 0), origins[row], row  # `int` refuses 4,301 digits
         best[key] = min(best.get(key, candidate), candidate)
     return np.sort(np.array([row for _, _, row in best.values()], np.int64))
 
 
-_NUMBERED = re.compile(r"(.*?)(\d*)(?:\.[^./]*)?", re.DOTALL)
+_NUMBERED = re.compile(r"(.*?)(?<!\d)(\d*+)(?:\.[^./]*)?", re.DOTALL)
+"""Final number of a path. The lookbehind keeps the time linear: a number is tried from its start."""
 
 
 def _figures(rows: Rows, images: Images, resamples: Resamples, threshold: float) -> dict[str, Any]:

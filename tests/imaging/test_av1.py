@@ -196,3 +196,18 @@ def test_a_damaged_avif_has_a_size_or_a_reason(monkeypatch: pytest.MonkeyPatch) 
                 )  # fmt: skip
     with pytest.raises(ValueError, match="of more than 500 parts"):
         frame_pixels(box(b"free") * 501)
+
+
+@pytest.mark.parametrize("large", [b"", bytes(100)], ids=["of no bytes", "of bytes"])
+def test_pieces_and_properties_of_items_are_counted(large: bytes) -> None:
+    """Numbers of a piece may have 0 bytes, so that the end of the box does not end the list."""
+    sizes = b"\x44\0" if large else b"\0\0"
+    items = [struct.pack(">3H", 1, 0, 65_535) + 8 * 25_000 * large[:1] for _ in range(40)]
+    iloc = box(b"iloc", bytes(4), sizes, struct.pack(">H", len(items)), *items)
+    with pytest.raises(ValueError, match="of more than 20,000 parts"):
+        frame_pixels(AVIF + box(b"meta", bytes(4), iloc))
+    links = struct.pack(">HB", 1, 255) + bytes(255)
+    ipma = box(b"ipma", bytes(4), struct.pack(">I", 100), *[links] * 100)
+    meta = box(b"meta", bytes(4), box(b"pitm", bytes(4), b"\0\1"), box(b"iprp", ipma))
+    with pytest.raises(ValueError, match="of more than 20,000 parts"):
+        is_cropped(meta, (32, 24))

@@ -1,12 +1,15 @@
 """What is said of files that are not read: their kind, and what to do."""
 
 import struct
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 from imaging.decode import DecodeError, as_is, decode, prepare
-from tests.builders import encode, photo
+from imaging.signature import unread_kind, why_not_opened
+from tests.builders import ROOT, encode, photo
 
 IMAGE = Image.fromarray(photo(1, 64, 48))
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -105,3 +108,25 @@ def test_bytes_of_an_unknown_kind_are_shown() -> None:
 def test_a_heif_that_is_not_read_is_described(brands: bytes, boxes: bytes, said: str) -> None:
     with pytest.raises(DecodeError, match=rf"^HEIF does not decode: .*{said}.*as PNG"):
         prepare(box(b"ftyp", brands) + boxes)
+
+
+REPEATED = """
+from imaging.signature import format_of, unread_kind, why_not_opened
+for start in (b"", b"<!--", b"<?xml", b"\\0\\0\\1\\x2cftyp", b"#define "):
+    for piece in (b"<!---->", b"<!-- -->", b"<!--->", b"-->", b"<?xml>", b" ", b"<", b"avif", b"a"):
+        data = start + piece * 40 + b"x"
+        format_of(data), unread_kind(data), why_not_opened(data, "")
+"""
+
+
+def test_no_signature_takes_longer_with_each_repetition() -> None:
+    """In a process of its own: a regular expression holds the interpreter, and so every thread."""
+    subprocess.run([sys.executable, "-c", REPEATED], check=True, timeout=20, cwd=ROOT)
+
+
+def test_a_picture_after_comments_is_named() -> None:
+    for comments in (b"<!-- a -- b -->\n<!---->", b"<!--x-->" * 20, b"<!-- <svg> -->"):
+        assert unread_kind(comments + b"<svg >") == "SVG"
+        assert not unread_kind(comments + b"<!-- <svg >")
+        said = why_not_opened(comments + b"<BODY>", "")
+        assert "but a web page" in said

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -71,6 +73,13 @@ def test_the_first_image_of_each_prompt() -> None:
         "Flux/a cat_9.jpg", "Flux/a dog_0.jpg", "GoT/a cat_0.jpg", "GoT/two 3_0.jpg",
         "old/plain.png",
     ]  # fmt: skip
+
+
+def test_a_path_of_many_digits_is_no_error_and_takes_no_longer() -> None:
+    origins = ["b" + "9" * 5_000, "b" + "8" * 5_000, *(f"{n}{'1' * 30_000}a/" for n in "12")]
+    zeros, start = np.zeros(4, np.int64), time.process_time()
+    assert first_of_each(origins, zeros, zeros, np.arange(4)).tolist() == [1, 2, 3]
+    assert time.process_time() - start < 5  # 40 s if every digit is tried as the first
 
 
 def test_mean_and_std_are_those_of_the_published_table() -> None:
