@@ -44,10 +44,10 @@ def printable(text: str, replacement: str | None = None) -> str:
     """Replace all characters that a terminal would execute or that deceive a reader by escapes, or
     each by `replacement`: control characters, marks that change the writing direction, invisible
     characters, and bytes of a file name that are not UTF-8. Newlines and what people write stay:
-    spaces of any width, joiners within words and emoji, and tags in the flags of England, Scotland
-    and Wales.
+    spaces of any width, joiners within words and emoji, tags in the flags of England, Scotland and
+    Wales, and variation selectors after emoji, ideographs and Mongolian letters.
     """
-    if text.isprintable():
+    if text.isprintable() and not _UNSEEN.search(text):
         return text
     return "".join(
         c if _is_shown(text, at) else _code(c) if replacement is None else replacement
@@ -87,6 +87,8 @@ def _is_shown(text: str, at: int) -> bool:
     may where people need it: at a virama of Indic scripts, at an Arabic letter, in emoji.
     """
     character = text[at]
+    if _UNSEEN.match(character):
+        return bool(_VARIED.fullmatch(text[max(0, at - 1) : at + 2]))
     if character.isprintable() or character == "\n" or category(character) == "Zs":
         return True
     if "\U000e0020" <= character <= "\U000e007f":  # a tag
@@ -107,6 +109,23 @@ def _is_shown(text: str, at: int) -> bool:
     return bool(_EMOJI_PARTS.fullmatch(before + character + after))
 
 
+# Characters without a shape of their own that Python calls printable: the grapheme joiner, fillers
+# of Hangul, vowels of Khmer, variation selectors, the empty cell of Braille, a note without a head.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U0001d159\U000e0100-\U000e01ef]"
+)
+_IDEOGRAPHS = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_EMOJI = "\u2190-\u2bff\U0001f000-\U0001faff"
+# Where one of these is shown, with a character before and after it: it changes an emoji, a key, an
+# ideograph or a Mongolian letter, or is a space within Braille.
+_VARIED = re.compile(
+    f"[{_EMOJI}\xa9\xae\u203c\u2049\u2122\u2139\u3030\u303d\u3297\u3299][\ufe0e\ufe0f].?"
+    f"|[#*0-9][\ufe0e\ufe0f]\u20e3|[{_IDEOGRAPHS}][\ufe00-\ufe02\U000e0100-\U000e01ef].?"
+    "|[\u1820-\u18aa][\u180b-\u180d\u180f].?|[\u2801-\u28ff]\u2800[\u2801-\u28ff]",
+    re.DOTALL,
+)
+
 _ZWJ, _ZWNJ = "\N{ZERO WIDTH JOINER}", "\N{ZERO WIDTH NON-JOINER}"
 
 # Vowel signs and others that are written above or below an Arabic letter.
@@ -116,9 +135,7 @@ _HEHS = "\N{ARABIC LETTER HEH}\N{ARABIC LETTER HEH GOAL}\N{ARABIC LETTER HEH DOA
 # Combining class of the signs that remove the vowel of an Indic letter.
 _VIRAMA = 9
 # A ZWJ between two symbols; the first may have a color of skin or a variation selector.
-_EMOJI_PARTS = re.compile(
-    "[\ufe0f\u2190-\u2bff\U0001f000-\U0001faff]\u200d[\u2190-\u2bff\U0001f000-\U0001faff]"
-)
+_EMOJI_PARTS = re.compile(f"[\ufe0f{_EMOJI}]\u200d[{_EMOJI}]")
 # The flags of England, Scotland and Wales are a black flag and tags; systems draw no others.
 _FLAG = re.compile(
     "\U0001f3f4\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067"

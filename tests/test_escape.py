@@ -42,6 +42,24 @@ def test_terminal_text_has_no_control_characters(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["a\u3164b", "\uffa0", "\u115f", "a\u1160", "a\u034fb", "a\u2800b", "\u2801\u2800.png",
+     "a\ufe0f", "a\ufe00", "1\ufe0f.png", "\ufe0f", "a\u180bb", "\u180c", "\u17b4", "\U0001d159",
+     "a\U000e0100", "\U000e01ef", "\u2764\ufe00", "\u2764\U000e0100"],
+)  # fmt: skip
+def test_invisible_characters_that_python_calls_printable_are_escaped(text: str) -> None:
+    assert text.isprintable()
+    (unseen,) = [c for c in text if ord(c) > 127 and c not in "\u2764\u2801"]
+    assert printable(text) == text.replace(unseen, ascii(unseen)[1:-1])
+    assert printable(f"\n{text}", "?") == "\n" + text.replace(unseen, "?")
+
+
+def test_hidden_text_of_variation_selectors_is_escaped() -> None:
+    for base, selector in (("\u2764", "\ufe0f"), ("\u8fbb", "\U000e0100"), ("\u1820", "\u180b")):
+        assert printable(base + 3 * selector) == base + selector + 2 * ascii(selector)[1:-1]
+
+
+@pytest.mark.parametrize(
     ("name", "escaped"),
     [("caf\udce9.jpg", r"caf\xe9.jpg"), ("a\ud800b", r"a\ud800b"), ("é😀\u202e\n", "é😀\u202e\n"),
      (r"caf\xe9.jpg", r"caf\xe9.jpg"), ("", "")],
@@ -75,6 +93,10 @@ def test_printable_text_stays_unchanged() -> None:
         "അവന്\u200d.jpg",  # Malayalam, at the end of a word
         "👨\u200d👩\u200d👧 picnic.jpg",
         f"{ENGLAND}\U0001f3f4\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f.jpg",
+        "☀\ufe0f.png ❤\ufe0e 1\ufe0f\u20e3 #\ufe0f\u20e3 \xa9\ufe0f \u3030\ufe0f",
+        "\u8fbb\U000e0100\u6751 \u845b\U000e0101.jpg \ufa1e\ufe00",  # forms of ideographs
+        "\u182e\u1823\u180b\u1829\u182d\u1823\u182f \u1820\u180d.jpg",  # Mongolian
+        "\u2801\u2803\u2800\u2809.txt",  # Braille
         "❤\ufe0f\u200d🔥 👨🏽\u200d🌾 🙂\u200d↔\ufe0f.jpg",
     ],
 )

@@ -285,7 +285,7 @@ def first_of_each(
 
 
 _NUMBERED = re.compile(r"(.*?)(?<!\d)(\d*+)(?:\.[^./]*)?", re.DOTALL)
-"""Final number of a path. The lookbehind keeps the time linear: a number is tried from its start."""
+"""Final number of a path. The lookbehind keeps the time linear: each number is tried once."""
 
 
 def _figures(rows: Rows, images: Images, resamples: Resamples, threshold: float) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """The report and the scores file, from tables of scores without a network."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
-
-import time
 
 import numpy as np
 import pyarrow as pa
