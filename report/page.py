@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from escape import printable
 from model.evaluation.report import FAKE, on_subset, samples_of_set
 from model.evaluation.scores import ScoreTable
 from report.charts import histogram_chart, reliability_chart, robustness_chart, roc_chart
@@ -169,6 +170,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -176,6 +178,11 @@ def _environment() -> Environment:
     environment.filters |= {"percent": percent, "figure": figure, "number": "{:,}".format,
                             "signed": signed}  # fmt: skip
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Return a value for a template: escapes for the characters of a name that deceive a reader."""
+    return printable(value) if type(value) is str else value  # `Markup` is text of this program
 
 
 def percent(value: float | None) -> str:

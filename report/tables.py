@@ -15,7 +15,8 @@ Values are not rounded; missing ones are empty. OSError is raised if a file cann
 `figures_csv(report)` and `robustness_csv(report)` return the text of these files.
 `table_csv(columns, rows)` takes a list of column names and a list of dicts, one for each row, and
 returns CSV text with a header. Of a dict, only the entries in `columns` are written; texts that a
-spreadsheet would run as a formula get a `'` in front.
+spreadsheet would run as a formula get a `'` in front, and characters that a terminal would execute
+or that deceive a reader are escapes (`printable` of `escape.py`).
 """
 
 import csv
@@ -25,7 +26,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from escape import spreadsheet_cell
+from escape import printable, spreadsheet_cell
 from model.metrics import Metrics
 from storage import write_text
 
@@ -108,13 +109,16 @@ def _shifts(shift: Mapping[str, Any]) -> dict[str, Any]:
 
 def table_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Return CSV with a header. Entries that are not in `columns` are left out, and texts are
-    escaped against formulas.
+    escaped against formulas and for terminals.
     """
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow(
-            {name: spreadsheet_cell(v) if isinstance(v, str) else v for name, v in row.items()}
+            {
+                name: spreadsheet_cell(printable(value)) if isinstance(value, str) else value
+                for name, value in row.items()
+            }
         )
     return stream.getvalue()

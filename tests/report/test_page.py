@@ -148,6 +148,19 @@ def test_names_are_escaped() -> None:
     assert "<script" not in page and page.count("&lt;script&gt;") > 8
 
 
+def test_names_are_shown_with_escapes_in_the_page_and_the_tables(tmp_path: Path) -> None:
+    """A CSV file of scores may hold any: terminals would execute them, and readers misread them."""
+    name, shown = "n\x1b[31m\u202egnp\x07\u3164", r"n\x1b[31m\u202egnp\x07\u3164"
+    texts = dict.fromkeys(("source", "generator", "origin", "key"), name)
+    document, scores = made(rows(name, 30, 30, **texts), name, checkpoint=name, commit=name)
+    document["sets"][name]["robustness"] = robustness()
+    page = page_of(document, scores, f"evaluate.py {name}")
+    tables = [path.read_text(encoding="utf-8") for path in write_tables(document, tmp_path)]
+    for text in (page, *tables):
+        assert shown in text
+        assert not ({*name} - {*shown}) & {*text}
+
+
 def test_the_page_fetches_nothing_and_has_all_parts() -> None:
     document, scores = made(rows("val", 60, 60), "val")
     document["sets"]["val"]["robustness"] = robustness()
