@@ -289,7 +289,7 @@ def check_state(
 
     Raises:
         OrderError: the state belongs to other shards, another seed, global batch or order version,
-            or to other `settings`.
+            or to other `settings`, or it names no place in the order.
     """
     sets = {"content_sha256": content_sha256}
     if "content_sha256" not in state:  # of an earlier version
@@ -305,7 +305,7 @@ def check_state(
     newer = {"loading.shuffle", *settings}  # which unfinished runs of earlier versions lack
     for name, value in expected.items():
         before = state.get(name, value) if name in newer else state[name]
-        if before != value:
+        if type(before) is not type(value) or before != value:
             if name in sets:
                 before, value = before[:16], sets[name][:16]
             raise OrderError(
@@ -313,4 +313,10 @@ def check_state(
                 f"({name} was {before} and is {value}), so the order of samples would change; "
                 "undo the change, or start a new run with --run NAME"
             )
-    return int(state["epoch"]), int(state["step"])
+    epoch, step = state["epoch"], state["step"]
+    if type(epoch) is not int or type(step) is not int or min(epoch, step) < 0:
+        raise OrderError(
+            f"the training state names epoch {epoch!r:.40} and step {step!r:.40}: expected whole "
+            "numbers from 0 on; restore the checkpoint, or start a new run with --run NAME"
+        )
+    return epoch, step

@@ -66,6 +66,7 @@ from pipeline.order import (
     REPEAT,
     REPLAY,
     Epoch,
+    OrderError,
     check_state,
     evaluation_epoch,
     repeat,
@@ -336,10 +337,43 @@ class Stream:
         return {"epochs": finished, "samples": samples, "counts": counts}
 
     def keep_replayed(self, state: Mapping[str, Any]) -> None:
-        """Take over the `replayed_state` of a checkpoint of this run."""
+        """Take over the `replayed_state` of a checkpoint of this run.
+
+        Raises:
+            OrderError: it is not such a state of these sets.
+        """
+        if not self._is_replayed_state(state):
+            raise OrderError(
+                "cannot resume: the record of replayed samples in the training state is not of "
+                "this run (expected are a number of epochs, and old samples with how often each "
+                "came); restore the checkpoint, or start a new run with --run NAME"
+            )
         # Copied from the file, which is removed after the next save.
         kept = state["samples"].numpy().copy(), state["counts"].numpy().copy()
         self._replayed[state["epochs"]] = kept
+
+    def _is_replayed_state(self, state: Any) -> bool:
+        """Return whether a value of a file can be a `replayed_state` of these sets. Sizes are
+        compared first: a file of a few bytes can hold a tensor of any size.
+        """
+        if not isinstance(state, Mapping) or state.keys() != {"epochs", "samples", "counts"}:
+            return False
+        epochs, samples, counts = state["epochs"], state["samples"], state["counts"]
+        if type(epochs) is not int or epochs < 0:
+            return False
+        for tensor, dtype in ((samples, torch.int64), (counts, torch.int32)):
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+                return False
+            if tensor.dtype != dtype or tensor.device.type != "cpu":
+                return False
+        if samples.ndim != 1 or counts.shape != samples.shape or len(samples) > len(self.pool.old):
+            return False
+        rows, is_old = samples.numpy(), np.zeros(len(self.pool.shards), np.bool_)
+        is_old[self.pool.old] = True
+        in_sets = np.all((rows >= 0) & (rows < len(is_old))) and np.all(np.diff(rows) > 0)
+        most = epochs * self.replayed_per_epoch
+        in_number = torch.all(counts > 0) and int(counts.sum(dtype=torch.int64)) <= most
+        return bool(in_sets and in_number and is_old[rows].all())
 
     def state(self, done: int) -> dict[str, Any]:
         """Return what `resume` needs to continue after `done` steps: a few integers and texts."""

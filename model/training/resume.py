@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
+from escape import typed_reason_of
 from model import checkpoint
 from model.recipe import Recipe, flat_settings
 from model.training.validation import Gain
@@ -112,14 +113,33 @@ def progress_of(
     """Return the number of finished steps of a checkpoint, and the record of its validations.
 
     Raises:
-        OrderError: the training sets, the seed or the global batch are no longer those of the run.
+        CheckpointError: the file is damaged, or no training state of this program.
+        OrderError: the training sets, the seed or the global batch are no longer those of the run,
+            or the record of replayed samples is none of it.
         ValueError: a validation set has been built again. The best checkpoint would be chosen by
             figures of different images, and forgetting would be their difference.
     """
     state = checkpoint.load_state(resumed, lazy=True)
-    done = stream.resume(state["order"])
-    if "replayed" in state:  # else of an earlier version, or a run that replays nothing
-        stream.keep_replayed(state["replayed"])
+    try:
+        done = stream.resume(state["order"])
+        if "replayed" in state:  # else of an earlier version, or a run that replays nothing
+            stream.keep_replayed(state["replayed"])
+        _check_validation(state, validation)
+        gain = Gain(**state.get("gain", {}))
+        if not isinstance(gain.highest, float | None) or not (
+            type(gain.step) is type(gain.validations_since) is int
+        ):
+            raise TypeError("gain has values that are no numbers")
+    except (LookupError, TypeError, AttributeError) as error:  # a file of somebody else
+        raise checkpoint.CheckpointError(
+            f"{resumed / checkpoint.STATE_FILE} is no training state of this program "
+            f"({typed_reason_of(error)}); restore the checkpoint, or start a new run with "
+            "--run NAME"
+        ) from error
+    return done, gain
+
+
+def _check_validation(state: Mapping[str, Any], validation: Mapping[str, ShardSet]) -> None:
     now = {name: content_sha256(shards) for name, shards in validation.items()}
     before = state.get("validation_content")
     if before is None:  # saved by an earlier version
@@ -133,7 +153,6 @@ def progress_of(
                 "different images would be compared; undo the change, or start a new run with "
                 "--run NAME"
             )
-    return done, Gain(**state.get("gain", {}))
 
 
 def as_saved(recipe: Recipe) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import checkpoint
 from model.recipe import Recipe
 from model.training.plan import plan
 from model.training.run import train
+from pipeline.order import OrderError
 from sharding.format import open_shards
 from tests.builders import build_all, write_raw
 
@@ -54,6 +56,35 @@ def test_an_optimizer_of_other_groups_is_one_clear_error(
     said = r"step_0000001 cannot be resumed: an earlier version .* new run with --run NAME"
     with pytest.raises(checkpoint.CheckpointError, match=said):
         train(recipe, data, tmp_path, stop_at=2)
+
+
+def test_a_training_state_of_somebody_else_is_one_clear_refusal(
+    load: Load, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load("run.epochs=1", "run.save_every=1")
+    train(recipe, data, tmp_path, stop_at=1)
+    good = checkpoint.load_state(tmp_path / "tiny/step_0000001")
+    order = good["order"]
+    for wrong, said in (
+        ([], "no training state"),
+        ({}, "no training state"),
+        ({"order": [1]}, "no training state"),
+        ({"order": {}}, "no training state"),
+        (good | {"gain": {"best": 1}}, "no training state"),
+        (good | {"gain": [1]}, "no training state"),
+        (good | {"gain": {"highest": "1"}}, "no training state"),
+        (good | {"validation_content": ["val"]}, "no training state"),
+        (good | {"validation_content": {"other": "1"}}, "no training state"),
+        (good | {"order": order | {"step": "x"}}, "names epoch 0 and step 'x'"),
+        (good | {"order": order | {"epoch": -1}}, "names epoch -1 and step 1"),
+        (good | {"order": order | {"seed": torch.zeros(2)}}, "the seed has changed"),
+        (good | {"replayed": {"epochs": 1}}, "record of replayed samples"),
+    ):
+        monkeypatch.setattr(checkpoint, "load_state", lambda *_, state=wrong, **__: state)
+        with pytest.raises(ValueError, match=said) as error:
+            plan(recipe, data, tmp_path)
+        assert type(error.value) in (checkpoint.CheckpointError, OrderError)
+        assert "start a new run with --run NAME" in str(error.value)
 
 
 def test_without_the_metrics_before_training_a_run_is_not_concluded(
