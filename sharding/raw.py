@@ -26,10 +26,14 @@ read. Nothing is unpacked to disk. Files at an address are read ahead, many at a
 listed is read as it is now. Only a zip archive with another version is opened anew in this process.
 
 To read a cell of a parquet table, `member` is "<row group>:<row in the group>:<column>", as
-sharding/listing.py lists cells. Cells of one row group that follow each other in `rows` are read
-together. Only `path` and `member` count for a cell. `read_all()` raises `RawError` if the cells are
-not sorted by the row in the group, and if a table is damaged or has fewer rows than when it was
-listed.
+sharding/listing.py lists cells. Cells of one table that follow each other in `rows` are read from
+one opened file, those of one row group together. Only `path` and `member` count for a cell.
+`read_all()` raises `RawError` if the cells are not sorted by the row in the group, and if a table
+is damaged or has fewer rows than when it was listed.
+
+For other readers of tables, `rows_of(table, group, leaves)` yields each row of a row group of a
+`pq.ParquetFile` as a batch, `leaf_of(schema, column)` returns the leaf of an image column, and
+`cell_of(row, column)` the image in such a batch. `is_bytes(kind)` tells whether values are bytes.
 
 `row_group_of(row)` returns the path and the row group of such a dict, a pair of texts, or None if
 it is no cell of a table.
@@ -195,24 +199,66 @@ def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
 # --- parquet tables -------------------------------------------------------------------------------
 
 
+def leaf_of(schema: pa.Schema, column: str) -> str:
+    """Return the name of what is read of an image column: of a struct only its bytes.
+
+    Raises:
+        KeyError: no column has this name, or several have it.
+    """
+    index = schema.get_field_index(column)
+    if index < 0:
+        raise KeyError(f"{schema.names.count(column)} columns named {column!r}")
+    return f"{column}.bytes" if _bytes_index(schema.field(index).type) >= 0 else column
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Return whether the values of a type are bytes, and no texts."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    known = ("binary", "large_binary", "binary_view")
+    return str(kind) in known or pa.types.is_fixed_size_binary(kind)
+
+
+def _bytes_index(kind: pa.DataType) -> int:
+    return int(kind.get_field_index("bytes")) if pa.types.is_struct(kind) else -1
+
+
+def rows_of(table: pq.ParquetFile, group: int, leaves: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a row group, each as a batch of one row, with the columns `leaves`."""
+    # Row by row: a file of 2 kB may refer to one cell of 60 MB in each row. Without threads, which
+    # may hold the Python stream for a moment longer than the reader, and then free it.
+    yield from table.iter_batches(1, row_groups=[group], columns=leaves, use_threads=False)
+
+
+def cell_of(row: pa.RecordBatch, column: str) -> bytes | DecodeError:
+    """Return the bytes of an image cell: Hugging Face stores bytes, or a struct with bytes."""
+    value = row.column(column)[0]
+    if value.is_valid and _bytes_index(value.type) >= 0:
+        value = value["bytes"]
+    if not (value.is_valid and is_bytes(value.type)):  # a list would become Python numbers
+        return DecodeError("the cell holds no image")
+    value = value.value if pa.types.is_dictionary(value.type) else value
+    size = value.as_buffer().size if value.is_valid else 0
+    if size > MAX_BYTES:
+        return DecodeError(f"{size:,} bytes, more than the limit of {MAX_BYTES:,}")
+    return bytes(value.as_py()) if value.is_valid else DecodeError("the cell holds no image")
+
+
 def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | DecodeError]:
-    """Yield image cells of one row group, in ascending order of rows, one row at a time.
+    """Yield image cells of one table, in ascending order of rows in each row group.
 
     Raises:
         RawError: the rows are not in ascending order, or the table is damaged or has too few rows.
         OSError: the file cannot be read.
     """
     path = rows[0]["path"]
-    wanted = [row["member"].split(":", 2) for row in rows]
-    # An earlier row would be counted from the end of its batch: the bytes of another image.
-    for before, after in pairwise([0, *(int(row) for _, row, _ in wanted)]):
-        if after < before:
-            raise RawError(
-                f"{path}: row {after} of row group {wanted[0][0]} is asked for after row {before}, "
-                "expected ascending rows; sort the cells by their row"
-            )
     try:
-        yield from _cells(raw / path, wanted)
+        with (raw / path).open("rb") as stream:
+            # Opened once: a footer with as many row groups as rows would be read for each row.
+            table = pq.ParquetFile(stream, pre_buffer=False)
+            for group, run in groupby(
+                (row["member"].split(":", 2) for row in rows), lambda member: member[0]
+            ):
+                yield from _cells(table, path, int(group), [(int(at), c) for _, at, c in run])
     except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise  # of the disk or the network; pyarrow's own are plain and have no number
@@ -222,37 +268,27 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
         ) from error
 
 
-def _cells(path: AnyPath, wanted: Sequence[Sequence[str]]) -> Iterator[bytes | DecodeError]:
-    """Yield the cells [row group, row, column] of one row group, in ascending order of rows."""
-    columns = sorted({column for _, _, column in wanted})
-    with path.open("rb") as stream:
-        table = pq.ParquetFile(stream, pre_buffer=False)
-        start, following = 0, 0
-        # Row by row: a file of 2 kB may refer to one cell of 60 MB in each row. Without threads,
-        # which may hold the Python stream for a moment longer than the reader, and then free it.
-        for batch in table.iter_batches(
-            1, row_groups=[int(wanted[0][0])], columns=columns, use_threads=False
-        ):
-            while following < len(wanted) and int(wanted[following][1]) < start + len(batch):
-                _, row, column = wanted[following]
-                yield _cell(batch, int(row) - start, column)
-                following += 1
-            start += len(batch)
-            if following == len(wanted):
-                return
+def _cells(
+    table: pq.ParquetFile, path: str, group: int, wanted: Sequence[tuple[int, str]]
+) -> Iterator[bytes | DecodeError]:
+    """Yield the cells (row, column) of one row group, in ascending order of rows."""
+    # An earlier row has passed and is not read again: the reason would be one of too few rows.
+    for (before, _), (after, _) in pairwise([(0, ""), *wanted]):
+        if after < before:
+            raise RawError(
+                f"{path}: row {after} of row group {group} is asked for after row {before}, "
+                "expected ascending rows; sort the cells by their row"
+            )
+    schema = table.schema_arrow
+    leaves = [leaf_of(schema, column) for column in sorted({column for _, column in wanted})]
+    following = 0
+    for at, row in enumerate(rows_of(table, group, leaves)):
+        while following < len(wanted) and wanted[following][0] == at:
+            yield cell_of(row, wanted[following][1])
+            following += 1
+        if following == len(wanted):
+            return
     raise RawError(f"{path} has fewer rows than when it was listed; run again")
-
-
-def _cell(batch: pa.RecordBatch, row: int, column: str) -> bytes | DecodeError:
-    """Return the bytes of an image cell: Hugging Face stores bytes, or a struct with bytes."""
-    value = batch.column(column)[row].as_py()
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if not isinstance(value, bytes):
-        return DecodeError("the cell holds no image")
-    if len(value) > MAX_BYTES:
-        return DecodeError(f"{len(value):,} bytes, more than the limit of {MAX_BYTES:,}")
-    return value
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -270,9 +306,9 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
         OSError: a file cannot be read.
     """
     read = functools.partial(_read_one, raw)
-    for (block, is_file), run in groupby(rows, lambda row: (row_group_of(row), not row["member"])):
-        if block:
-            with remote_errors(raw / block[0], "could not be read"):
+    for (path, is_file), run in groupby(rows, lambda row: (_table_of(row), not row["member"])):
+        if path:
+            with remote_errors(raw / path, "could not be read"):
                 yield from _read_cells(raw, list(run))
         elif is_file:
             yield from in_order(read, run, raw, lambda row: row["size"])
@@ -282,9 +318,14 @@ def read_all(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes 
 
 def row_group_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the file and row group of a parquet cell; None for other files."""
-    if row["path"].lower().endswith(".parquet") and row["member"]:
-        return row["path"], row["member"].split(":", 1)[0]
-    return None
+    path = _table_of(row)
+    return (path, row["member"].split(":", 1)[0]) if path else None
+
+
+def _table_of(row: Mapping[str, Any]) -> str:
+    """Return the file of a parquet cell; "" for other files."""
+    is_cell = row["path"].lower().endswith(".parquet") and row["member"]
+    return str(row["path"]) if is_cell else ""
 
 
 def _read_one(raw: AnyPath, row: Mapping[str, Any]) -> bytes | DecodeError:

@@ -108,23 +108,6 @@ def test_a_table_that_cannot_be_read_is_one_line(
         file.read()
 
 
-def test_a_table_that_unpacks_to_too_much_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cells = [{"bytes": bytes(2_000_000 + number)} for number in range(4)]
-    path = write_table(tmp_path / "t.parquet", {"image": cells}, row_group_size=2)
-    monkeypatch.setattr("sharding.image_cells.MAX_RATIO", 2)
-    monkeypatch.setattr("sharding.image_cells.MAX_SLACK", 5_000_000)
-    files = []
-    for file in inputs.find_images([str(path)], Counter()):
-        files.append(file)
-        if len(files) <= 2:
-            assert not any(file.read())
-    assert len(files) == 3
-    with pytest.raises(DecodeError, match="unpacks to more than 2 times its size"):
-        files[2].read()
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clock that only sleeping moves: looks at a folder follow each other at once."""
