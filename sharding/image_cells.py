@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from escape import reason_of
 from imaging.decode import DecodeError
 from imaging.tar import MAX_RATIO, MAX_SLACK
-from sharding.raw import cell_of, is_bytes, leaf_of, rows_of
+from sharding.raw import PIECE, cell_of, is_bytes, leaf_of, rows_of
 from storage import open_plain, parse_json
 
 LEAST = 512
@@ -44,7 +44,7 @@ def image_cells(path: Path) -> Iterator[tuple[str, bytes | DecodeError]]:
     opened = False
     try:
         with open_plain(path) as stream:
-            table = pq.ParquetFile(stream, pre_buffer=False)
+            table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=PIECE)
             schema = table.schema_arrow
             opened = True
             columns, others = _image_columns(schema)

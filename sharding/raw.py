@@ -65,6 +65,9 @@ from imaging.names import HIDDEN, is_hidden, kind_of
 from sharding.remote import in_order, read_bytes
 from storage import AnyPath, is_local, remote_errors
 
+PIECE = 65_536
+"""Bytes of a table on disk that are read at once; without, the whole column of a row group is."""
+
 VOLUME = "a volume of a split archive, whose last volume, the .zip, is not beside it"
 
 
@@ -254,7 +257,8 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
     try:
         with (raw / path).open("rb") as stream:
             # Opened once: a footer with as many row groups as rows would be read for each row.
-            table = pq.ParquetFile(stream, pre_buffer=False)
+            piece = PIECE if is_local(raw) else 0
+            table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=piece)
             for group, run in groupby(
                 (row["member"].split(":", 2) for row in rows), lambda member: member[0]
             ):

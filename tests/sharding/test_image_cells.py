@@ -1,6 +1,7 @@
 """Tests of memory, time and limits of reading the images in parquet tables, also hostile ones."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,21 @@ def test_bytes_that_many_cells_refer_to_are_counted_for_each(
     assert places == [f"{row}:image" for row in range(5)]
     assert error.startswith(f"its images unpack to {6 * size:,} bytes or more, expected at most")
     assert error.endswith("; the remaining rows are not read")
+
+
+def test_a_row_group_is_read_in_pieces(tmp_path: Path) -> None:
+    """Published tables have row groups of hundreds of megabytes."""
+    path = tmp_path / "t.parquet"
+    cells = [{"bytes": os.urandom(100_000)} for _ in range(100)]
+    options: dict[str, Any] = {"use_dictionary": False, "write_batch_size": 1}  # small pages
+    pq.write_table(pa.table({"image": cells}), path, **options)
+    before = pa.total_allocated_bytes()
+    given = image_cells(path)
+    packed = read_all(tmp_path, [{"path": path.name, "member": "0:0:image"}])
+    assert next(given) == ("0:image", cells[0]["bytes"])
+    assert pa.total_allocated_bytes() - before < 4_000_000
+    assert next(packed) == cells[0]["bytes"]
+    assert pa.total_allocated_bytes() - before < 8_000_000
 
 
 def test_rows_are_counted_through_all_row_groups(tmp_path: Path) -> None:
