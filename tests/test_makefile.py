@@ -1,5 +1,6 @@
 """`make setup` and the Python that it makes the environment with."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     for name in ("pyproject.toml", "constraints.txt"):
         (folder / name).touch()
     command = ["make", "setup", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    # Those of `make test` would make it a make within make, which prints its folder.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_an_old_python_is_refused_before_anything_is_written(tmp_path: Path) -> None:
