@@ -41,7 +41,10 @@ FOLDER = Path(__file__).resolve().parent
 CHECKOUT = (FOLDER / "pyproject.toml").is_file()
 """True in a checkout, false in an installed wheel, which has no pyproject.toml."""
 
-IN_CHECKOUT = CHECKOUT and Path().samefile(FOLDER)
+try:
+    IN_CHECKOUT = CHECKOUT and Path().samefile(FOLDER)
+except OSError:  # a working folder that this user may not enter
+    IN_CHECKOUT = False
 """True if the working folder of this process, when it starts, is that of the checkout."""
 
 DEMO = "make demo" if IN_CHECKOUT else "python -m sharding demo demo"

@@ -236,7 +236,7 @@ class Identity(TypedDict):
     """Detector that was measured."""
 
     kind: str
-    """`checkpoint`, `onnx`, `hf`, `timm` or `file`."""
+    """`checkpoint`, `onnx`, `hf`, `timm`, `file` or `scores` (a CSV table of scores)."""
     name: str
     """Name of the checkpoint's folder, of the file or of the repository."""
     sha256: NotRequired[str]

@@ -55,7 +55,8 @@ def _rows(path: AnyPath, stream: TextIO, error: type[ValueError]) -> Rows:
             "save it with commas, and decimals with a point"
         )
     if twice := [column for column, count in Counter(columns).items() if count > 1]:
-        raise error(f"{path} has two columns {twice[0]!r}, expected one; rename or remove one")
+        named = repr(twice[0]) if twice[0] else "without heading"
+        raise error(f"{path} has two columns {named}, expected one; rename or remove one")
     yield reader.line_num, dict(zip(columns, columns, strict=True))
     for cells in reader:
         row = [cell.strip() for cell in cells]

@@ -31,7 +31,7 @@ published split.
 import glob
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from console import counted
@@ -181,6 +181,8 @@ def find_table(
     """Return the table with the class or the split of the images below `raw/root`, and notes."""
     images = {_base(file) for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES}
     keys: dict[str, set[str]] = {}
+    shared: dict[str, set[str]] = {}  # name of tables -> the columns that all of them have
+    unused: dict[str, str] = {}  # name of tables that cannot be used -> the reason
     notes: list[str] = []
     others: dict[str, list[str]] = {}
     for file in files:
@@ -195,8 +197,10 @@ def find_table(
         try:
             columns, key = _key_of(raw / file.path, images)
         except (CatalogError, OSError) as error:
-            notes.append(f"not read: {error}")
+            unused[_base(file)] = f"not read: {error}"
+            notes.append(unused[_base(file)])
             continue
+        shared[_base(file)] = shared.get(_base(file), {*columns}) & {*columns}
         if key:
             keys.setdefault(_base(file), set()).add(key)
         else:
@@ -218,16 +222,24 @@ def find_table(
             continue
         (key,) = columns_of
         try:
-            table = _table(raw, root, files, name, key, notes)
+            table = _table(raw, root, files, name, key, shared[name], notes)
         except CatalogError as error:  # a table of this name in another folder
-            notes.append(f"not read: {error}")
+            unused[name] = f"not read: {error}"
+            notes.append(unused[name])
             continue
         if fault := _fault(table, files):
-            notes.append(f"table {table.name} is not used: {fault}")
+            unused[name] = f"table {table.name} is not used: {fault}"
+            notes.append(unused[name])
             continue
+        if table.split and table.split not in shared[name]:
+            raise CatalogError(
+                f"some tables {table.name} in {raw / root} lack the column {table.split!r}, which "
+                "others have; add it to them, or rename them"
+            )
         tables += [table] if table.split or table.label else []
         if not table.split and _names_split(table.name):
             dividing[table.name] = _divides(table, files)
+    _refuse_published(raw / root, files, unused)
     if any(dividing.values()):
         raise CatalogError(
             f"{' and '.join(dividing)} in {raw / root}: their names divide the images, and only a "
@@ -242,6 +254,20 @@ def find_table(
         )
         return None, notes
     return (tables[0] if tables else None), notes
+
+
+def _refuse_published(folder: AnyPath, files: Sequence[RawFile], unused: Mapping[str, str]) -> None:
+    """Refuse tables that cannot be used and are named like a published split, which no folder
+    names: their images would be trained on.
+    """
+    folders = {file.inside.rpartition("/")[0] for file in files}
+    if not any(split_of(path)[0] in ("val", "test") for path in folders):
+        for name, reason in unused.items():
+            if looks_published(posixpath.splitext(name)[0]):
+                raise CatalogError(
+                    f"{name} in {folder} may name the images of a published set: {reason}; or "
+                    "move it out of the folder to divide its images anew"
+                )
 
 
 def _base(file: RawFile) -> str:
@@ -264,9 +290,17 @@ def _key_of(path: AnyPath, images: set[str]) -> tuple[list[str], str]:
 
 
 def _table(
-    raw: AnyPath, root: str, files: Sequence[RawFile], name: str, key: str, notes: list[str]
+    raw: AnyPath,
+    root: str,
+    files: Sequence[RawFile],
+    name: str,
+    key: str,
+    shared: Set[str],
+    notes: list[str],
 ) -> ImageTable:
-    """Read the CSV files of one name, and choose the columns with the class and the split."""
+    """Read the CSV files of one name, and choose the columns with the class and the split. Only a
+    column that all of them have (`shared`) can give the class.
+    """
     actual = next(base for f in files for base in [f.inside.rpartition("/")[2]] if _base(f) == name)
     table = Table(name=glob.escape(actual), key=key)
     read = [file for file in files if not (_base(file) == name and file.excluded)]
@@ -281,7 +315,7 @@ def _table(
             values.setdefault(column, Counter()).update(others)
     few = {column: counts for column, counts in values.items() if len(counts) <= MOST_VALUES}
     split = _split_column(actual, few, notes)
-    label, labels = _label_column({c: counts for c, counts in few.items() if c != split})
+    label, labels = _label_column({c: few[c] for c in few if c != split and c in shared})
     unused = [column for column in values if column not in (split, label)]
     if not (split or label):
         shown = ", ".join(values) or "no other column"

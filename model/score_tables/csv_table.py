@@ -49,7 +49,7 @@ NAMES, SCORES = ("key", "path"), ("score", "probability")
 
 OPTIONAL = ("set", "source", "generator", "group")
 
-LABELS = {"real": 0, "0": 0, "fake": 1, "1": 1}
+LABELS = {"real": 0, "0": 0, "0.0": 0, "fake": 1, "1": 1, "1.0": 1}
 
 SET = "images"
 """Name of the set of a table that names none: the same for all, so that they can be compared."""
@@ -121,8 +121,8 @@ def _rows(file: Path, *, needs_label: bool) -> Iterator[_Row]:
         missing += ["label"] if needs_label and "label" not in columns else []
         if missing:
             raise ScoresError(
-                f"{file} has the columns {', '.join(columns) or 'none'}, expected also "
-                f"{' and '.join(missing)}, separated by commas"
+                f"{file} has the columns {', '.join(columns) or 'none'}; add or rename: "
+                f"{'; '.join(missing)} (in lower case, separated by commas)"
             )
         used = {name, score, "label", *(OPTIONAL if needs_label else ())}
         if unused := [column or "(no heading)" for column in columns if column not in used]:
@@ -209,26 +209,26 @@ def _or_none(values: np.ndarray) -> list[float | None]:
 
 def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> dict[str, pa.Table]:
     """Return the rows of `scores.parquet` of each set, with the scores of the table."""
-    samples: dict[str, tuple[str, int]] = {}
+    samples: dict[str, dict[str, int]] = {}  # key or path -> the sample in each set
     for name, shards in sets.items():
         for column in ("key", "origin"):
             for sample, text in enumerate(shards.table.column(column).to_pylist()):
-                samples.setdefault(text, (name, sample))
+                samples.setdefault(text, {}).setdefault(name, sample)
     scored: dict[tuple[str, int], _Row] = {}
     strangers = []
     for row in rows:
-        if (of := _sample_of(row.name, samples)) is None:
+        if not (of := _samples_of(row.name, samples)):
             strangers.append(row)
-            continue
-        first = scored.setdefault(of, row)
-        if first is not row:
-            _refuse_second(file, row, first)
-        label = int(sets[of[0]].column("label")[of[1]])
-        if row.label not in (None, label):
-            raise ScoresError(
-                f"{file}, line {row.line}: {row.name} is {CLASSES[row.label or 0]}, but "
-                f"{CLASSES[label]} in the set {of[0]}"
-            )
+        for name, sample in of.items():
+            first = scored.setdefault((name, sample), row)
+            if first is not row:
+                _refuse_second(file, row, first)
+            label = int(sets[name].column("label")[sample])
+            if row.label not in (None, label):
+                raise ScoresError(
+                    f"{file}, line {row.line}: {row.name} is {CLASSES[row.label or 0]}, but "
+                    f"{CLASSES[label]} in the set {name}"
+                )
     if not scored:
         raise ScoresError(
             f"{file}: no row is of an image of {', '.join(sets)}; the first is {rows[0].name!r}, "
@@ -250,12 +250,12 @@ def _example(sets: Mapping[str, ShardSet]) -> str:
     return " or ".join(repr(first.column(name)[0].as_py()) for name in ("key", "origin"))
 
 
-def _sample_of(name: str, samples: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
-    """Return the set and the sample that the name of an image in a table is for, or None."""
+def _samples_of(name: str, samples: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    """Return the sample in each set that the name of an image in a table is for."""
     path = PurePosixPath(name.replace("\\", "/"))
     ends = ("/".join(path.parts[at:]) for at in range(len(path.parts)))
     keys = [path.stem] if path.parent.suffix == ".tar" else []
-    return next((samples[text] for text in (name, *ends, *keys) if text in samples), None)
+    return next((samples[text] for text in (name, *ends, *keys) if text in samples), {})
 
 
 def _scored(name: str, shards: ShardSet, scored: Mapping[tuple[str, int], _Row]) -> pa.Table:

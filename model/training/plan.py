@@ -57,6 +57,7 @@ from model.training.optim import parameter_groups
 from model.training.resume import (
     as_saved,
     check_same_recipe,
+    ended_of,
     progress_of,
     resumable_checkpoints,
     unfinished_of,
@@ -234,7 +235,7 @@ def plan(
         steps_per_epoch=stream.steps_per_epoch,
         best=_best(whole),
         gain=gain,
-        ended=(checkpoint.read_meta(resumed).get("ended") or "") if resumed else "",
+        ended=ended_of(resumed, done, stream.steps_per_epoch * recipe.run.epochs),
         weights=weights,
         first_weights=_first_weights(recipe, weights, resumed),
         teacher=teacher,

@@ -77,6 +77,16 @@ def unfinished_of(folder: Path) -> Path | None:
     return next((one for one in reversed(run) if (one / checkpoint.STATE_FILE).exists()), None)
 
 
+def ended_of(resumed: Path | None, done: int, steps: int) -> str:
+    """Return why a run is over, empty if it is not. Earlier versions did not record it after the
+    last step.
+    """
+    meta = checkpoint.read_meta(resumed) if resumed else None
+    if meta is None:
+        return ""
+    return meta.get("ended") or ("every step is done" if done == steps and meta["metrics"] else "")
+
+
 def check_same_recipe(resumed: Path, recipe: Recipe) -> None:
     """Refuse to resume a checkpoint of another recipe. A key that the program did not have when the
     run began has its default there.

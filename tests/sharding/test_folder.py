@@ -279,3 +279,29 @@ def test_copies_of_one_image_are_too_few(tmp_path: Path) -> None:
         match=r"fake images in .*: 24 images excluded, such as mine/fake/1\.jpg \(the ",
     ):
         pack(mine, tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    "text", ["path;id\n0.jpg;1\n", "path\n0.jpg\n"], ids=["semicolons", "shared"]
+)
+def test_a_published_test_table_that_cannot_be_used_is_refused(tmp_path: Path, text: str) -> None:
+    """Its images would be trained on."""
+    for label in ("real", "fake"):
+        write_images(tmp_path / "raw" / label, 3, 0)
+    (tmp_path / "raw/test.csv").write_text(text)
+    with pytest.raises(CatalogError, match=r"test.csv in .* may name the images of a published"):
+        pack(tmp_path / "raw", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_tables_of_one_name_have_the_column_that_divides(tmp_path: Path) -> None:
+    for label, column, cells in (
+        ("real", "split", ["test", *["train"] * 20]), ("fake", "model", ["sdxl"] * 21)
+    ):  # fmt: skip
+        folder = tmp_path / "raw" / label
+        write_images(folder, 21, {"real": 0, "fake": 50}[label])
+        names = sorted(path.name for path in folder.iterdir())
+        rows = [f"{name},{cell}" for name, cell in zip(names, cells, strict=True)]
+        (folder / "meta.csv").write_text("\n".join([f"path,{column}", *rows]))
+    with pytest.raises(CatalogError, match=r"some tables meta.csv in .* lack the column 'split'"):
+        pack(tmp_path / "raw", tmp_path / "shards")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,8 @@ def test_a_table_gets_the_report_of_an_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "said"),
     [
-        (ROWS, "path,label,logit,source", "expected also score or probability, separated by"),
-        (ROWS, "name,class,score,source", "expected also key or path and label, separated by"),
+        (ROWS, "path,label,logit,source", "; add or rename: score or probability (in lower"),
+        (ROWS, "name,class,score,source", "; add or rename: key or path; label (in lower"),
         (["a.jpg,2,0.5,x"], None, "line 2: label is '2', expected real or 0, or fake or 1"),
         (["a.jpg,0,1.5,x"], None, "line 2: score is '1.5', expected the probability of fake, 0 to"),
         (["a.jpg,0,-3,x"], None, "line 2: score is '-3'"),
@@ -119,6 +120,21 @@ def names_of(shards: ShardSet) -> list[str]:
         known = (key, origin, f"C:\\raw\\{origin}", f"data/x/old-train-00000.tar/{key}.jpg")
         forms.append(known[row % 4])
     return forms
+
+
+def test_a_row_counts_in_each_set_with_its_image(data: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "shards"
+    for name in ("val", "again"):
+        shutil.copytree(data / "val", copied / name)
+    labels = open_shards([data / "val"]).column("label")
+    keys = open_shards([data / "val"]).table.column("key").to_pylist()
+    rows = [f"{key},{float(label)},0.5" for key, label in zip(keys, labels, strict=True)]
+    file = table(tmp_path / "t.csv", rows, "key,label,score")
+    words = ("--shards", "val", "--shards", "again", "--data", copied, "--out", tmp_path / "out")
+    result = run("--scores", file, *words)
+    assert result.exit_code == 0, result.output
+    sets = json.loads((tmp_path / "out/report.json").read_text())["sets"]
+    assert sets["val"]["overall"] == sets["again"]["overall"]
 
 
 def test_scores_of_a_packed_set_have_its_images(data: Path, tmp_path: Path) -> None:
