@@ -226,7 +226,7 @@ def test_an_error_of_a_descriptor_is_one_line() -> None:
         (OSError(23, "Too many open files in system"), "end other programs"),
         (OSError("[Errno 24] Too many open files: '/a'"), "ulimit -n 4096"),
         (RuntimeError("Too many open files. Communication with the workers"), "ulimit -n 4096"),
-        (FileNotFoundError(2, "No such file", "/tmp/Too many open files"), None),
+        (FileNotFoundError(2, "No such file", "folder/Too many open files"), None),
         (ValueError("Too many open files"), None),
     ],
 )
