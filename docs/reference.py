@@ -31,9 +31,9 @@ from typing import Any, Literal
 from typing_extensions import is_typeddict
 
 import console
+from model.recipe import Recipe
 from model.shipped.meta import Meta
 from report.fields import Report
-from model.recipe import Recipe
 from sharding.catalog import Catalog
 from sharding.index import Index
 
