@@ -7,12 +7,13 @@ binary `bytes`, as Hugging Face writes them, or if they are binary and the table
 `huggingface` metadata. Other columns are not read. If the metadata names one of them, the first
 pair has its name and a `DecodeError`.
 
-`DecodeError` is raised for a file that is no table, has no column with images, is damaged, or whose
-images unpack to more than `MAX_RATIO` times the size of the file plus `MAX_SLACK` bytes, as for a
-compressed tar; `OSError` if it cannot be read. A cell counts as `LEAST` bytes or its own. What the
-footer states is compared first, so that such a table is not begun; then what is given is counted,
-as many cells may refer to the same bytes. Cells before the error are good. One row is in memory at
-a time, and no image above the limit for a file (`MAX_BYTES` of imaging/decode.py) is given.
+`DecodeError` is raised for a file that is no table, has no column with images or no row, is
+damaged, or whose images unpack to more than `MAX_RATIO` times the size of the file plus `MAX_SLACK`
+bytes, as for a compressed tar; `OSError` if it cannot be read. A cell counts as `LEAST` bytes or
+its own. What the footer states is compared first, so that such a table is not begun; then what is
+given is counted, as many cells may refer to the same bytes. Cells before the error are good. One
+row is in memory at a time, and no image above the limit for a file (`MAX_BYTES` of
+imaging/decode.py) is given.
 """
 
 from collections import Counter
@@ -51,6 +52,8 @@ def image_cells(path: Path) -> Iterator[tuple[str, bytes | DecodeError]]:
             if not columns:
                 shown = ", ".join(schema.names[:8]) or "none"
                 raise DecodeError(f"a table without a column of images (columns: {shown})")
+            if not table.metadata.num_rows:
+                raise DecodeError("a table without rows")
             for name in others:
                 kind = schema.field(name).type
                 yield name, DecodeError(f"a column of images of type {kind}, expected binary"[:200])

@@ -36,6 +36,11 @@ def named_image(table: pa.Table) -> pa.Table:
     )
 
 
+def test_a_table_without_rows_is_no_silence(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.nulls(0, IMAGE)}), tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet") == ([], "a table without rows")
+
+
 def test_empty_cells_of_a_small_table_take_no_memory(tmp_path: Path) -> None:
     """A table of 11 kB has 3 million rows, which took 2 GB before the first image."""
     path = tmp_path / "t.parquet"
