@@ -55,7 +55,13 @@ import console
 import recipes
 from installed import versions
 from model.backbones.resolve import resolved
-from model.device import choose_device, choose_precision, describe, keep_freed_memory
+from model.device import (
+    choose_compile,
+    choose_device,
+    choose_precision,
+    describe,
+    keep_freed_memory,
+)
 from model.network import build
 from model.recipe import Recipe
 from model.training.optim import make_optimizer
@@ -271,7 +277,7 @@ def main(
     base = Way(
         batch=recipe.loading.batch_size,
         dtype=describe(choose_precision(recipe.run.precision, place)[0]),
-        compiled=recipe.run.compile == "on" or (recipe.run.compile == "auto" and on_gpu),
+        compiled=choose_compile(recipe.run.compile, place)[0],
         fused=on_gpu,
     )
     ways = ways_of(base, on_gpu)

@@ -15,6 +15,10 @@ dtype and the reason for the choice, as text.
 - `bf16`, `fp16` or `fp32`: this precision, on any device.
 - Another text raises `ValueError`.
 
+`choose_compile(asked, device)` takes `auto`, `on` or `off`. It returns whether torch.compile is
+used, and the reason. `auto` uses it on a GPU where Triton, a C compiler and Python's headers are
+installed. It raises `ValueError` if `asked` is `on` and something of this is missing.
+
 `describe(dtype)` returns the short name (`bf16`, `fp16` or `fp32`) of one of these dtypes.
 `keep_freed_memory(device)` makes computation on a CPU faster, by not returning freed memory to the
 system; for a GPU, or without glibc, it does nothing. `one_thread(active)` is a context manager: in
@@ -24,8 +28,13 @@ its block torch computes with one CPU thread, if `active` (default True). In the
 
 import contextlib
 import ctypes
+import importlib.util
+import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -69,11 +78,45 @@ def describe(dtype: torch.dtype) -> str:
 
 
 def choose_compile(asked: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether torch.compile is used for `asked` (auto, on or off), and the reason."""
-    if asked != "auto":
-        return asked == "on", "asked for"
-    pays = device.type == "cuda"
-    return pays, f"{'faster' if pays else 'not faster'} on {device.type}"
+    """Return whether torch.compile is used for `asked` (auto, on or off), and the reason. `auto` is
+    off on a GPU where torch.compile lacks what it needs.
+
+    Raises:
+        ValueError: `asked` is on, and torch.compile lacks what it needs.
+    """
+    if asked == "off":
+        return False, "asked for"
+    missing = _missing_for_compile(device)
+    if asked == "on":
+        if missing:
+            raise ValueError(f"run.compile=on, but {missing}; or set run.compile=off")
+        return True, "asked for"
+    if device.type != "cuda":
+        return False, "auto uses it on GPUs only"
+    return not missing, missing or "faster on cuda"
+
+
+def _missing_for_compile(device: torch.device) -> str:
+    """Return what torch.compile lacks on this machine and how to get it, empty if nothing.
+
+    Its code for a CPU is C++. For a GPU it is Triton's, whose launcher is C. Both include Python.h.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs the package triton, which is not installed"
+    language, variable, names = "C++", "CXX", ("g++", "clang++")
+    if device.type == "cuda":
+        language, variable, names = "C", "CC", ("gcc", "clang")
+    if not os.environ.get(variable) and not any(map(shutil.which, names)):
+        return (
+            f"torch.compile needs a {language} compiler, and there is no {' or '.join(names)}: "
+            f"install one, or name yours in {variable}"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return (
+            f"torch.compile needs Python's headers, and there is no {header}: install python3-dev"
+        )
+    return ""
 
 
 @contextlib.contextmanager

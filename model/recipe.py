@@ -111,7 +111,9 @@ class Run:
     """Floating-point format of the forward pass. `auto`: bf16 if the GPU supports it, else fp16,
     else fp32; fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether torch.compile is used. `auto` uses it on a GPU."""
+    """Whether torch.compile is used. `auto` uses it on a GPU, if a compiler is installed. With
+    stored features only their computation is compiled, which also pays on a CPU for thousands of
+    images."""
     log_every: int = 50
     """Steps between two rows of `metrics.jsonl`. Range: at least 1"""
     save_every: int = 0

@@ -32,6 +32,7 @@ The fields of an `Embedder` are passed by keyword:
   `model/network.py` (new).
 - `device`: a `torch.device`.
 - `dtype`: the precision, such as `torch.float32`.
+- `compiled`: whether the network is compiled by torch.compile (default False).
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
 - `rank`, `world_size`: the number of this process, from 0 (the default), and how many processes
   there are (default 1). Rank r computes every `world_size`-th shard.
@@ -40,7 +41,7 @@ The fields of an `Embedder` are passed by keyword:
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,8 @@ shape of the input affects the last bits of a feature.
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedder:
-    """Settings for computing features: network, device, precision and loading. Rank `rank` of
-    `world_size` computes every `world_size`-th shard.
+    """Settings for computing features: network, device, precision, compilation and loading. Rank
+    `rank` of `world_size` computes every `world_size`-th shard.
     """
 
     net: Detector
@@ -85,6 +86,18 @@ class Embedder:
     loading: Loading
     rank: int = 0
     world_size: int = 1
+    compiled: bool = False
+
+    @cached_property
+    def features(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function from images, uint8 (B, 3, H, W), to features, float (B, D). It is
+        compiled if `compiled`. On a CPU the weights become constants of the compiled code, in the
+        order in memory that its matrix products read (1.3 times as fast in bf16, docs/log.md).
+        """
+        if not self.compiled:
+            return self.net.features
+        options = {"freezing": True} if self.device.type == "cpu" else None
+        return torch.compile(self.net.features, dynamic=False, options=options)
 
 
 def embed(
@@ -200,7 +213,7 @@ def _features(
     with evaluating(embedder.net), torch.inference_mode():
         for images in in_parts(noted(), size):
             with autocast(embedder.device, embedder.dtype):
-                features = embedder.net.features(images).to(torch.float16).cpu().numpy()
+                features = embedder.features(images).to(torch.float16).cpu().numpy()
             valid, waiting_valid = waiting_valid[:size], waiting_valid[size:]
             features = features[: len(valid)]
             features[~valid] = 0

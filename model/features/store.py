@@ -105,7 +105,11 @@ class BackboneId:
 def backbone_id(
     net: Detector, network: Network, preprocess: Preprocess, dtype: torch.dtype
 ) -> BackboneId:
-    """Return the identity of the frozen part of a network."""
+    """Return the identity of the frozen part of a network.
+
+    Equal identities give equal features up to the rounding of `dtype`: another processor, or
+    compiled code (`run.compile`), rounds sums differently.
+    """
     return BackboneId(
         network=network.name,
         options=dict(network.options),

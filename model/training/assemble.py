@@ -72,6 +72,12 @@ from sharding.format import ShardSet, open_shards
 from sharding.lock import reading
 from storage import AnyPath
 
+COMPILING_PAYS = 50_000
+"""Images times views from which `run.compile = "auto"` compiles the computation of features on a
+GPU. Compiling takes about 40 s, in which a GPU embeds tens of thousands of images uncompiled (an
+estimate; not measured yet).
+"""
+
 
 def assemble(planned: RunPlan) -> TrainState:
     """Build the training state on the run's device, as it is after `planned.done` steps. torch's
@@ -119,10 +125,13 @@ def _load(net: Detector, weights: Weights) -> None:
 
 def compile_network(planned: RunPlan, train_state: TrainState) -> torch.nn.Module:
     """Return the network that the training loop calls: wrapped in DDP on several ranks, and
-    compiled if the plan says so.
+    compiled if the plan says so. With stored features only their computation is compiled: a step of
+    a linear head takes less time than its compilation.
     """
     net = wrap_ddp(train_state)
-    return cast(torch.nn.Module, torch.compile(net)) if planned.compiled else net
+    if not planned.compiled or planned.features is not None:
+        return net
+    return cast(torch.nn.Module, torch.compile(net))
 
 
 def views_of(recipe: Recipe) -> range:
@@ -191,8 +200,9 @@ def embed_run(
         FeatureError: a feature is not finite.
         LoadError: too many images cannot be decoded.
     """
-    recipe = planned.recipe
+    recipe, views = planned.recipe, views_of(planned.recipe)
     rank, world_size = part or (planned.dist.rank, planned.dist.world_size)
+    many = len(planned.stream.pool.shards) * len(views) >= COMPILING_PAYS
     embedder = Embedder(
         net=train_state.net,
         device=planned.device,
@@ -200,9 +210,10 @@ def embed_run(
         loading=recipe.loading,
         rank=rank,
         world_size=world_size,
+        compiled=planned.compiled and (many or recipe.run.compile == "on"),
     )
     count = 0
-    for number in views_of(recipe):
+    for number in views:
         count += embed_sets(embedder, [planned.stream.pool.shards], source, number)
     return count + embed_sets(embedder, [*planned.validation.values(), *sets], source, 0)
 

@@ -1,8 +1,9 @@
-"""Two commands that compute the same features at once."""
+"""Computing features: by two commands at once, and by a compiled network."""
 
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from model.features import embed as embedding
+from model.network import build
 from pipeline.loading import Loading
+from tests.builders import CPU, TINY
 
 
 def test_features_are_computed_by_one_of_two_commands(
@@ -34,9 +37,7 @@ def test_features_are_computed_by_one_of_two_commands(
     shards: Any = SimpleNamespace(shards=["a.tar"], shard_samples=[5], describe=lambda: "old")
     source: Any = SimpleNamespace(store=tmp_path, backbone=None, numbered=lambda _number: None)
     net: Any = None
-    embedder = embedding.Embedder(
-        net=net, device=torch.device("cpu"), dtype=torch.float32, loading=Loading()
-    )
+    embedder = embedding.Embedder(net=net, device=CPU, dtype=torch.float32, loading=Loading())
     with ThreadPoolExecutor() as pool:
         two = [pool.submit(embedding.embed_sets, embedder, [shards], source, 1) for _ in range(2)]
         assert sorted(each.result(60) for each in two) == [0, 5]
@@ -45,3 +46,19 @@ def test_features_are_computed_by_one_of_two_commands(
         "embedding old, view 1: features of 5 images in 1 shards are missing",
     ]
     assert [path.name for path in (tmp_path / "view").iterdir()] == ["a.arrow"]
+
+
+@pytest.mark.slow  # compiles for 10 to 40 seconds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_features_are_those_of_the_network(dtype: torch.dtype) -> None:
+    frozen = replace(TINY, freeze_backbone=True, head="stages")
+    net = build(frozen, pretrained=False).eval()
+    images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)
+    made = embedding.Embedder(net=net, device=CPU, dtype=dtype, loading=Loading())
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = made.features(images)
+        compiled = replace(made, compiled=True).features(images)
+    assert compiled.shape == expected.shape
+    torch.testing.assert_close(
+        compiled.float(), expected.float(), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1
+    )

@@ -85,7 +85,7 @@ def test_a_new_run(load: Load, data: Path, tmp_path: Path) -> None:
     assert "fp32 on cpu (no mixed precision on cpu)" in said
     assert "per epoch 80 new samples (40 real, 40 fake) and 0 old ones" in said
     assert "10 steps of 16" in said
-    assert "torch.compile off (not faster on cpu)" in said
+    assert "torch.compile off (auto uses it on GPUs only)" in said
 
 
 def test_parameters_and_rates_are_those_of_the_network_that_is_built(
