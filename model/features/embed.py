@@ -96,8 +96,9 @@ class Embedder:
         """
         if not self.compiled:
             return self.net.features
-        options = {"freezing": True} if self.device.type == "cpu" else None
-        return torch.compile(self.net.features, dynamic=False, options=options)
+        if self.device.type != "cpu":
+            return torch.compile(self.net.features, dynamic=False)
+        return torch.compile(self.net.features, dynamic=False, options={"freezing": True})
 
 
 def embed(
