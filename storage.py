@@ -61,6 +61,7 @@ from upath import UPath
 from escape import reason_of, too_many_files
 from installed import why_not_imported
 from locks import locked
+from web_addresses import web_path
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs  # typing has it from Python 3.13 on
@@ -100,9 +101,6 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
         if path.protocol in _OF_THIS_MACHINE:
             return Path(path.path)
         fsspec.get_filesystem_class(path.protocol)
-        if path.protocol in READ_ONLY:  # else fsspec's client ignores HTTP_PROXY and NO_PROXY
-            own = path.storage_options.get("client_kwargs", {})
-            path = UPath(text, client_kwargs={"trust_env": True} | own)
     except ImportError as error:
         cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
         how = f" a library: {error}"  # such as "Please install gcsfs to access Google Storage"
@@ -113,7 +111,7 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
         is_known = scheme.lower() in fsspec.available_protocols()
         fault = "names no bucket or host" if is_known else "is of no known kind of address"
         raise ValueError(f"{text} {fault}; {expected}") from error
-    return path
+    return web_path(path) if path.protocol in READ_ONLY else path
 
 
 def local_path(text: str | os.PathLike) -> Path:

@@ -22,8 +22,9 @@ as a text, the tar's entry in `shards` of the index (a dict) and its rows of the
 pyarrow table), and returns (number of images, list of faults).
 
 `sets_in(folder)` returns a list of folders of sets: `[folder]` if this is a set, else the sets
-directly below it. It raises `ShardError` if there is none. `unfinished_in(folder)` returns a fault,
-a line, for each folder directly below it that has tars but no index, none if `folder` is a set.
+directly below it. It raises `ShardError` if there is none, or if the set is a whole bucket or host.
+`unfinished_in(folder)` returns a fault, a line, for each folder directly below it that has tars but
+no index, none if `folder` is a set.
 """
 
 import csv
@@ -46,6 +47,7 @@ from sharding.format import (
     IMAGE_FORMATS,
     INDEX_FILE,
     TIMM_FILE,
+    ShardError,
     ShardSet,
     codes_of,
     content_sha256,
@@ -74,11 +76,16 @@ def sets_in(folder: AnyPath) -> list[AnyPath]:
     `.` is returned as an absolute path, because a set has the name of its folder.
 
     Raises:
-        ShardError: there is no set.
+        ShardError: there is no set, or it is not in a folder of its bucket or host.
     """
     if is_local(folder) and folder.name in ("", ".."):
         folder = folder.resolve()
     if (folder / INDEX_FILE).exists():
+        if not folder.name:
+            raise ShardError(
+                f"{folder} is a whole bucket or host, expected a folder that has the name of the "
+                "set; move the set to such a folder"
+            )
         return [folder]
     below = sorted(path.parent for path in folder.glob(f"*/{INDEX_FILE}"))
     if not below:

@@ -17,7 +17,7 @@ SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detec
 
 COMMON = {
     "installed", "escape", "devices", "console", "cli", "interrupts", "locks", "recipes", "storage",
-    "imaging",
+    "web_addresses", "imaging",
 }  # fmt: skip
 
 PAGE = {
@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "interrupts": {"console"},
     "recipes": {"storage"},
     "locks": set(),
-    "storage": {"installed", "escape", "locks"},
+    "web_addresses": set(),
+    "storage": {"installed", "escape", "locks", "web_addresses"},
     "imaging": {"escape", "storage"},
     "sharding": COMMON,
     "pipeline": {*COMMON, "sharding.format", "sharding.rows"},

@@ -23,9 +23,9 @@ a decision (a threshold, or two error rates) and three to record mistakes."""
 
 PRODUCT = (
     "app.py", "app_server.py", "cli.py", "console.py", "evaluate.py", "predict.py", "storage.py",
-    "train.py", "devices.py", "escape.py", "interrupts.py", "locks.py", "imaging/**/*.py",
-    "model/**/*.py", "page/**/*.py", "pipeline/**/*.py", "recipes/**/*.py", "report/**/*.py",
-    "serve/**/*.py", "sharding/**/*.py",
+    "train.py", "devices.py", "escape.py", "interrupts.py", "locks.py", "web_addresses.py",
+    "imaging/**/*.py", "model/**/*.py", "page/**/*.py", "pipeline/**/*.py", "recipes/**/*.py",
+    "report/**/*.py", "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip
 
 MOST_FUNCTIONS = {"found": 10}

@@ -7,6 +7,8 @@ import pytest
 from upath import UPath
 
 import storage
+from sharding.format import ShardError
+from sharding.verify import sets_in
 
 
 @pytest.mark.parametrize("read", [storage.any_path, storage.local_path])
@@ -38,6 +40,27 @@ def test_a_mistyped_address_is_one_true_line(text: str, fault: str) -> None:
 
 def test_the_scheme_of_an_address_may_have_capitals() -> None:
     assert storage.any_path("Memory://bucket/a") == UPath("memory://bucket/a")
+
+
+@pytest.mark.parametrize("end", ["", "/", "//"])
+def test_a_slash_at_the_end_of_a_web_address_is_dropped(end: str) -> None:
+    """Browsers show it, and the last part of an address is the name of its set."""
+    for path in (f"https://host/sets/own{end}", UPath(f"https://host/sets/own{end}", timeout=3)):
+        assert storage.any_path(path).name == "own"
+        assert str(storage.any_path(path) / "index.json") == "https://host/sets/own/index.json"
+    assert storage.any_path(path).storage_options["timeout"] == 3
+    assert str(storage.any_path(f"https://host{end}") / "own") == "https://host/own"
+
+
+def test_a_set_that_is_a_whole_bucket_is_refused() -> None:
+    """It would have no name."""
+    index = UPath("memory:///index.json")
+    index.write_text("{}")
+    try:
+        with pytest.raises(ShardError, match="is a whole bucket or host, expected a folder that"):
+            sets_in(index.parent)
+    finally:
+        index.unlink()
 
 
 @pytest.mark.parametrize(
