@@ -79,8 +79,8 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
     HTTP_PROXY, HTTPS_PROXY and NO_PROXY name.
 
     Raises:
-        ValueError: an empty text, a zero byte, an address of an unknown kind or without bucket or
-            host, or one whose library is not installed.
+        ValueError: an empty text, a zero byte, an address of an unknown kind, without bucket or
+            host, with a query (`?`), or one whose library is not installed.
     """
     if not str(text).strip():
         raise ValueError("an empty path; name a file or folder, or . for this folder")

@@ -52,6 +52,16 @@ def test_a_slash_at_the_end_of_a_web_address_is_dropped(end: str) -> None:
     assert str(storage.any_path(f"https://host{end}") / "own") == "https://host/own"
 
 
+@pytest.mark.parametrize("address", ["https://host/own?sig=secret", "http://host/own/#secret"])
+def test_a_web_address_with_a_query_is_refused(address: str) -> None:
+    """The names of files were put behind the query, or in its place."""
+    for path in (address, UPath(address)):
+        with pytest.raises(ValueError, match="a query or fragment names one file") as refused:
+            storage.any_path(path)
+        assert "secret" not in str(refused.value)
+    assert storage.any_path("https://host/a%3Fb").name == "a%3Fb"
+
+
 def test_a_set_that_is_a_whole_bucket_is_refused() -> None:
     """It would have no name."""
     index = UPath("memory:///index.json")
