@@ -442,8 +442,8 @@ def size_of(path: AnyPath) -> int | None:
 
 
 def sha256_of(path: AnyPath) -> str:
-    """Return the SHA-256 of a file as 64 hex digits. The file is read in pieces."""
-    with path.open("rb") as stream:
+    """Return the SHA-256 of a file as 64 hex digits, read in pieces. It raises as `open_plain`."""
+    with open_plain(path) if is_local(path) else path.open("rb") as stream:
         # Streams of fsspec have `readinto`, but the type BinaryIO does not declare it.
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 

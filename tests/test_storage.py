@@ -390,6 +390,8 @@ def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
     for name in ("pipe", "device"):
         with pytest.raises(storage.RefusedFileError, match="not a plain file, but a pipe, a dev"):
             read_plain(tmp_path / name)
+        with pytest.raises(storage.RefusedFileError, match="not a plain file, but a pipe, a dev"):
+            storage.sha256_of(tmp_path / name)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
         with pytest.raises(IsADirectoryError) as refused:
