@@ -26,9 +26,10 @@ to `path`, and `close()` releases the lock, and deletes an unfinished file witho
 whether an image of this name had a row when the file was opened, and `take(name)` whether it had
 more of them than were taken before. `unreadable` is the number of rows without a verdict at that
 time. `reach(until)` states that the rows have all changes of the images before a Unix time, and
-`is_older_than(path)` says whether a file changed after the time that was stated last: it is the
-modification time of the file on disk, and begins with the time at which the file is new. `OSError`
-is raised if the file cannot be opened or written, and `ResultsError` in these cases:
+`is_older_than(path)` says whether a file changed after the time that was stated last, `until`: it
+is the modification time of the file on disk, in whole milliseconds, and begins with the time at
+which the file is new. It is 0 if the file has another time: a copy, a kill, a clock that was ahead.
+`OSError` is raised if the file cannot be opened or written, and `ResultsError` in these cases:
 
 - `path` or `unfinished_of(path)` exists and `resume` is false, or one of them is no regular file.
 - Another process writes the file, or its folder is missing.
@@ -130,7 +131,7 @@ class ResultsFile:
 
     Of the rows that were in the file when it was opened, `names` contains a sorted hash of each
     image name, uint64, and `unreadable` is the number of rows without a verdict. `until` is a Unix
-    time: the rows have all changes of the images before it.
+    time: the rows have all changes of the images before it. 0: it is not known.
     """
 
     path: Path
@@ -170,12 +171,12 @@ class ResultsFile:
 
     def reach(self, until: float) -> None:
         """State that the rows have all changes of the images before a Unix time."""
-        self.until = max(self.until, until)
+        was_ahead = self.until > time.time() + TICK_S  # the clock, which was corrected since
+        self.until = until if was_ahead else max(self.until, until)
         self._stamp()
 
     def _stamp(self) -> None:
-        with contextlib.suppress(OSError):  # not every network disk stores times
-            os.utime(self.stream.fileno(), (self.until, self.until))
+        _stamp(self.stream, self.until)
 
     @property
     def go_on(self) -> str:
@@ -272,7 +273,7 @@ def _refuse_existing(path: Path, output: str, resume: bool) -> None:
 def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> ResultsFile:
     """Return the locked file `<path>.partial`, positioned after its last complete row."""
     partial = unfinished_of(path)
-    until = _until(path, partial)
+    time_of = _time_of(path, partial)
     with partial.open("rb") as started:
         if path.exists():
             with path.open("rb") as finished:
@@ -283,12 +284,14 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
                             f"{path} and {partial} are both there, and neither begins with the "
                             "other; remove or rename one, or name another file with --out"
                         )
+                    until = _until(time_of, stream)
                     file = ResultsFile(path, stream, output, rows.names, rows.unreadable, until)
                     finished.seek(0)
                     for part in iter(lambda: finished.read(2**20), b""):
                         file.write_bytes(part)
                     return file
         rows = _read_rows(started, output, partial, checkpoint, may_be_cut=True)
+    until = _until(time_of, stream)
     stream.truncate(rows.end)
     stream.seek(rows.end)
     file = ResultsFile(path, stream, output, rows.names, rows.unreadable, until)
@@ -298,13 +301,39 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
     return file
 
 
-def _until(path: Path, partial: Path) -> float:
-    """Return the time up to which all changes are in the rows: that of the longer file. If both are
-    as long, that of the finished one: a kill while it is copied leaves the time of the copy.
+def _time_of(path: Path, partial: Path) -> int | None:
+    """Return the modification time in ns of the longer file, or None if it is empty. If both are as
+    long, that of the finished one: a kill while it is copied leaves the time of the copy.
     """
     facts = [place.stat() for place in (path, partial) if place.exists()]
     longer = max(facts, key=lambda fact: fact.st_size)  # the first of equal ones
-    return longer.st_mtime if longer.st_size else time.time()
+    return longer.st_mtime_ns if longer.st_size else None
+
+
+def _until(time_of: int | None, stream: BinaryIO) -> float:
+    """Return the time up to which all changes are in the rows, by the time of their file in ns: a
+    stamp has whole milliseconds. Return 0 for another time, which a copy has, or a write before a
+    kill, and for one later than now: the clock was ahead. A disk may store no times: then the time
+    of the last write counts.
+    """
+    if time_of is None:
+        return time.time()
+    until = time_of / 1e9
+    is_stamp = time_of % 10**6 == 0 or not _stores_times(stream)
+    return until if is_stamp and until <= time.time() + TICK_S else 0.0
+
+
+def _stamp(stream: BinaryIO, until: float) -> None:
+    """Set the modification time of a file to `until`, rounded to milliseconds."""
+    nanoseconds = round(until * 1000) * 10**6
+    with contextlib.suppress(OSError):  # not every network disk stores times
+        os.utime(stream.fileno(), ns=(nanoseconds, nanoseconds))
+
+
+def _stores_times(stream: BinaryIO) -> bool:
+    """Return whether the disk of a file stores times. If it does, the file gets the time 0."""
+    _stamp(stream, 0)
+    return os.fstat(stream.fileno()).st_mtime < 1e9  # some disks begin in 1980
 
 
 def _begins_with(longer: BinaryIO, shorter: BinaryIO) -> bool:

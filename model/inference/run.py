@@ -305,6 +305,11 @@ def predict_all(run: PredictionRun, paths: tuple[str, ...], batch_size: int) -> 
 def predict_as_they_come(run: PredictionRun, folder: str, batch_size: int) -> None:
     """Score new images in a folder, without end."""
     console.log.info("watching %s; press Ctrl-C to stop", folder)
+    if run.out and not run.out.until:
+        console.log.warning(
+            "the time of %s is not one that this program gave it (a copy, a changed clock, a "
+            "kill): all images are scored again", run.out.path,
+        )  # fmt: skip
     run.watched = set()
     for ready, until in inputs.watch(folder, run.excluded):
         for _ in run.over(ready, batch_size):

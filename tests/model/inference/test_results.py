@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,7 +219,9 @@ NAMES = ["=1+1.jpg", "'=1.jpg", "+a.jpg", "@b.jpg", "-c.jpg", 'qu"ote', "new\nli
          "\ufeffx", os.fsdecode(b"\xe9"), "é", "x" * 4000]  # fmt: skip
 
 
-def test_a_change_before_the_last_row_is_not_lost(tmp_path: Path) -> None:
+def test_a_change_before_the_last_row_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that was written while the rows were, or that a file with an older time replaced."""
     image, other, out = tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / "out.csv"
     other.write_bytes(b"other")
@@ -231,6 +234,7 @@ def test_a_change_before_the_last_row_is_not_lost(tmp_path: Path) -> None:
     file.close()
     again = open_results(out, "csv", MADE_BY, resume=True)
     assert again.is_older_than(str(image))
+    monkeypatch.setattr(time, "time", lambda: image.stat().st_ctime + 9)
     again.reach(image.stat().st_ctime + 1)
     assert again.is_older_than(str(image))  # the time may be rounded down, or of another clock
     again.reach(image.stat().st_ctime + 3)
@@ -269,6 +273,48 @@ def test_a_killed_copy_of_the_finished_file_does_not_hide_changes(
     file = open_results(out, "csv", MADE_BY, resume=True)
     assert file.until == 1e9
     assert unfinished_of(out).stat().st_mtime == 1e9
+    file.close()
+
+
+def test_a_copied_or_killed_results_file_hides_no_changes(tmp_path: Path) -> None:
+    """A copy has the time of the copy, and a file the time of its last write if a kill follows."""
+    image, out = tmp_path / "a.jpg", finished(tmp_path / "out.csv", str(tmp_path / "a.jpg"))
+    image.write_bytes(b"changed")
+    later = time.time_ns() // 10**9 * 10**9 + 1
+    for path in (out, unfinished_of(tmp_path / "killed.csv")):
+        path.write_bytes(out.read_bytes())
+        os.utime(path, ns=(later - 10**9, later - 10**9))
+    for name in ("out.csv", "killed.csv"):
+        for _ in range(2):  # the second time, the first one was killed before it knew better
+            file = open_results(tmp_path / name, "csv", MADE_BY, resume=True)
+            assert file.until == 0 and file.is_older_than(str(image))
+            file.write(line("csv", row("b.jpg")))
+            file.close()
+
+
+def test_a_clock_that_was_ahead_hides_no_changes(tmp_path: Path) -> None:
+    image, out = tmp_path / "a.jpg", finished(tmp_path / "out.csv", str(tmp_path / "a.jpg"))
+    now = round(time.time())
+    os.utime(out, (now + 3600, now + 3600))
+    image.write_bytes(b"changed")
+    file = open_results(out, "csv", MADE_BY, resume=True)
+    assert file.until == 0 and file.is_older_than(str(image))
+    file.until = now + 3600.0  # its clock is set right while it runs
+    file.reach(now)
+    assert file.until == unfinished_of(out).stat().st_mtime == now
+    file.close()
+
+
+def test_a_disk_that_stores_no_times_has_those_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_arguments: object, **_options: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    out = finished(tmp_path / "out.csv", "a.jpg")
+    file = open_results(out, "csv", MADE_BY, resume=True)
+    assert file.until == pytest.approx(out.stat().st_mtime, abs=1e-3)
     file.close()
 
 

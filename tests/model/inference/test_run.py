@@ -190,9 +190,15 @@ def test_a_changed_file_is_scored_again_by_a_resumed_watch(
     monkeypatch.setattr(inputs, "SETTLED_S", 0.0)
     monkeypatch.setattr(results, "TICK_S", 0.0)  # so that images need not be older than the run
     monkeypatch.setattr(inputs.time, "sleep", sleep)
-    assert ask("--watch", file.parent, "--out", out, "--resume").exit_code == 0
+    result = ask("--watch", file.parent, "--out", out, "--resume")
+    assert result.exit_code == 0 and "scored again" not in result.stderr
     rows = out.read_text().splitlines()[1:]
     assert len(rows) == 2 and rows[0] != rows[1]
+    looks[:] = [1, 1]
+    os.utime(out, ns=(1, 1))  # as a copy has another time
+    result = ask("--watch", file.parent, "--out", out, "--resume")
+    assert "a kill): all images are scored again" in result.stderr
+    assert out.read_text().splitlines()[1:] == [*rows, rows[1]]
 
 
 def test_a_resumed_watch_scores_what_changed_in_between_and_nothing_twice(
