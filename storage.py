@@ -75,12 +75,11 @@ _OF_THIS_MACHINE = ("", "file", "local")
 
 def any_path(text: str | os.PathLike | UPath) -> AnyPath:
     """Convert a text to a `Path` (this machine) or a `UPath` (an address such as s3://...). A
-    `UPath` of an address keeps its options. Web addresses are read through the proxy that
-    HTTP_PROXY, HTTPS_PROXY and NO_PROXY name.
+    `UPath` of an address keeps its options. A web address is prepared by `web_path`.
 
     Raises:
         ValueError: an empty text, a zero byte, an address of an unknown kind, without bucket or
-            host, with a query (`?`), or one whose library is not installed.
+            host, with a query (`?`), or one whose library or proxy cannot be used.
     """
     if not str(text).strip():
         raise ValueError("an empty path; name a file or folder, or . for this folder")
@@ -174,7 +173,9 @@ def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
     reason = reason_of(error.__cause__ or error if missing else error)
     if advice := too_many_files(error):
         return f"{path} {fault}: {advice}"
-    return f"{path} {fault}: {reason}; check the address, your credentials for it and the network"
+    is_proxied = "proxy" in path.storage_options
+    network = ", the network and its proxy" if is_proxied else " and the network"
+    return f"{path} {fault}: {reason}; check the address, your credentials for it{network}"
 
 
 def is_local(path: AnyPath) -> "TypeIs[Path]":

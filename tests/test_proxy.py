@@ -25,16 +25,23 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture
-def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Proxy]]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """`environment(variables)` sets these variables, and no others of proxies."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        for variable in (name, name.upper()):
+            monkeypatch.delenv(variable, raising=False)
+    return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
+
+
+@pytest.fixture
+def proxied(environment: Callable) -> Iterator[Callable[[str], Proxy]]:
     """`proxied(upstream)` starts a proxy to this server and sets HTTP_PROXY."""
     started = []
-    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
     def start(upstream: str) -> Proxy:
         proxy = Proxy(upstream)
         started.append(proxy)
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        environment({"HTTP_PROXY": proxy.url})
         return proxy
 
     yield start
@@ -75,15 +82,52 @@ def test_an_address_that_does_not_answer_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=r"^http://nobody\.invalid/s cannot be read: .* network$"):
         open_shards(["http://nobody.invalid/s"])
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"^http://nobody\.invalid/t cannot .* 127\.0\.0\.1:9 "):
+    monkeypatch.setenv("HTTP_PROXY", "127.0.0.1:9")
+    said = r"^http://nobody\.invalid/t cannot .* 127\.0\.0\.1:9 .* the network and its proxy$"
+    with pytest.raises(ValueError, match=said):
         open_shards(["http://nobody.invalid/t"])
 
 
-def test_the_options_of_a_web_address_are_kept() -> None:
+def test_the_options_of_a_web_address_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     own = UPath("http://host/sets", headers={"a": "b"}, client_kwargs={"trust_env": False})
     assert any_path(own).storage_options == own.storage_options
-    assert any_path("http://host/sets") == any_path(any_path("http://host/sets"))
+    for proxy in ("", "http://proxy:3128"):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        assert any_path("http://host/sets") == any_path(any_path("http://host/sets"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "proxy"),
+    [({"HTTP_PROXY": "proxy:3128"}, "http://proxy:3128"),
+     ({"ALL_PROXY": "http://u:p@proxy:3128"}, "http://u:p@proxy:3128"),
+     ({"ALL_PROXY": "socks5://other", "HTTP_PROXY": "https://proxy"}, "https://proxy"),
+     ({"HTTPS_PROXY": "http://proxy:3128"}, None), ({"HTTP_PROXY": ""}, None),
+     ({"HTTP_PROXY": "socks5://proxy", "NO_PROXY": "10.1.2.0/24"}, None),
+     ({"ALL_PROXY": "http://proxy:3128", "NO_PROXY": "10.1.2.3"}, None)],
+)  # fmt: skip
+def test_a_web_address_has_the_proxy_that_downloads_have(
+    variables: dict[str, str], proxy: str | None, environment: Callable
+) -> None:
+    environment(variables)
+    options = any_path("http://10.1.2.3/sets").storage_options
+    assert options.get("proxy") == proxy
+    # With it, aiohttp would look for a proxy itself. It knows no networks in NO_PROXY.
+    assert options["client_kwargs"]["trust_env"] == ("/24" not in variables.get("NO_PROXY", ""))
+
+
+@pytest.mark.parametrize(
+    ("proxy", "said"),
+    [("socks5h://proxy:1080", "SOCKS proxy, which ALL_PROXY names; set HTTP_PROXY to one such as"),
+     ("http://u:p#secret@proxy:3128", "^ALL_PROXY is no address of a proxy, expected one such as"),
+     ("http://", "^ALL_PROXY is no address")],
+)  # fmt: skip
+def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(
+    proxy: str, said: str, environment: Callable
+) -> None:
+    environment({"ALL_PROXY": proxy})
+    with pytest.raises(ValueError, match=said) as refused:
+        any_path("http://host/sets")
+    assert "secret" not in str(refused.value)
 
 
 def test_a_bucket_is_read_through_the_proxy(
