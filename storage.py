@@ -34,9 +34,8 @@ bytes of a whole file, `read_text(path, most)` its UTF-8 text. Both raise `Refus
 `OSError`) for pipes, devices and more than `most` bytes. `open_plain(path)` is a context manager
 that opens a file, but no pipe and no device. `size_of(path)` returns bytes, or None if there is no
 file. `parse_json(text)` returns the value of a JSON text; it raises `ValueError`, also for one that
-is nested too deeply. `cache_folder()` returns the folder for downloaded weights (variable
-`DETECTOR_CACHE`; `ValueError`: none).
-`make_socket_folder()` prepares this process for starting others.
+is nested too deeply. `cache_folder()` returns the folder for downloaded weights (`ValueError`:
+none). `make_socket_folder()` prepares this process for starting others.
 """
 
 import contextlib
@@ -473,13 +472,15 @@ def cache_folder() -> Path:
     in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
 
     Raises:
-        ValueError: this user has no home folder.
+        ValueError: this user has no home folder, or `DETECTOR_CACHE` is an address.
     """
-    if own := os.environ.get("DETECTOR_CACHE"):
-        return Path(own)
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
+        if own := os.environ.get("DETECTOR_CACHE"):
+            return local_path(own).expanduser()
         return Path(caches).expanduser() / "ai-images-detector" / "backbones"
+    except ValueError as error:
+        raise ValueError(f"DETECTOR_CACHE: {error}") from error
     except RuntimeError as error:
         raise ValueError("this user has no home folder; set DETECTOR_CACHE to a folder") from error
 

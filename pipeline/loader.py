@@ -50,7 +50,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -84,6 +83,7 @@ from pipeline.workers import (
     stop_signals_held,
 )
 from sharding.format import ShardSet
+from storage import local_path
 
 if TYPE_CHECKING:
     from pipeline.dali import DaliBackend
@@ -357,7 +357,7 @@ class _Requests(Dataset):
             loader.shards,
             verify_checksums=loading.verify_checksums,
             threads=READ_THREADS,
-            cache=Cache(folder=Path(loading.cache), limit=round(loading.cache_gb * 1e9)),
+            cache=Cache(folder=local_path(loading.cache), limit=round(loading.cache_gb * 1e9)),
         )
         self.formats = loader.shards.codes("format")
         self.orientations = loader.shards.column("orientation")

@@ -13,20 +13,22 @@ default is in parentheses:
   successive samples ("global").
 - `verify_checksums`: whether every image's SHA-256 is compared with the index (False), also of sets
   on this machine. Those of a set at an address always are.
-- `cache`: folder of the cache for shards at an address, a text ("data/cache").
+- `cache`: folder on this machine for the cache of shards at an address, a text ("data/cache").
 - `cache_gb`: size of this cache in GB, above 0 (20).
 - `stall_warning_s`: seconds without a batch before a warning, above 0 (60, `STALL_WARNING_S`).
 - `stall_error_s`: seconds without a batch before the run ends, above 0 (900, `STALL_ERROR_S`). Not
   used if the training process decodes with Pillow.
 
-It raises ValueError for a number out of range. Texts and NaN are not checked here, but by
-`recipes.load()`. This module imports no image decoder, so that recipes are read without one.
+It raises ValueError for a number out of range and a cache at an address. Other texts and NaN are
+not checked here, but by `recipes.load()`. This module imports no image decoder, so that recipes are
+read without one.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.order import Shuffle
+from storage import local_path
 
 Backend = Literal["auto", "dali", "pil"]
 
@@ -71,3 +73,7 @@ class Loading:
         for name in ("cache_gb", "stall_warning_s", "stall_error_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        try:
+            local_path(self.cache)
+        except ValueError as error:
+            raise ValueError(f"cache must be a folder: {error}") from error

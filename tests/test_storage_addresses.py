@@ -7,6 +7,7 @@ import pytest
 from upath import UPath
 
 import storage
+from pipeline.loading import Loading
 from sharding.format import ShardError
 from sharding.verify import sets_in
 
@@ -87,6 +88,19 @@ def test_the_extra_is_named_only_if_its_library_is_missing(
     monkeypatch.setattr(storage.fsspec, "get_filesystem_class", fails)
     with pytest.raises(ValueError, match=f"^s3://bucket/a needs the library {said}"):
         storage.any_path("s3://bucket/a")
+
+
+def test_the_cache_is_a_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address made folders in the working folder, and so did `~` of a unit file."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, folder in (("~/x", "/home/me/x"), ("file:///x", "/x"), ("x", "x")):
+        monkeypatch.setenv("DETECTOR_CACHE", text)
+        assert storage.cache_folder() == Path(folder)
+    monkeypatch.setenv("DETECTOR_CACHE", "s3://bucket/a")
+    with pytest.raises(ValueError, match=r"^DETECTOR_CACHE: s3://bucket/a is an address; "):
+        storage.cache_folder()
+    with pytest.raises(ValueError, match=r"^cache must be a folder: s3://bucket/a is an address"):
+        Loading(cache="s3://bucket/a")
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/a", "simplecache::memory://bucket/a"])

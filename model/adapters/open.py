@@ -36,9 +36,9 @@ It raises `DetectorError` (a `ValueError`, of detector.py) if both `name` and `c
 given, if `name` is an empty text, or if an option does not fit the kind. It raises it, too, for a
 Python file or classifier that cannot be opened: see `open_file()` of python_file.py, and
 `open_transformers()` and `open_timm()` of networks.py. It raises other kinds of `ValueError` for a
-checkpoint or ONNX file that is missing, damaged or of another version, for a shipped detector whose
-backbone was not fetched, and for a device, backend or threshold that is not possible. It raises
-`OSError` for a file that cannot be read.
+checkpoint or file that is at an address, missing, damaged or of another version, for a shipped
+detector whose backbone was not fetched, and for a device, backend or threshold that is not
+possible. It raises `OSError` for a file that cannot be read.
 
 `kind_of(name)` returns the kind: hf, timm, file, onnx or checkpoint. `as_checkpoint(name,
 checkpoint, opening)` returns the checkpoint that one of the two names means, as a `Path`, or None
@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from model.adapters.calibration import with_calibration
 from model.adapters.detector import DetectorError, OtherDetector
 from model.inference.prediction import band_from
+from storage import local_path
 
 if TYPE_CHECKING:
     from model.inference.onnx_detector import OnnxDetector
@@ -80,8 +81,10 @@ def kind_of(name: str) -> Kind:
     """Return the kind of detector that a `--detector` name means; checkpoint is the default."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("hf", "timm"):
-        if not rest:
-            raise DetectorError(f"{name} names no model; write {prefix}:OWNER/NAME, or a folder")
+        model = rest.removeprefix("//")  # as in an address of data
+        if not model or model != rest:
+            known = f"{prefix}:{model or 'OWNER/NAME'}"
+            raise DetectorError(f"{name} names no model; write {known}, or a folder")
         return "hf" if prefix == "hf" else "timm"
     suffix = Path(name).suffix.lower()
     if suffix == ".py":
@@ -119,6 +122,7 @@ def as_checkpoint(name: str | None, checkpoint: Path | None, opening: Opening) -
 
     Raises:
         DetectorError: both are given, or an option is not possible for a checkpoint.
+        ValueError: `name` is an address.
     """
     if name is not None and not name.strip():
         raise DetectorError("--detector names nothing; leave it out to use the newest run")
@@ -129,7 +133,7 @@ def as_checkpoint(name: str | None, checkpoint: Path | None, opening: Opening) -
     if opening.trust or opening.fake_labels:
         option = "--trust" if opening.trust else "--fake-label"
         raise DetectorError(f"{option} is for a third-party detector; name one with --detector")
-    return Path(name) if name else checkpoint
+    return local_path(name) if name else checkpoint
 
 
 def open_other(
@@ -139,7 +143,7 @@ def open_other(
 
     Raises:
         DetectorError: the detector cannot be used, or an option is not possible for its kind.
-        ValueError: as `model.inference.onnx_detector.load_onnx`.
+        ValueError: `name` is an address, or as `model.inference.onnx_detector.load_onnx`.
     """
     band_from(threshold)  # a refusal comes before anything is loaded
     kind = kind_of(name)
@@ -152,11 +156,11 @@ def open_other(
     if kind == "onnx":
         from model.inference.onnx_detector import load_onnx
 
-        return load_onnx(name, device=device, threshold=threshold)
+        return load_onnx(local_path(name), device=device, threshold=threshold)
     if kind == "file":
         from model.adapters.python_file import open_file
 
-        detector = open_file(Path(name), trust=opening.trust, threshold=threshold)
+        detector = open_file(local_path(name), trust=opening.trust, threshold=threshold)
     else:
         from model.adapters.networks import open_timm, open_transformers
 
