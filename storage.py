@@ -172,7 +172,7 @@ def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
     reason = reason_of(error.__cause__ or error if missing else error)
     if advice := too_many_files(error):
         return f"{path} {fault}: {advice}"
-    is_proxied = "proxy" in path.storage_options
+    is_proxied = not is_local(path) and "proxy" in path.storage_options
     network = ", the network and its proxy" if is_proxied else " and the network"
     return f"{path} {fault}: {reason}; check the address, your credentials for it{network}"
 
