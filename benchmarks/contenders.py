@@ -24,6 +24,7 @@ Main entry: `measure(contender, place, workers)` times one loader in this proces
 - `first` and `last`: the moments of the first and the last batch (`time.monotonic`, which all
   processes of a machine share).
 - `images`: the number of images in all batches but the first.
+- `within`: images/s without the time between the last batch of an epoch and the first of the next.
 - `version`: that of the library, "" for `read`, `decode` and `pil`.
 
 If the library is missing, it raises ImportError, or `LoadError` (a ValueError) for `dali`.
@@ -188,14 +189,26 @@ def is_installed(contender: Contender) -> bool:
 
 def measure(contender: Contender, place: Path, workers: int) -> dict[str, float | str]:
     """Run a contender to its end. Returns the times and counts that the module describes."""
-    batches = contender.images(place, workers)
-    next(batches)
-    first = time.monotonic()
-    images = sum(batches)
-    last = time.monotonic()
+    moments, sizes = [], []
+    for size in contender.images(place, workers):
+        moments.append(time.monotonic())
+        sizes.append(size)
     package = contender.package
-    version = importlib.metadata.version(package) if package else ""
-    return {"first": first, "last": last, "images": images, "version": version}
+    return {
+        "first": moments[0], "last": moments[-1], "images": sum(sizes[1:]),
+        "within": images_per_s_within(moments, sizes, peers.EPOCHS),
+        "version": importlib.metadata.version(package) if package else "",
+    }  # fmt: skip
+
+
+def images_per_s_within(moments: list[float], sizes: list[int], epochs: int) -> float:
+    """Return images/s within the epochs, which have equally many batches: neither the first batch
+    of an epoch counts nor the wait for it.
+    """
+    per_epoch = max(1, len(sizes) // epochs)
+    inner = [step for step in range(1, len(sizes)) if step % per_epoch]
+    seconds = sum(moments[step] - moments[step - 1] for step in inner)
+    return sum(sizes[step] for step in inner) / seconds if seconds else 0.0
 
 
 @click.command()

@@ -9,7 +9,8 @@ with images/s, ms per step and waiting times is printed. So are the GPU memory o
 AU (accelerator utilization of MLPerf Storage): the time of a step in `step` divided by that in
 `full`, the median of the rounds. An AU of 1 means that the loader costs nothing; more than 1 is
 noise. Beside the AU the limit is printed: "step-bound" if the AU is at least `ENOUGH` (0.95), else
-"loader-bound". No run is saved.
+"loader-bound". A small set has many starts of epochs, whose first batch takes seconds. Where the
+clock met some, the speed and the AU without them are printed too. No run is saved.
 
 - `--shards`: the folder of the only packed set to use, without replay (default: the sets of the
   recipe, below `--data`).
@@ -18,15 +19,17 @@ noise. Beside the AU the limit is printed: "step-bound" if the AU is at least `E
   repeated.
 - `--seconds`: the time per mode and round (default 60). `--rounds`: default 3.
 - `--device`: `auto` (default: a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
-- `--json`: a file for the figures of every mode and round (`runs`), the AU of each round (`au`),
-  and the limit (`verdict`).
+- `--json`: a file for the figures of every mode and round (`runs`), the AU of each round (`au`, and
+  `au_within` without the starts of epochs), and the limit (`verdict`).
 
-`run(batches, use, stats, device, seconds)` measures one mode. It calls `use(batch)` for each
-`Batch` of the iterable `batches` until `seconds` have passed or the batches end. `stats` is a
-`LoaderStats(names of the sources)` of `pipeline.monitor`; `run()` passes the batches through it to
-time the waiting. `device` is the torch.device of the work. It returns the dict of `stats.row()`
-with three more keys: `steps`, `images_per_s` and `ms_per_step`. The first `WARM_UP` batches are not
-counted, so more are needed.
+`run(batches, use, stats, device, seconds, steps_per_epoch=0)` measures one mode. It calls
+`use(batch)` for each `Batch` of the iterable `batches` until `seconds` have passed or the batches
+end. `stats` is a `LoaderStats(names of the sources)` of `pipeline.monitor`; `run()` passes the
+batches through it to time the waiting. `device` is the torch.device of the work. It returns the
+dict of `stats.row()` with more keys: `steps`, `images_per_s` and `ms_per_step`; `epoch_starts_ms`,
+the waits for the first batches of epochs, each of `steps_per_epoch` batches (0: without epochs);
+and `images_per_s_within` and `ms_per_step_within`, as if each of these waits had been the median of
+the others. The first `WARM_UP` batches are not counted, so more are needed.
 """
 
 import itertools
@@ -86,10 +89,11 @@ def run(
     stats: LoaderStats,
     device: torch.device,
     seconds: float,
+    steps_per_epoch: int = 0,
 ) -> dict[str, Any]:
     """Use batches for `seconds` after `WARM_UP` batches.
 
-    Returns the loader's statistics, with images/s and ms per step.
+    Returns the loader's statistics, with images/s and ms per step, also without epoch starts.
     """
     batches = iter(batches)
     for batch in itertools.islice(batches, WARM_UP):
@@ -104,9 +108,26 @@ def run(
             break
     synchronize(device)
     passed = time.perf_counter() - started
-    row = stats.row()
-    rate = {"images_per_s": steps * len(batch) / passed, "ms_per_step": 1000 * passed / steps}
-    return {**row, **rate, "steps": steps}
+    starts, others = divided(stats.stalls, steps_per_epoch)
+    usual = statistics.median(others) if others else 0.0
+    within = passed - sum(max(0.0, wait - usual) for wait in starts)
+    return {
+        **stats.row(), "steps": steps, "epoch_starts_ms": [1000 * wait for wait in starts],
+        "images_per_s": steps * len(batch) / passed, "ms_per_step": 1000 * passed / steps,
+        "images_per_s_within": steps * len(batch) / within,
+        "ms_per_step_within": 1000 * within / steps,
+    }  # fmt: skip
+
+
+def divided(waits: list[float], steps_per_epoch: int) -> tuple[list[float], list[float]]:
+    """Divide the waits after `WARM_UP` batches: those for the first batch of an epoch, and all
+    others.
+    """
+    starts, others = [], []
+    for step, wait in enumerate(waits, start=WARM_UP):
+        is_start = steps_per_epoch and step % steps_per_epoch == 0
+        (starts if is_start else others).append(wait)
+    return starts, others
 
 
 def memory_used(device: torch.device) -> int | None:
@@ -141,6 +162,29 @@ def row_of(mode: str, runs: list[dict[str, Any]]) -> list[object]:
         f"{middle(runs, 'ms_per_step'):.1f}",
         *stalls,
     ]
+
+
+def au_of(runs: dict[str, list[dict[str, Any]]], name: str) -> list[float]:
+    """Return the AU of each round, by the duration of a step of this name."""
+    return [
+        alone[name] / both[name] for alone, both in zip(runs["step"], runs["full"], strict=True)
+    ]
+
+
+def epoch_starts(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return a line for each mode in which the clock met starts of epochs, and one for the AU."""
+    lines = []
+    for mode, rounds in runs.items():
+        waits = [wait for one in rounds for wait in one["epoch_starts_ms"]]
+        if waits:
+            lines.append(
+                f"{mode}: {len(waits)} starts of epochs, up to {max(waits):,.0f} ms; without them "
+                f"{middle(rounds, 'images_per_s_within'):,.0f} images/s"
+            )
+    if any(one["epoch_starts_ms"] for one in runs["full"]):
+        share = statistics.median(au_of(runs, "ms_per_step_within"))
+        lines.append(f"AU without them: {share:.1%}")
+    return lines
 
 
 @click.command(cls=console.Command)
@@ -218,17 +262,15 @@ def main(
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for number in range(rounds):
         for mode, (source, use) in modes.items():
-            runs[mode].append(run(source(), use, stats, place, seconds))
+            steps = 0 if mode == "step" else stream.steps_per_epoch
+            runs[mode].append(run(source(), use, stats, place, seconds, steps))
             console.log.info(
                 "round %d, %s: %.0f images/s", number + 1, mode, runs[mode][-1]["images_per_s"]
             )
             if out:  # after each mode, so that a crash loses one
                 rows = {"title": title, "loader_bytes": loader_bytes, "runs": runs}
                 out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    au = [
-        alone["ms_per_step"] / both["ms_per_step"]
-        for alone, both in zip(runs["step"], runs["full"], strict=True)
-    ]
+    au = au_of(runs, "ms_per_step")
     share = statistics.median(au)
     bound = "step-bound" if share >= ENOUGH else "loader-bound"
     columns = [
@@ -237,10 +279,15 @@ def main(
     console.table(title, columns, [row_of(mode, figures) for mode, figures in runs.items()])
     memory = "-" if loader_bytes is None else f"{loader_bytes / 2**20:,.0f} MiB"
     console.say(f"AU {share:.1%} ({min(au):.1%}-{max(au):.1%}): {bound}")
+    for line in epoch_starts(runs):
+        console.say(line)
     console.say(f"GPU memory of the loader alone: {memory}")
     if out:
-        figures = {"title": title, "au": au, "verdict": bound, "loader_bytes": loader_bytes}
-        out.write_text(json.dumps({**figures, "runs": runs}, indent=1) + "\n")
+        figures = {
+            "title": title, "au": au, "au_within": au_of(runs, "ms_per_step_within"),
+            "verdict": bound, "loader_bytes": loader_bytes, "runs": runs,
+        }  # fmt: skip
+        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

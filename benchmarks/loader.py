@@ -27,11 +27,12 @@ has `repeats` calm runs, but each at most `2 * repeats` times.
 - `size`: the pair (batch size, epochs).
 - `keep`: called with the result so far after each run, such as `lambda runs: None`.
 
-It returns a dict, name -> list of runs. A run is a dict with `images_per_s`, `start_s` (seconds),
-`bytes` (memory), `version` (of the library, "" if none is used) and `others` (the share of the CPU
-time that other programs used, 0 to 1). If the loader is not installed, the run is `{"missing":
-package}`. If it failed or took more than `TIMEOUT_S` seconds, the run has `failed` (the reason) and
-`log` (the last lines of its output). Neither is run again.
+It returns a dict, name -> list of runs. A run is a dict with `images_per_s`, `within` (the same
+without the waits for the first batch of later epochs), `start_s` (seconds), `bytes` (memory),
+`version` (of the library, "" if none is used) and `others` (the share of the CPU time that other
+programs used, 0 to 1). If the loader is not installed, the run is `{"missing": package}`. If it
+failed or took more than `TIMEOUT_S` seconds, the run has `failed` (the reason) and `log` (the last
+lines of its output). Neither is run again.
 
 First fill `place`, an empty folder, by one of these, which return nothing. `pack(place, images,
 originals, workers)` makes the images and packs them with `workers` processes; `images` is their
@@ -161,6 +162,7 @@ def run(
         return marks
     return {
         "images_per_s": marks["images"] / (marks["last"] - marks["first"]),
+        "within": marks["within"],
         "start_s": marks["first"] - started,
         "bytes": largest,
         "version": marks["version"],
@@ -341,6 +343,10 @@ def main(
         "calm runs",
     ]  # fmt: skip
     console.table(title, columns, [row_of(name, runs[name], base) for name in names])
+    for name in names if epochs > 1 else []:
+        if rates := [one["within"] for one in calm_runs(runs[name])]:
+            rate = statistics.median(rates)
+            console.say(f"{name}: {rate:,.0f} images/s without the starts of later epochs")
     failed = {name: one for name in names for one in runs[name] if "failed" in one}
     for name, one in failed.items():
         console.say(f"{name}: {one['failed']}")

@@ -308,8 +308,8 @@ class Loader:
     def _dali(self) -> "DaliBackend":
         from pipeline.dali import DaliBackend
 
-        # With a GPU too, one thread per core: the JPEG step, PNG and WebP run on the CPU. On an
-        # H200 with 16 cores, 4 threads gave 2,338 images/s and 16 gave 3,303 (docs/log.md).
+        # With a GPU too, one thread per core: the JPEG step, PNG and WebP run on the CPU. Whether 4
+        # threads would be enough on a GPU is not measured yet (docs/log.md, 2026-12-01).
         return DaliBackend(
             self.preprocess.shape,
             self.loading.batch_size,
