@@ -51,7 +51,7 @@ golden: setup ## rewrite the golden values in tests/golden; `git diff` shows the
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --write-golden tests/model/training tests/pipeline
 
 test-gpu: $(if $(filter file,$(origin RUN)),setup) ## run the tests that need a GPU and are not slow; fails without one. RUN=PYTHON runs them without setup
-	REQUIRE_GPU=1 $(RUN) -m pytest -m "gpu and not slow" tests/pipeline tests/model/training
+	REQUIRE_GPU=1 $(RUN) -m pytest -m "gpu and not slow" tests/pipeline tests/model/training/test_step_waits.py
 
 lint: setup ## check style and format (ruff) and types (mypy)
 	$(BIN)/ruff check . docs/reference.py

@@ -4,12 +4,16 @@
 
 Main entry: `main()`, this click command. Three functions yield their results as dicts, one per
 measurement. Each dict is printed at once, and FILE is written anew with all dicts so far, so that a
-crash loses only one. FILE is a JSON object: part -> list of its dicts.
+crash loses only one. FILE is a JSON object: part -> list of its dicts, and `title`, the device and
+the number of images.
 
 - `--shards`: the folder of a packed set of JPEGs.
 - `--json`: FILE; optional.
-- `--only`: `settings`, `jpeg step` or `memory` (`PARTS`); may be repeated. Default: all three.
-- `--seconds`: the time per dict of the first two parts (default 2).
+- `--only`: `jpeg step`, `settings`, `more settings` or `memory` (`PARTS`); may be repeated, and
+  the parts run in this order. Default: all.
+- `--resume`: dicts of FILE are kept, apart from errors and those of `memory`, and not measured
+  again.
+- `--seconds`: the time per dict of all parts but `memory` (default 2).
 - `--batches` and `--memory-s`: batches and seconds at most of `memory` (default 1500 and 90).
 - `--cpu`: a dry run with CPU operators, whose figures mean nothing. Without a GPU or `--cpu`, the
   command ends with an error.
@@ -17,27 +21,30 @@ crash loses only one. FILE is a JSON object: part -> list of its dicts.
 The functions take SET (`shards`, a Path), the device (a torch.device: `cuda:0`, or `cpu` for a dry
 run), and `seconds`:
 
-- `settings(shards, device, seconds)`: images/s of reading, decoding and augmenting. The keys are
+- `settings(shards, device, seconds, more, done)`: images/s of reading, decoding and augmenting,
+  for the settings of the part `settings`, or with `more` of `more settings`. The keys are
   `batch` (batch size), `threads` (of DALI), `share` (of the JPEGs that the GPU's JPEG engine
   decodes; DALI's `hw_decoder_load`), `policy`, and `images_per_s`, or `error` (a text). `policy` is
   "phase 1" (the recipe's augmentation) or the name of one that omits operations (`WITHOUT`). On a
   GPU, the first dict is for the settings that training uses (`OWN`).
-- `jpeg_step(shards, device, seconds)`: images/s of three ways to compress pictures of SET as JPEG
-  and decode them. Noise would have 2.5 times the bytes of photographs, and libjpeg's time grows
-  with them.
+- `jpeg_step(shards, device, seconds, done)`: images/s of three ways to compress pictures of SET as
+  JPEG and decode them. Noise would have 2.5 times the bytes of photographs, and libjpeg's time
+  grows with them.
   The keys are `way` and `images_per_s`. `way` is "none" (no JPEG), "libjpeg on the host" (as in
   training) or "DALI's GPU operator" (only on a GPU).
 - `memory(shards, device, batches, seconds)`: memory, about ten times while `batches` batches are
   loaded. It ends early after `seconds`. Every fiftieth batch has a damaged image. The keys are
   `batches`, `images` and `seconds` so far, `host_mib` and `gpu_mib` (memory in MiB; None if not
   known), `damaged` (damaged images so far) and `named` (those that were reported as failures).
+
+`done` (default: none) are dicts of an earlier call, which are not measured again.
 """
 
 import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +59,7 @@ import console
 import recipes
 from benchmarks import peers
 from benchmarks.gpu_selftest import damaged_png
+from benchmarks.resume import kept, resumable
 from imaging.decode import decode_image
 from pipeline import pil
 from pipeline.augment import AugmentPolicy
@@ -74,7 +82,12 @@ OWN = (256, 16, HW_DECODER_LOAD)
 """Batch size, threads and share that the product chooses on a GPU with 16 cores."""
 
 SETTINGS = (
-    OWN, (256, 16, 0.3), (256, 16, 0.0), (256, 16, 1.0), (256, 8, 0.65), (256, 4, 0.65),
+    OWN, (256, 4, HW_DECODER_LOAD), (256, 8, HW_DECODER_LOAD), (256, 16, 0.0), (256, 16, 0.3),
+    (256, 16, 1.0),
+)  # fmt: skip
+"""Settings of the part `settings`, which also has `WITHOUT`: all that is measured in a minute."""
+
+MORE_SETTINGS = (
     (256, 16, 0.9), (256, 16, 0.15), (256, 8, 0.3), (256, 4, 1.0), (64, 16, 0.65),
     (512, 16, 0.65), (30, 16, 0.65), (30, 16, 0.3), (30, 4, 0.65),
 )  # fmt: skip
@@ -139,16 +152,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def settings(shards: Path, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row for the product's setting, for each omitted operation and for other settings."""
-    on_gpu = device.type == "cuda"
-    wanted: list[tuple[tuple[int, int, float], str]] = [(setting, "") for setting in SETTINGS]
-    wanted[1:1] = [((256, 16, HW_DECODER_LOAD), name) for name in WITHOUT]
+def wanted(on_gpu: bool, more: bool) -> list[tuple[tuple[int, int, float], str]]:
+    """Return the settings of a part, each with the name of the operations that it omits."""
     if not on_gpu:
-        wanted = [((30, 2, HW_DECODER_LOAD), ""), ((30, 2, HW_DECODER_LOAD), "without jpeg")]
-    for setting, name in wanted:
+        dry = (30, 1 if more else 2, HW_DECODER_LOAD)
+        return [(dry, "")] if more else [(dry, ""), (dry, "without jpeg")]
+    if more:
+        return [(setting, "") for setting in MORE_SETTINGS]
+    without = [(OWN, name) for name in WITHOUT]
+    return [(OWN, ""), *without, *((setting, "") for setting in SETTINGS[1:])]
+
+
+def has(done: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
+    """Return whether a row of `done` has all values of `row`."""
+    return any(row.items() <= other.items() for other in done)
+
+
+def settings(
+    shards: Path,
+    device: torch.device,
+    seconds: float,
+    more: bool = False,
+    done: Sequence[dict[str, Any]] = (),
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for the product's setting, for each omitted operation and for other settings."""
+    for setting, name in wanted(device.type == "cuda", more):
         row: dict[str, Any] = dict(zip(("batch", "threads", "share"), setting, strict=True))
         row["policy"] = name or "phase 1"
+        if has(done, row):
+            continue
         requests = requests_of(shards, setting[0], device, **WITHOUT.get(name, {}))
         try:
             row["images_per_s"] = round(images_per_s(requests, setting, device, seconds))
@@ -166,10 +198,11 @@ def pictures_of(shards: Path, count: int) -> list[np.ndarray]:
     return [pictures[number % len(pictures)] for number in range(count)]
 
 
-def jpeg_step(shards: Path, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+def jpeg_step(
+    shards: Path, device: torch.device, seconds: float, done: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
     """Yield images/s of each way of the JPEG step, on 256 images of 256 x 256 pixels."""
     on_gpu = device.type == "cuda"
-    batch = pictures_of(shards, 256)
     ways: dict[str, Callable[[Any], Any]] = {
         "none": lambda image: image,
         "libjpeg on the host": lambda image: _jpeg(image, 90, on_gpu),
@@ -178,6 +211,8 @@ def jpeg_step(shards: Path, device: torch.device, seconds: float) -> Iterator[di
         ways["DALI's GPU operator"] = lambda image: fn.jpeg_compression_distortion(
             image, quality=90
         )
+    ways = {name: way for name, way in ways.items() if not has(done, {"way": name})}
+    batch = pictures_of(shards, 256) if ways else []
     for name, way in ways.items():
 
         @pipeline_def(
@@ -244,7 +279,7 @@ def gpu_mib(device: torch.device) -> int | None:
     return (total - free) // 2**20
 
 
-PARTS = ("settings", "jpeg step", "memory")
+PARTS = ("jpeg step", "settings", "more settings", "memory")
 
 
 @click.command(cls=console.Command)
@@ -263,6 +298,7 @@ PARTS = ("settings", "jpeg step", "memory")
 @click.option("--memory-s", default=90.0, show_default=True, help="Seconds for the part `memory`.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part.")
 @click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the rows.")
+@resumable
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
 @cli.options()
 def main(
@@ -272,24 +308,27 @@ def main(
     memory_s: float,
     only: tuple[str, ...],
     out: Path | None,
+    resume: bool,
     cpu: bool,
 ) -> None:
     """Measure the DALI backend on a GPU; see the module."""
     if not cpu and not torch.cuda.is_available():
         raise ValueError("no CUDA device here; run this on a GPU, or try --cpu")
     device = torch.device("cpu" if cpu else "cuda:0")
-    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "settings": lambda: settings(shards, device, seconds),
-        "jpeg step": lambda: jpeg_step(shards, device, seconds),
-        "memory": lambda: memory(shards, device, batches, memory_s),
-    }
-    answers: dict[str, list[dict[str, Any]]] = {}
-    for name, measure in parts.items():
-        if only and name not in only:
-            continue
-        answers[name] = []
-        for row in measure():
-            answers[name].append(row)
+    images = len(open_shards([shards]))
+    title = f"{torch.cuda.get_device_name(device) if not cpu else 'CPU'}, {images:,} images"
+    answers: dict[str, Any] = {"title": title, **kept(out, title, resume)}
+    for name in dict.fromkeys(only or PARTS):
+        done = [row for row in answers.get(name, []) if "error" not in row and name != "memory"]
+        if name == "memory":
+            rows = memory(shards, device, batches, memory_s)
+        elif name == "jpeg step":
+            rows = jpeg_step(shards, device, seconds, done)
+        else:
+            rows = settings(shards, device, seconds, name == "more settings", done)
+        answers[name] = done
+        for row in rows:
+            answers[name] = [*answers[name], row]
             console.say(f"{name}: {json.dumps(row)}")
             if out:
                 out.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,10 @@ percentile, maximum] (`difference(images, expected)` of two uint8 arrays); peopl
 difference makes the command fail.
 
 - `--images`: a folder of photographs: JPEGs in `jpeg/`, and any PNG or WebP in `other/`.
-- `--json`: the file for the answers (check -> answer).
+- `--json`: the file for the answers (check -> answer), and `title`: the device and the number of
+  JPEGs.
+- `--resume`: answers that the file has of an earlier call with this title are kept; checks that
+  raised an error run again.
 - `--only`: a key of `CHECKS`, such as `operations` or `"damaged files"`; may be repeated. Default:
   all.
 - `--cpu`: use DALI's CPU operators in place of the GPU's: a test of this program, for a machine
@@ -42,6 +45,7 @@ from PIL import Image
 
 import cli
 import console
+from benchmarks.resume import kept, resumable
 from imaging.decode import png_of
 from pipeline.augment import AugmentParams, concatenate, stack
 from pipeline.batch import Request
@@ -420,9 +424,10 @@ def read_folder(folder: Path) -> list[bytes]:
 )  # fmt: skip
 @click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the answers.")
 @click.option("--only", multiple=True, type=click.Choice(list(CHECKS)), help="Only this check.")
+@resumable
 @click.option("--cpu", is_flag=True, help="A dry run with CPU operators.")
 @cli.options()
-def main(images: Path, out: Path | None, only: tuple[str, ...], cpu: bool) -> None:
+def main(images: Path, out: Path | None, only: tuple[str, ...], resume: bool, cpu: bool) -> None:
     """Compare the DALI backend on a GPU with its CPU operators and with Pillow."""
     if not cpu and not torch.cuda.is_available():
         raise ValueError("no CUDA device here; run this on a GPU, or try --cpu")
@@ -434,10 +439,12 @@ def main(images: Path, out: Path | None, only: tuple[str, ...], cpu: bool) -> No
         read_folder(images / "other"),
         torch.device("cpu" if cpu else "cuda:0"),
     )
-    answers: dict[str, Any] = {}
+    title = f"{'CPU' if cpu else torch.cuda.get_device_name(given.device)}, {len(jpegs)} JPEGs"
+    answers: dict[str, Any] = {"title": title, **kept(out, title, resume)}
     began = time.monotonic()
     for name, check in CHECKS.items():
-        if only and name not in only:
+        answered = name in answers and "ERROR" not in answers[name]
+        if answered or (only and name not in only):
             continue
         try:
             answers[name] = check(given)

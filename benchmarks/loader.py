@@ -7,18 +7,20 @@ The images are N JPEGs (default 3000) of ImageNet's size, made and packed here (
 FOLDER`: from real JPEGs), or those of the packed set `--shards`. The augmentation policy is that of
 phase 1. Each loader runs in its own process; loaders take turns (A B C A B C ...), so that other
 programs affect all alike. PATH is the Python interpreter of libraries that this project does not
-install. `--only NAME` (repeatable) chooses loaders. `--workers`, `--batch-size` and `--epochs` are
-the same for all, but `read` has one process and loads about `READ_IMAGES` images. The speed is
-measured from the first batch to the last; the time before is the start-up. Once a second, the
-memory of a loader's processes is added up (PSS, with shared pages once); the largest sum counts.
+install. `--only NAME` (repeatable) chooses loaders and their order. `--resume` keeps what FILE has
+of an interrupted call and runs only the loaders that it lacks. `--workers`, `--batch-size` and
+`--epochs` are the same for all, but `read` has one process and loads about `READ_IMAGES` images.
+The speed is measured from the first batch to the last; the time before is the start-up. Once a
+second, the memory of a loader's processes is added up (PSS, with shared pages once); the largest
+sum counts.
 
 A run is calm if other programs used at most `CALM` of the CPU time. This share is measured on Linux
 only; elsewhere it is 0, and every run is calm. Memory is 0 there, too. The printed table has a row
 per loader, from its calm runs, if any; `--json` gets the figures of all runs. Compare only the
 ratios to torchvision's loader (`BASE`) within one call. The exit code is 1 if a loader failed.
 
-Main entry: `measure(names, place, workers, repeats, pythons, size, keep)` runs each loader until it
-has `repeats` calm runs, but each at most `2 * repeats` times.
+Main entry: `measure(names, place, workers, repeats, pythons, size, keep, done)` runs each loader
+until it has `repeats` calm runs, but each at most `2 * repeats` times.
 
 - `names`: a list of keys of `benchmarks.contenders.CONTENDERS`, such as `["pil", "torchvision"]`.
 - `place`: an absolute folder (Path) that `pack()` or `unpack()` has filled; it gets logs, too.
@@ -26,6 +28,7 @@ has `repeats` calm runs, but each at most `2 * repeats` times.
 - `pythons`: a dict with the path of a Python interpreter for each name, such as `sys.executable`.
 - `size`: the pair (batch size, epochs).
 - `keep`: called with the result so far after each run, such as `lambda runs: None`.
+- `done`: runs of an earlier call, such as an earlier result (default: none). They count.
 
 It returns a dict, name -> list of runs. A run is a dict with `images_per_s`, `within` (the same
 without the waits for the first batch of later epochs), `start_s` (seconds), `bytes` (memory),
@@ -50,8 +53,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -62,6 +66,7 @@ import interrupts
 from benchmarks.contenders import CONTENDERS
 from benchmarks.images import write_copies, write_images
 from benchmarks.peers import BATCH
+from benchmarks.resume import kept, resumable
 from pipeline.read import ShardReader
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
@@ -232,21 +237,22 @@ def measure(
     pythons: dict[str, str],
     size: tuple[int, int],
     keep: Callable[[dict[str, list[dict[str, Any]]]], None],
+    done: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each contender until it has `repeats` calm runs, or `2 * repeats` runs in all.
 
     A contender that is missing or fails is not run again. `keep` is called with all runs so far
-    after each run.
+    after each run. Finished runs of `done`, those of an earlier call, count.
     """
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    runs = {name: [one for one in done.get(name, []) if "images_per_s" in one] for name in names}
     for name in names:
+        if enough(runs[name], repeats):
+            continue
         prepared = run(name, place, workers, pythons[name], size, "--prepare")
         runs[name] += [prepared] if prepared else []
     for number in range(2 * repeats):
         for name in names:
-            if any("images_per_s" not in one for one in runs[name]):
-                continue
-            if sum(one["others"] <= CALM for one in runs[name]) == repeats:
+            if enough(runs[name], repeats) or any("images_per_s" not in one for one in runs[name]):
                 continue
             runs[name].append(run(name, place, workers, pythons[name], size))
             keep(runs)
@@ -256,6 +262,12 @@ def measure(
             )
             console.log.info("run %d, %s: %s", number + 1, name, rate)
     return runs
+
+
+def enough(runs: list[dict[str, Any]], repeats: int) -> bool:
+    """Return whether a contender has `repeats` calm runs, or `2 * repeats` in all."""
+    calm = sum(one.get("others", 1.0) <= CALM for one in runs)
+    return calm >= repeats or len(runs) >= 2 * repeats
 
 
 @click.command(cls=console.Command)
@@ -297,6 +309,7 @@ def measure(
 @click.option("--peers-python", help="Interpreter for loaders that this project does not install.")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
 @click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@resumable
 @cli.options()
 def main(
     images: int,
@@ -309,9 +322,10 @@ def main(
     peers_python: str | None,
     only: tuple[str, ...],
     out: Path | None,
+    resume: bool,
 ) -> None:
     """Measure the loaders in turn, and print one table."""
-    names = [name for name in CONTENDERS if not only or name in only]
+    names = list(dict.fromkeys(only or CONTENDERS))
     peers = ("spdl", "litdata", "streaming", "energon")
     other = os.path.abspath(peers_python) if peers_python else sys.executable  # noqa: PTH100
     pythons = {name: other if name in peers else sys.executable for name in names}
@@ -333,8 +347,8 @@ def main(
                 figures = {"title": title, "python": platform.python_version(), "runs": runs}
                 out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
-        size = batch_size, epochs
-        runs = measure(names, place, workers, repeats, pythons, size, keep)
+        size, done = (batch_size, epochs), kept(out, title, resume).get("runs", {})
+        runs = measure(names, place, workers, repeats, pythons, size, keep, done)
         keep(runs)
     rates = [one["images_per_s"] for one in calm_runs(runs.get(BASE, []))]
     base = statistics.median(rates) if rates else None

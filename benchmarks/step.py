@@ -8,11 +8,13 @@ and disk, for S seconds (default 10) per row in each of `--rounds` rounds (defau
 row is a `Way`: all options of the step. The first row has the options of `train.py` on `--device`
 (default `auto`), without EMA, distillation and gradient accumulation; each further row differs from
 it in one option. `--only NAME`, which may be repeated, measures only the first row and the row of
-this name, such as "with compile". The table has images/s, the ratio to the first row, `of the peak`
-and memory; `--json` gets all figures. `of the peak` divides the operations per second of a step by
-those of a large matrix product of the same dtype, timed in the same run. The operations of forward
-and backward are counted by torch's FlopCounterMode, those of convolutions by `backward_of_conv()`.
-The optimizer's time is included, its operations are not. The exit code is 1 if the first row fails.
+this name, such as "with compile". `--resume` keeps the rows that the file of `--json` has of an
+interrupted call with the same title. The table has images/s, the ratio to the first row, `of the
+peak` and memory; `--json` gets all figures. `of the peak` divides the operations per second of a
+step by those of a large matrix product of the same dtype, timed in the same run. The operations of
+forward and backward are counted by torch's FlopCounterMode, those of convolutions by
+`backward_of_conv()`. The optimizer's time is included, its operations are not. The exit code is 1
+if the first row fails.
 
 Main entry: `measure(way, recipe, device, seconds, peaks)` measures one row.
 
@@ -53,6 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import cli
 import console
 import recipes
+from benchmarks.resume import kept, resumable
 from installed import versions
 from model.backbones.resolve import resolved
 from model.device import (
@@ -259,6 +262,7 @@ def measure(
 )
 @click.option("--only", multiple=True, help="Measure the first row and this; may be repeated.")
 @click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
+@resumable
 def main(
     device: str,
     recipe_path: Path,
@@ -267,6 +271,7 @@ def main(
     rounds: int,
     only: tuple[str, ...],
     out: Path | None,
+    resume: bool,
 ) -> None:
     """Measure the training step, and the effect of each of its options."""
     recipe = resolved(recipes.load(Recipe, recipe_path, overrides))
@@ -294,9 +299,12 @@ def main(
     about = {
         "title": title, "peaks": peaks, "threads": torch.get_num_threads(), "versions": versions(),
     }  # fmt: skip
-    rows_of: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    earlier = kept(out, title, resume).get("rows", {})
+    rows_of: dict[str, list[dict[str, Any]]] = {
+        name: [row for row in earlier.get(name, []) if "failed" not in row] for name in ways
+    }
     for number, (name, way) in itertools.product(range(rounds), ways.items()):
-        if rows_of[name] and "failed" in rows_of[name][-1]:
+        if len(rows_of[name]) > number or (rows_of[name] and "failed" in rows_of[name][-1]):
             continue
         rows_of[name].append(measure(way, recipe, place, seconds, peaks))
         rate = rows_of[name][-1].get("images_per_s")

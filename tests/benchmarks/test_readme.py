@@ -9,7 +9,7 @@ import pytest
 from tests.builders import ROOT
 
 PAGE = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-PARTS = {"adapters", "contenders", "detectors", "images", "peers"}
+PARTS = {"adapters", "contenders", "detectors", "images", "peers", "resume"}
 """Modules that other benchmarks use."""
 
 NO_JSON = {"gpu_day", "ablation", "mutations"}

@@ -52,7 +52,8 @@ def refused_on_gpu() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(
-    "device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda")],
+    "device",
+    [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda")],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["phase1-fast", "phase2-fast"])
