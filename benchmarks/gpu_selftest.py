@@ -77,7 +77,10 @@ COLOR = (
 
 OPERATIONS: dict[str, dict[str, Any]] = {
     "crop and resize": {},
+    "crop and resize bicubic": {"crop_filter": 1},
+    "crop and resize lanczos": {"crop_filter": 2},
     "hflip": {"hflip": True},
+    "vflip": {"vflip": True},
     "color": {"color": COLOR},
     "resample bilinear": {"resample": 220, "filter": 0},
     "resample bicubic": {"resample": 220, "filter": 1},
@@ -89,12 +92,22 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "grayscale": {"grayscale": True},
     "jpeg_grid_shift": {"grid_top": 3, "grid_left": 13},
     "webp": {"webp": 80},
+    "whole resize and jpeg": {
+        "whole_height": 320, "whole_width": 400, "whole_filter": 2, "whole_jpeg": 70,
+        "whole_chroma": 2,
+    },
+    "whole webp": {"whole_webp": 80},
     "everything": {
-        "hflip": True, "color": COLOR, "resample": 220, "filter": 2, "jpeg": 88, "blur": 0.4,
+        "crop_filter": 1, "hflip": True, "color": COLOR, "resample": 220, "filter": 2, "jpeg": 88, "blur": 0.4,
         "grid_top": 1, "grid_left": 15,
     },
 }  # fmt: skip
-"""Each operation of the graph alone, and most of them in one sample."""
+"""Each operation alone, and most of them in one sample. Those for the whole image run on the CPU
+before the graph, with a resize by the graph. Frozen backbones crop with the bicubic filter.
+"""
+
+DETAIL = {"detail_top": 3, "detail_left": 11, "detail_side": 128, "crop_filter": 1}
+"""Operation of a second crop, below the first one: a batch of another shape."""
 
 
 class Given(NamedTuple):
@@ -117,7 +130,8 @@ def difference(images: np.ndarray, expected: np.ndarray) -> list[float]:
 def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
     """Return a request for crops of `files`, three quarters of each side, with one operation.
 
-    `first` is the index of the first file, which determines where the crops are.
+    `first` is the index of the first file, which determines where the crops are. If the operation
+    resizes the whole image, the crops are of the result.
     """
     params, formats, orientations = [], [], []
     for index, data in enumerate(files, start=first):
@@ -128,6 +142,8 @@ def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
         if orientation >= 5:
             width, height = height, width
         orientations.append(orientation)
+        height = operation.get("whole_height") or height
+        width = operation.get("whole_width") or width
         top, left = min(index % 9, height // 4), min(index % 5, width // 4)
         crop = top, left, max(1, height * 3 // 4 - top), max(1, width * 3 // 4 - left)
         params.append(AugmentParams(*crop, **operation))
@@ -135,10 +151,14 @@ def request_of(files: list[bytes], first: int = 0, **operation: Any) -> Request:
 
 
 def pixels_of(
-    device: torch.device, requests: list[Request], batch: int, share: float = 0.65
+    device: torch.device,
+    requests: list[Request],
+    batch: int,
+    share: float = 0.65,
+    shape: tuple[int, int] = (SIZE, SIZE),
 ) -> list[tuple[np.ndarray, dict[int, str]]]:
     """Run requests through the DALI backend; returns images (uint8 on the host) and failures."""
-    with closing(DaliBackend((SIZE, SIZE), batch, device, 4, share)) as backend:
+    with closing(DaliBackend(shape, batch, device, 4, share)) as backend:
         return [
             (pixels.images.cpu().numpy(), dict(pixels.failures))
             for pixels in backend.run(iter(requests))
@@ -210,15 +230,17 @@ def operations(given: Given) -> Any:
     """Compare the GPU and CPU operators for each operation of the graph, and list failures."""
     # One pipeline per device, because building one takes two seconds on a GPU.
     files = given.jpegs[:BATCH]
-    requests = [request_of(files, **operation) for operation in OPERATIONS.values()]
-    on_device = pixels_of(given.device, requests, BATCH)
-    on_cpu = pixels_of(torch.device("cpu"), requests, BATCH)
-    return {
-        name: [*difference(images, expected), failures]
-        for name, (images, failures), (expected, _) in zip(
-            OPERATIONS, on_device, on_cpu, strict=True
-        )
-    }
+    answer = {}
+    for shape, named in (
+        ((SIZE, SIZE), OPERATIONS),
+        ((2 * SIZE, SIZE), {"a second crop": DETAIL}),
+    ):
+        requests = [request_of(files, **operation) for operation in named.values()]
+        on_device = pixels_of(given.device, requests, BATCH, shape=shape)
+        on_cpu = pixels_of(torch.device("cpu"), requests, BATCH, shape=shape)
+        for name, (images, failures), (expected, _) in zip(named, on_device, on_cpu, strict=True):
+            answer[name] = [*difference(images, expected), failures]
+    return answer
 
 
 def mixed_batch(given: Given) -> Any:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import step as step_benchmark
 from benchmarks.embedding import network_alone, whole
 from benchmarks.gpu_loader import pictures_of
-from benchmarks.gpu_selftest import damaged_png
+from benchmarks.gpu_selftest import DETAIL, OPERATIONS, Given, damaged_png, operations
 from benchmarks.predict import bare, write_checkpoint
 from benchmarks.step import CONVOLUTIONS, Way, measure
 from imaging.decode import DecodeError, decode_image
@@ -21,17 +21,34 @@ from model.features.embed import Embedder
 from model.features.loader import FeatureSource
 from model.features.store import BackboneId, View
 from model.recipe import Recipe
+from pipeline.augment import AugmentParams
 from pipeline.dali import _may_reach_graph
 from pipeline.loading import Loading
 from recipes import load
 from sharding.format import ShardSet, open_shards
-from tests.builders import PREPROCESS
+from tests.builders import PREPROCESS, encode, photo
 
 
 def test_the_damaged_png_reaches_dalis_decoder() -> None:
     assert _may_reach_graph(damaged_png(), "PNG")
     with pytest.raises(DecodeError):
         decode_image(damaged_png(), "PNG", 1)
+
+
+def test_the_self_test_has_every_field_of_the_augmentation() -> None:
+    """The bicubic crop of each frozen backbone was left out."""
+    tried = {field for operation in (*OPERATIONS.values(), DETAIL) for field in operation}
+    assert tried == set(AugmentParams._fields) - {"top", "left", "height", "width"}
+    alone = [set(operation) for operation in OPERATIONS.values() if len(operation) == 1]
+    assert {"crop_filter"} in alone and {"vflip"} in alone
+
+
+@pytest.mark.slow
+def test_the_self_test_runs_every_operation_without_a_failed_image() -> None:
+    jpegs = [encode(photo(seed, 200, 180), "JPEG") for seed in range(3)]
+    answer = operations(Given(jpegs, [], torch.device("cpu")))
+    assert list(answer) == [*OPERATIONS, "a second crop"]
+    assert all(row == [0, 0, 0, {}] for row in answer.values())
 
 
 def test_the_jpeg_step_is_measured_on_pictures(data: Path) -> None:
