@@ -5,18 +5,22 @@ scores with those of the CPU.
 
 Main entry: `main()`, this click command. A small network with random weights is trained through
 `train.py`, stopped by SIGTERM after step 10 (`STOP_AFTER_STEP`) and resumed by the same command.
-`evaluate.py` measures it, and `predict.py` scores images on the device and on the CPU. The scores
-themselves mean nothing: the network trains for seconds. A script that fails does not stop the other
-steps. After the last step, the command then fails with the names of the failed steps. The training
-that gets SIGTERM fails if its exit code is not `STOPPED`, also if it ended before the signal (a set
-that fills too few batches). If `predict.py` wrote no CSV file, nothing is compared. Start it in the
-root folder of the project, or with absolute paths.
+`evaluate.py` measures it, and `predict.py` scores images on the device and on the CPU. Then a head
+is fitted to the stored features of a small frozen network, with an augmented view, and
+`evaluate.py --features` computes and scores features of the set. Whether networks are compiled is
+left to the recipe: on a GPU they are. The scores themselves mean nothing: the networks are random
+or train for seconds. A script that fails does not stop the other steps. After the last step, the
+command then fails with the names of the failed steps. The training that gets SIGTERM fails if its
+exit code is not `STOPPED`, also if it ended before the signal (a set that fills too few batches).
+If `predict.py` wrote no CSV file, nothing is compared. Start it in the root folder of the project,
+or with absolute paths.
 
 - `--shards`: the folder of a packed set, for training, validation and evaluation.
 - `--images`: a folder; the images in its subfolders are scored, those directly in it are not.
 - `--work`: a new or empty folder for the run, the report and the CSV files of `predict.py`.
 - `--batch-size`: images per training batch (default 256).
-- `--set KEY=VALUE`: changes the recipe `recipes/phase1-fast.toml`; may be repeated.
+- `--set KEY=VALUE`: changes the recipe of the first training, `recipes/phase1-fast.toml`; may be
+  repeated.
 - `--json`: a JSON file: step -> its dict (on the screen, each is cut to 600 characters).
 
 `run(*command, stop_at=None)` runs Python with these arguments (a script of the project and its
@@ -63,6 +67,14 @@ STOPPED = 130
 
 LIMIT_S = 240  # a script that takes longer is killed
 
+SMALL_NETWORK = "test_vit"
+
+SMALL_BACKBONE = (
+    f'network.name="{SMALL_NETWORK}"', 'network.head="timm"', "network.blocks=[]",
+    "network.pretrained=false", "preprocess.crop_size=160", "preprocess.resize_size=160",
+)  # fmt: skip
+"""Changes of a recipe with a frozen network: a small one with random weights."""
+
 
 def run(*command: str, stop_at: int | None = None) -> dict[str, Any]:
     """Run a script of the project and return its exit code, seconds and last lines.
@@ -87,6 +99,27 @@ def run(*command: str, stop_at: int | None = None) -> dict[str, Any]:
     code = process.wait()
     row = {"rc": code, "seconds": round(time.monotonic() - began, 1), "lines": lines[-25:]}
     return row if stopped_at is None else {**row, "seconds_to_stop": time.monotonic() - stopped_at}
+
+
+def training(recipe: str, shards: Path, work: Path, *changes: str) -> list[str]:
+    """Return the command that trains and validates a changed recipe on one set, below `work`."""
+    values = (
+        f'data.train=["{shards.name}"]', f'data.validate=["{shards.name}"]',
+        "data.allow_shared_images=true", *changes,
+    )  # fmt: skip
+    return [
+        "train.py", "--recipe", f"recipes/{recipe}.toml", "--data", str(shards.parent),
+        "--runs", str(work / "runs"), *(word for value in values for word in ("--set", value)),
+    ]  # fmt: skip
+
+
+def random_weights(path: Path) -> Path:
+    """Write random weights of `SMALL_NETWORK`: frozen networks without a file are refused."""
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model(SMALL_NETWORK).state_dict(), path)
+    return path
 
 
 def compare(device_csv: Path, cpu_csv: Path) -> dict[str, Any]:
@@ -164,24 +197,16 @@ def main(
         if out:
             out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
-    train = (
-        "train.py", "--recipe", "recipes/phase1-fast.toml", "--data", str(shards.parent),
-        "--runs", str(work / "runs"),
+    train = training(
+        "phase1-fast", shards, work, "network.name=convnextv2_atto", "network.pretrained=false",
+        "run.epochs=1", "run.log_every=5", f"loading.batch_size={batch_size}", *overrides,
     )  # fmt: skip
-    values = [
-        f'data.train=["{shards.name}"]', f'data.validate=["{shards.name}"]',
-        "data.allow_shared_images=true", "network.name=convnextv2_atto",
-        "network.pretrained=false", "run.epochs=1",
-        "run.log_every=5", 'run.compile="off"', f"loading.batch_size={batch_size}", *overrides,
-    ]  # fmt: skip
-    settings = [word for value in values for word in ("--set", value)]
-    keep(STOP, run(*train, *settings, stop_at=STOP_AFTER_STEP))
-    keep("resume", run(*train, *settings))
-    report = work / "report"
+    keep(STOP, run(*train, stop_at=STOP_AFTER_STEP))
+    keep("resume", run(*train))
     checkpoint = work / "runs/phase1-fast"
+    evaluate = ("evaluate.py", "--shards", shards.name, "--data", str(shards.parent))
     keep("evaluate", run(
-        "evaluate.py", "--shards", shards.name, "--data", str(shards.parent),
-        "--checkpoint", str(checkpoint), "--out", str(report),
+        *evaluate, "--checkpoint", str(checkpoint), "--out", str(work / "report")
     ))  # fmt: skip
     files = [str(path) for path in sorted(images.iterdir()) if path.is_dir()]
     for device in ("auto", "cpu"):
@@ -192,6 +217,16 @@ def main(
     tables = work / "auto.csv", work / "cpu.csv"
     if all(path.exists() for path in tables):
         keep("device beside CPU", compare(*tables))
+    weights = random_weights(work / "random.safetensors")
+    head = training(
+        "clip-phase1", shards, work, *SMALL_BACKBONE, "features.views=1", "run.epochs=2",
+        f"loading.batch_size={batch_size}", f'features.store="{work / "features"}"',
+    )  # fmt: skip
+    keep("train a head", run(*head, "--init-from", str(weights)))
+    keep("evaluate features", run(
+        *evaluate, "--checkpoint", str(work / "runs/clip-phase1"),
+        "--out", str(work / "report-of-features"), "--features", str(work / "features-again"),
+    ))  # fmt: skip
     if names := failed(rows):
         raise click.ClickException(f"ended with an error: {', '.join(names)}")
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
-from benchmarks.end_to_end import STOP, compare, failed, main
+from benchmarks import end_to_end
+from benchmarks.end_to_end import STOP, STOPPED, compare, failed, main
 
 HEADER = "path,probability,verdict,error\n"
 
@@ -42,3 +44,25 @@ def test_a_folder_with_files_of_an_earlier_run_is_refused(tmp_path: Path) -> Non
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
     assert f"{tmp_path} is not empty; name a new folder" in " ".join(result.stderr.split())
+
+
+def test_the_product_runs_as_its_recipe_says_and_with_stored_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilation was off, although the recipe compiles on a GPU, and no features were stored."""
+    ran: list[tuple[str, ...]] = []
+
+    def run(*command: str, stop_at: int | None = None) -> dict[str, int]:
+        ran.append(command)
+        return {"rc": STOPPED if stop_at else 0}
+
+    monkeypatch.setattr(end_to_end, "run", run)
+    words = ["--shards", str(tmp_path), "--images", str(tmp_path), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(main, [*words, "--set", "optim.lr=1"])
+    assert result.exit_code == 0, result.output
+    trainings = [command for command in ran if command[0] == "train.py"]
+    stopped, resumed, head = trainings
+    assert stopped == resumed and "optim.lr=1" in stopped
+    assert not [word for word in stopped if "compile" in word]
+    assert "features.views=1" in head and Path(head[-1]).is_file()  # weights
+    assert "--features" in ran[-1] and ran[-1][0] == "evaluate.py"
