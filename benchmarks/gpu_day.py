@@ -2,19 +2,24 @@
 
     python -m benchmarks.gpu_day --images FOLDER --out FOLDER [--budget SECONDS] [--cpu]
 
-Main entry: `main()`, this click command. Each stage runs in its own process with a time limit. A
-stage that fails or exceeds its limit does not stop the later stages, and the results that it has
-written are kept. The command fails if a stage did not succeed; the same command again skips the
-stages that did. Without a GPU (and `--cpu`) or without JPEGs, it ends with an error at once.
+Main entry: `main()`, this click command. Each stage runs in its own process with a time limit. The
+first stages answer what no GPU has answered yet. A plan is printed first: the limit of each stage,
+their sums, and for which stages the budget is enough. A stage that fails or exceeds its limit does
+not stop the later stages, and the results that it has written are kept. The command fails if a
+stage did not succeed. The same command again skips the stages that did, and most others (`RESUMED`)
+go on with the rows that they lack. Without a GPU (and `--cpu`) or without JPEGs, it ends with an
+error at once.
 
 - `--images` (required): a folder of photographs: only JPEGs in `jpeg/`, PNG and WebP in `other/`.
 - `--out` (required): the folder that gets a JSON file per measurement, `stages.jsonl` with the exit
-  code and seconds of each stage, and `log.txt`.
-- `--work`: the folder for packed images and runs (default `gpu-day`).
+  code and seconds of each stage, and `log.txt`. A later call, also on another machine, needs these
+  files to know what was measured.
+- `--work`: the folder for packed images and runs (default `gpu-day`). Without its sets, they are
+  packed again.
 - `--budget`: seconds for the whole call (default 3600). A stage starts only if at least its minimum
   time is left; otherwise it counts as failed.
-- `--only`: a stage to run, such as `selftest`, `pack`, `step` or `loader`; may be repeated. A wrong
-  name prints all names. Most stages need the files of `pack`.
+- `--only`: a stage to run, such as `pack`, `loader` or `headroom`; may be repeated. A wrong name
+  prints all names. Most stages need the files of `pack`.
 - `--cpu`: a dry run on small data. It shows that every stage works; its figures mean nothing. A
   stage of a dry run does not count as done for a GPU.
 
@@ -41,7 +46,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -49,9 +54,11 @@ import torch
 
 import console
 import interrupts
+from benchmarks.end_to_end import SMALL_BACKBONE
 from benchmarks.loader import SOURCE
 from sharding.build import Tolerance, build
 from sharding.catalog import read_catalog
+from sharding.format import open_shards
 
 ROOT = Path(__file__).parents[1]
 LOG_LINES = 300
@@ -59,6 +66,21 @@ LOG_LINES = 300
 
 GRACE_S = 5
 """Seconds that a stage over its limit has to end itself."""
+
+
+OPEN_CHECKS = (
+    "machine", "operations", "one image in batches of 30, 7 and 1", "damaged files",
+    "hand-over between streams",
+)  # fmt: skip
+"""Checks of the self-test that no GPU has answered in full."""
+
+ANSWERED_CHECKS = ("decoder alone", "a batch of different operations", "kinds of files")
+
+PACKED = {"pack": "shards/bench", "pack-small": "small/shards/bench"}
+"""Stage -> folder of its set below `--work`."""
+
+RESUMED = {"gpu_loader", "gpu_selftest", "loader", "step"}
+"""Benchmarks that go on with the rows of their JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,66 +93,96 @@ class Stage:
     least_s: int
 
 
+def only(*names: str) -> list[str]:
+    """Return the options that choose these rows of a benchmark."""
+    return [word for name in names for word in ("--only", name)]
+
+
 def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
-    """Return every stage: first what others depend on, then the most important ones."""
-    module = (sys.executable, "-m")
-    shards = work / "shards/bench"
+    """Return every stage in the order in which they run: first the set, then the questions that
+    docs/log.md leaves open, at the end what an H200 has answered before.
+    """
+    shards = ("--shards", str(work / PACKED["pack"]))
     cores = str(2 if cpu else os.cpu_count() or 1)
     dry = ("--cpu",) if cpu else ()
-    fast = ("--recipe", "recipes/phase1-fast.toml", "--set", "network.pretrained=false")
-    tiny = (
-        ("--recipe", "recipes/demo-phase1.toml", "--set", "network.pretrained=false")
-        if cpu else fast
-    )  # fmt: skip
-    seconds = "0.5" if cpu else "6"
-    small_backbone = [
-        word for setting in (
-            'network.name="test_vit"', 'network.head="timm"', "network.blocks=[]",
-            "preprocess.crop_size=160", "preprocess.resize_size=160",
-        ) for word in ("--set", setting)
-    ]  # fmt: skip
+    recipe = "demo-phase1" if cpu else "phase1-fast"
+    training = ("--recipe", f"recipes/{recipe}.toml", "--set", "network.pretrained=false")
+    original = ("--recipe", f"recipes/{'demo-phase1' if cpu else 'phase1'}.toml", *training[2:])
+    once = ("--rounds", "1", "--seconds", "0.5" if cpu else "6")
+    loading = ("--workers", cores, "--repeats", "1", "--batch-size", "30" if cpu else "256")
+    backbone = [word for value in SMALL_BACKBONE for word in ("--set", value)] if cpu else []
 
-    def stage(name: str, limit_s: int, least_s: int, *command: str, json_to: str = "") -> Stage:
-        written = ("--json", str(out / f"{json_to or name}.json")) if json_to != "-" else ()
+    def stage(name: str, limit_s: int, least_s: int, *command: str) -> Stage:
         # A dry run is slow and free, so it gets longer limits.
         limit_s *= 5 if cpu else 1
-        return Stage(name=name, command=(*command, *written), limit_s=limit_s, least_s=least_s)
+        command = (sys.executable, "-m", *command)
+        return Stage(name=name, command=command, limit_s=limit_s, least_s=least_s)
 
-    own_loaders = [word for name in ("dali", "dali-reader", "pil", "torchvision", "decode")
-                   for word in ("--only", name)]  # fmt: skip
-    return [
-        stage("selftest", 180, 20, *module, "benchmarks.gpu_selftest", "--images", str(images),
-              *dry),
+    def packing(name: str, limit_s: int, place: Path, count: str) -> Stage:
+        return stage(name, limit_s, 15, "benchmarks.gpu_day", "pack", str(images), str(place),
+                     "--count", count, "--jobs", cores)  # fmt: skip
+
+    def bench(name: str, limit_s: int, least_s: int, program: str, *options: str) -> Stage:
+        options = (*options, "--json", str(out / f"{name}.json"))
+        resume = ("--resume",) if program in RESUMED else ()
+        return stage(name, limit_s, least_s, f"benchmarks.{program}", *options, *resume)
+
+    def tests(name: str, limit_s: int, *paths: str) -> Stage:
         # REQUIRE_GPU: without a GPU these tests fail, and each failure is printed at once.
-        # By estimate 135 s on an H200; each kind of damage builds two pipelines.
-        stage("gpu-tests", 200, 20, *(() if cpu else ("env", "REQUIRE_GPU=1")), *module, "pytest",
-              "-v", "-m", "gpu and not slow", "tests/pipeline", "--continue-on-collection-errors",
-              "-p", "no:cacheprovider", json_to="-"),
-        stage("pack", 120, 15, *module, "benchmarks.gpu_day", "pack", str(images), str(work),
-              "--count", "240" if cpu else "20480", "--jobs", cores, json_to="-"),
-        stage("loader-settings", 120, 20, *module, "benchmarks.gpu_loader", "--only", "settings",
-              "--only", "jpeg step", "--shards", str(shards), "--seconds", "0.5" if cpu else "1.5",
-              *dry),
-        stage("end-to-end", 200, 40, *module, "benchmarks.end_to_end", "--shards", str(shards),
-              "--images", str(images), "--work", str(work / f"run-{time.time_ns()}"),
-              *(("--batch-size", "8") if cpu else ())),
-        stage("step", 170, 40, *module, "benchmarks.step", *tiny, "--rounds", "1",
-              *(() if cpu else ("--only", "without compile", "--only", "without fused AdamW")),
-              "--seconds", seconds),
-        stage("loader", 120, 40, *module, "benchmarks.loader", "--shards", str(shards),
-              "--workers", cores, "--repeats", "1", "--batch-size", "30" if cpu else "256",
-              "--epochs", "1" if cpu else "4", *own_loaders),
-        stage("headroom", 120, 40, *module, "benchmarks.headroom", "--shards", str(shards), *tiny,
-              "--rounds", "1", "--seconds", seconds),
-        stage("embedding", 90, 30, *module, "benchmarks.embedding", "--shards", str(shards),
-              "--rounds", "1", "--seconds", seconds,
-              *(small_backbone if cpu else ())),
-        stage("loader-memory", 120, 30, *module, "benchmarks.gpu_loader", "--only", "memory",
-              "--shards", str(shards), "--batches", "100" if cpu else "1500", *dry),
-        stage("step-more", 200, 60, *module, "benchmarks.step", *tiny, "--rounds", "1",
-              "--seconds", "0.5" if cpu else "4", "--only", "half the batch",
-              "--only", "without channels_last"),  # twice the batch: 149,000 MiB, by arithmetic
+        command = ("pytest", "-v", "-m", "gpu and not slow", *paths,
+                   "--continue-on-collection-errors", "-p", "no:cacheprovider")  # fmt: skip
+        made = stage(name, limit_s, 20, *command)
+        environment = () if cpu else ("env", "REQUIRE_GPU=1")
+        return replace(made, command=(*environment, *made.command))
+
+    return [
+        packing("pack", 60, work, "240" if cpu else "20480"),
+        bench("loader", 90, 40, "loader", *shards, *loading, "--epochs", "1" if cpu else "4",
+              *only("dali", "dali-reader")),
+        bench("headroom", 120, 40, "headroom", *shards, *training, *once),
+        bench("headroom-pil", 90, 40, "headroom", *shards, *training, *once,
+              "--set", 'loading.backend="pil"'),
+        bench("jpeg-step", 40, 15, "gpu_loader", *shards, *dry, *only("jpeg step"),
+              "--seconds", "0.5" if cpu else "1.5"),
+        bench("selftest", 90, 20, "gpu_selftest", "--images", str(images), *dry,
+              *only(*OPEN_CHECKS)),
+        # Twice the batch would need 149,000 MiB, by arithmetic.
+        bench("step-more", 150, 60, "step", *training, *once,
+              *only("without channels_last", "half the batch")),
+        bench("loader-memory", 80, 30, "gpu_loader", *shards, *dry, *only("memory"),
+              "--batches", "100" if cpu else "1500", "--memory-s", "50"),
+        bench("embedding", 90, 30, "embedding", *shards, *once, *backbone),
+        bench("step-phase1", 110, 60, "step", *original, *once, *only("as train.py")),
+        # A pipeline takes 2 s to build on an H200, and each kind of damage builds two.
+        tests("gpu-tests", 80, "tests/pipeline/test_dali.py",
+              "tests/model/training/test_step_waits.py"),
+        packing("pack-small", 30, work / "small", "120" if cpu else "5120"),
+        bench("end-to-end", 240, 60, "end_to_end",
+              "--shards", str(work / PACKED["pack-small"]), "--images", str(images),
+              "--work", str(work / f"run-{time.time_ns()}"), "--batch-size", "8" if cpu else "256"),
+        bench("loader-settings", 90, 20, "gpu_loader", *shards, *dry, *only("settings"),
+              "--seconds", "0.5" if cpu else "1.5"),
+        tests("loader-tests", 130, "tests/pipeline", "--ignore", "tests/pipeline/test_dali.py"),
+        bench("loader-others", 100, 40, "loader", *shards, *loading, "--epochs", "1",
+              *only("pil", "torchvision", "decode")),
+        bench("selftest-files", 90, 20, "gpu_selftest", "--images", str(images), *dry,
+              *only(*ANSWERED_CHECKS)),
+        bench("step", 170, 60, "step", *training, *once,
+              *(() if cpu else only("without compile", "without fused AdamW"))),
     ]  # fmt: skip
+
+
+def plan_of(stages: list[Stage], budget: int) -> list[list[object]]:
+    """Return a row for each stage: its limit in seconds, the sum of the limits up to it, and
+    whether the budget is enough for it.
+    """
+    rows: list[list[object]] = []
+    total = 0
+    for stage in stages:
+        total += stage.limit_s
+        fits = "yes" if total <= budget else "only if others end earlier"
+        rows.append([stage.name, stage.limit_s, total, fits])
+    return rows
 
 
 def jpegs_of(images: Path) -> list[Path]:
@@ -175,14 +227,21 @@ def pack(images: Path, work: Path, count: int, jobs: int) -> None:
     build(catalog, work / "raw", work / "shards", jobs=jobs, tolerance=Tolerance(max_bad=0))
 
 
-def done_in(out: Path, cpu: bool) -> set[str]:
+def done_in(out: Path, work: Path, cpu: bool) -> set[str]:
     """Return the names of the stages that succeeded in an earlier call of the same kind: a dry run
-    (`cpu`) does nothing for a run on a GPU.
+    (`cpu`) does nothing for a run on a GPU. A stage of `PACKED` is not done if its set is not in
+    `work`, as on another machine.
     """
     path = out / "stages.jsonl"
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     done = (row for row in map(json.loads, rows) if row["rc"] == 0 and row["cpu"] == cpu)
-    return {row["stage"] for row in done}
+    names = {row["stage"] for row in done}
+    for name in names & PACKED.keys():
+        try:
+            open_shards([work / PACKED[name]])
+        except (OSError, ValueError):
+            names = names - {name}
+    return names
 
 
 def run(stage: Stage, out: Path, limit_s: float, cpu: bool) -> int:
@@ -240,7 +299,7 @@ def _stop(process: subprocess.Popen) -> None:
     show_default=True, help="Packed images and runs.",
 )  # fmt: skip
 @click.option("--budget", default=3600, show_default=True, help="Seconds for this call.")
-@click.option("--only", multiple=True, help="Only this stage; may be repeated.")
+@click.option("--only", "asked", multiple=True, help="Only this stage; may be repeated.")
 @click.option("--cpu", is_flag=True, help="A dry run on small data.")
 @click.pass_context
 def main(
@@ -249,7 +308,7 @@ def main(
     out: Path | None,
     work: Path,
     budget: int,
-    only: tuple[str, ...],
+    asked: tuple[str, ...],
     cpu: bool,
 ) -> None:
     """Run every stage that has not succeeded yet; see the module."""
@@ -265,13 +324,19 @@ def main(
     out, work = out.resolve(), work.resolve()
     out.mkdir(parents=True, exist_ok=True)
     stages = stages_of(images.resolve(), out, work, cpu)
-    if unknown := set(only) - {stage.name for stage in stages}:
+    if unknown := set(asked) - {stage.name for stage in stages}:
         names = ", ".join(stage.name for stage in stages)
         raise click.UsageError(f"no stage {', '.join(sorted(unknown))}; there are {names}")
-    done, failed = done_in(out, cpu), []
-    for stage in stages:
-        if stage.name in done or (only and stage.name not in only):
-            continue
+    done, failed = done_in(out, work, cpu), []
+    left_over = [
+        stage for stage in stages
+        if stage.name not in done and (not asked or stage.name in asked)
+    ]  # fmt: skip
+    console.table(
+        f"limits in seconds, for a budget of {budget}",
+        ["stage", "at most", "sum", "the budget is enough"], plan_of(left_over, budget),
+    )  # fmt: skip
+    for stage in left_over:
         left = end - time.monotonic()
         if left < stage.least_s:
             failed.append(f"{stage.name} (no time)")
