@@ -98,8 +98,8 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     },
     "whole webp": {"whole_webp": 80},
     "everything": {
-        "crop_filter": 1, "hflip": True, "color": COLOR, "resample": 220, "filter": 2, "jpeg": 88, "blur": 0.4,
-        "grid_top": 1, "grid_left": 15,
+        "crop_filter": 1, "hflip": True, "color": COLOR, "resample": 220, "filter": 2, "jpeg": 88,
+        "blur": 0.4, "grid_top": 1, "grid_left": 15,
     },
 }  # fmt: skip
 """Each operation alone, and most of them in one sample. Those for the whole image run on the CPU
