@@ -36,9 +36,9 @@ an empty list. Both raise `OSError` for a file that cannot be read, such as a mi
 `hashes_of(sets)` returns the `sha256` of each `ShardSet` of a dict, by the same names.
 `member_metadata(row)` returns the content of `<key>.json` for a row (a dict) of the table, and
 `timm_info(index)` that of `_info.json`, as dicts. `content_sha256(index)` is a hash of an index.
-`numbers_of(column)` and `codes_of(column)` convert a pyarrow column as `ShardSet` does, and
-`table_from(data)` reads a table from the bytes of a parquet file. `docs/shards.md` describes the
-format without reference to this code.
+`range_fault(table)` checks the numbers of such a table. `numbers_of(column)` and
+`codes_of(column)` convert a pyarrow column as `ShardSet` does, and `table_from(data)` reads a table
+from the bytes of a parquet file. `docs/shards.md` describes the format without this code.
 """
 
 import contextlib
@@ -119,6 +119,29 @@ SAMPLES_SCHEMA = pa.schema(
     ]
 )
 SAMPLES_SCHEMA = pa.schema([field.with_nullable(False) for field in SAMPLES_SCHEMA])
+
+RANGES: Mapping[str, tuple[float, float]] = {
+    "label": (0, len(CLASSES) - 1), "offset": (0, 2**63 - 1), "size": (1, 2**31 - 1),
+    "width": (1, 2**31 - 1), "height": (1, 2**31 - 1), "jpeg_quality": (0, 100),
+    "orientation": (1, 8),
+}  # fmt: skip
+"""Smallest and largest value of each column with a range."""
+
+
+def range_fault(table: pa.Table, ranges: Mapping[str, tuple[float, float]] = RANGES) -> str:
+    """Return as words the first value that is out of `ranges`, NaN or null; "" if there is none.
+
+    The table has a column `key`, and any of the columns with a range.
+    """
+    for name, (least, most) in ranges.items():
+        if name in table.column_names:
+            column = table.column(name)
+            inside = pc.and_(pc.greater_equal(column, least), pc.less_equal(column, most))
+            row = pc.index(pc.fill_null(inside, False), False).as_py()
+            if row >= 0:
+                key, value = (table.column(of)[row].as_py() for of in ("key", name))
+                return f"{name} of {key[:60]!r} is {value}, expected {least:.3g} to {most:.3g}"
+    return ""
 
 
 _SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
@@ -417,6 +440,8 @@ def open_shards(folders: Sequence[str | AnyPath]) -> ShardSet:
         names = [shard["name"] for shard in index["shards"]]
         try:
             table = table_from(data).select(SAMPLES_SCHEMA.names).cast(SAMPLES_SCHEMA)
+            if fault := range_fault(table):
+                raise ValueError(fault)
             tables.append(_number_shards(table, names, len(shards)))
         except (KeyError, OSError, ValueError, pa.ArrowException) as error:
             reason = reason_of(error)

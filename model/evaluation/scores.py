@@ -49,6 +49,7 @@ A set of which only the real images are used, as reference, is not in `sets`. Fo
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,14 @@ from escape import reason_of
 from installed import command
 from model.score import Scores
 from model.verdict import calibration_fault, probability
-from sharding.format import SAMPLES_SCHEMA, ShardSet, codes_of, numbers_of, table_from
+from sharding.format import (
+    SAMPLES_SCHEMA,
+    ShardSet,
+    codes_of,
+    numbers_of,
+    range_fault,
+    table_from,
+)
 from storage import MAX_TABLE_BYTES, parse_json, read_plain, write_atomically
 
 SCORES_VERSION = 2
@@ -177,6 +185,18 @@ def write_scores(path: Path, parts: Sequence[pa.Table], evaluation: Mapping[str,
     write_atomically(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
+def _fault_in_rows(table: pa.Table) -> str:
+    """Return what is wrong in the rows of a scores file, or "" if a report can use all."""
+    for name in ("set", "valid", "error"):
+        if table.column(name).null_count:
+            return f"{name} is null in a row"
+    return range_fault(table) or range_fault(table.filter(table.column("valid")), _OF_VALID)
+
+
+_OF_VALID = {"logit": (-sys.float_info.max, sys.float_info.max), "probability": (0.0, 1.0)}
+"""Smallest and largest value of columns of a valid row."""
+
+
 def read_scores(path: Path) -> ScoreTable:
     """Read a file of `write_scores`.
 
@@ -210,6 +230,8 @@ def read_scores(path: Path) -> ScoreTable:
             f"{path} lacks a column of scores, or has one of another type ({reason}); "
             f"{MEASURE_AGAIN}"
         ) from error
+    if fault := _fault_in_rows(table):
+        raise ScoresError(f"{path} has a row that cannot be used ({fault}); {MEASURE_AGAIN}")
     if fault := _fault_in(evaluation):
         raise ScoresError(f"{path} has metadata that cannot be used ({fault}); {MEASURE_AGAIN}")
     return ScoreTable(table, evaluation)

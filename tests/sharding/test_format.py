@@ -83,3 +83,30 @@ def test_a_table_with_missing_values_is_refused(data: Path, tmp_path: Path) -> N
     (tmp_path / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
     with pytest.raises(ShardError, match=r"is not a samples table .*chroma"):
         open_shards([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("label", 7, "label of .* is 7, expected 0 to 1"),
+        ("label", -1, "label of .* is -1, expected 0 to 1"),
+        ("offset", -1, "offset of .* is -1"),
+        ("size", 0, "size of .* is 0, expected 1 to"),
+        ("width", -5, "width of .* is -5"),
+        ("height", 0, "height of .* is 0"),
+        ("orientation", 9, "orientation of .* is 9, expected 1 to 8"),
+        ("jpeg_quality", 101, "jpeg_quality of .* is 101, expected 0 to 100"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(
+    data: Path, tmp_path: Path, column: str, value: int, said: str
+) -> None:
+    """With a label of 7, `verify` ended with an IndexError, and a training deep inside torch."""
+    rows = pq.read_table(data / "old/samples.parquet").to_pylist()
+    rows[3][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, SAMPLES_SCHEMA), tmp_path / "samples.parquet")
+    index = read_index(data / "old")
+    digest = hashlib.sha256((tmp_path / "samples.parquet").read_bytes()).hexdigest()
+    (tmp_path / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
+    with pytest.raises(ShardError, match=rf"samples\.parquet is not a samples table .*{said}"):
+        open_shards([tmp_path])

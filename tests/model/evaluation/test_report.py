@@ -419,6 +419,35 @@ def test_metadata_that_cannot_be_used_are_one_clear_error(
         read_scores(path)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("label", 7, "label of .* is 7, expected 0 to 1"),
+        ("label", -1, "label of .* is -1, expected 0 to 1"),
+        ("probability", 5.0, r"probability of .* is 5\.0, expected 0 to 1"),
+        ("probability", float("nan"), "probability of .* is nan"),
+        ("probability", None, "probability of .* is None"),
+        ("logit", float("inf"), "logit of .* is inf, expected"),
+        ("valid", None, "valid is null in a row"),
+        ("set", None, "set is null in a row"),
+    ],
+)
+def test_a_value_out_of_range_is_one_clear_error(
+    old: ShardSet, tmp_path: Path, column: str, value: float | None, said: str
+) -> None:
+    """A label of 7 took an image out of the figures, and a probability of 5 changed them."""
+    path = tmp_path / "x.parquet"
+    table = rows_of("old", old, scored(old, (3,)), 1.0)
+    cells = table.column(column).to_pylist()
+    cells[5] = value
+    index = table.column_names.index(column)
+    field = table.schema.field(column)
+    table = table.set_column(index, field, pa.array(cells, field.type))
+    write_scores(path, [table], ABOUT | {"sets": {"old": ABOUT_SET}})
+    with pytest.raises(ScoresError, match=rf"x\.parquet has a row .*{said}.*; measure the check"):
+        read_scores(path)
+
+
 def test_a_missing_column_is_one_clear_error(old: ShardSet, tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     write_scores(path, [rows_of("old", old, scored(old), 1.0)], {})
