@@ -48,7 +48,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints, is_typeddict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,7 @@ import pyarrow.parquet as pq
 
 from escape import reason_of, text_fault
 from installed import DEMO
-from sharding.index import Index, ShardEntry, SourceEntry, Totals
+from sharding.index import Index, SourceEntry, Versioned, index_fault
 from sharding.rows import row_numbers
 from storage import (
     MAX_TABLE_BYTES,
@@ -173,28 +173,6 @@ def timm_info(index: Index) -> dict[str, Any]:
         "alt_label": "cls",
     }
     return {"splits": {index["split"]: split}}
-
-
-def _check_keys(value: Any, keys: Mapping[str, type], where: str) -> None:
-    """Check that an object of an index has all keys with the right types, so that its readers need
-    no checks.
-    """
-    if not isinstance(value, dict):
-        raise ShardError(f"{where} is a {type(value).__name__}, expected an object; {_ANEW}")
-    for key, kind in keys.items():
-        if not isinstance(value.get(key), kind) or (kind is int and value[key] is True):
-            is_there = f"is {str(value[key])[:40]!r}" if key in value else "is missing"
-            raise ShardError(f"{where}: {key} {is_there}, expected {kind.__name__}; {_ANEW}")
-
-
-def _keys_of(entry: type) -> dict[str, type]:
-    """Return the required keys of a `TypedDict`, with `dict`, `list` or the type of a scalar."""
-    kinds = {}
-    for key, hint in get_type_hints(entry).items():
-        if key in entry.__required_keys__:  # type: ignore[attr-defined]
-            origin = dict if is_typeddict(hint) else get_origin(hint)
-            kinds[key] = str if origin is Literal else origin or hint
-    return kinds
 
 
 _ANEW = "the file is damaged; copy the set again, or build it again"
@@ -365,23 +343,19 @@ def _read_index(folder: AnyPath) -> Index:
         index = parse_json(read_text(path))
     except ValueError as error:
         raise ShardError(f"{path} is not JSON ({text_fault(error)}); {_ANEW}") from error
-    _check_keys(index, {"format_version": int}, str(path))
-    if index["format_version"] != FORMAT_VERSION:
-        raise ShardError(
-            f"{path} has format version {index.get('format_version')}, expected {FORMAT_VERSION}; "
-            "build the set again with `python -m sharding build`"
-        )
-    _check_keys(index, _keys_of(Index), str(path))
+    for kind in (Versioned, Index):  # another version has other fields
+        if fault := index_fault(index, kind):
+            raise ShardError(f"{path}: {fault}; {_ANEW}")
+        if index["format_version"] != FORMAT_VERSION:
+            raise ShardError(
+                f"{path} has format version {index['format_version']}, expected {FORMAT_VERSION}; "
+                "build the set again with `python -m sharding build`"
+            )
     if tuple(index["classes"]) != CLASSES:
         raise ShardError(f"{path} has classes {index['classes']}, expected {list(CLASSES)}")
-    _check_keys(index["totals"], _keys_of(Totals), str(path))
-    shard_keys, source_keys = _keys_of(ShardEntry), _keys_of(SourceEntry)
-    for shard_index, entry in enumerate(index["shards"]):
-        _check_keys(entry, shard_keys, f"{path}: shard {shard_index}")
+    for number, entry in enumerate(index["shards"]):
         if not _SHARD_NAME.fullmatch(entry["name"]):
-            raise ShardError(f"{path}: shard {shard_index} has the name {entry['name']!r}; {_ANEW}")
-    for name, entry in index["sources"].items():
-        _check_keys(entry, source_keys, f"{path}: source {name}")
+            raise ShardError(f"{path}: shards.{number}.name is {entry['name']!r}; {_ANEW}")
     return index
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,40 @@ def test_a_value_out_of_range_is_refused(
     (tmp_path / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
     with pytest.raises(ShardError, match=rf"samples\.parquet is not a samples table .*{said}"):
         open_shards([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"totals": {"source": {"alpha": None}}}, "totals.source.alpha is None, expected a whole"),
+        ({"totals": {"source": {"alpha": "x"}}}, "totals.source.alpha is 'x', expected a whole"),
+        ({"totals": {"label": {"real": True}}}, "totals.label.real is True, expected a whole"),
+        ({"excluded": {"a": None}}, "excluded.a is None, expected a whole number"),
+        ({"quarantined": [None]}, "quarantined.0 is None, expected an object"),
+        ({"quarantined": [{}]}, "quarantined.0.source is missing, expected a text"),
+        ({"samples": False}, "samples is False, expected a whole number"),
+        ({"samples": -1}, "samples is -1, expected a whole number"),
+        ({"shards": {0: {"bytes": 10**30}}}, "shards.0.bytes is 1000"),
+        ({"shards": {0: {"samples": -1}}}, "shards.0.samples is -1"),
+        ({"split": "x"}, "split is 'x', expected one of train, val, test"),
+        ({"classes": [1]}, "classes.0 is 1, expected a text"),
+        ({"sources": {"alpha": {"title": 5}}}, "sources.alpha.title is 5, expected a text"),
+    ],
+)
+def test_each_value_of_an_index_is_checked(
+    data: Path, tmp_path: Path, change: dict, said: str
+) -> None:
+    """A count of null ended `sharding list` with a TypeError; a split of `x` was believed."""
+    index = read_index(data / "old")
+
+    def put(into: Any, values: dict) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                put(into[key], value)
+            else:
+                into[key] = value
+
+    put(index, change)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ShardError, match=re.escape(said)):
+        read_index(tmp_path)
