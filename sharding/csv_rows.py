@@ -10,18 +10,23 @@ Space around headings and cells is removed, and so are columns at the end withou
 without content. The cells that a short row lacks are "". A table must not be misread in silence, so
 these are refused: rows with more cells than the heading, two columns of one name, quotes that do
 not end, another separator, and another encoding.
+
+`ends_of(path, depth)` yields the ends of a path in such a table, which may be paths of files.
 """
 
 import contextlib
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from escape import reason_of, text_fault
 from storage import AnyPath
 
 Rows = Iterator[tuple[int, dict[str, str]]]
+
+MAX_PARTS = 2048
+"""Folders and names in a path of 4,096 bytes, the longest of a file."""
 
 
 @contextlib.contextmanager
@@ -69,3 +74,13 @@ def _rows(path: AnyPath, stream: TextIO, error: type[ValueError]) -> Rows:
         if any(row):
             row += [""] * (len(columns) - len(row))
             yield reader.line_num, dict(zip(columns, row, strict=False))
+
+
+def ends_of(path: Sequence[str], depth: int) -> Iterator[tuple[int, str]]:
+    """Yield the ends of a path, given as its parts, and where each starts; the longest first.
+
+    No end has more than `depth` parts, those of the longest path that it may be equal to: all ends
+    of a cell of 120 kB took 3.6 GB.
+    """
+    for start in range(max(0, len(path) - min(depth, MAX_PARTS)), len(path)):
+        yield start, "/".join(path[start:])

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from escape import reason_of
 from sharding.catalog import CatalogError, Rule, Source, Table
-from sharding.csv_rows import csv_rows
+from sharding.csv_rows import csv_rows, ends_of
 from sharding.format import CLASSES
 from sharding.raw import RawFile, nfc
 from storage import AnyPath, parse_json
@@ -99,14 +99,16 @@ class LabelRows:
         inside = f"{nfc(root).lower()}/"
         folders = {str(folder) for path in self.paths for folder in PurePosixPath(path).parents}
         used = {self.key_of(path) for path in self.paths}
+        depth = max((path.count("/") + 1 for path in self.paths), default=0)
         for key in [key for key in self.rows if "/" in key and key not in used]:
             parts = key.split("/")
-            ends = [
-                "/".join(parts[at:])
-                for at in range(1, len(parts) - 1)  # an end with a folder
-                if inside + "/".join(parts[:at]) not in folders
-            ]
-            paths = (path for end in ends for path in (end, inside + end) if path in self.paths)
+            paths = (
+                path
+                for at, end in ends_of(parts, depth)
+                if 0 < at < len(parts) - 1  # an end with a folder
+                for path in (end, inside + end)
+                if path in self.paths and inside + "/".join(parts[:at]) not in folders
+            )
             if path := next(paths, ""):
                 before = self.key_of(path)
                 self.fitted[key] = path

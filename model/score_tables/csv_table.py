@@ -26,6 +26,7 @@ for a table that cannot be used; the message names the line.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -40,7 +41,7 @@ from model.adapters.detector import logits_from, meta_of
 from model.evaluation.scores import SCORES_SCHEMA, ScoresError, rows_of
 from model.score import Scores
 from model.verdict import CALIBRATION_KEYS
-from sharding.csv_rows import csv_rows
+from sharding.csv_rows import csv_rows, ends_of
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath, sha256_of
 
@@ -214,10 +215,11 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
         for column in ("key", "origin"):
             for sample, text in enumerate(shards.table.column(column).to_pylist()):
                 samples.setdefault(text, {}).setdefault(name, sample)
+    depth = max((text.count("/") + 1 for text in samples), default=0)
     scored: dict[tuple[str, int], _Row] = {}
     strangers = []
     for row in rows:
-        if not (of := _samples_of(row.name, samples)):
+        if not (of := _samples_of(row.name, samples, depth)):
             strangers.append(row)
         for name, sample in of.items():
             first = scored.setdefault((name, sample), row)
@@ -250,12 +252,17 @@ def _example(sets: Mapping[str, ShardSet]) -> str:
     return " or ".join(repr(first.column(name)[0].as_py()) for name in ("key", "origin"))
 
 
-def _samples_of(name: str, samples: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
-    """Return the sample in each set that the name of an image in a table is for."""
+def _samples_of(
+    name: str, samples: Mapping[str, Mapping[str, int]], depth: int
+) -> Mapping[str, int]:
+    """Return the sample in each set that the name of an image in a table is for; no name in
+    `samples` has more than `depth` parts.
+    """
     path = PurePosixPath(name.replace("\\", "/"))
-    ends = ("/".join(path.parts[at:]) for at in range(len(path.parts)))
+    ends = (end for _start, end in ends_of(path.parts, depth))
     keys = [path.stem] if path.parent.suffix == ".tar" else []
-    return next((samples[text] for text in (name, *ends, *keys) if text in samples), {})
+    texts = itertools.chain([name], ends, keys)
+    return next((samples[text] for text in texts if text in samples), {})
 
 
 def _scored(name: str, shards: ShardSet, scored: Mapping[tuple[str, int], _Row]) -> pa.Table:
