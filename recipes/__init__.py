@@ -217,16 +217,55 @@ def read_toml(path: Path) -> dict[str, Any]:
         RecipeError: the file is not UTF-8, or is invalid TOML.
     """
     try:
-        return tomllib.loads(read_plain(path).removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        return _toml(read_plain(path).removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save "
             "it as UTF-8"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
+
+
+MAX_DEPTH = 100
+"""Most tables and lists in each other, and most parts of a key, in a TOML file."""
+
+_TEXT_OR_COMMENT = re.compile(
+    r'"""(?:[^"\\]++|\\.|"(?!""))*+"{0,5}'
+    r"|'''(?:[^']++|'(?!''))*+'{0,5}"
+    r'|"(?:[^"\\\n]++|\\.)*+"?'
+    r"|'[^'\n]*+'?"
+    r"|#[^\n]*+",
+    re.DOTALL,
+)
+"""A text or comment of TOML, also one that does not end; each character is read once."""
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Parse TOML, which may come from a stranger.
+
+    Raises:
+        tomllib.TOMLDecodeError: the text is not TOML.
+        ValueError: a key or a value is nested too deeply, or a number has too many digits.
+    """
+    keys = re.findall(r"(?:^|[\n,\[\]{}])([^\n,\[\]{}=]*+)", _TEXT_OR_COMMENT.sub("", text))
+    if any(key.count(".") >= MAX_DEPTH for key in keys):  # tomllib takes the square of memory
+        raise ValueError("it is nested too deeply")
+    try:
+        values = tomllib.loads(text)
     except RecursionError:
-        raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # of int()
+        raise ValueError("a number in it has too many digits") from error
+    inside: list[Any] = [values]
+    for _level in range(MAX_DEPTH):
+        parts = (each.values() if isinstance(each, dict) else each for each in inside)
+        inside = [part for each in parts for part in each if isinstance(part, dict | list)]
+        if not inside:
+            return values
+    raise ValueError("it is nested too deeply")
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,16 +289,18 @@ def _parsed(override: str) -> tuple[str, Any]:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise RecipeError(f"--set takes KEY=VALUE, such as optim.lr=1e-4; got {override!r}")
+    if name.count(".") >= MAX_DEPTH:
+        raise RecipeError(f"--set {name:.100}: the key is nested too deeply")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
         if _FRACTION.fullmatch(value):
             value = float(value)
         elif value in ("True", "False"):
             value = value == "True"
-    except RecursionError:
-        raise RecipeError(f"--set {name}: its value is nested too deeply") from None
+    except ValueError as error:
+        raise RecipeError(f"--set {name:.100}: the value cannot be used: {error}") from error
     return name.strip(), value
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tomllib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,11 @@ def test_a_recipe_may_extend_the_built_in_recipe_of_its_name(tmp_path: Path) -> 
         ({"a.toml": "extends = 1"}, "extends takes a list"),
         ({"a.toml": 'extends = "phase1.toml"'}, "extends takes a list"),
         ({"a.toml": f"x = {'[' * 9000}"}, "nested too deeply"),
+        ({"a.toml": f"x = {'[' * 900}{']' * 900}"}, "nested too deeply"),
+        ({"a.toml": f"{'a.' * 3000}a = 1"}, "nested too deeply"),
+        ({"a.toml": f"[{'a . ' * 3000}a]"}, "nested too deeply"),
+        ({"a.toml": f"""x = {{y = \"\"\"z\"\"\"\", {"'a'." * 3000}a = 1}}"""}, "nested too deeply"),
+        ({"a.toml": f"[{'a.' * 60}a]\n{'b.' * 60}b = 1"}, "nested too deeply"),
     ],
 )
 def test_recipes_that_cannot_be_read_are_one_line(
@@ -302,9 +308,41 @@ def test_recipes_that_cannot_be_read_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_of_many_parts_takes_no_memory(tmp_path: Path) -> None:
+    """40 kB took 1.6 GB, and what came of it ended programs with a traceback."""
+    (tmp_path / "a.toml").write_text(f"{'a.' * 4000}a = 1")
+    tracemalloc.start()
+    with pytest.raises(recipes.RecipeError, match="nested too deeply"):
+        recipes.read_toml(tmp_path / "a.toml")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 2**20
+
+
+def test_points_in_texts_numbers_and_comments_are_no_keys(tmp_path: Path) -> None:
+    points = "." * 500
+    text = f"""# {points}
+[a.b]
+"c{points}" = 'd{points}' # "{points}
+e = [{"0.5, " * 200}]
+f = \"\"\"
+"g"{points}\\"{points}\"\"\"
+h = \'\'\'
+i{points}\'\'\'
+"""
+    (tmp_path / "a.toml").write_text(text)
+    assert recipes.read_toml(tmp_path / "a.toml") == tomllib.loads(text)
+    assert recipes.changed_keys([f"name={points}"]) == {"name"}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
-    [(f"run.seed={'[' * 9000}", "nested too deeply"), (f"run.seed={2**64}", "seed must be below")],
+    [
+        (f"run.seed={'[' * 9000}", "nested too deeply"),
+        (f"run.seed={{{'a.' * 3000}a = 1}}", "run.seed: the value cannot be used: it"),
+        (f"{'a.' * 3000}a=1", "the key is nested too deeply"),
+        (f"run.seed={2**64}", "seed must be below"),
+    ],
 )
 def test_values_of_set_that_are_out_of_range(override: str, said: str) -> None:
     with pytest.raises(recipes.RecipeError, match=said):
