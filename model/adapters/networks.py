@@ -52,6 +52,9 @@ from storage import parse_json, read_text, sha256_of
 TAKEN = ("*.json", "*.safetensors")
 """Patterns of the files that are downloaded from a repository."""
 
+MAX_LABELS = 100_000
+"""Most labels of a classifier; ImageNet-21k has 21,843. Both libraries fill memory with names."""
+
 
 @dataclass(frozen=True, eq=False)
 class NetworkJudge:
@@ -104,7 +107,7 @@ def open_transformers(
     folder, revision = _files_of(name, name)
     config = _json_of(folder / "config.json", name)
     where = choose_device(device)
-    if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
+    if config.get("auto_map") and str(config.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise DetectorError(
             f"{name} needs code of its repository, which is never run; export it to a format that "
             "needs no code, or write a Python file with `predict` for it"
@@ -113,6 +116,11 @@ def open_transformers(
         raise DetectorError(
             f"{name} gives each label a probability of its own, so there is no single probability "
             "of AI-generated; write a Python file with `predict` that combines them"
+        )
+    if (count := config.get("num_labels")) is not None and not _is_count(count):
+        raise DetectorError(
+            f"{name} has num_labels {count!r:.20} in config.json, expected a whole number from 1 "
+            f"to {MAX_LABELS:,}; correct it in a local copy of its folder"
         )
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -192,7 +200,7 @@ def _timm_labels(config: Mapping[str, Any], name: str) -> tuple[dict[int, str], 
     """Return the labels and the number of outputs, from timm's `config.json`.
 
     Raises:
-        DetectorError: a value is not of the type that timm writes.
+        DetectorError: a value is not of the type that timm writes, or out of range.
     """
     settings = config.get("pretrained_cfg", config)
     if not isinstance(settings, dict):
@@ -203,12 +211,18 @@ def _timm_labels(config: Mapping[str, Any], name: str) -> tuple[dict[int, str], 
     count = settings.get("num_classes", config.get("num_classes", "none"))
     if isinstance(names, list) and count == "none":
         count = len(names)
-    if not isinstance(names, list) or not isinstance(count, int) or isinstance(count, bool):
+    if not isinstance(names, list) or not _is_count(count):
         raise DetectorError(
             f"{name} has label_names {names!r:.60} and num_classes {count!r:.20} in config.json, "
-            "expected a list and a whole number; correct them in a local copy of its folder"
+            f"expected a list and a whole number from 1 to {MAX_LABELS:,}; correct them in a local "
+            "copy of its folder"
         )
     return dict(enumerate(map(str, names or [f"LABEL_{i}" for i in range(count)]))), count
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value of `config.json` is a number of labels."""
+    return type(value) is int and 1 <= value <= MAX_LABELS
 
 
 def _detector(

@@ -100,6 +100,12 @@ def test_neither_pickles_nor_code_of_a_repository_are_loaded(tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps(config | own))
     with pytest.raises(DetectorError, match="which is never run"):
         open_transformers(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | own | {"model_type": []}))
+    with pytest.raises(DetectorError, match="which is never run"):
+        open_transformers(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"num_labels": 100_001}))
+    with pytest.raises(DetectorError, match="num_labels 100001 in"):
+        open_transformers(str(folder))
     many = config | {"problem_type": "multi_label_classification"}
     (folder / "config.json").write_text(json.dumps(many))
     with pytest.raises(DetectorError, match="probability of its own"):
@@ -218,6 +224,9 @@ def test_damaged_weights_are_a_one_line_error(tmp_path: Path, make: Callable[...
     ("settings", "said"),
     [
         ({"num_classes": None}, "num_classes None in"),
+        ({"num_classes": 100_001}, "num_classes 100001 in"),
+        ({"num_classes": 0}, "num_classes 0 in"),
+        ({"num_classes": -5}, "num_classes -5 in"),
         ({"label_names": 5}, "label_names 5 and"),
         ({"pretrained_cfg": None}, "pretrained_cfg None in"),
         ({"pretrained_cfg": {"num_classes": 2, "mean": None, "input_size": "x"}}, "timm opens"),
