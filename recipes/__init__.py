@@ -86,7 +86,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collect
     try:
         built = _checks_of(plain).validate_python(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed)}") from error
+        raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed):.1000}") from error
     _refuse_misread(built, values, where, prefix="")
     return built
 
@@ -106,11 +106,20 @@ _TAKES = {
 
 _SCALARS = (bool, int, float, str)
 
+MAX_SHOWN = 200
+"""Most characters of a value, a key or a name in an error."""
+
+
+def _short(value: Any) -> str:
+    """Return a value as in a recipe, cut if it is long."""
+    text = json.dumps(value, default=str)  # a date is no JSON
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
 
 def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
     """Describe one pydantic error: the key, the expected type, the value, the right notation."""
     *tables, last = mistake["loc"] or ("recipe",)
-    name = ".".join(map(str, mistake["loc"])) or "recipe"
+    name = ".".join(map(str, mistake["loc"]))[:MAX_SHOWN] or "recipe"
     value, takes = mistake["input"], _TAKES.get(mistake["type"].partition("_")[0])
     if mistake["type"] == "missing":
         if isinstance(last, int):
@@ -118,8 +127,8 @@ def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
         return f"{name} is missing; add it"
     if takes is None or not isinstance(value, str | int | float | bool | list | dict):
         return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
-    said = f"{name} takes {takes}, got {json.dumps(value, default=str)}"  # a date is no JSON
-    if takes == "a list" and isinstance(value, str):
+    said = f"{name} takes {takes}, got {_short(value)}"
+    if takes == "a list" and isinstance(value, str) and len(value) <= MAX_SHOWN:
         written = f"{name}={json.dumps(_items_of(value))}"
         said += f": --set '{written}'" if name in changed else f": {written}"
     return said
@@ -151,7 +160,7 @@ def _refuse_misread(built: Any, given: Any, where: str, prefix: str) -> None:
     both = isinstance(built, _SCALARS) and isinstance(given, _SCALARS)
     if both and any(isinstance(built, kind) != isinstance(given, kind) for kind in (bool, str)):
         takes = _TAKES[type(built).__name__.replace("str", "string")]
-        raise RecipeError(f"{where}: {name} takes {takes}, got {json.dumps(given)}")
+        raise RecipeError(f"{where}: {name} takes {takes}, got {_short(given)}")
     if isinstance(built, float) and not math.isfinite(built):
         raise RecipeError(f"{where}: {name} must be a finite number, got {built}")
     if isinstance(given, Mapping):
@@ -325,7 +334,8 @@ def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
         known = _hints_of(kind)
         for key, entry in value.items():
             if key not in known:
-                raise RecipeError(f"{where}: unknown key '{prefix}{key}'; {_nearest(key, known)}")
+                name = f"{prefix}{key}"[:MAX_SHOWN]
+                raise RecipeError(f"{where}: unknown key '{name}'; {_nearest(key, known)}")
             _refuse_unknown(known[key], entry, where, f"{prefix}{key}.")
     elif isinstance(value, Mapping) and typing.get_origin(kind) is dict:
         for key, entry in value.items():

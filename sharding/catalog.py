@@ -337,7 +337,9 @@ def read_catalog(files: Sequence[Path]) -> Catalog:
         named += [("suites", name) for listed in catalog.suites.values() for name in listed]
         for table, name in named:
             if name not in sets:
-                raise CatalogError(f"{file}: [{table}] names set {name!r}, which is not in [sets]")
+                raise CatalogError(
+                    f"{file}: [{table}] names set {name!r:.100}, which is not in [sets]"
+                )
     return replace(catalog, exclude=frozenset(exclude))
 
 
@@ -367,7 +369,8 @@ def _refuse_second(
         if kind != "source"
         or ({"license", "set"} <= entry.keys() and not entry.keys().isdisjoint({"real", "fake"}))
     }
-    other = [key for key, entry in whole.items() if described.get(key, ("", entry))[1] != entry]
+    both = whole.keys() & described.keys()
+    other = [key for key in whole if key in both and described[key][1] != whole[key]]
     for kind, name in other:
         earlier, more = described[kind, name][0], sum(of == kind for of, _ in other) - 1
         rest = f" (and {more} more)" if more else ""
@@ -399,7 +402,7 @@ def _read_excluded(file: Path, lists: Any) -> set[str]:
         try:
             lines = read_text(path).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise CatalogError(f"{file}: exclude {name!r} cannot be read: {error}") from error
+            raise CatalogError(f"{file}: exclude {name!r:.100} cannot be read: {error}") from error
         for number, line in enumerate(lines, 1):
             digits = line.partition("#")[0].strip().lower()
             if digits and not re.fullmatch("[0-9a-f]{16,64}", digits):
@@ -431,8 +434,8 @@ def _check_name(kind: str, name: str, file: Path) -> None:
     """Check that a name is safe as a file or folder name: catalogs may come from other people."""
     if not _NAME.fullmatch(name):
         raise CatalogError(
-            f"{file}: {kind} {name!r}: use lower-case letters, digits, '-' and '_', and begin with "
-            "a letter or digit"
+            f"{file}: {kind} {name!r:.100}: use lower-case letters, digits, '-' and '_', and begin "
+            "with a letter or digit"
         )
     if len(name) > LONGEST_NAME:
         raise CatalogError(
@@ -454,7 +457,7 @@ def _check_downloads(catalog: Catalog, file: Path) -> None:
             root = str(PurePosixPath(source.root or name))  # without `./`, `//` and a last `/`
             other = first.setdefault(root.casefold(), name)  # a disk may ignore case
             if catalog.sources[other].fetch != source.fetch:
-                where = f"{file}: sources {other} and {name} have the root {root!r}"
+                where = f"{file}: sources {other} and {name} have the root {root!r:.100}"
                 raise CatalogError(f"{where} and different downloads; give each its own root")
 
 
@@ -463,25 +466,27 @@ def _check(name: str, source: Source, sets: Mapping[str, str], file: Path) -> No
     _check_name("source", name, file)
     if source.root and leaves_raw(source.root):
         raise CatalogError(
-            f"{file}: source {name}: root {source.root!r} is not a folder below the raw folder; "
-            "give a relative path without '..'"
+            f"{file}: source {name}: root {source.root!r:.100} is not a folder below the raw "
+            "folder; give a relative path without '..'"
         )
     for destination in source.destinations():
         if bad := [share for share in destination.values() if not 0 < share <= 1]:
             raise CatalogError(
-                f"{file}: source {name}: a share of {destination} is {bad[0]}, expected more than "
-                "0 and at most 1"
+                f"{file}: source {name}: a share of {destination!s:.100} is {bad[0]}, expected "
+                "more than 0 and at most 1"
             )
         total = sum(destination.values())
         if abs(total - 1) > 1e-6:
             raise CatalogError(
-                f"{file}: source {name}: the shares of {destination} sum to {total:g}, expected 1"
+                f"{file}: source {name}: the shares of {destination!s:.100} sum to {total:g}, "
+                "expected 1"
             )
         for set_name in destination:
             if set_name not in sets:
                 raise CatalogError(
-                    f"{file}: source {name} goes to set {set_name!r}, but [sets] has only "
-                    f'{", ".join(sets) or "nothing"}; add {set_name} = "train", "val" or "test"'
+                    f"{file}: source {name} goes to set {set_name!r:.100}, but [sets] has only "
+                    f"{', '.join(sets) or 'nothing'}; add {set_name:.100} = "
+                    '"train", "val" or "test"'
                 )
             if source.test_only and sets[set_name] != "test":
                 raise CatalogError(

@@ -356,3 +356,27 @@ def test_a_run_may_be_called_what_people_write() -> None:
         "👨\u200d👩\u200d👧 photos",
     ):
         check_run_name(name)
+
+
+def test_a_number_of_many_digits_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(f"name = {'9' * 5000}")
+    said = r"a\.toml is not valid TOML: a number in it has too many digits"
+    with pytest.raises(recipes.RecipeError, match=said):
+        recipes.read_toml(tmp_path / "a.toml")
+    with pytest.raises(recipes.RecipeError, match=r"--set run\.seed: the value .* many digits"):
+        recipes.load(Recipe, recipes.FOLDER / "phase1.toml", [f"run.seed={'9' * 5000}"])
+    recipes.load(Recipe, recipes.FOLDER / "phase1.toml", [f"name={'9' * 40}x"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['run.seed="{}"', 'data.train="{}"', 'run.{}="x"', "run.seed=['{}']", "run.precision='{}'",
+     "data.repeats.'{}'='x'"],
+)  # fmt: skip
+def test_an_error_is_not_as_long_as_the_value(tmp_path: Path, line: str) -> None:
+    override = line.format("k" * 500_000)
+    base = (recipes.FOLDER / "phase1.toml").as_posix()
+    (tmp_path / "a.toml").write_text(f"extends = ['{base}']\n{override}")
+    with pytest.raises(recipes.RecipeError) as caught:
+        recipes.load(Recipe, tmp_path / "a.toml")
+    assert len(str(caught.value)) < 2000 + len(str(tmp_path))

@@ -399,3 +399,23 @@ def test_a_group_goes_to_the_same_set_in_every_version_of_the_program() -> None:
     chosen = [choose_set(f"mine/real/{number}", shares) for number in range(12)]
     assert " ".join(chosen) == "train train train val train train train train val train train train"
     assert sample_key("mine", "mine/real/a.png") == "mine_b9aa5f7ccf4d2b8d"
+
+
+def test_errors_of_odd_values_are_short_lines(tmp_path: Path) -> None:
+    """`nan` differs from itself, so it was a KeyError; a long name was an error of its size."""
+    path, long = tmp_path / "catalog.toml", "x" * 500_000
+    for text, said in (
+        ("[sets]\nmine = nan\n", "sets.mine: Input should be"),
+        ("[suites]\nmine = nan\n", "mine takes a list, got NaN"),
+        ("[reference]\nmine = nan\n", "mine takes a text, got NaN"),
+        (f"[suites]\nmine = ['{long}']\n", "names set 'xxx"),
+        (f"[sets]\n'{long}' = 'train'\n", "set x"),
+        (f"[sets]\n'!{long}' = 'train'\n", "use lower-case letters"),
+        (f"[sources.s]\nlicense = 'x'\nreal = ['a']\nset = '{long}'\n", "goes to set 'xxx"),
+        (f"[sources.s]\nlicense = 'x'\nreal = ['a']\nset = 'a'\nroot = '../{long}'\n", "root '../"),
+        (f"[sources.s]\nlicense = 'x'\nreal = ['a']\nset = {{'{long}' = 2}}\n", "a share of {"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CatalogError) as caught:
+            read_catalog([path])
+        assert said in str(caught.value) and len(str(caught.value)) < 1000 + len(str(path))
