@@ -1,4 +1,5 @@
-"""Handle Ctrl-C (SIGINT), SIGTERM and SIGHUP with four context managers, which take no arguments.
+"""Interrupt work: by Ctrl-C (SIGINT), SIGTERM and SIGHUP, with four context managers that take no
+arguments, or after some seconds.
 
 `stop_signals()` yields a list to which each received signal (`signal.Signals`) is added, so that a
 loop can save its state and stop. A Ctrl-C that comes after any earlier signal raises
@@ -12,6 +13,9 @@ nothing; in its block, SIGTERM raises `KeyboardInterrupt("SIGTERM")`, and SIGHUP
 of a block, the earlier signal handlers are restored. Outside the main thread, `stop_signals()` and
 `terminations_interrupt()` do not react to signals.
 
+`within(seconds, work)` returns the result of `work()`, a function without arguments, or raises its
+error; if there is neither after `seconds`, it raises `TimeoutError`.
+
 SIGHUP comes when a terminal is closed or its connection is lost. Where it is ignored, as under
 `nohup`, it stays so.
 """
@@ -20,8 +24,12 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import console
+
+Result = TypeVar("Result")
 
 _TERMINATIONS = [signal.SIGTERM, signal.SIGHUP]
 
@@ -104,6 +112,27 @@ def terminations_interrupt() -> Iterator[None]:
 
     with _handled(_TERMINATIONS, interrupt):
         yield
+
+
+def within(seconds: float, work: Callable[[], Result]) -> Result:
+    """Return the result of `work()`, which runs in a thread and is left behind if it is late: a
+    name lookup has no deadline, and each IP address of a host may use up the whole of a timeout.
+
+    Raises:
+        TimeoutError: there is no result after `seconds`.
+    """
+    answer: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], timeout=seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
 
 
 @contextlib.contextmanager

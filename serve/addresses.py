@@ -29,7 +29,6 @@ checked in the same way. Proxy settings of the environment are not used.
 import contextlib
 import http.client
 import ipaddress
-import queue
 import socket
 import ssl
 import threading
@@ -38,6 +37,7 @@ from collections.abc import Iterator
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from imaging.decode import DecodeError
+from interrupts import within
 from serve.limits import MB, Limits, Refused
 
 MAX_REDIRECTS = 3
@@ -152,26 +152,17 @@ def _resolved(parts: SplitResult, port: int, private: bool, until: float) -> lis
         Refused: an IP address is not public, and `private` is false.
         AddressError: the host name cannot be resolved, or not before `until`.
     """
-    if time.monotonic() >= until:
+    left = until - time.monotonic()
+    if left <= 0:
         raise AddressError("the URL took too long to answer")
     host = parts.hostname or ""
-    answer: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
-
-    def resolve() -> None:
-        try:
-            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            entries = []
-        answer.put([str(entry[4][0]) for entry in entries])
-
-    # In a thread that is left behind if it is late: the system's resolver has no deadline.
-    threading.Thread(target=resolve, daemon=True).start()
     try:
-        addresses = answer.get(timeout=max(0.0, until - time.monotonic()))
-    except queue.Empty:
+        entries = within(left, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except TimeoutError:
         raise AddressError("the URL took too long to answer") from None
-    if not addresses:
-        raise AddressError(f"the host {host[:100]} cannot be resolved")
+    except (OSError, UnicodeError):
+        raise AddressError(f"the host {host[:100]} cannot be resolved") from None
+    addresses = [str(entry[4][0]) for entry in entries]
     if not private and not all(map(is_public, addresses)):
         raise Refused(403, f"{host[:100]} is not a public host; only public hosts are allowed")
     return addresses

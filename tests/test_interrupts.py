@@ -1,7 +1,8 @@
-"""Signals that stop a loop end its waits, whatever the code in them catches."""
+"""Signals that stop a loop end its waits, whatever the code in them catches. So does a deadline."""
 
 import contextlib
 import signal
+import threading
 
 import pytest
 
@@ -35,3 +36,16 @@ def test_without_stop_signals_nothing_is_raised() -> None:
         signal.raise_signal(signal.SIGTERM)
     with interrupts.stoppable():
         pass
+
+
+def test_work_that_is_late_is_left_behind() -> None:
+    go_on = threading.Event()
+    with pytest.raises(TimeoutError, match=r"^no answer within 0\.01 s$"):
+        interrupts.within(0.01, go_on.wait)
+    go_on.set()
+
+
+def test_work_in_time_gives_its_result_or_its_error() -> None:
+    assert interrupts.within(60, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        interrupts.within(60, lambda: 1 // 0)

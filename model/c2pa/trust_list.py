@@ -19,13 +19,13 @@ lists, so that a time-stamp anchor would also be trusted for signatures.
 
 import datetime
 import json
-import threading
 import time
 from pathlib import Path
 
 import requests
 
 from escape import reason_of
+from interrupts import within
 from model.c2pa.signatures import (
     CACHED,
     MAX_BYTES,
@@ -83,26 +83,13 @@ def _download(url: str) -> bytes:
     Raises:
         TrustListError: the download failed or timed out.
     """
-    answers: list[bytes | Exception] = []
-
-    def ask() -> None:
-        try:
-            answers.append(_read(url))
-        except (OSError, ValueError) as error:  # RequestException is an OSError
-            answers.append(error)
-
-    # A thread, because a DNS lookup has no timeout.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(TIMEOUT_S)
-    answer = answers[0] if answers else TimeoutError(f"no answer within {TIMEOUT_S} s")
-    if isinstance(answer, bytes):
-        return answer
-    reason = reason_of(answer)
-    raise TrustListError(
-        f"the C2PA trust list was not fetched ({reason}); download it by hand from {url} and type: "
-        "python -m model fetch --trust-list --file C2PA-TRUST-LIST.pem"
-    ) from answer
+    try:
+        return within(TIMEOUT_S, lambda: _read(url))
+    except (OSError, ValueError) as error:  # RequestException is an OSError
+        raise TrustListError(
+            f"the C2PA trust list was not fetched ({reason_of(error)}); download it by hand from "
+            f"{url} and type: python -m model fetch --trust-list --file C2PA-TRUST-LIST.pem"
+        ) from error
 
 
 def _read(url: str) -> bytes:
