@@ -184,8 +184,8 @@ class DaliBackend:
                 pixels = apply_whole(pixels, params._replace(whole_jpeg=0))
                 if max(pixels.shape) <= JPEG_SIDE:
                     return encode_jpeg(pixels, params.whole_jpeg, CHROMAS[params.whole_chroma])
-                return png_of(pixels)
-            return png_of(apply_whole(pixels, params))
+                return png_of(pixels, level=0)
+            return png_of(apply_whole(pixels, params), level=0)
         except ValueError as error:
             return error
 
@@ -292,7 +292,7 @@ class DaliBackend:
         refuse_crop_outside(pixels, params.row(0))
         assert self._repair is not None  # `_one_by_one` has built it
         try:
-            return self._repair(png_of(pixels), UPRIGHT, params)
+            return self._repair(png_of(pixels, level=0), UPRIGHT, params)
         except RuntimeError as error:
             raise ValueError(_reason(error)) from error
 

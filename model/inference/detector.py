@@ -162,14 +162,14 @@ class ImageDetector(AnyDetector):
         for damage, and would need too much memory for a batch of very large images.
         """
         if isinstance(file, DecodedImage):
-            return png_of(self.preprocess_file(file))
+            return png_of(self.preprocess_file(file), level=0)
         data = file.read()
         kept = as_is(data)
         if kept and kept.format == "JPEG" and kept.width * kept.height < LARGE_PIXELS:
             check_side(kept.width, kept.height)
             return kept
         with decoded(data) as pixels:
-            return png_of(self.preprocess_file(DecodedImage(file.name, pixels)))
+            return png_of(self.preprocess_file(DecodedImage(file.name, pixels)), level=0)
 
     def _request(self, encoded_files: Sequence[Any]) -> Request:
         """Build the request to DALI. A file without data is replaced by one black pixel."""

@@ -3,13 +3,17 @@
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
+from imaging.decode import decode_image
+from imaging.orientation import UPRIGHT
 from pipeline.augment import AugmentParams, stack
 from pipeline.batch import DecodedBatch, Request
 from pipeline.dali import DaliBackend, _reason
 from pipeline.monitor import StallError
+from pipeline.pil import JPEG_SIDE, apply_whole
 from pipeline.stream import Stream, evaluation_batches
 from tests.builders import KINDS, encode, photo
 from tests.servers import HANG_S
@@ -151,3 +155,36 @@ def test_cuda_without_a_number_is_the_current_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     places = [torch.device("cuda"), torch.device("cuda", 1)]
     assert [DaliBackend((8, 8), 1, place, threads=1)._device_id for place in places] == [2, 1]
+
+
+WHOLE_STEPS = {
+    "resized": ((SIZE, SIZE), {"whole_height": 50, "whole_width": 40}),
+    "webp": ((SIZE, SIZE), {"whole_webp": 60}),
+    "jpeg, then webp": ((SIZE, SIZE), {"whole_jpeg": 60, "whole_webp": 60}),
+    "too long for a jpeg": ((8, JPEG_SIDE + 1), {"whole_jpeg": 60}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_STEPS)
+def test_steps_for_the_whole_image_give_dali_a_png_without_compression(name: str) -> None:
+    """The PNG stays in memory. Compressing it took most of the time of a view."""
+    (height, width), steps = WHOLE_STEPS[name]
+    pixels = np.full((height, width, 3), 200, np.uint8)
+    params = WHOLE._replace(**steps)
+    data = [encode(pixels, "PNG")]
+    png = DaliBackend._by_host(Request(data, ["PNG"], [UPRIGHT], stack([params])), 0)
+    assert isinstance(png, bytes)
+    expected = apply_whole(pixels, params)
+    np.testing.assert_array_equal(decode_image(png, "PNG", UPRIGHT), expected)
+    assert len(png) > expected.nbytes
+
+
+def test_the_repair_of_an_image_takes_a_png_without_compression() -> None:
+    pixels = np.full((SIZE, SIZE, 3), 200, np.uint8)
+    backend = DaliBackend((SIZE, SIZE), 1, CPU, threads=1)
+    pngs = []
+    backend._repair = lambda data, *_: pngs.append(data)
+    params = stack([WHOLE])
+    backend._by_reference(Request([encode(pixels, "PNG")], ["PNG"], [UPRIGHT], params), 0, params)
+    np.testing.assert_array_equal(decode_image(pngs[0], "PNG", UPRIGHT), pixels)
+    assert len(pngs[0]) > pixels.nbytes

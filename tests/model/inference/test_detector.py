@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from imaging.decode import DecodeError, ImageFile, decode
+from imaging.decode import DecodeError, ImageFile, decode, decode_image
+from imaging.orientation import UPRIGHT
 from model import load_detector
 from model.checkpoint import CheckpointError
 from model.inference.prediction import (
@@ -270,6 +271,15 @@ def test_dali_takes_arrays_too(small_runs: Path, detector) -> None:
     array = decode(FILES[1])
     (one, other) = (each.predict([array])[0].probability for each in (dali, detector))
     assert one == pytest.approx(other, abs=1e-6)  # the network sees the same pixels
+
+
+def test_dali_takes_preprocessed_images_as_png_without_compression(detector) -> None:
+    """The PNG stays in memory: compressing it took most of the time of such an image."""
+    gray = DecodedImage("a", np.full((90, 120, 3), 200, np.uint8))
+    for image in (gray, as_source(encode(gray.pixels, "PNG"))):
+        png, pixels = detector._for_dali(image), detector.preprocess_file(gray)
+        np.testing.assert_array_equal(decode_image(png, "PNG", UPRIGHT), pixels)
+        assert len(png) > pixels.nbytes
 
 
 def test_arrays_with_negative_strides_and_reused_ones(detector) -> None:
