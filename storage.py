@@ -236,7 +236,7 @@ def remove_leftovers(folder: Path, unchanged_s: float = 3600) -> None:
     for `unchanged_s` seconds. Another process may be writing a younger one.
     """
     for left in folder.glob("*.partial"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # may be of another user
             is_temporary = whole_name(left.name) is not None
             if is_temporary and time.time() - left.stat().st_mtime > unchanged_s:
                 left.unlink()

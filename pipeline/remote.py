@@ -16,8 +16,9 @@ https://, only status 404 does so; every other error counts as no answer.) OSErr
 the cache cannot be written.
 
 Shards are fetched in pieces of `PIECE` bytes, one file per piece in the cache's folder. All
-processes of this machine share them; the pieces used longest ago are deleted. A piece whose file
-has not the expected size is fetched again.
+processes of this machine share them; the pieces used longest ago are deleted. Those of another user
+may be impossible to delete (in a folder such as /tmp): then the cache exceeds its limit, and one
+warning says so. A piece whose file has not the expected size is fetched again.
 """
 
 import contextlib
@@ -88,7 +89,8 @@ class RemoteShards:
         self._sha256 = shards.shard_sha256
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
         self._failed: dict[Path, tuple[float, str]] = {}  # piece -> time of the last try, reason
-        with contextlib.suppress(PermissionError):  # some may be of another user
+        self._is_full = False  # of pieces that may not be deleted
+        with contextlib.suppress(PermissionError):  # the folder may be of another user
             remove_leftovers(cache.folder)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,7 +187,8 @@ class RemoteShards:
 
     def _make_room(self, needed: int) -> None:
         """Delete the least recently used pieces until `needed` more bytes fit below the limit, and
-        a twentieth of the limit more, so that not every fetch has to look at all of them.
+        a twentieth of the limit more, so that not every fetch has to look at all of them. Pieces of
+        another user may stay: the cache then exceeds its limit.
         """
         with os.scandir(self.cache.folder) as entries:
             count = sum(entry.name.endswith(".piece") for entry in entries)
@@ -199,8 +202,16 @@ class RemoteShards:
         for _used, size, path in pieces:
             if total <= self.cache.limit - spare:
                 return
-            path.unlink(missing_ok=True)
-            total -= size
+            with contextlib.suppress(PermissionError):
+                path.unlink(missing_ok=True)
+                total -= size
+        if total > self.cache.limit and not self._is_full:
+            self._is_full = True
+            log.warning(
+                "the cache %s is full of files of another user, so that it exceeds its limit, and "
+                "pieces are fetched repeatedly; set loading.cache to a folder of yours",
+                self.cache.folder,
+            )
 
 
 def _pieces(folder: Path) -> Iterator[tuple[float, int, Path]]:

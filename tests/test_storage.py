@@ -435,12 +435,26 @@ def test_text_fault_names_the_byte_or_the_place(data: bytes, said: str) -> None:
     assert escape.text_fault(caught.value) == said
 
 
-def test_only_old_temporary_files_are_removed(tmp_path: Path) -> None:
+def test_only_old_temporary_files_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def sticky(path: Path) -> None:  # as in /tmp, if the file is of another user
+        if path.name.startswith("theirs"):
+            raise PermissionError
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", sticky)
+    theirs = [f"theirs{number}.1.partial" for number in range(9)]
+    for name in theirs:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
     for name in ("a.arrow.17.partial", "b.arrow.18.partial", "c.partial", "d.arrow"):
         (tmp_path / name).write_bytes(b"x")
     for name in ("a.arrow.17.partial", "c.partial", "d.arrow"):
         os.utime(tmp_path / name, (1, 1))
     storage.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "b.arrow.18.partial", "c.partial", "d.arrow",
+        "b.arrow.18.partial", "c.partial", "d.arrow", *theirs,
     ]  # fmt: skip

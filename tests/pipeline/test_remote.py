@@ -299,6 +299,26 @@ def test_the_cache_stays_below_its_limit(web: Callable, old: ShardSet, tmp_path:
     assert web.handler.asked > pieces  # some pieces were deleted and fetched again
 
 
+def test_pieces_of_another_user_in_a_full_cache_cost_no_image(
+    web: Callable, old: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    """In a folder such as /tmp, only their owner may delete them."""
+    for number in range(4):
+        (tmp_path / f"theirs{number}.piece").write_bytes(bytes(remote.PIECE))
+    unlink = Path.unlink
+
+    def sticky(path: Path, **options: bool) -> None:
+        if path.name.startswith("theirs"):
+            raise PermissionError
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", sticky)
+    reader = ShardReader(web(), cache=Cache(folder=tmp_path, limit=4 * remote.PIECE), threads=1)
+    assert reader.read(range(len(old))) == ShardReader(old).read(range(len(old)))
+    assert len(list(tmp_path.glob("*.piece"))) == 5  # theirs, and the last of ours
+    assert sum("is full of files of another user" in line for line in logged) == 1
+
+
 def test_a_damaged_piece_is_fetched_again(
     web: Callable, old: ShardSet, tmp_path: Path, logged: list[str]
 ) -> None:
