@@ -151,7 +151,7 @@ def stages_of(images: Path, out: Path, work: Path, cpu: bool) -> list[Stage]:
               *only("without channels_last", "half the batch")),
         bench("loader-memory", 80, 30, "gpu_loader", *shards, *dry, *only("memory"),
               "--batches", "100" if cpu else "1500", "--memory-s", "50"),
-        bench("embedding", 90, 30, "embedding", *shards, *once, *backbone),
+        bench("embedding", 120, 30, "embedding", *shards, *once, *backbone),
         bench("step-phase1", 110, 60, "step", *original, *once, *only("as train.py")),
         # A pipeline takes 2 s to build on an H200, and each kind of damage builds two.
         tests("gpu-tests", 80, "tests/pipeline/test_dali.py",
