@@ -199,17 +199,13 @@ def check_inside(path: AnyPath, folder: AnyPath) -> None:
 
 
 def make_folder(path: AnyPath) -> None:
-    """Create a folder and its parents. Does nothing on object stores: they have no folders, and a
-    bucket that does not exist is probably misspelled.
-    """
+    """Create a folder and its parents; not on an object store, whose bucket may be misspelled."""
     if is_local(path) or path.protocol not in ("s3", "s3a", "gs", "gcs", "abfs", "az"):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def partial_of(path: Path) -> Path:
-    """Return a temporary name for one writer of `path`. It contains a random number, so that two
-    never share it: not threads, and not containers, whose processes have the same ids.
-    """
+    """Return a temporary name for one writer of `path`. It is random: containers share ids."""
     return path.with_name(f"{path.name}.{int.from_bytes(os.urandom(6))}.partial")
 
 
@@ -452,15 +448,21 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
     """Return the value of a JSON text, which may come from a stranger.
 
     `strict=False` allows control characters in strings. Use this in place of `json.loads`, which
-    ends a deeply nested text with RecursionError.
+    ends a deeply nested text with RecursionError, and reads numbers that no float can hold.
 
     Raises:
-        ValueError: the text is not JSON, not UTF-8, or nested too deeply.
+        ValueError: no JSON, not UTF-8, nested too deeply, or a whole number of over 300 digits.
     """
     try:
-        return json.loads(text, strict=strict)
+        return json.loads(text, strict=strict, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError("a number in it has more than 300 digits")
+    return int(digits)
 
 
 OWN_CACHE = "Set DETECTOR_CACHE to a folder of yours"

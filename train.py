@@ -51,14 +51,14 @@ def _print_validation(meta: Mapping[str, Any]) -> None:
     """
     from model.metrics import Validation
 
-    validation = Validation.from_json(meta.get("calibrated_metrics") or meta["metrics"])
+    title = f"{meta['recipe']['name']}, step {meta['step']}, threshold {meta['threshold']:.3f}"
+    validation = Validation.from_json(meta.get("calibrated_metrics") or meta["metrics"], title)
     rows = [
         [name, m.count, accuracy, m.recall, m.false_positive_rate, m.auroc]
         for name, m in (*validation.sets.items(), *validation.sources.items())
         for accuracy in [m.accuracy if m.reals and m.fakes else None]
     ]
     columns = ["validation", "images", "accuracy", "recall", "false positives", "AUROC"]
-    title = f"{meta['recipe']['name']}, step {meta['step']}, threshold {meta['threshold']:.3f}"
     console.table(title, columns, rows, drop=["images", "accuracy", "AUROC"])
 
 

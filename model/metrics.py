@@ -37,6 +37,7 @@ bins of the ECE.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -96,12 +97,26 @@ class Metrics:
     """Expected calibration error, over 15 bins."""
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> "Metrics":
+    def from_json(cls, saved: Any, where: str = "it") -> "Metrics":
         """Rebuild metrics from JSON. A figure that an earlier version did not compute is None; one
         that is no longer computed is ignored.
+
+        Raises:
+            ValueError: `saved` is no object, or a figure no number. `where` is named in the error.
         """
+        saved = _object(saved, f"{where} has metrics")
         values: dict[str, Any] = {field.name: saved.get(field.name) for field in fields(cls)}
+        for name, value in values.items():
+            kinds = (int,) if name in ("count", "reals", "fakes") else (int, float, type(None))
+            if type(value) not in kinds:
+                raise ValueError(f"{where} has {name} {short(value)}, expected a number")
         return cls(**values)
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} {short(value)}, expected an object")
+    return value
 
 
 def measure(
@@ -245,13 +260,23 @@ class Validation:
     selection: float
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> "Validation":
-        """Rebuild a validation from the JSON in `meta.json` and `baseline_metrics.json`."""
+    def from_json(cls, saved: Any, where: object = "it") -> "Validation":
+        """Rebuild a validation from the JSON in `meta.json` and `baseline_metrics.json`.
+
+        Raises:
+            ValueError: a value is missing or of another type. `where` is named in the error.
+        """
+        saved = _object(saved, f"{where} has metrics")
         sets, sources = (
-            {name: Metrics.from_json(metrics) for name, metrics in saved[kind].items()}
+            {
+                name: Metrics.from_json(metrics, f"{where}: {name}")
+                for name, metrics in _object(saved.get(kind), f"{where} has {kind}").items()
+            }
             for kind in ("sets", "sources")
         )
-        return cls(sets, sources, saved["selection"])
+        if type(selection := saved.get("selection")) not in (int, float):
+            raise ValueError(f"{where} has selection {short(selection)}, expected a number")
+        return cls(sets, sources, selection)
 
 
 def measure_sets(

@@ -31,6 +31,7 @@ entry of a set, and returns the warnings about runs that were trained on it, or 
 None.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -98,12 +99,12 @@ def _name_of(table: ScoreTable) -> str:
 
 
 def _speed_beside(scores: Path) -> float | None:
-    """Return the images per second next to a scores file, or None if there is no speed file."""
+    """Return the images per second next to a scores file, or None if there is no speed."""
     try:
-        text = read_text(scores.with_name(SPEED_FILE))
-        return float(parse_json(text)["images_per_s"])
+        speed = parse_json(read_text(scores.with_name(SPEED_FILE)))["images_per_s"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return float(speed) if type(speed) in (int, float) and 0 < speed < math.inf else None
 
 
 def print_side_by_side(sets: Mapping[str, Any]) -> None:

@@ -421,6 +421,13 @@ def test_deeply_nested_json_is_a_value_error(deep: str) -> None:
     assert storage.parse_json(b'{"a": [1]}') == {"a": [1]}
 
 
+@pytest.mark.parametrize("digits", [301, 10_000])
+def test_whole_numbers_that_no_float_can_hold_are_a_value_error(digits: int) -> None:
+    with pytest.raises(ValueError, match="a number in it has more than 300 digits"):
+        storage.parse_json(f'{{"a": {"9" * digits}}}')
+    assert storage.parse_json("9" * 300) == 10**300 - 1
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -322,23 +322,39 @@ def read_file(file: ShardFile) -> Part:
         # The buffers keep the memory map alive after the file is closed.
         with pa.memory_map(str(file.path)) as source:
             table = pa.ipc.open_file(source).read_all()
-        batch = table.combine_chunks().to_batches()[0] if table.num_rows else None
-        notes = parse_json(table.schema.metadata[_FAILURES_KEY])
-        width = table.schema.field("features").type.list_size
+        return _part_of(table)
     except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:
         reason = reason_of(error)
         raise FeatureError(
             f"{file.path} is damaged ({reason}); delete it to have it computed again"
         ) from error
-    if batch is None:
+
+
+def _part_of(table: pa.Table) -> Part:
+    """Return the rows of a file of `write_file`.
+
+    Raises:
+        ValueError, KeyError, AttributeError: the file is of another kind.
+    """
+    notes = parse_json(table.schema.metadata[_FAILURES_KEY])
+    failures = {int(row): str(reason) for row, reason in notes.items()}
+    columns = [table.column(name) for name in ("offset", "valid", "features")]
+    *kinds, listed = [column.type for column in columns]
+    if [*kinds, listed.value_type] != [pa.int64(), pa.bool_(), pa.float16()]:
+        raise ValueError(f"its columns are {kinds[0]}, {kinds[1]} and {listed}")
+    if any(column.null_count for column in columns):
+        raise ValueError("a value in it is null")
+    width = listed.list_size
+    if not table.num_rows:
         return Part(np.empty(0, np.int64), np.empty(0, bool), np.empty((0, width), np.float16), {})
+    batch = table.combine_chunks().to_batches()[0]
     column = batch.column("features")
     flat = np.frombuffer(column.values.buffers()[1], np.float16)
     start = (column.offset + column.values.offset) * width
     features = flat[start : start + len(column) * width].reshape(len(column), width)
     offsets = np.from_dlpack(batch.column("offset"))
     valid = np.array(batch.column("valid").to_pylist(), np.bool_)
-    return Part(offsets, valid, features, {int(row): reason for row, reason in notes.items()})
+    return Part(offsets, valid, features, failures)
 
 
 @dataclass(frozen=True, eq=False)

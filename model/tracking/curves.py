@@ -6,15 +6,18 @@ an int. A dotted line in the plot marks the best checkpoint, if there is one.
 
 It raises `CurvesError` (a `ValueError`) if the folder is no run or no training step is logged yet,
 and another `ValueError` if `metrics.jsonl`, `baseline_metrics.json` or the `meta.json` of a
-checkpoint is damaged. It raises `KeyError` if a row lacks a figure, and `OSError` if the PNG cannot
-be written.
+checkpoint is damaged, and `OSError` if the PNG cannot be written.
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from model import checkpoint
+from model.metrics import Validation
 from model.recipe import BASELINE_FILE
 from model.tracking.history import HISTORY_FILE, rows_of
 from storage import parse_json, read_text, write_atomically
@@ -97,17 +100,29 @@ def _read(
     """
     steps, last = [], 0
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
-    if (run / BASELINE_FILE).exists():
-        before = parse_json(read_text(run / BASELINE_FILE))
-        metrics_of_set = {name: [(0, metrics)] for name, metrics in before["sets"].items()}
+    if (file := run / BASELINE_FILE).exists():
+        before = Validation.from_json(parse_json(read_text(file)), file)
+        metrics_of_set = {name: [(0, asdict(metrics))] for name, metrics in before.sets.items()}
     for row in rows_of(run):
         last = row["step"]
         kind, _, name = row["kind"].partition("/")
         if kind == "train":
+            _check(run, row, ("loss", "lr"))
             steps.append((last, row["loss"], row["lr"]))
         if kind == "validate" and name and "/" not in name:  # with a slash it is a source
+            _check(run, row, [name for name, _title in _PANELS])
             metrics_of_set.setdefault(name, []).append((last, row))
     return steps, metrics_of_set, last
+
+
+def _check(run: Path, row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check that a row of `metrics.jsonl` has these figures: numbers, or None."""
+    for name in names:
+        if name not in row or type(row[name]) not in (int, float, type(None)):
+            raise ValueError(
+                f"{run / HISTORY_FILE}: a row of step {row['step']} has {name} "
+                f"{short(row.get(name))}, expected a number; restore the file from a copy"
+            )
 
 
 def _line(panel: Any, title: str, points: list[tuple[float, float]], label: str = "") -> None:

@@ -87,7 +87,9 @@ def _row_in(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return row if isinstance(row, dict) and row.keys() >= {"step", "kind"} else None
+    if not isinstance(row, dict):
+        return None
+    return row if type(row.get("step")) is int and isinstance(row.get("kind"), str) else None
 
 
 def scalars_of(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
@@ -117,7 +119,7 @@ class History:
 
     def _is_done(self, row: Mapping[str, Any]) -> bool:
         """Return whether the run goes on after this row, and does not write it again."""
-        is_left = str(row["kind"]).startswith("validate") and not self.validated
+        is_left = row["kind"].startswith("validate") and not self.validated
         return row["step"] < self.done or (row["step"] == self.done and not is_left)
 
     def _drop_later(self, removed: Path) -> None:

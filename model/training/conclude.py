@@ -200,7 +200,7 @@ def _refusals(planned: RunPlan, best: Best, rows: list[SourceChange] | None) -> 
     threshold that is stored in it, which calibration has set.
     """
     meta = checkpoint.read_meta(best.path)
-    validation = Validation.from_json(meta["calibrated_metrics"] or meta["metrics"])
+    validation = Validation.from_json(meta["calibrated_metrics"] or meta["metrics"], best.path)
     return refusals(planned.recipe.gate, rows, validation.sets, meta["threshold"])
 
 

@@ -497,4 +497,4 @@ def _best(whole: Sequence[Path]) -> Best | None:
     if (path := checkpoint.best_among(whole)) is None:
         return None
     metrics = checkpoint.read_meta(path)["metrics"]
-    return Best(path=path, validation=Validation.from_json(metrics) if metrics else None)
+    return Best(path=path, validation=Validation.from_json(metrics, path) if metrics else None)

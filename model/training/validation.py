@@ -108,7 +108,7 @@ def read_validation(path: Path) -> Validation:
     """
     try:
         return Validation.from_json(parse_json(read_text(path)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} has no readable metrics of the initial detector ({text_fault(error)}); "
             "restore the file from a copy, or use --run NAME for a new run"

@@ -1,10 +1,12 @@
+import re
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from model.metrics import Validation, measure, what_is_missing
+from model.metrics import Metrics, Validation, measure, what_is_missing
 from model.verdict import probability
 
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
@@ -215,3 +217,25 @@ def test_metrics_of_other_versions_are_read() -> None:
     saved["sets"]["val"]["sharpness"] = 0.5
     metrics = Validation.from_json(saved).sets["val"]
     assert (metrics.count, metrics.recall, metrics.eer) == (8, 0.75, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], "it has metrics [], expected an object"),
+        ({"sets": []}, "it has sets [], expected an object"),
+        ({"sets": {"a": []}}, "it: a has metrics [], expected an object"),
+        ({"sets": {"a": {"count": "x"}}}, "it: a has count 'x', expected a number"),
+        ({"sets": {"a": {"count": True}}}, "it: a has count True, expected a number"),
+        ({"sources": None}, "it has sources None, expected an object"),
+        ({"selection": []}, "it has selection [], expected a number"),
+        ({"selection": None}, "it has selection None, expected a number"),
+    ],
+)
+def test_damaged_metrics_are_a_value_error(changes: Any, said: str) -> None:
+    """They ended a training or `model curves` with a traceback, or were believed."""
+    whole = asdict(Validation({"val": measure(LABELS, SCORES)}, {}, 0.75))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Validation.from_json(whole | changes if isinstance(changes, dict) else changes)
+    with pytest.raises(ValueError, match=r"m\.json has auroc 'x', expected a number"):
+        Metrics.from_json(whole["sets"]["val"] | {"auroc": "x"}, "m.json")

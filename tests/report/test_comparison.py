@@ -20,6 +20,7 @@ from model.evaluation.scores import read_scores, write_scores
 from model.evaluation.side_by_side import side_by_side
 from report.comparison import (
     NOT_ALIKE,
+    _speed_beside,
     comparison_page,
     print_side_by_side,
     ranks_text,
@@ -171,7 +172,10 @@ def test_a_folder_whose_name_is_not_utf8_is_escaped_in_all_files(
 def test_a_run_without_a_speed_has_none(tmp_path: Path) -> None:
     paths = folders(tmp_path, 2)
     (paths[0] / SPEED_FILE).unlink()
-    (paths[1] / SPEED_FILE).write_text("[]")
+    wrong = ("NaN", "-1", "0", "true", '"nan"', "Infinity", "null", f"1{'0' * 400}")
+    for text in ("[]", *(f'{{"images_per_s": {value}}}' for value in wrong)):
+        (paths[1] / SPEED_FILE).write_text(text)
+        assert _speed_beside(paths[1] / "scores.parquet") is None
     assert [run.images_per_s for run in read_runs(paths)[0]] == [None, None]
 
 

@@ -4,8 +4,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pytest
 
-from model.features.store import BackboneId, ShardFile, View, files_of
+from model.features.store import (
+    BackboneId,
+    FeatureError,
+    ShardFile,
+    View,
+    files_of,
+    read_file,
+    write_file,
+)
 from pipeline.augment import AugmentPolicy
 from pipeline.params import train_params, view_params
 from pipeline.preprocess import Preprocess
@@ -103,3 +113,29 @@ def test_a_new_setting_keeps_stored_features() -> None:
     assert len({replace(BACKBONE, preprocess=kind).folder for kind in kinds}) == 1
     sharp = replace(BACKBONE, preprocess=LongerPreprocess(**sizes, sharpen=True))
     assert sharp.folder != replace(BACKBONE, preprocess=kinds[0]).folder
+
+
+def test_a_file_of_another_kind_is_damaged(tmp_path: Path) -> None:
+    """float32 was read as the bytes of float16, and failures that are a list were a traceback."""
+    file = ShardFile(path=tmp_path / "a.arrow", shard_code=0, id={"view": 0})
+    values = np.arange(6, dtype=np.float16).reshape(3, 2)
+    write_file(file, np.arange(3), np.array([True, False, True]), values, {1: "cut off"})
+    part = read_file(file)
+    assert part.features.tolist() == values.tolist() and part.failures == {1: "cut off"}
+    with pa.ipc.open_file(file.path) as source:
+        table = source.read_all()
+    wide = pa.FixedSizeListArray.from_arrays(pa.array(range(6), pa.float32()), 2)
+    holed = pa.array([0, None, 2], pa.int64())
+    about = dict(table.schema.metadata)
+    (key,) = (key for key in about if key.endswith(b"failures"))
+    for wrong, said in (
+        (table.set_column(2, "features", wide), "its columns are int64, bool and fixed_size_list"),
+        (table.set_column(0, "offset", holed), "a value in it is null"),
+        (table.replace_schema_metadata(about | {key: b"[]"}), "has no attribute"),
+        (table.replace_schema_metadata(about | {key: b'{"x": "y"}'}), "invalid literal"),
+        (table.drop_columns("valid"), "valid"),
+    ):
+        with pa.ipc.new_file(str(file.path), wrong.schema) as writer:
+            writer.write_table(wrong)
+        with pytest.raises(FeatureError, match=rf"a\.arrow is damaged \(.*{said}.*; delete it"):
+            read_file(file)

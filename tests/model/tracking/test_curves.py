@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from model.__main__ import main
+from model.recipe import BASELINE_FILE
 from model.tracking import curves
 from model.tracking.history import HISTORY_FILE
 
@@ -76,3 +77,26 @@ def test_a_run_without_rows_is_one_clear_error(tmp_path: Path, rows: str | None,
     assert result.exit_code == 1
     assert said in result.output
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"step": 5, "kind": "train", "lr": 1e-3},
+            "a row of step 5 has loss None, expected",
+        ),
+        ({"step": 5, "kind": "train", "loss": 1, "lr": {}}, "a row of step 5 has lr {}, expected"),
+        ({"step": 5, "kind": "validate/val", "recall": "x"}, "a row of step 5 has recall 'x', exp"),
+        ([], "baseline_metrics.json has metrics [], expected an object"),
+    ],
+)
+def test_a_damaged_figure_is_one_clear_error(tmp_path: Path, row: dict | list, said: str) -> None:
+    run = write_run(tmp_path / "run", 20, 0.1)
+    if isinstance(row, dict):
+        (run / HISTORY_FILE).write_text(json.dumps(row) + "\n")
+    else:
+        (run / BASELINE_FILE).write_text("[]")
+    result = CliRunner().invoke(main, ["curves", str(run), "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 1 and not isinstance(result.exception, TypeError | KeyError)
+    assert said in " ".join(result.output.split())

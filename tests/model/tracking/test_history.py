@@ -25,7 +25,14 @@ def test_an_incomplete_end_is_ignored_and_rows_after_the_checkpoint_are_removed(
     assert [*rows_of(tmp_path)] == [*ROWS[:2], {"step": 3, "kind": "train", "loss": 0.5}]
 
 
-@pytest.mark.parametrize("bad", [b"oops\n", b"\0\0\0\n", b'{"step": 2}\n', b"[1]\n"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"oops\n", b"\0\0\0\n", b'{"step": 2}\n', b"[1]\n", b'{"step": "x", "kind": "train"}\n',
+        b'{"step": [], "kind": "train"}\n', b'{"step": 2, "kind": 5}\n',
+        b'{"step": 1%b, "kind": "train"}\n' % (b"0" * 400),
+    ],
+)  # fmt: skip
 def test_rows_after_a_damaged_line_are_never_dropped_in_silence(bad: bytes, tmp_path: Path) -> None:
     path = tmp_path / HISTORY_FILE
     path.write_bytes(LINES[0] + bad + LINES[2])
