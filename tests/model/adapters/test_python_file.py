@@ -386,7 +386,7 @@ BAND = {"band": [0.25, 0.5]}
         ({"temperature": 0}, "temperature is 0, expected"),
         ({"temperature": float("inf")}, "temperature is inf, expected"),
         ({"temperature": True}, "temperature is True, expected"),
-        ({"temperature": 10**400}, r"temperature is 10000\d*\.\.\.0+, expected"),
+        ({"temperature": 10**400}, "a number in it has more than 300 digits"),
         ({"threshold": float("nan")}, "threshold is nan, expected a number from 0 to 1"),
         ({"threshold": 1.5}, "threshold is 1.5, expected"),
         ({"calibration": None}, "calibration is None, expected an object"),
