@@ -61,6 +61,7 @@ from model.recipe import Network, Triple
 from model.shipped.backbone import CLIP_8_BIT
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
+from sharding.hub import ask_hub, hub_errors, in_hub_cache
 
 with lean_import():
     import timm
@@ -359,18 +360,14 @@ def check_pretrained(network: Network) -> None:
     config = timm.get_pretrained_cfg(network.name) if timm.is_model(network.name) else None
     if config is None or not config.hf_hub_id:
         return
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
     repository, _, revision = config.hf_hub_id.partition("@")
     files = ("model.safetensors", "pytorch_model.bin")
-    at = revision or None
-    if any(isinstance(try_to_load_from_cache(repository, n, revision=at), str) for n in files):
-        return
     try:
-        get_hf_file_metadata(hf_hub_url(repository, files[0], revision=at))
+        if not any(in_hub_cache(repository, file, revision or None) for file in files):
+            ask_hub(repository, files[0], revision or None)
     except HfHubHTTPError:
         return  # the hub answers; timm handles the error itself
-    except (OSError, HTTPError) as error:
+    except hub_errors() as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error
 
 

@@ -46,6 +46,7 @@ from sharding.downloads import FetchError, check_content, check_hash
 from sharding.fetch_spec import BEGUN, Fetch, Git
 from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
+from sharding.hub import hub_errors
 from storage import check_inside, parse_json, publish, read_text, sha256_of, whole_name, write_text
 
 MARK = ".fetched.json"
@@ -293,21 +294,17 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
     """
     # The import takes most of a second.
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HTTPError
 
     before = _read(target / BEGUN) or _read(target / MARK)
     same = before.get("fetch", {}).get("hub") == fetch.hub
     revision = before.get("revision") if same else None
-    # HTTPError covers every HTTP client that a version of the library uses. The Xet transfer may
-    # raise RuntimeError.
     explained = functools.partial(
         _explained,
         f"{constants.ENDPOINT}/datasets/{fetch.hub}",
         "the dataset is gated, private or misspelled. Accept its terms on that page, then log in "
         "with `hf auth login` or set HF_TOKEN",
         target / BEGUN,
-        HTTPError,
-        RuntimeError,
+        *hub_errors(),
     )
     with explained():
         # No retries here, unlike the download: without a network, fail now and not after a minute.

@@ -2,7 +2,8 @@
 
 Main entries: `ask(session, url, path, sha256)` asks the server for the size and the version of a
 file, and returns a `Remote`. `download(session, remote, progress)` downloads the rest of this file
-and returns nothing.
+and returns nothing. `receive(session, remote, progress)` does so too, but does not check the
+content, and leaves the complete file at `remote.partial`.
 
 - `session`: a `requests.Session` with `session.headers["Accept-Encoding"] = "identity"`, so that
   the server states the lengths of uncompressed files.
@@ -43,6 +44,9 @@ TIMEOUT_S = (10, 60)
 
 MIB = 2**20
 
+CHUNK = MIB // 4
+"""Bytes per write. If a connection breaks, at most this many received bytes are lost."""
+
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 """`progress(label, total)` is a context manager with the value `advance(done)`, as in `console`."""
 
@@ -54,7 +58,7 @@ class Remote:
     url: str
     path: Path
     size: int | None
-    version: str  # ETag, which changes with the file; "" if there is none
+    version: str  # ETag, which changes with the file; "" if there is none or it does not matter
     sha256: str  # from the catalog; "" if it gives none
 
     @property
@@ -81,11 +85,16 @@ def ask(session: requests.Session, url: str, path: Path, sha256: str) -> Remote:
 
 def download(session: requests.Session, remote: Remote, progress: Progress) -> None:
     """Download the rest of a file, and give the file its name when complete."""
+    receive(session, remote, progress)
+    _accept(remote)
+
+
+def receive(session: requests.Session, remote: Remote, progress: Progress) -> None:
+    """Download the rest of a file to `remote.partial`. After an error, received bytes are kept."""
     if remote.partial.is_symlink():  # the folder may come from a stranger
         remote.partial.unlink()
     have = size_of(remote.partial)
     if have and have == remote.size:
-        _accept(remote)
         return
     with _open(session, remote, have) as response, naming(remote.partial):
         have = have if response.status_code == 206 else 0
@@ -93,7 +102,7 @@ def download(session: requests.Session, remote: Remote, progress: Progress) -> N
         bar = progress(f"{remote.path.name}, MiB", size and size // MIB)
         with bar as advance, remote.partial.open("ab" if have else "wb") as stream:
             advance(have / MIB)
-            for chunk in response.iter_content(MIB):
+            for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
                 advance(len(chunk) / MIB)
     if size is not None and size_of(remote.partial) != size:
@@ -101,7 +110,6 @@ def download(session: requests.Session, remote: Remote, progress: Progress) -> N
             f"{remote.url} has {size:,} bytes, of which {size_of(remote.partial):,} arrived; "
             "run the command again to resume"
         )
-    _accept(remote)
 
 
 def _accept(remote: Remote) -> None:
@@ -119,7 +127,9 @@ def _accept(remote: Remote) -> None:
 def _open(session: requests.Session, remote: Remote, have: int) -> requests.Response:
     """Request the file from byte `have` on (status 206); a server may send the whole file."""
     url = remote.url
-    headers = {"Range": f"bytes={have}-", "If-Range": remote.version} if have else {}
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if have and remote.version:
+        headers["If-Range"] = remote.version
     response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
     begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
     if have and (response.status_code == 416 or (response.status_code == 206 and not begins)):

@@ -40,7 +40,8 @@ REPO = "owner/set"
 MODEL = "owner/detector"
 SERVICE = "/api/v1/datasets.DatasetApiService"
 
-# Bodies are read in pieces of 1 MiB; BODY and CUT are larger, so that a cut leaves whole pieces.
+# Bodies are read in pieces of 0.25 or 1 MiB; BODY and CUT are larger, so that a cut leaves whole
+# pieces.
 BODY = random.Random(0).randbytes(3 * 2**20 + 7)
 CUT = 2**21 + 5
 

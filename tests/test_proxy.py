@@ -1,6 +1,7 @@
 """Addresses are read through the proxy that HTTP_PROXY names, and directly if NO_PROXY says so."""
 
 import functools
+import hashlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from upath import UPath
 
 from model.c2pa import trust_list
 from model.shipped import fetch
+from model.shipped.backbone import BackboneFile, HubPlace
 from sharding.format import open_shards
 from storage import any_path
 from tests.servers import FILES, OLD, REPO, Proxy, Server, fetched
@@ -143,7 +145,9 @@ def test_a_bucket_is_read_through_the_proxy(
     assert f"GET http://s3.invalid/{bucket}/old/index.json" in proxy.asked
 
 
-def test_downloads_go_through_the_proxy(proxied: Callable, tmp_path: Path) -> None:
+def test_downloads_go_through_the_proxy(
+    proxied: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Server() as server:
         proxy = proxied(server.url)
         server.publish(FILES, OLD)
@@ -153,7 +157,14 @@ def test_downloads_go_through_the_proxy(proxied: Callable, tmp_path: Path) -> No
         assert hub.dataset_info(REPO).sha == OLD
         huggingface_hub.close_session()
         fetched(tmp_path, urls=["http://files.invalid/a.bin"])
-        fetch._download("http://model.invalid/a.bin", tmp_path / "a", None)
+        place = HubPlace(repository="someone/clip", revision="1" * 40, file="a.bin")
+        server.bodies[f"/someone/clip/resolve/{'1' * 40}/a.bin"] = b"body"
+        template = "http://model.invalid/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("DETECTOR_CACHE", str(tmp_path))
+        file = BackboneFile(sha256=hashlib.sha256(b"body").hexdigest(), hub=place)
+        assert fetch._from_hub(file).read_bytes() == b"body"
+        huggingface_hub.close_session()
         assert trust_list._read("http://list.invalid/a.bin") == b"body"
         hosts = {line.split("/")[2] for line in proxy.asked}
         assert hosts == {"hub.invalid", "files.invalid", "model.invalid", "list.invalid"}

