@@ -6,6 +6,7 @@ Tests get them from tests/conftest.py, which loads this file as a plugin where t
 import gc
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -338,6 +339,22 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     one.go_on.set()
     one.shutdown()
     one.server_close()
+
+
+@pytest.fixture
+def silence(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """`silence()` replaces the hub by one that takes connections and never answers."""
+    constants = huggingface_hub.constants
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+        def silence() -> None:
+            monkeypatch.setattr(constants, "ENDPOINT", url)
+            template = url + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+
+        yield silence
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ from model.adapters.detector import DetectorError, OtherDetector, meta_of
 from model.adapters.labels import fake_indices
 from model.device import choose_device, keep_freed_memory
 from model.inference.prediction import band_from
+from sharding.hub import fetch_folder, hub_errors
 from storage import parse_json, read_text, sha256_of
 
 TAKEN = ("*.json", "*.safetensors")
@@ -253,23 +254,22 @@ def _files_of(repository: str, name: str) -> tuple[Path, str]:
     if Path(repository).is_dir():
         _weights_of(Path(repository), name)
         return Path(repository), ""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError
 
     owner, _, revision = repository.partition("@")
     try:
-        folder = snapshot_download(owner, revision=revision or None, allow_patterns=[*TAKEN])
+        folder = fetch_folder(owner, revision or None, TAKEN)
     except HFValidationError as error:
         raise DetectorError(
             f"{name} is neither a folder nor OWNER/NAME of a repository on the hub"
         ) from error
-    except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
+    except hub_errors() as error:
         raise DetectorError(
             f"{name} could not be downloaded from the hub ({typed_reason_of(error)}); check its "
             "name and the network, or name a local folder"
         ) from error
-    _weights_of(Path(folder), name)
-    return Path(folder), Path(folder).name
+    _weights_of(folder, name)
+    return folder, folder.name
 
 
 def _weights_of(folder: Path, name: str) -> list[Path]:

@@ -19,10 +19,9 @@ import math
 import operator
 from dataclasses import dataclass
 
-from huggingface_hub.errors import HTTPError
-
 from model.lean_import import lean_import
 from model.recipe import Triple
+from sharding.hub import ask_hub, hub_errors, in_hub_cache
 
 with lean_import():
     import timm
@@ -107,14 +106,18 @@ def pretrained_config(name: str) -> PretrainedCfg:
     """
     source, _, where = name.partition(":")
     config: PretrainedCfg | None = None
+    faults: tuple[type[Exception], ...] = (*hub_errors(), LookupError, TypeError, ValueError)
     try:
         if source == "hf-hub":
+            repository, _, revision = where.partition("@")
+            if not in_hub_cache(repository, "config.json", revision or None):
+                ask_hub(repository, "config.json", revision or None)
             config = PretrainedCfg(**load_model_config_from_hf(where)[0])
         elif source == "local-dir":
             config = PretrainedCfg(**load_model_config_from_path(where)[0])
         else:
             config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except (OSError, HTTPError, RuntimeError, LookupError, TypeError, ValueError) as error:
+    except faults as error:
         raise NetworkError(f"timm cannot build {name!r}: {first_line(error)}") from error
     if config is None:
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)

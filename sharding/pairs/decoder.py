@@ -35,6 +35,7 @@ import numpy as np
 from devices import device_here, parse_device
 from escape import reason_of, text_fault, typed_reason_of
 from installed import why_not_imported
+from sharding.hub import fetch_folder, hub_errors
 from storage import parse_json, read_text, sha256_of
 
 CONFIG_FILE = "config.json"
@@ -94,21 +95,18 @@ def find_decoder(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     """Fetch the two files of a decoder into the hub library's cache; returns their folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
     owner, repository, *inside = name.split("/")
     below = "/".join(inside)
     files = [f"{below}/{file}" if below else file for file in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        snapshot = snapshot_download(f"{owner}/{repository}", allow_patterns=files)
-    except (OSError, HTTPError, RuntimeError) as error:  # Xet transfers raise RuntimeError
+        snapshot = fetch_folder(f"{owner}/{repository}", None, files)
+    except hub_errors() as error:
         reason = re.sub(r"\[Errno -?\d+\] ", "", reason_of(error))
         raise DecoderError(
             f"{name} is no folder here and did not come from the hub "
             f"({reason}); check the name and the network, or give a folder"
         ) from error
-    folder = Path(snapshot) / below
+    folder = snapshot / below
     if not folder.is_dir():
         raise DecoderError(
             f"{owner}/{repository} on the hub has no folder {below} with {CONFIG_FILE}; look for "

@@ -1,5 +1,6 @@
 """Networks: heads on stages and class tokens, frozen backbones, empty networks."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from model import checkpoint, load_detector
 from model.backbones.heads import StageHead
-from model.backbones.pretrained import NetworkError
+from model.backbones.pretrained import NetworkError, pretrained_config
 from model.export.hub import write_hub
 from model.export.onnx import export_onnx
 from model.inference.gradcam import attribution
@@ -26,6 +27,7 @@ from model.network import (
 from model.recipe import Network, Optim
 from model.training.optim import make_optimizer
 from tests.builders import PREPROCESS, TINY, encode, photo, small_recipe
+from tests.servers import HANG_S
 
 STAGES = replace(TINY, head="stages")
 MOBILE = Network(name="mobilenetv2_035", pretrained=False, init="fan_in", head="stages")
@@ -224,6 +226,16 @@ def test_random_weights_are_no_advice_for_a_frozen_backbone(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match=advice):
         check_pretrained(Network(name=name, freeze_backbone=True))
+
+
+def test_a_hub_that_never_answers_costs_seconds(silence: Callable[[], None]) -> None:
+    silence()
+    began = time.monotonic()
+    with pytest.raises(NetworkError, match=r"could not be fetched \((no answer|timed out)"):
+        check_pretrained(Network(name="convnextv2_atto.fcmae_ft_in1k"))
+    with pytest.raises(NetworkError, match=r"'hf-hub:owner/net': (no answer|timed out)"):
+        pretrained_config("hf-hub:owner/net")
+    assert time.monotonic() - began < HANG_S
 
 
 def test_an_imagenet_file_fills_the_body_of_a_network_with_a_stage_head(tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ def test_an_odd_value_in_the_config_of_transformers_is_refused(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.usefixtures("server")
 def test_a_broken_download_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HTTPError

@@ -72,6 +72,7 @@ def test_pickles_other_classes_and_missing_files_are_refused(kl: Path, tmp_path:
         find_decoder("../nowhere")
 
 
+@pytest.mark.usefixtures("server")
 def test_only_two_files_are_downloaded_from_the_hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -85,7 +86,7 @@ def test_only_two_files_are_downloaded_from_the_hub(
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         (vae / file).touch()
 
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
+    def download(repository: str, *, allow_patterns: list[str], **_options: object) -> str:
         asked.append((repository, *allow_patterns))
         return str(vae.parent)
 
