@@ -36,6 +36,10 @@ Errors, of which all but `OSError` are `ValueError`s:
 - `RawError`: an archive is damaged. Another `ValueError`: `jobs` is too large.
 - `OSError`: a file cannot be read or written, or another process packs the folder.
 
+`sharding/describe.py` writes such a catalog too, but only proposes it: a word in the name of any
+folder decides there, which a person checks. What is packed unchecked must have the four names. So
+the rules differ: `real/ai_fakes` is real here and fake there.
+
 About the fraction `HELD_OUT` of the images, in whole groups of related ones, goes to the validation
 set. Folders that are named like a published split (sharding/folder_names.py), inside those of a
 class or around them (`test/fake`), and a column of a CSV table (sharding/image_table.py) keep it:
