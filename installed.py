@@ -6,7 +6,8 @@ how to start it: `python train.py` in the folder of a checkout, `python /there/t
 checkout elsewhere, else `ai-images-detector train`.
 `install_extra(extra)` takes the name of a group of optional libraries, such as "ray", and returns
 the end of a message: how to install them. `why_not_imported(error, extra)` returns it only if one
-is missing, else the `error` (an ImportError). `program_version()` returns the version,
+is missing, else the `error` (an ImportError). `install_command(packages)` takes the arguments of
+pip as one text and returns the whole command. `program_version()` returns the version,
 `git_commit()` the commit. All return text. `versions()` returns those of the libraries that affect
 results. `CHECKOUT` is True in a checkout, `IN_CHECKOUT` if it is also the working folder. `DEMO` is
 the command that makes synthetic demo images.
@@ -104,9 +105,14 @@ def why_not_imported(error: ImportError, extra: str) -> str:
 
 def install_extra(extra: str) -> str:
     """Return how to install the libraries of an extra into this environment, as the last part of a
-    message. An environment of uv has no pip.
+    message.
     """
+    what = f"-e {shlex.quote(f'{FOLDER}[{extra}]')}" if CHECKOUT else f'"{NAME}[{extra}]"'
+    return f"install the extra `{extra}`: {install_command(what)}"
+
+
+def install_command(packages: str) -> str:
+    """Return the command that installs packages into this environment. One of uv has no pip."""
     python = shlex.quote(sys.executable)
     pip = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
-    what = f"-e {shlex.quote(f'{FOLDER}[{extra}]')}" if CHECKOUT else f'"{NAME}[{extra}]"'
-    return f"install the extra `{extra}`: {pip} {what}"
+    return f"{pip} {packages}"

@@ -57,10 +57,10 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from upath import UPath
 
-from escape import reason_of, too_many_files
+from escape import reason_of, too_many_files, typed_reason_of
 from installed import why_not_imported
 from locks import locked
-from web_addresses import web_path
+from web_addresses import proxy_fault, web_path
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs  # typing has it from Python 3.13 on
@@ -170,7 +170,7 @@ def remote_fault(path: AnyPath, fault: str, error: BaseException) -> str:
     # For a missing file, fsspec raises an error with the address from one with the reason.
     missing = isinstance(error, FileNotFoundError)
     reason = reason_of(error.__cause__ or error if missing else error)
-    if advice := too_many_files(error):
+    if advice := too_many_files(error) or proxy_fault(typed_reason_of(error)):
         return f"{path} {fault}: {advice}"
     is_proxied = not is_local(path) and "proxy" in path.storage_options
     network = ", the network and its proxy" if is_proxied else " and the network"

@@ -1,17 +1,40 @@
-"""Prepare web addresses (http, https) of folders for reading.
+"""Prepare web addresses (http, https) of folders for reading, and explain proxies that cannot be
+used.
 
-Main entry: `web_path(path)` takes a `UPath` of a web address and returns the one to read from: its
-last part is the name of the folder, also if the address ended with a slash, and its client uses the
-proxy that the environment names, which is then the option `proxy` of the path. Options that `path`
-has are kept. It raises `ValueError` for an address with a query or a fragment, and for a proxy that
-cannot be used.
+Main entries: `web_path(path)` takes a `UPath` of a web address and returns the one to read from:
+its last part is the name of the folder, also if the address ended with a slash, and its client uses
+the proxy that the environment names, which is then the option `proxy` of the path. Options that
+`path` has are kept. It raises `ValueError` for an address with a query or a fragment, and for a
+proxy that cannot be used.
+
+`proxy_fault(reason)` takes an error of a client that finds the proxies of the environment by itself
+(requests, pip, the client of the model hub): its type and message as one text, which
+`escape.typed_reason_of()` returns. It returns the line for the user if the client refused a proxy,
+else None.
 """
 
 import re
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from upath import UPath
+
+from installed import install_command
+
+_OF_SOCKS = {"socksio": "socksio", "socks": "pysocks"}
+"""Modules that speak SOCKS, and their packages: the first for the model hub, the second for
+requests and pip.
+"""
+
+_EXAMPLE = "http://host:3128"
+
+# Errors of httpx, requests and urllib3 for an address that they cannot use. The last two are of
+# httpx: for a SOCKS proxy without its library, and for a proxy such as ftp://.
+_REFUSAL = re.compile(
+    r"([\w.]+\.)?(Invalid(Proxy)?URL|InvalidSchema|LocationParseError)\b"
+    r"|(ImportError|ValueError): .*\bproxy\b", re.IGNORECASE
+)  # fmt: skip
 
 
 def web_path(path: UPath) -> UPath:
@@ -55,19 +78,54 @@ def _proxy_of(address: str) -> tuple[str, bool]:
         is_excepted = bool(getproxies()) and not proxies
         return "", not is_excepted or bool(proxy_bypass(parts.hostname or ""))
     proxy = proxies[kind] if "://" in proxies[kind] else f"http://{proxies[kind]}"
-    variable, example = f"{kind.upper()}_PROXY", "http://host:3128"
+    variable = f"{kind.upper()}_PROXY"
     if proxy.lower().startswith("socks"):
         raise ValueError(
             f"{address} cannot be read through a SOCKS proxy, which {variable} names; set "
-            f"{parts.scheme.upper()}_PROXY to one such as {example}, or NO_PROXY to the host"
+            f"{parts.scheme.upper()}_PROXY to one such as {_EXAMPLE}, or NO_PROXY to the host"
         )
-    try:
-        is_address = bool(urlsplit(proxy).hostname) and urlsplit(proxy).port != 0
-    except ValueError:  # the port is no number
-        is_address = False
-    if not is_address:  # it may contain a password
-        raise ValueError(
-            f"{variable} is no address of a proxy, expected one such as {example}; in a password, "
-            "write # as %23, / as %2F and @ as %40"
-        )
+    if not _is_proxy(proxy):
+        raise ValueError(_no_proxy(variable))
     return proxy, True
+
+
+def proxy_fault(reason: str) -> str | None:
+    """Return the line for an error ("type: message") of a client that refused a proxy of the
+    environment, None for any other error. The client of the model hub (httpx) refuses each proxy
+    that a variable names, also one that it would not use.
+    """
+    if not _REFUSAL.match(reason):
+        return None
+    for name, proxy in getproxies().items():
+        variable = f"{name.upper()}_PROXY"
+        if name not in ("all", "http", "https") or not proxy:
+            continue
+        if re.match("socks5h?://", proxy, re.IGNORECASE):
+            missing = [package for module, package in _OF_SOCKS.items() if not find_spec(module)]
+            if missing:
+                return (
+                    f"{variable} names a SOCKS proxy, which needs libraries: type "
+                    f"`{install_command(' '.join(missing))}`, or set it to one such as {_EXAMPLE}"
+                )
+        elif not _is_proxy(proxy if "://" in proxy else f"http://{proxy}"):
+            return _no_proxy(variable)
+    return None
+
+
+def _is_proxy(proxy: str) -> bool:
+    """Return whether a text is the address of an HTTP proxy."""
+    try:
+        parts = urlsplit(proxy)
+        (parts.hostname or "").encode("idna")
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number, or the name of the host no name
+        return False
+    return is_address and not re.search(r"^\s|[\x00-\x1f\x7f]", proxy)
+
+
+def _no_proxy(variable: str) -> str:
+    """Return the line for a variable that is no address of a proxy. It may contain a password."""
+    return (
+        f"{variable} is no address of a proxy, expected one such as {_EXAMPLE}; in a password, "
+        "write # as %23, / as %2F and @ as %40"
+    )

@@ -61,7 +61,7 @@ from model.recipe import Network, Triple
 from model.shipped.backbone import CLIP_8_BIT
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
-from sharding.hub import ask_hub, hub_errors, in_hub_cache
+from sharding.hub import ask_hub, hub_errors, in_hub_cache, proxy_faults
 
 with lean_import():
     import timm
@@ -258,9 +258,10 @@ def _create(network: Network, options: dict[str, Any], pretrained: bool) -> Back
         NetworkError: as `build`.
     """
     try:
-        return timm.create_model(
-            network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
-        )
+        with proxy_faults():
+            return timm.create_model(
+                network.name, pretrained=pretrained, num_classes=len(CLASSES), **options
+            )
     except (OSError, HTTPError) as error:
         raise NetworkError(_how_to_get_weights(network, error)) from error
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:

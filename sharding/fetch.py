@@ -38,7 +38,7 @@ from urllib.parse import unquote, urlsplit
 import requests
 
 import console
-from escape import reason_of, without_secrets
+from escape import reason_of, typed_reason_of, without_secrets
 from installed import why_not_imported
 from locks import locked
 from sharding.catalog import Catalog, CatalogError, Source
@@ -46,8 +46,9 @@ from sharding.downloads import FetchError, check_content, check_hash
 from sharding.fetch_spec import BEGUN, Fetch, Git
 from sharding.git import ABSENT, counted, extract
 from sharding.http import TIMEOUT_S, Progress, Remote, ask, download, size_of
-from sharding.hub import hub_errors
+from sharding.hub import hub_errors, proxy_faults
 from storage import check_inside, parse_json, publish, read_text, sha256_of, whole_name, write_text
+from web_addresses import proxy_fault
 
 MARK = ".fetched.json"
 
@@ -232,7 +233,8 @@ def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> It
         if status == 404:
             todo = f"correct its address in the catalog{anew}"
             raise FetchError(f"{page} does not exist (HTTP 404); {todo}") from error
-        reason = f"HTTP {status}" if status else error.__cause__ or error
+        cause = proxy_fault(typed_reason_of(error)) or error.__cause__ or error
+        reason = f"HTTP {status}" if status else cause
         raise FetchError(
             f"download from {page} failed: {reason}; run the command again to resume{anew}"
         ) from error
@@ -306,7 +308,7 @@ def _from_hub(fetch: Fetch, target: Path) -> None:
         target / BEGUN,
         *hub_errors(),
     )
-    with explained():
+    with explained(), proxy_faults():
         # No retries here, unlike the download: without a network, fail now and not after a minute.
         info = HfApi().dataset_info(
             fetch.hub, revision=revision, files_metadata=True, timeout=TIMEOUT_S[0]

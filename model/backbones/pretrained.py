@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from model.lean_import import lean_import
 from model.recipe import Triple
-from sharding.hub import ask_hub, hub_errors, in_hub_cache
+from sharding.hub import ask_hub, hub_errors, in_hub_cache, proxy_faults
 
 with lean_import():
     import timm
@@ -112,7 +112,8 @@ def pretrained_config(name: str) -> PretrainedCfg:
             repository, _, revision = where.partition("@")
             if not in_hub_cache(repository, "config.json", revision or None):
                 ask_hub(repository, "config.json", revision or None)
-            config = PretrainedCfg(**load_model_config_from_hf(where)[0])
+            with proxy_faults():
+                config = PretrainedCfg(**load_model_config_from_hf(where)[0])
         elif source == "local-dir":
             config = PretrainedCfg(**load_model_config_from_path(where)[0])
         else:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import requests
 
-from escape import reason_of
+from escape import reason_of, typed_reason_of
 from interrupts import within
 from model.c2pa.signatures import (
     CACHED,
@@ -36,6 +36,7 @@ from model.c2pa.signatures import (
     read_cached,
 )
 from storage import cache_folder, write_text
+from web_addresses import proxy_fault
 
 ADDRESS = (
     "https://raw.githubusercontent.com/c2pa-org/conformance-public/refs/heads/main/trust-list/"
@@ -86,8 +87,9 @@ def _download(url: str) -> bytes:
     try:
         return within(TIMEOUT_S, lambda: _read(url))
     except (OSError, ValueError) as error:  # RequestException is an OSError
+        reason = proxy_fault(typed_reason_of(error)) or reason_of(error)
         raise TrustListError(
-            f"the C2PA trust list was not fetched ({reason_of(error)}); download it by hand from "
+            f"the C2PA trust list was not fetched ({reason}); download it by hand from "
             f"{url} and type: python -m model fetch --trust-list --file C2PA-TRUST-LIST.pem"
         ) from error
 

@@ -73,7 +73,7 @@ from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
-from sharding.hub import hub_errors
+from sharding.hub import hub_errors, proxy_faults
 from storage import AnyPath, atomic_folder, parse_json, read_text, sha256_of
 
 CONFIG_FILE = "config.json"
@@ -257,7 +257,8 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
 
     api = HfApi()
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        with proxy_faults():
+            api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder)
     except hub_errors() as error:
         # The hub's client may raise a RuntimeError that only names the file; its cause is useful.

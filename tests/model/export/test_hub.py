@@ -429,6 +429,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     one.server_close()
 
 
+def test_a_proxy_that_the_client_refuses_is_named(
+    server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub.close_session()  # it read the variables when it was opened
+    monkeypatch.setenv("ALL_PROXY", "http://u:p#secret@proxy:3128")
+    result = CliRunner().invoke(main, ["push", str(folder), REPO])
+    huggingface_hub.close_session()
+    assert result.exit_code == 1 and not server.made
+    assert "(ALL_PROXY is no address of a proxy" in result.output and "secret" not in result.output
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's library of httpx
 def test_every_file_arrives(server: Hub, folder: Path) -> None:
     result = CliRunner().invoke(main, ["push", str(folder), REPO, "--private"])
