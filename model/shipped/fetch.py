@@ -54,7 +54,7 @@ import numpy as np
 import requests
 
 import console
-from escape import reason_of, without_secrets
+from escape import reason_of, typed_reason_of, without_secrets
 from locks import locked
 from model.checkpoint import META_FILE, read_meta
 from model.shipped import backbone, clip_onnx
@@ -285,9 +285,10 @@ def _receive_all(session: requests.Session, remote: Remote, origin: str) -> None
             receive(session, remote, lambda _, total: console.progress("backbone, MiB", total))
         except (OSError, FetchError) as error:  # RequestException is an OSError
             if size_of(remote.partial) <= before:
+                reason = proxy_fault(typed_reason_of(error)) or reason_of(error)
                 raise FetchError(
                     f"{origin} broke off after {size_of(remote.partial):,} bytes, which are kept "
-                    f"({reason_of(error)})"
+                    f"({reason})"
                 ) from error
         else:
             return
