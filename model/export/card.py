@@ -25,6 +25,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from escape import markdown, without_paths
+from model.evaluation.bootstrap import wilson
 from model.evaluation.report import on_subset, on_training_data
 from model.export.license import License, license_of
 from model.export.new_kinds import NewKinds
@@ -287,7 +288,8 @@ def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, 
                 alone = rates["uncertain"] if not (rates["reals"] and rates["fakes"]) else None
                 uncertain = rates.get(f"uncertain_{label}", alone)
                 rows.append(
-                    f"| {shown} ({label}) | {rates[label + 's']:,} | {rates[metric]:.3f} "
+                    f"| {shown} ({label}) | {rates[label + 's']:,} "
+                    f"| {_of_images(rates[metric], rates[label + 's'])} "
                     f"| {'-' if uncertain is None else f'{uncertain:.3f}'} |"
                 )
     compared = (
@@ -305,8 +307,15 @@ def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, 
     )
     return (
         "Each source was scored by a head that was trained without that source. "
-        f"{expect}{compared}\n\n" + "\n".join(rows)
+        f"{expect}{compared} In parentheses is the 95 % interval for so many independent images. "
+        "Images of one source are alike, so the true intervals are wider.\n\n" + "\n".join(rows)
     )
+
+
+def _of_images(share: float, count: int) -> str:
+    """Format a share of `count` images with its 95 % interval, that of Wilson."""
+    low, high = wilson(share, count)
+    return f"{share:.3f} ({max(0.0, low):.3f} to {min(1.0, high):.3f})"
 
 
 def _new_kinds(meta: Mapping[str, Any], figures: NewKinds) -> str:

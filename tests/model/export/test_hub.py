@@ -173,9 +173,9 @@ def test_the_card_lists_sources_left_out_of_training(
                   "uncertain": 0.7},
         "x|y": {"reals": 0, "fakes": 1700, "false_positive_rate": None, "recall": 0.05,
                 "uncertain": 0.9},
-        "both": {"reals": 7, "fakes": 8, "false_positive_rate": 0.1, "recall": 0.6,
+        "both": {"reals": 15, "fakes": 8, "false_positive_rate": 0.0, "recall": 1.0,
                  "uncertain": 0.2, "uncertain_real": 0.3, "uncertain_fake": 0.1},
-        "before": {"reals": 7, "fakes": 8, "false_positive_rate": 0.1, "recall": 0.6,
+        "before": {"reals": 15, "fakes": 8, "false_positive_rate": 0.0, "recall": 1.0,
                    "uncertain": 0.2},
     }  # fmt: skip
     known = meta["calibration"] | {"sources": rates, "method": "validation sets by source, pooled"}
@@ -184,10 +184,13 @@ def test_the_card_lists_sources_left_out_of_training(
     meta["calibration"] = known | {"method": "sources left out, pooled"}
     meta["data"]["titles"] = {"faces": "faces | of Flickr"}
     card = card_of(meta, report_of(meta), {"old": None}, onnx=False)
-    assert "| faces: faces \\| of Flickr (real) | 376 | 0.260 | 0.700 |" in card
-    assert "| x\\|y (fake) | 1,700 | 0.050 | 0.900 |" in card
-    assert "| both (real) | 7 | 0.100 | 0.300 |\n| both (fake) | 8 | 0.600 | 0.100 |" in card
-    assert "| before (real) | 7 | 0.100 | - |\n| before (fake) | 8 | 0.600 | - |" in card
+    assert "| faces: faces \\| of Flickr (real) | 376 | 0.260 (0.218 to 0.307) | 0.700 |" in card
+    assert "| x\\|y (fake) | 1,700 | 0.050 (0.041 to 0.061) | 0.900 |" in card
+    real, fake = "15 | 0.000 (0.000 to 0.204)", "8 | 1.000 (0.676 to 1.000)"
+    assert f"| both (real) | {real} | 0.300 |\n| both (fake) | {fake} | 0.100 |" in card
+    assert f"| before (real) | {real} | - |\n| before (fake) | {fake} | - |" in card
+    assert card.count("In parentheses is the 95 % interval") == 1
+    assert "Images of one source are alike, so the true intervals are wider." in card
     assert card.index("## Sources left out") < card.index("## Evaluation")
     assert "bfloat16" not in card
     meta["recipe"]["run"]["precision"] = "bf16"
@@ -225,7 +228,8 @@ def test_the_card_of_a_detector_calibrated_again_says_at_which_thresholds_source
     kept = {"temperature": meta["temperature"], "band": [0.4, 0.9], "sources": {"faces": rates}}
     meta["calibration"] = meta["calibration"] | {"method": "validation", "left_out": kept}
     text = " ".join(card_of(meta, None, {}, onnx=False).split())
-    assert "| faces (real) | 9 | 0.200 | 0.100 |" in text and "20 % of faces" in text
+    assert "| faces (real) | 9 | 0.200 (0.053 to 0.526) | 0.100 |" in text
+    assert "20 % of faces" in text
     assert "calibration: no sign of AI below 0.4, likely AI from 0.9, uncertain between" in text
     assert "chosen on these scores" not in text and "which they had not seen" not in text
 
