@@ -1,6 +1,7 @@
 """Measure what `predict.py` adds to the network's time: reading, decoding, provenance and writing.
 
-    python -m benchmarks.predict [--originals FOLDER] [--images 200] [--rounds 3] [--json FILE]
+    python -m benchmarks.predict [--checkpoint NAME] [--originals FOLDER] [--images 200]
+        [--rounds 3] [--json FILE]
 
 Main entry: `measure(detector, folder, images, batch_size, rounds)`.
 
@@ -23,8 +24,9 @@ weights, which are as fast as trained ones. It prints a table with a row per net
 CPU milliseconds per image of both ways, and two ratios: the time per image of the network alone
 divided by that of `predict.py`, once in elapsed time and once in CPU time. A ratio below 1 means
 that `predict.py` needs more. `--network` (may be repeated) chooses the networks (`convnextv2_base`
-or `mobilenetv2_100`; default: both); `--device`, `--backend` and `--batch-size` are as in
-`predict.py`. FILE gets the figures of all rounds as JSON.
+or `mobilenetv2_100`; default: both). NAME is a trained detector, which is measured instead: a
+checkpoint folder, a run's folder, or the name of one that ships, such as `clip`. `--device`,
+`--backend` and `--batch-size` are as in `predict.py`. FILE gets the figures of all rounds as JSON.
 
 Compare ratios, not the speeds of different runs. While other programs use the CPU, the ratio of CPU
 times is more reliable than the other one. On an idle machine without a GPU the two are about equal,
@@ -50,7 +52,8 @@ import torch
 import cli
 import console
 from benchmarks.images import write_copies, write_images
-from model import checkpoint, load_detector
+from model import load_detector
+from model.checkpoint import Record, save
 from model.export.import_original import recipe_of
 from model.inference import inputs, results
 from model.inference.detector import ImageDetector
@@ -68,12 +71,12 @@ NETWORKS = {
 def write_checkpoint(folder: Path, name: str) -> Path:
     """Save a run with one checkpoint of random weights; returns its folder."""
     network = Network(name=NETWORKS[name], pretrained=False)
-    checkpoint.save(
+    save(
         folder / name / "step_0000000",
         build(network, pretrained=False),
         recipe=replace(recipe_of(name), network=network),
         state=None,
-        record=checkpoint.Record(step=0, epoch=0, metrics={}, selection=None, data={}),
+        record=Record(step=0, epoch=0, metrics={}, selection=None, data={}),
     )
     return folder / name
 
@@ -157,6 +160,11 @@ def row_of(name: str, runs: dict[str, list[dict[str, float]]]) -> list[object]:
     type=click.Choice(list(NETWORKS)),
     help="Measure only this.",
 )
+@click.option(
+    "--checkpoint",
+    type=cli.LocalPath(),
+    help="Measure only this: a checkpoint folder, run folder, or name of a shipped detector.",
+)
 @click.option("--json", "out", type=cli.LocalPath(dir_okay=False), help="File for the figures.")
 @cli.options("device", "backend", "batch_size")
 def main(
@@ -164,12 +172,14 @@ def main(
     rounds: int,
     originals: Path | None,
     names: tuple[str, ...],
+    checkpoint: Path | None,
     out: Path | None,
     device: str,
     backend: str,
     batch_size: int,
 ) -> None:
     """Measure both ways in turn, and print one table."""
+    cli.refuse_conflicts({"checkpoint": ["names"]})
     figures_of = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
@@ -178,8 +188,8 @@ def main(
         else:
             paths = write_images(folder, images)
         size = sum(path.stat().st_size for path in paths) / len(paths) / 1000
-        for name in names or NETWORKS:
-            run = write_checkpoint(Path(place), name)
+        for name in [str(checkpoint)] if checkpoint else names or NETWORKS:
+            run = checkpoint or write_checkpoint(Path(place), name)
             detector = load_detector(run, device=device, backend=backend)
             figures_of[name] = measure(detector, folder, images, batch_size, rounds)
             console.log.info("%s: %s", name, row_of(name, figures_of[name]))

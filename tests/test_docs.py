@@ -118,6 +118,7 @@ PHASE_1, PHASE_2 = (recipes.load(Recipe, recipes.FOLDER / f"phase{phase}.toml") 
 SOURCES = len(tomllib.loads(text_of(ROOT / "sharding/catalog-github.toml"))["sources"])
 STREAMLIT = tomllib.loads(text_of(ROOT / ".streamlit/config.toml"))
 (UPLOADS_MB,) = re.findall(r'"DETECTOR_UPLOADS_MB"\) or "(\d+)"', text_of(ROOT / "app_server.py"))
+(TEST_MINUTES,) = re.findall(r"^test: .*not slow \((\d+) minutes", text_of(ROOT / "Makefile"), re.M)
 GPU = text_of(ROOT / "benchmarks/results/gpu_h200_202611.md")
 
 
@@ -165,6 +166,9 @@ KEY_FIGURES = {
     ),
     "minutes of the demo": KeyFigure(
         "2 to 6", r"(\w+ to \w+) minutes", ("README.md", "docs/demo.md"),
+    ),
+    "minutes of the fast tests": KeyFigure(
+        TEST_MINUTES, r"fast tests, (\d+) minutes", ("README.md", "CONTRIBUTING.md"),
     ),
     "epochs and batches of the phases": KeyFigure(
         f"{PHASE_1.run.epochs} epochs at batch {PHASE_1.loading.batch_size}, "

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import recipes
+from model.checkpoint import read_meta
 from model.recipe import STEP_FOLDER, Recipe, check_run_name, step_folder
 from tests.builders import ROOT
 
@@ -44,6 +45,14 @@ def test_the_detector_that_ships_says_how_to_fetch_its_sources() -> None:
     listed = subprocess.check_output(["bash", "-c", f"{lines[1]}; {lines[2]}"], cwd=ROOT, text=True)
     catalog = ROOT / lines[1].removeprefix("catalog=")
     assert listed.split() == list(tomllib.loads(catalog.read_text(encoding="utf-8"))["sources"])
+
+
+def test_the_detector_that_ships_has_the_precision_of_its_command() -> None:
+    """Features of another precision are other ones, and so is the head."""
+    path = recipes.FOLDER / "clip-all.toml"
+    (command,) = re.findall(r"^# +(python train\.py .*)", path.read_text(), re.M)
+    recipe = recipes.load(Recipe, path, re.findall(r"--set (\S+)", command))
+    assert recipe.run.precision == read_meta(ROOT / "detectors/clip")["recipe"]["run"]["precision"]
 
 
 @pytest.mark.parametrize("step", [0, 7, 1_000_000, 12_345_678])
