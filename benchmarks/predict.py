@@ -33,6 +33,7 @@ times is more reliable than the other one. On an idle machine without a GPU the 
 because both ways use all cores.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -98,10 +99,11 @@ def whole(detector: ImageDetector, folder: Path, batch_size: int, out: Path) -> 
     """Run `predict.py FOLDER --out OUT` with a detector that is loaded already."""
     out.unlink(missing_ok=True)
     file = results.open_results(out, "jsonl", detector.identity, resume=False)
-    run = PredictionRun(detector, "jsonl", file)
-    for _ in run.over(inputs.find_images([str(folder)], Counter()), batch_size):
-        pass
-    file.finish()
+    with contextlib.closing(file):
+        run = PredictionRun(detector, "jsonl", file)
+        for _ in run.over(inputs.find_images([str(folder)], Counter()), batch_size):
+            pass
+        file.finish()
 
 
 def timed(work: Callable[[], Any], images: int) -> dict[str, float]:
