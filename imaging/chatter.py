@@ -2,7 +2,8 @@
 without empty ones.
 
 `imaging/quiet.py` runs this file as a process of its own, between a training process and its
-standard error. It needs only the standard library, and no argument. It ends when every process that
+standard error. It needs only the standard library, and no argument. After the line `END` it writes
+a newline to standard output: all that came before was copied. It ends when every process that
 writes to its input has closed it or died.
 """
 
@@ -26,16 +27,23 @@ _CHATTER = re.compile(
     rb"|^> |^\s*'[^']*' (is|where) |^Unsupported number of channels"  # OpenCV's second lines
 )
 
+END = b"\0imaging.quiet\0\n"
+"""A line that is not copied but answered."""
+
 
 def main() -> None:
     """Copy until the input ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the writer may say more before it ends
-    for line in sys.stdin.buffer:
+    for read in sys.stdin.buffer:
+        line = read.removesuffix(END)  # it follows a line without an end directly
         if line.strip() and not _CHATTER.search(line):
             # A line that cannot be written is dropped: a full pipe would stop the writer.
             with contextlib.suppress(OSError):
                 os.write(2, line)
+        if line != read:
+            with contextlib.suppress(OSError):  # nobody waits for the answer
+                os.write(1, b"\n")
 
 
 if __name__ == "__main__":

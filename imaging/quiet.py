@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -61,6 +62,17 @@ def without_warnings() -> Iterator[None]:
 
 # --- lines that native code writes ----------------------------------------------------------------
 
+ANSWER_S = 60.0
+"""Seconds to wait until the last line was copied: on a busy machine the filter may not run before.
+Later lines are copied too, but after those that follow.
+"""
+
+END_S = 0.1
+"""Seconds to wait for the end of a filter. It lives on while another process writes through it."""
+
+_ending: list[subprocess.Popen] = []
+"""Filters that had not ended by then. Without a reference Python would warn of each."""
+
 
 class _Filter:
     """Sends standard error of the process through `imaging/chatter.py`, which drops the lines of
@@ -77,7 +89,7 @@ class _Filter:
         try:
             self.process = subprocess.Popen(
                 [sys.executable or "", "-I", "-S", chatter.__file__],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
             )  # fmt: skip
         except OSError:
             os.close(self.real)
@@ -94,10 +106,19 @@ class _Filter:
         if sys.stderr is not self.before:
             sys.stderr.close()
             sys.stderr = self.before
+        with contextlib.suppress(OSError):  # the filter was killed
+            os.write(2, chatter.END)
         os.dup2(self.real, 2)
         os.close(self.real)
+        _ending.append(self.process)
+        assert self.process.stdout
+        with self.process.stdout as answer:
+            poll = select.poll()  # unlike `select`, for any number of open files
+            poll.register(answer, select.POLLIN)
+            poll.poll(1000 * ANSWER_S)  # returns, too, when the filter has died
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=1)  # a child that inherited the pipe may hold it open
+            self.process.wait(END_S)
+        _ending[:] = [process for process in _ending if process.poll() is None]
 
 
 def _is_native(stream: Any) -> bool:

@@ -1,6 +1,7 @@
 """Output of decoders is dropped, other output is not."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from imaging import quiet
 from imaging.quiet import without_chatter
+from tests.servers import HANG_S
 
 CHATTER = [
     "\x1b[0;31m[ERROR] \x1b[0m[libjpeg_turbo_decoder] Could not decode jpeg code stream",
@@ -99,3 +102,44 @@ def test_without_a_process_for_the_filter_all_lines_are_printed(
         os.write(2, f"{CHATTER[0]}\n".encode())
     assert capfd.readouterr().err.splitlines() == [CHATTER[0]]
     assert {*Path("/proc/self/fd").iterdir()} == before
+
+
+def test_lines_of_a_filter_that_is_slow_are_printed_before_the_block_ends(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(process: subprocess.Popen, timeout: float | None = None) -> int:
+        raise subprocess.TimeoutExpired(process.args, timeout or 0)
+
+    with without_chatter():
+        os.write(2, f"{CHATTER[0]}\n{OTHERS[0]}\nwithout an end".encode())
+        child = quiet._filters[0].process
+        os.kill(child.pid, signal.SIGSTOP)
+        threading.Timer(0.1, os.kill, [child.pid, signal.SIGCONT]).start()
+        monkeypatch.setattr(subprocess.Popen, "wait", late)
+    assert capfd.readouterr().err == f"{OTHERS[0]}\nwithout an end"
+    monkeypatch.undo()
+    assert child.wait(HANG_S) == 0
+
+
+def test_a_process_that_outlives_the_block_writes_through_the_filter(
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """It holds the filter's input open. A filter that is left must not raise a ResourceWarning."""
+    lines = f"{CHATTER[0]}\n{OTHERS[1]}\n".encode()
+    script = f"import os; input(); os.write(2, {lines!r})"
+    with without_chatter():
+        os.write(2, f"{OTHERS[0]}\n".encode())
+        number = quiet._filters[0].process.pid
+        child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
+    assert capfd.readouterr().err.splitlines() == [OTHERS[0]]
+    child.communicate(b"\n", HANG_S)
+    os.waitpid(number, 0)
+    assert capfd.readouterr().err.splitlines() == [OTHERS[1]]
+
+
+def test_a_filter_that_was_killed_is_not_waited_for(capfd: pytest.CaptureFixture) -> None:
+    with without_chatter():
+        quiet._filters[0].process.kill()
+        quiet._filters[0].process.wait()
+    os.write(2, f"{OTHERS[0]}\n".encode())
+    assert capfd.readouterr().err.splitlines() == [OTHERS[0]]
