@@ -7,11 +7,11 @@ loop can save its state and stop. A Ctrl-C that comes after any earlier signal r
 that may wait for long and changes nothing that is saved. In its block, the signal raises `Stopped`
 at once; one that came before raises it at the beginning, and one that code in the block has
 swallowed raises it at the end. Without a block of `stop_signals()` around it, it does nothing.
-`resumable()` yields nothing; if its block raises `KeyboardInterrupt`, it prints that the same
-command resumes the job, and raises SystemExit with exit code 130. `terminations_interrupt()` yields
-nothing; in its block, SIGTERM raises `KeyboardInterrupt("SIGTERM")`, and SIGHUP alike. At the end
-of a block, the earlier signal handlers are restored. Outside the main thread, `stop_signals()` and
-`terminations_interrupt()` do not react to signals.
+`terminations_interrupt()` yields nothing; in its block, SIGTERM raises
+`KeyboardInterrupt("SIGTERM")`, and SIGHUP alike. `resumable()` does the same, and if its block
+raises `KeyboardInterrupt`, it prints that the same command resumes the job, and raises SystemExit
+with exit code 130. At the end of a block, the earlier signal handlers are restored. Outside the
+main thread, none of these blocks reacts to signals.
 
 `within(seconds, work)` returns the result of `work()`, a function without arguments, or raises its
 error; if there is neither after `seconds`, it raises `TimeoutError`.
@@ -94,9 +94,12 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    """Exit with code 130 on Ctrl-C and tell the user that the same command resumes the job."""
+    """Exit with code 130 on Ctrl-C, SIGTERM and SIGHUP, and tell the user that the same command
+    resumes the job.
+    """
     try:
-        yield
+        with terminations_interrupt():
+            yield
     except KeyboardInterrupt as error:
         by = str(error) or "Ctrl-C"
         console.note(f"stopped by {by}; run the same command again to resume")

@@ -150,16 +150,17 @@ def main(
         init_from = default_weights()
     elif init_from:
         init_from = weights_at(init_from)
-    with init_distributed() as dist:
+    with init_distributed() as dist, interrupts.terminations_interrupt():
         if folder:
             changed = recipes.changed_keys(settings)
-            recipe = with_folder(recipe, folder, any_path(data), changed=changed, dist=dist)
+            with interrupts.resumable():  # the packing goes on where it was
+                recipe = with_folder(recipe, folder, any_path(data), changed=changed, dist=dist)
         if dry_run:
             try_out(recipe, any_path(data), runs, init_from=init_from, dist=dist)
             return
         try:
             # Training itself saves first. Before and after it, a signal ends the command.
-            with interrupts.resumable(), interrupts.terminations_interrupt():
+            with interrupts.resumable():
                 best = train(recipe, any_path(data), runs, init_from=init_from, dist=dist)
         except Interrupted as stopped:
             if dist.is_main:

@@ -171,7 +171,7 @@ def build_command(
 
     catalog = read_catalog([*SHIPPED, *catalogs])
 
-    with interrupts.resumable(), interrupts.terminations_interrupt():
+    with interrupts.resumable():
         scan, built = build(
             catalog, raw, out,
             only=only, jobs=jobs or 0, engine=engine,

@@ -338,7 +338,7 @@ def test_a_current_folder_that_was_removed(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_termination_is_called_by_its_name(number: signal.Signals) -> None:
     def action() -> None:
-        with interrupts.resumable(), interrupts.terminations_interrupt():
+        with interrupts.resumable():
             signal.raise_signal(number)
 
     result = run(action)

@@ -1,5 +1,8 @@
 """`train.py --folder`: from a folder of images to a checkpoint."""
 
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,31 @@ def test_a_folder_becomes_a_detector(mine: Path, tiny_recipe: Path) -> None:
     assert again.exit_code == 0, again.output
     assert f"{mine} is up to date, packed in {place}: " in again.stderr
     assert "is finished; nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_packing_and_the_same_command_goes_on(
+    mine: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    raised = []
+
+    @contextlib.contextmanager
+    def stopping(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            raised.append(count)
+            signal.raise_signal(number)
+
+        yield advance
+
+    ignored = signal.signal(number, lambda *_: None)  # without a handler it would end pytest
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "image_progress", stopping)
+        stopped = run(mine, "--recipe", tiny_recipe, "--dry-run")
+    signal.signal(number, ignored)
+    assert (stopped.exit_code, len(raised)) == (130, 1), stopped.output
+    assert f"stopped by {number.name}; run the same command again to resume" in stopped.stderr
+    again = run(mine, "--recipe", tiny_recipe, "--dry-run")
+    assert again.exit_code == 0 and " packed in " in again.stderr, again.output
 
 
 def test_more_images_are_the_reason_that_a_run_does_not_resume(
