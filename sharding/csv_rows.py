@@ -12,10 +12,12 @@ these are refused: rows with more cells than the heading, two columns of one nam
 not end, another separator, and another encoding.
 
 `ends_of(path, depth)` yields the ends of a path in such a table, which may be paths of files.
+`short(cell)` and `listed(columns)` return a cell and a list of columns for a message.
 """
 
 import contextlib
 import csv
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TextIO
@@ -27,6 +29,25 @@ Rows = Iterator[tuple[int, dict[str, str]]]
 
 MAX_PARTS = 2048
 """Folders and names in a path of 4,096 bytes, the longest of a file."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 200  # reprlib's 30 cut most paths
+
+MOST_SHOWN = 20
+"""Most columns that a message lists."""
+
+
+def short(cell: str) -> str:
+    """Quote a cell for a message; the middle of one of over 200 characters is left out."""
+    return _SHORT.repr(cell)
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Return columns as a list for a message."""
+    more = len(columns) - MOST_SHOWN
+    texts = [short(column) if column else "(no heading)" for column in columns[:MOST_SHOWN]]
+    return ", ".join(texts) + (f" and {more:,} more" if more > 0 else "")
 
 
 @contextlib.contextmanager
@@ -60,7 +81,7 @@ def _rows(path: AnyPath, stream: TextIO, error: type[ValueError]) -> Rows:
             "save it with commas, and decimals with a point"
         )
     if twice := [column for column, count in Counter(columns).items() if count > 1]:
-        named = repr(twice[0]) if twice[0] else "without heading"
+        named = short(twice[0]) if twice[0] else "without heading"
         raise error(f"{path} has two columns {named}, expected one; rename or remove one")
     yield reader.line_num, dict(zip(columns, columns, strict=True))
     for cells in reader:

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from escape import reason_of
 from sharding.catalog import CatalogError, Rule, Source, Table
-from sharding.csv_rows import csv_rows, ends_of
+from sharding.csv_rows import csv_rows, ends_of, listed
 from sharding.format import CLASSES
 from sharding.raw import RawFile, nfc
 from storage import AnyPath, parse_json
@@ -168,7 +168,7 @@ def read_rows(
         with csv_rows(raw / file.path, CatalogError) as (columns, lines):
             if missing := sorted(needed - {*columns}):
                 raise CatalogError(
-                    f"{raw / file.path} has columns {columns}, expected "
+                    f"{raw / file.path} has columns {listed(columns)}, expected "
                     f"{', '.join(map(repr, missing))} among them"
                 )
             for line, row in lines:

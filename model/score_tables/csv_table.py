@@ -41,7 +41,7 @@ from model.adapters.detector import logits_from, meta_of
 from model.evaluation.scores import SCORES_SCHEMA, ScoresError, rows_of
 from model.score import Scores
 from model.verdict import CALIBRATION_KEYS
-from sharding.csv_rows import csv_rows, ends_of
+from sharding.csv_rows import csv_rows, ends_of, listed, short
 from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath, sha256_of
 
@@ -122,12 +122,12 @@ def _rows(file: Path, *, needs_label: bool) -> Iterator[_Row]:
         missing += ["label"] if needs_label and "label" not in columns else []
         if missing:
             raise ScoresError(
-                f"{file} has the columns {', '.join(columns) or 'none'}; add or rename: "
+                f"{file} has the columns {listed(columns) or 'none'}; add or rename: "
                 f"{'; '.join(missing)} (in lower case, separated by commas)"
             )
         used = {name, score, "label", *(OPTIONAL if needs_label else ())}
-        if unused := [column or "(no heading)" for column in columns if column not in used]:
-            console.log.info("%s: columns not used: %s", file, ", ".join(unused))
+        if unused := [column for column in columns if column not in used]:
+            console.log.info("%s: columns not used: %s", file, listed(unused))
         for line, row in rows:
             where = f"{file}, line {line}"
             label = _label(row["label"], where) if "label" in columns else None
@@ -143,7 +143,7 @@ def _first(columns: Sequence[str], known: Sequence[str]) -> str:
 
 def _label(text: str, where: str) -> int:
     if text.lower() not in LABELS:
-        raise ScoresError(f"{where}: label is {text[:40]!r}, expected real or 0, or fake or 1")
+        raise ScoresError(f"{where}: label is {short(text)}, expected real or 0, or fake or 1")
     return LABELS[text.lower()]
 
 
@@ -156,7 +156,7 @@ def _score(text: str, where: str) -> float:
         score = math.inf
     if math.isinf(score) or score < 0 or score > 1:
         raise ScoresError(
-            f"{where}: score is {text[:40]!r}, expected the probability of fake, 0 to 1 (of logits "
+            f"{where}: score is {short(text)}, expected the probability of fake, 0 to 1 (of logits "
             "take the sigmoid first)"
         )
     return score
@@ -177,7 +177,7 @@ def _of_table(file: Path, rows: Sequence[_Row]) -> dict[str, pa.Table]:
 
 def _refuse_second(file: Path, row: _Row, first: _Row) -> None:
     raise ScoresError(
-        f"{file}, line {row.line}: {row.name} has a row already, line {first.line}; expected one "
+        f"{file}, line {row.line}: {short(row.name)} has a row already, line {first.line}; expected one "
         "per image"
     )
 
@@ -228,12 +228,12 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
             label = int(sets[name].column("label")[sample])
             if row.label not in (None, label):
                 raise ScoresError(
-                    f"{file}, line {row.line}: {row.name} is {CLASSES[row.label or 0]}, but "
+                    f"{file}, line {row.line}: {short(row.name)} is {CLASSES[row.label or 0]}, but "
                     f"{CLASSES[label]} in the set {name}"
                 )
     if not scored:
         raise ScoresError(
-            f"{file}: no row is of an image of {', '.join(sets)}; the first is {rows[0].name!r}, "
+            f"{file}: no row is of an image of {', '.join(sets)}; the first is {short(rows[0].name)}, "
             f"expected keys or paths such as {_example(sets)}" if rows else
             f"{file} has no row, expected one per image"
         )  # fmt: skip
@@ -241,7 +241,7 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
         console.log.warning(
             "%s: %s of no image of %s, not used (first: line %d, %s)",
             file, console.counted(len(strangers), "row"), ", ".join(sets),
-            strangers[0].line, strangers[0].name,
+            strangers[0].line, short(strangers[0].name),
         )  # fmt: skip
     return {name: _scored(name, shards, scored) for name, shards in sets.items()}
 

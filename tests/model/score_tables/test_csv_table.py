@@ -57,7 +57,7 @@ def test_a_table_gets_the_report_of_an_evaluation(tmp_path: Path) -> None:
         (["a.jpg,0,1.5,x"], None, "line 2: score is '1.5', expected the probability of fake, 0 to"),
         (["a.jpg,0,-3,x"], None, "line 2: score is '-3'"),
         (["a.jpg,0,high,x"], None, "line 2: score is 'high'"),
-        (["a.jpg,0,0.1,x", "b,1,1,x", "a.jpg,0,0.1,x"], None, "line 4: a.jpg has a row already, l"),
+        (["a.jpg,0,0.1,x", "b,1,1,x", "a.jpg,0,0.1,x"], None, "line 4: 'a.jpg' has a row already"),
         ([",0,0.1,x"], None, "line 2: path is empty, expected the name of an image"),
         ([], None, "has no row, expected one per image"),
         (
@@ -79,6 +79,41 @@ def test_a_wrong_table_is_one_line(
     assert result.exit_code == 1
     (line,) = result.output.splitlines()
     assert said in line and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"),
+    [
+        ([f"{'a' * 9999}.jpg,0,0.1"] * 2, "key,label,score", "aaa.jpg' has a row already, line 2"),
+        (["a,0,0.1"], f"key,label,{'s' * 9999}", "ss'; add or rename: score or probability"),
+        (["a,0,0.1"], "key,label" + ",x%d" * 999 % (*range(999),), "'x17' and 981 more; add or"),
+        (["a,0,0.1"], "key,label,score" + f",{'s' * 9999}" * 2, "ss', expected one; rename"),
+        ([f"a,{'9' * 9999},0.1"], "key,label,score", "99', expected real or 0, or fake or 1"),
+        ([f"a,0,{'9' * 9999}"], "key,label,score", "99', expected the probability of fake"),
+    ],
+)  # fmt: skip
+def test_a_long_cell_is_cut_in_a_message(
+    tmp_path: Path, rows: list[str], columns: str, said: str
+) -> None:
+    file = table(tmp_path / "t.csv", rows, columns)
+    result = run("--scores", file, "--runs", tmp_path / "runs")
+    assert result.exit_code == 1 and said in result.output, result.output
+    assert len(result.output) < 500 + len(str(file))
+
+
+def test_a_long_name_is_cut_in_what_is_said_of_a_set(data: Path, tmp_path: Path) -> None:
+    shards = open_shards([data / "val"])
+    origin, label = shards.table.column("origin")[0].as_py(), int(shards.column("label")[0])
+    path = f"{'a' * 999}/{origin}"
+    words = ("--shards", "val", "--data", data, "--out", tmp_path / "out")
+    for rows, said in (
+        (["b" * 999 + ",0.5,0"], "bbb', expected keys or paths such as"),
+        ([f"{path},0.5,{1 - label}"], f"{origin}' is {('fake', 'real')[label]}, but "),
+        ([f"{path},0.5,{label}", "b" * 999 + ",0.5,0"], "1 row of no image of val, not used"),
+    ):
+        result = run("--scores", table(tmp_path / "t.csv", rows, "path,score,label"), *words)
+        assert said in " ".join(result.output.split()), result.output
+        assert "a" * 200 not in result.output and "b" * 200 not in result.output
 
 
 @pytest.mark.parametrize(
