@@ -216,9 +216,7 @@ def list_command(
 ) -> None:
     """List the known sources, or print all facts about SOURCES."""
     from sharding.catalog import SHIPPED, read_catalog
-    from sharding.format import INDEX_FILE, read_index
-    from sharding.sources import COLUMNS, facts_of, rows_of
-    from sharding.verify import sets_in
+    from sharding.sources import COLUMNS, facts_of, packed_in, rows_of
 
     catalog = read_catalog([*SHIPPED, *catalogs])
     if sources:
@@ -227,22 +225,21 @@ def list_command(
         return
     check_reachable(raw)
     check_reachable(out)
-    packed: dict[str, list[str]] = {}
-    sets = []
-    for folder in sets_in(out) if any(out.glob(f"*/{INDEX_FILE}")) else []:
-        index = read_index(folder)
-        sets.append([folder.name, index["split"], index["samples"], len(index["sources"])])
-        for source, count in index["totals"]["source"].items():
-            packed.setdefault(source, []).append(f"{index['set']} {count:,}")
+    packed = packed_in(out)
     title = f"Known sources ('on disk' means in {raw})"
     drop = ["license", "goes to", "size", "images"]
-    console.table(title, COLUMNS, rows_of(catalog, raw, packed), drop=drop)
-    if sets:
-        console.table(f"Sets in {out}", ["set", "split", "images", "sources"], sets)
+    console.table(title, COLUMNS, rows_of(catalog, raw, packed.images), drop=drop)
+    if packed.sets:
+        console.table(f"Sets in {out}", ["set", "split", "images", "sources"], packed.sets)
     for name, listed in catalog.suites.items():
         console.say(f"suite {name}: {', '.join(listed)}")
     console.say("all facts about a source: python -m sharding list SOURCE")
     console.say("download it: python -m sharding fetch SOURCE     pack: python -m sharding build")
+    if packed.damaged:
+        raise click.ClickException(
+            f"{len(packed.damaged)} of {console.counted(len(packed.sets), 'set')} cannot be read: "
+            f"{'; '.join(packed.damaged)}"
+        )
 
 
 @main.command("verify")

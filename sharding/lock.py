@@ -16,7 +16,7 @@ warning and tried again. Of several processes that find an expired object, one g
 bucket cannot exclude:
 
 - The age of the object is measured with the clocks of two machines, which must agree within a
-  minute.
+  minute. An object from later than `LEASE_SECONDS` after now is refused.
 - A process that is halted, or cut off from the bucket, for longer than `LEASE_SECONDS` may lose the
   lock and go on writing. It notices at its next renewal, logs a warning and leaves the object of
   the other process alone. If that process takes the lock in the middle of this renewal, its object
@@ -40,6 +40,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator
+from reprlib import repr as short
 from typing import Any
 
 from upath import UPath
@@ -51,6 +52,9 @@ from storage import AnyPath, is_local, parse_json
 
 LEASE_SECONDS = 120
 """Seconds without renewal after which the lease of a build expires."""
+
+LATEST = 1e11
+"""Largest time in a lease, in the year 5138."""
 
 
 @contextlib.contextmanager
@@ -159,6 +163,11 @@ def _refuse_unless_expired(path: UPath, busy: str) -> None:
     if lease is None:
         raise BlockingIOError(f"{busy} (it has just ended; run the command again)")
     age = time.time() - lease["renewed"]
+    if age < -LEASE_SECONDS:  # it would not expire before that time
+        raise OSError(
+            f"{path} of {lease['owner']} was renewed {-age:,.0f} s after now; if no build is "
+            "running, remove it, else correct the clock of that machine or of this one"
+        )
     if age < LEASE_SECONDS:
         raise BlockingIOError(f"{busy} (held by {lease['owner']}, renewed {age:.0f} s ago)")
 
@@ -172,7 +181,10 @@ def _read(path: UPath) -> dict[str, Any] | None:
     try:
         # Not `open`, which may take the size of the object from a cached listing.
         lease = parse_json(path.fs.cat_file(path.path))
-        return {"token": "", **lease, "owner": lease["owner"], "renewed": float(lease["renewed"])}
+        renewed = lease["renewed"]
+        if type(renewed) not in (int, float) or not 0 <= renewed <= LATEST:  # NaN is neither
+            raise ValueError(f"renewed is {short(renewed)}, expected seconds since 1970")
+        return {"token": "", **lease, "owner": str(lease["owner"])[:100]}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

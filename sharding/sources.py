@@ -7,6 +7,7 @@ Main entries; nothing is printed or written:
   with the headings `COLUMNS`; "-" stands for nothing.
 - `facts_of(name, catalog)` returns what the catalog says about the source `name` (page, license,
   size, ...) as a list of lines. It raises `CatalogError` for an unknown name.
+- `packed_in(folder)` returns the `Packed` sets directly below a folder.
 - `sets_of(source)` returns a sorted list of the names of the sets that the images of a source may
   go to.
 
@@ -21,14 +22,46 @@ Their arguments:
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import console
 from sharding.catalog import Catalog, CatalogError, Source
 from sharding.fetch_spec import BEGUN
-from sharding.format import CLASSES
+from sharding.format import CLASSES, INDEX_FILE, read_index
+from sharding.verify import sets_in
 from storage import AnyPath
 
 COLUMNS = ("source", "goes to", "on disk", "packed", "images", "size", "license")
 """Headings of the table of `rows_of`."""
+
+
+@dataclass
+class Packed:
+    """The shard sets in a folder."""
+
+    images: dict[str, list[str]] = field(default_factory=dict)
+    """Sets and numbers of images of each source, such as "val 1,200"."""
+    sets: list[list[object]] = field(default_factory=list)
+    """A row for each set: name, split, images, sources."""
+    damaged: list[str] = field(default_factory=list)
+    """Sets whose index cannot be read, each with the reason. They have a row too."""
+
+
+def packed_in(folder: AnyPath) -> Packed:
+    """Read the index of each shard set directly below a folder."""
+    packed = Packed()
+    for place in sets_in(folder) if any(folder.glob(f"*/{INDEX_FILE}")) else []:
+        try:
+            index = read_index(place)
+        except (ValueError, OSError) as error:
+            console.log.debug("traceback", exc_info=True)
+            packed.damaged.append(f"{place.name} ({console.one_line(error)})")
+            packed.sets.append([place.name, "cannot be read", None, None])
+            continue
+        packed.sets.append([place.name, index["split"], index["samples"], len(index["sources"])])
+        for source, count in index["totals"]["source"].items():
+            packed.images.setdefault(source, []).append(f"{index['set']} {count:,}")
+    return packed
 
 
 def rows_of(catalog: Catalog, raw: AnyPath, packed: Mapping[str, list[str]]) -> list[list[str]]:

@@ -177,8 +177,8 @@ def _of_table(file: Path, rows: Sequence[_Row]) -> dict[str, pa.Table]:
 
 def _refuse_second(file: Path, row: _Row, first: _Row) -> None:
     raise ScoresError(
-        f"{file}, line {row.line}: {short(row.name)} has a row already, line {first.line}; expected one "
-        "per image"
+        f"{file}, line {row.line}: {short(row.name)} has a row already, line {first.line}; "
+        "expected one per image"
     )
 
 
@@ -233,8 +233,8 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
                 )
     if not scored:
         raise ScoresError(
-            f"{file}: no row is of an image of {', '.join(sets)}; the first is {short(rows[0].name)}, "
-            f"expected keys or paths such as {_example(sets)}" if rows else
+            f"{file}: no row is of an image of {', '.join(sets)}; the first is "
+            f"{short(rows[0].name)}, expected keys or paths such as {_example(sets)}" if rows else
             f"{file} has no row, expected one per image"
         )  # fmt: skip
     if strangers:
@@ -249,7 +249,7 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
 def _example(sets: Mapping[str, ShardSet]) -> str:
     """Return the key and the path of a sample."""
     first = next(iter(sets.values())).table.slice(0, 1)
-    return " or ".join(repr(first.column(name)[0].as_py()) for name in ("key", "origin"))
+    return " or ".join(short(first.column(name)[0].as_py()) for name in ("key", "origin"))
 
 
 def _samples_of(

@@ -92,12 +92,25 @@ def test_a_takeover_that_does_not_end_is_named(work: UPath) -> None:
         ExitStack().enter_context(lock.locked(work, work))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"owner": "x", "renewed": null}'])
+RENEWED = ["null", "NaN", "Infinity", "-Infinity", "1e999", "1e300", "-1", "true", '"7"', "[]"]
+DAMAGED = [f'{{"owner": "x", "renewed": {renewed}}}'.encode() for renewed in RENEWED]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"renewed": 1}', *DAMAGED])
 def test_a_damaged_lease_is_one_error(work: UPath, content: bytes) -> None:
     work.fs.pipe_file((work / "lock.json").path, content)
     with pytest.raises(
         OSError, match=r"lock\.json is damaged .*; remove it if no build is running"
     ):
+        ExitStack().enter_context(lock.locked(work, work))
+
+
+def test_a_lease_from_the_future_is_not_waited_for(work: UPath) -> None:
+    lease(work, -1000)
+    with pytest.raises(OSError, match=r"lock\.json of elsewhere:1 was renewed .* s after now; if"):
+        ExitStack().enter_context(lock.locked(work, work))
+    lease(work, -60)  # the clocks of two machines
+    with pytest.raises(BlockingIOError, match="held by elsewhere:1"):
         ExitStack().enter_context(lock.locked(work, work))
 
 

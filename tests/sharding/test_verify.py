@@ -270,6 +270,25 @@ def test_list_shows_what_is_known_and_packed(raw: Path, data: Path) -> None:
     assert "CC BY-NC-SA 4.0 (GenImage)" in output
 
 
+def test_list_shows_the_other_sets_and_names_those_that_it_cannot_read(copy: Path) -> None:
+    edit_index(copy / "new", lambda index: index.pop("samples"))
+    (copy / "old/index.json").write_bytes(b"\xff")
+    (copy / "val/index.json").unlink()
+    (copy / "val/index.json").mkdir()
+    status, output = run("list", "--out", copy)
+    assert status == 1
+    lines = output.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    assert {row[0]: row[1] for row in rows if row[0] in ("new", "old", "val")} == dict.fromkeys(
+        ("new", "old", "val"), "cannot be read"
+    )
+    assert sum(row[-1].isdigit() and row[-2].isdigit() for row in rows) == len(sets_in(copy)) - 3
+    last = lines[-1]
+    assert last.startswith(f"Error: 3 of {len(sets_in(copy))} sets cannot be read: new (")
+    assert "new/index.json: samples is missing, expected a whole number" in last
+    assert f"; old ({copy}/old/index.json is not JSON (" in last and "; val (" in last
+
+
 def test_list_prints_every_fact_of_a_source() -> None:
     status, output = run("list", "openfake", "chameleon")
     assert status == 0
