@@ -192,7 +192,7 @@ def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
     for address in addresses:
         left = until - time.monotonic()
         if left <= 0:
-            break
+            raise AddressError("the URL took too long to answer")
         with contextlib.suppress(OSError):
             return socket.create_connection((address, port), timeout=left)
     raise AddressError("the host does not answer")

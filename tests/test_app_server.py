@@ -1,6 +1,7 @@
 """The middleware between Streamlit and the browser: headers, and a memory limit for uploads."""
 
 import asyncio
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 import app_server
-from tests.servers import run_async
+from tests.servers import HANG_S, run_async
 
 UPLOAD = "/_stcore/upload_file/session/file"
 MB = 2**20
@@ -88,13 +89,23 @@ def test_all_uploads_together_are_limited_and_memory_is_freed(
 def test_an_upload_that_ends_after_its_page_was_closed_is_deleted(
     streamlit: Streamlit, guard: app_server.UploadGuard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app_server, "GRACE_S", 0.2)
+    monkeypatch.setattr(app_server, "GRACE_S", 0.1)
+    forget, before, ended = app_server._forget_if_closed, [], threading.Event()
+
+    def late(session: str) -> None:
+        before.append((app_server.held(), time.monotonic() - began))
+        forget(session)
+        ended.set()
+
+    monkeypatch.setattr(app_server, "_forget_if_closed", late)
     streamlit.is_open = False
     with TestClient(guard) as client:
+        began = time.monotonic()
         assert client.put(UPLOAD, content=bytes(MB)).status_code == 204
-        assert app_server.held() == MB  # a page may reconnect
-        time.sleep(0.5)
+        assert ended.wait(HANG_S)
         assert app_server.held() == 0
+    ((held, after),) = before
+    assert held == MB and after >= 0.1  # a page may reconnect until then
 
 
 def test_an_interrupted_upload_frees_its_memory(

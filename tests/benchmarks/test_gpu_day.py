@@ -39,8 +39,11 @@ def test_output_of_a_stage_over_its_time_limit_is_kept(tmp_path: Path) -> None:
     """The stage can also remove what it has made."""
     text = "trap 'echo removed; exit 1' TERM; echo a row; sleep 60 & wait"
     shell = replace(stage(""), command=("sh", "-c", text))
-    assert run(shell, tmp_path, 1.0, cpu=False) == 124
-    assert {"a row", "removed"} <= set((tmp_path / "log.txt").read_text().splitlines())
+    for limit_s in (1.0, 10.0):  # on a busy machine the shell may start later
+        assert run(shell, tmp_path, limit_s, cpu=False) == 124
+        if "a row" in (log := (tmp_path / "log.txt").read_text().splitlines()):
+            break
+    assert {"a row", "removed"} <= {*log}
     assert done_in(tmp_path, tmp_path, cpu=False) == set()
 
 

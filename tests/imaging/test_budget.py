@@ -9,6 +9,7 @@ import pytest
 from imaging import budget
 from imaging.decode import DecodeError, decode, decoded, prepare
 from tests.builders import encode, photo
+from tests.servers import HANG_S
 
 DATA = {kind: encode(photo(1, 40, 30), kind) for kind in ("JPEG", "PNG", "GIF")}
 SIZE = 40 * 30 * budget.BYTES_PER_PIXEL
@@ -23,7 +24,7 @@ def two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> budget.ByteBudget:
 
 @pytest.mark.parametrize("kind", DATA)
 def test_threads_wait_for_each_other(kind: str, two_at_a_time: budget.ByteBudget) -> None:
-    inside, most, lock = 0, 0, threading.Lock()
+    inside, most, lock, together = 0, 0, threading.Lock(), threading.Barrier(2)
 
     def work() -> None:
         nonlocal inside, most
@@ -31,6 +32,7 @@ def test_threads_wait_for_each_other(kind: str, two_at_a_time: budget.ByteBudget
             with lock:
                 inside += 1
                 most = max(most, inside)
+            together.wait(HANG_S)
             time.sleep(0.02)
             with lock:
                 inside -= 1

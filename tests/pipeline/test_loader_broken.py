@@ -31,6 +31,7 @@ from pipeline.stream import Pool, Stream, evaluation_batches
 from sharding.format import INDEX_FILE, ShardSet, read_index
 from storage import sha256_of
 from tests.builders import CPU, HARSH, KINDS, PREPROCESS, awkward_files, limited
+from tests.servers import HANG_S
 
 DEVICES = {"pil": CPU, "dali": CPU, "dali on a GPU": torch.device("cuda")}
 BACKENDS = ("pil", "dali", pytest.param("dali on a GPU", marks=pytest.mark.gpu))
@@ -251,7 +252,7 @@ def test_a_batch_that_a_worker_cannot_pass_ends_the_run(
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr("multiprocessing.reduction.DupFd", failing)  # a worker is forked with it
-    loading = Loading(batch_size=4, backend="pil", num_workers=1, stall_error_s=8)
+    loading = Loading(batch_size=4, backend="pil", num_workers=1, stall_error_s=HANG_S)
     loader = open_loader(old, preprocess=PREPROCESS, loading=loading, device=CPU)
     with TOO_MANY:
         list(evaluation_batches(loader))

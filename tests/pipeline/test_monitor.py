@@ -1,10 +1,10 @@
 """Loader statistics, and the watchdog's warning when a stage hangs."""
 
 import functools
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from pipeline.monitor import LoaderStats, Watchdog, WorkerStatus
 from pipeline.read import ShardReader
 from pipeline.replay import Replay
 from pipeline.stream import Stream, open_pool
+from tests.servers import HANG_S
 
 
 def batch(sources: list[int], *, replayed: int = 0, timing: BatchTiming | None = None) -> Batch:
@@ -31,25 +32,29 @@ def batch(sources: list[int], *, replayed: int = 0, timing: BatchTiming | None =
     )
 
 
-def test_statistics_add_up_the_batches_seen() -> None:
+def test_statistics_add_up_the_batches_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipeline.monitor.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def slowly():
         for wait in (0.0, 0.02, 0.2):
-            time.sleep(wait)
+            now[0] += wait
             yield batch(
                 [0, 0, 1], replayed=1, timing=BatchTiming(read_s=0.3, decode_s=0.1, ready=2)
             )
 
     stats = LoaderStats(["a", "b", "c"])
     assert sum(len(timed) for timed in stats.timed(slowly())) == 9
+    now[0] += 0.08
     row = stats.row()
     assert row["images/a"] == 6 and row["images/b"] == 3 and "images/c" not in row
     assert row["unreadable"] == 3
     assert row["replay_share"] == pytest.approx(1 / 3)
     assert row["ready"] == 2
     assert (row["read_ms"], row["decode_ms"]) == (pytest.approx(300), pytest.approx(100))
-    assert 190 < row["stall_max_ms"] < 1000
-    assert 15 < row["stall_p50_ms"] < 190
-    assert row["wait_share"] > 0.9
+    assert row["stall_max_ms"] == pytest.approx(200)
+    assert row["stall_p50_ms"] == pytest.approx(20)
+    assert row["wait_share"] == pytest.approx(0.22 / 0.3)
     assert row["wait_read"] == pytest.approx(0.75 * row["wait_share"])
     assert stats.row()["images_per_s"] == 0  # the first `row` has reset the counts
 
@@ -85,12 +90,16 @@ def test_each_batch_has_its_reading_and_decoding_time(short: Callable) -> None:
 
 def test_the_watchdog_logs_the_stage_of_each_worker(logged: list[str]) -> None:
     status = WorkerStatus(["worker 0", "worker 1"])
-    with Watchdog(status.describe, stall_warning_s=0.2) as watchdog:
-        with watchdog.waiting(3):
-            time.sleep(0.1)
-        assert not logged  # the wait was shorter than `stall_warning_s`
+    with Watchdog(status.describe, stall_warning_s=HANG_S) as watchdog, watchdog.waiting(3):
+        time.sleep(0.01)
+    assert not logged  # the wait was shorter than `stall_warning_s`
+    until = time.monotonic() + HANG_S
+    with Watchdog(status.describe, stall_warning_s=0.1) as watchdog:
         with watchdog.waiting(4), status.at(1, "reading", 6):
-            time.sleep(0.6)
+            began = time.monotonic()
+            while not logged and time.monotonic() < until:
+                time.sleep(0.01)
+            assert time.monotonic() - began > 0.07  # three of four parts
     assert "at step 4: worker 0 idle, worker 1 reading step 6" in logged[0]
 
 
@@ -98,19 +107,20 @@ def test_the_watchdog_logs_the_stage_of_each_worker(logged: list[str]) -> None:
 def test_a_reader_that_hangs_is_named(
     short: Callable, backend: str, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
-    go_on = threading.Event()
     read = ShardReader.read
+    said = ("worker 0" if backend == "pil" else "reader") + " reading step 0"
 
     def hang(self: ShardReader, samples):
-        go_on.wait(30)
+        until = time.monotonic() + HANG_S
+        while not any(said in line for line in logged) and time.monotonic() < until:
+            time.sleep(0.01)
         return read(self, samples)
 
     monkeypatch.setattr(ShardReader, "read", hang)
     stream = short(backend=backend, num_workers=0, stall_warning_s=0.2)
-    threading.Timer(0.8, go_on.set).start()
     assert len(list(stream.batches(0, 1))) == stream.steps_per_epoch
     assert "at step 0: " in logged[0]
-    assert ("worker 0" if backend == "pil" else "reader") + " reading step 0" in logged[0]
+    assert any(said in line for line in logged)
 
 
 @pytest.mark.parametrize("backend", ["pil", "dali"])

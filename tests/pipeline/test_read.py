@@ -4,9 +4,9 @@ import contextlib
 import os
 import resource
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -84,11 +84,12 @@ def test_a_tar_of_a_later_build_is_not_read(tmp_path: Path) -> None:
 def test_a_whole_batch_is_prefetched_while_reads_are_slow(
     old: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, pause = [], [0.0]
+    told, pause, now = [], [0.0], [0.0]
     pread = os.pread
+    monkeypatch.setattr(read, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def reading(file: int, size: int, offset: int) -> bytes:
-        time.sleep(pause[0])
+        now[0] += pause[0]
         told.append("read")
         return pread(file, size, offset)
 

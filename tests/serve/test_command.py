@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,14 +108,12 @@ def test_a_real_server_from_start_to_stop(running: Running, detector: ImageDetec
     )
     with ThreadPoolExecutor(30) as pool:
         taken = [pool.submit(running.predict, encode(photo(seed))) for seed in range(30)]
-        time.sleep(0.1)
+        wait(taken, HANG_S, FIRST_COMPLETED)
         running.process.send_signal(signal.SIGTERM)
-        for _ in range(200):
-            if running.ask("GET", "/readyz") == (503, b"stopping\n"):
-                break
+        until = time.monotonic() + HANG_S
+        while running.ask("GET", "/readyz") != (503, b"stopping\n"):
+            assert time.monotonic() < until, "the server is not stopping"
             time.sleep(0.01)
-        else:
-            raise AssertionError("the server is not stopping")
         assert running.predict()[0] == 503
         with late:
             late.sendall(PHOTO)
