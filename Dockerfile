@@ -26,7 +26,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt uv \
     && useradd --create-home --uid 10001 page \
     && install --directory --owner page /cache /runs
 
-COPY installed.py devices.py console.py cli.py interrupts.py escape.py locks.py storage.py web_addresses.py app.py app_server.py ./
+COPY installed.py devices.py checked.py console.py cli.py interrupts.py escape.py locks.py storage.py web_addresses.py app.py app_server.py ./
 COPY recipes/ recipes/
 COPY imaging/ imaging/
 COPY sharding/ sharding/

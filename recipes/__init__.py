@@ -15,22 +15,15 @@ that extends it, a name means the built-in recipe: `demo-phase1`, `demo-phase1.t
 """
 
 import codecs
-import dataclasses
-import datetime
-import difflib
-import functools
 import json
 import math
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
+from checked import checked
 from storage import read_plain
 
 FOLDER = Path(__file__).parent
@@ -74,64 +67,22 @@ def _keys_in(value: Any, prefix: str) -> set[str]:
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collection[str] = ()) -> T:
-    """Convert nested dicts (parsed TOML or JSON) to the dataclass `kind`; unknown keys are errors.
+    """Convert nested dicts (parsed TOML) to the dataclass `kind`; unknown keys are errors.
 
     `where` names the source in messages. `changed` lists the keys that were given by --set.
 
     Raises:
         RecipeError: an unknown or missing key, a wrong type, a value out of range or not finite.
     """
-    _refuse_unknown(kind, values, where, prefix="")
-    plain: type = kind  # mypy does not take `type[T]` as hashable
+
+    def as_list(key: str, text: str) -> str:
+        written = f"{key}={json.dumps(_items_of(text))}"
+        return f"--set '{written}'" if key in changed else written
+
     try:
-        built = _checks_of(plain).validate_python(values)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: {_in_words(error.errors()[0], changed):.1000}") from error
-    _refuse_misread(built, values, where, prefix="")
-    return built
-
-
-@functools.cache
-def _checks_of(kind: type) -> TypeAdapter[Any]:
-    """Return the checks of a dataclass, which take longer to make than to run."""
-    return TypeAdapter(kind)
-
-
-_TAKES = {
-    "list": "a list", "tuple": "a list", "dict": "a table", "dataclass": "a table",
-    "mapping": "a table", "int": "a whole number", "float": "a number", "bool": "true or false",
-    "string": "a text",
-}  # fmt: skip
-"""Expected type of a value in words, by the first part of pydantic's error type."""
-
-_SCALARS = (bool, int, float, str)
-
-MAX_SHOWN = 200
-"""Most characters of a value, a key or a name in an error."""
-
-
-def _short(value: Any) -> str:
-    """Return a value as in a recipe, cut if it is long."""
-    text = json.dumps(value, default=str)  # a date is no JSON
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def _in_words(mistake: Mapping[str, Any], changed: Collection[str]) -> str:
-    """Describe one pydantic error: the key, the expected type, the value, the right notation."""
-    *tables, last = mistake["loc"] or ("recipe",)
-    name = ".".join(map(str, mistake["loc"]))[:MAX_SHOWN] or "recipe"
-    value, takes = mistake["input"], _TAKES.get(mistake["type"].partition("_")[0])
-    if mistake["type"] == "missing":
-        if isinstance(last, int):
-            return f"{'.'.join(map(str, tables))} has {last} values, which is too few"
-        return f"{name} is missing; add it"
-    if takes is None or not isinstance(value, str | int | float | bool | list | dict):
-        return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
-    said = f"{name} takes {takes}, got {_short(value)}"
-    if takes == "a list" and isinstance(value, str) and len(value) <= MAX_SHOWN:
-        written = f"{name}={json.dumps(_items_of(value))}"
-        said += f": --set '{written}'" if name in changed else f": {written}"
-    return said
+        return checked(kind, values, where, as_list)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _items_of(text: str) -> list[Any]:
@@ -147,29 +98,6 @@ def _number_or_text(item: str) -> int | float | str:
     value = _parsed(f"item={item}")[1]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else item.strip("\"'")
-
-
-def _refuse_misread(built: Any, given: Any, where: str, prefix: str) -> None:
-    """Raise `RecipeError` for the first value of `given`, nested dicts, that is a date, not finite,
-    or in `built` of another type. Pydantic's strict mode would also refuse lists for tuples, and
-    1e3 for a whole number.
-    """
-    name = prefix.rstrip(".")
-    if isinstance(given, datetime.date | datetime.time):
-        raise RecipeError(f"{where}: {name} takes no date or time, got {given}; quote it as a text")
-    both = isinstance(built, _SCALARS) and isinstance(given, _SCALARS)
-    if both and any(isinstance(built, kind) != isinstance(given, kind) for kind in (bool, str)):
-        takes = _TAKES[type(built).__name__.replace("str", "string")]
-        raise RecipeError(f"{where}: {name} takes {takes}, got {_short(given)}")
-    if isinstance(built, float) and not math.isfinite(built):
-        raise RecipeError(f"{where}: {name} must be a finite number, got {built}")
-    if isinstance(given, Mapping):
-        for key, entry in given.items():
-            of = built.get(key) if isinstance(built, Mapping) else getattr(built, key, None)
-            _refuse_misread(of, entry, where, f"{prefix}{key}.")
-    elif isinstance(given, list | tuple) and isinstance(built, list | tuple):
-        for of, entry in zip(built, given, strict=True):
-            _refuse_misread(of, entry, where, prefix)
 
 
 def _file_of(path: Path) -> Path:
@@ -322,39 +250,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise RecipeError(f"--set {override}: {part} is a value, not a table")
     values[key] = value
-
-
-def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str) -> None:
-    """Raise `RecipeError` for the first key that the dataclass `kind` does not have.
-
-    Pydantic refuses unknown keys too, but its message does not list the known names.
-    """
-    arguments = typing.get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        known = _hints_of(kind)
-        for key, entry in value.items():
-            if key not in known:
-                name = f"{prefix}{key}"[:MAX_SHOWN]
-                raise RecipeError(f"{where}: unknown key '{name}'; {_nearest(key, known)}")
-            _refuse_unknown(known[key], entry, where, f"{prefix}{key}.")
-    elif isinstance(value, Mapping) and typing.get_origin(kind) is dict:
-        for key, entry in value.items():
-            _refuse_unknown(arguments[1], entry, where, f"{prefix}{key}.")
-    elif isinstance(value, list) and typing.get_origin(kind) in (list, tuple):
-        for index, entry in enumerate(value):
-            _refuse_unknown(arguments[0], entry, where, f"{prefix}{index}.")
-    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
-        for member in arguments:
-            _refuse_unknown(member, value, where, prefix)
-
-
-@functools.cache
-def _hints_of(kind: type) -> dict[str, Any]:
-    """Return the type of each field of a dataclass."""
-    return typing.get_type_hints(kind)
-
-
-def _nearest(key: str, known: Collection[str]) -> str:
-    """List the known names with a spelling close to `key`, nearest first, or else all names."""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"

@@ -158,8 +158,8 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 _SHIPPED = (
     "sharding", "imaging", "recipes", "pipeline", "model", "report",
-    "cli.py", "console.py", "devices.py", "escape.py", "installed.py", "interrupts.py",
-    "locks.py", "storage.py",
+    "checked.py", "cli.py", "console.py", "devices.py", "escape.py", "installed.py",
+    "interrupts.py", "locks.py", "storage.py",
 )  # fmt: skip
 """Files and folders of this program that are sent to the workers of a cluster."""
 

@@ -16,8 +16,8 @@ from tests.builders import ROOT, imports_of
 SCRIPTS = ("train", "evaluate", "predict", "app", "app_server", "ai_images_detector")
 
 COMMON = {
-    "installed", "escape", "devices", "console", "cli", "interrupts", "locks", "recipes", "storage",
-    "web_addresses", "imaging",
+    "installed", "escape", "devices", "checked", "console", "cli", "interrupts", "locks", "recipes",
+    "storage", "web_addresses", "imaging",
 }  # fmt: skip
 
 PAGE = {
@@ -34,10 +34,11 @@ MAY_IMPORT = {
     "installed": set(),
     "escape": set(),
     "devices": set(),
+    "checked": set(),
     "console": {"escape"},
     "cli": {"console", "escape", "devices", "storage"},
     "interrupts": {"console"},
-    "recipes": {"storage"},
+    "recipes": {"checked", "storage"},
     "locks": set(),
     "web_addresses": {"installed"},
     "storage": {"installed", "escape", "locks", "web_addresses"},

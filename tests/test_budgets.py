@@ -23,7 +23,8 @@ a decision (a threshold, or two error rates) and three to record mistakes."""
 
 PRODUCT = (
     "app.py", "app_server.py", "cli.py", "console.py", "evaluate.py", "predict.py", "storage.py",
-    "train.py", "devices.py", "escape.py", "interrupts.py", "locks.py", "web_addresses.py",
+    "train.py", "checked.py", "devices.py", "escape.py", "interrupts.py", "locks.py",
+    "web_addresses.py",
     "imaging/**/*.py", "model/**/*.py", "page/**/*.py", "pipeline/**/*.py", "recipes/**/*.py",
     "report/**/*.py", "serve/**/*.py", "sharding/**/*.py",
 )  # fmt: skip
