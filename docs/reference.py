@@ -133,10 +133,12 @@ def fields_of(kind: type) -> tuple[Field, ...]:
 
 
 def _unwrapped(kind: Any) -> Any:
-    """Return a type with `Annotated[dict, C]`, an object with the fields of C, replaced by C."""
+    """Return a type with `Annotated[dict, C]`, an object with the fields of C, replaced by C, and
+    another `Annotated`, which has a range, by its type.
+    """
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Annotated:
-        return arguments[1]
+        return arguments[1] if isinstance(arguments[1], type) else _unwrapped(arguments[0])
     if not arguments or typing.get_origin(kind) is Literal:
         return kind
     if len(alternatives(kind)) > 1:

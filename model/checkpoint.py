@@ -42,9 +42,9 @@ from model.network import Detector, build, check_weights_file, load_weights
 from model.recipe import STEP_FOLDER, Network
 from model.score import DEFAULT_THRESHOLD
 from model.shipped import backbone
-from model.shipped.entries import CheckpointEntries, checked
+from model.shipped.entries import CheckpointEntries, checked_meta
 from model.shipped.meta import Meta
-from model.verdict import calibration_fault, keep_left_out
+from model.verdict import keep_left_out
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
 from storage import atomic_folder, is_partial, parse_json, read_text, sha256_of, write_text
@@ -222,11 +222,9 @@ def _read_meta(folder: Path) -> Meta:
         raise DamagedError(f"{path} is damaged: it has no hashes of the checkpoint's files")
     if (classes := meta.get("classes")) != list(CLASSES):
         raise CheckpointError(f"{folder} has classes {classes}, expected {list(CLASSES)}")
-    if fault := calibration_fault(meta):
-        raise DamagedError(f"{path} cannot be used: {fault}")
     try:
-        return cast(Meta, checked(CheckpointEntries, meta, f"{path} cannot be used"))
-    except recipes.RecipeError as error:
+        return cast(Meta, checked_meta(CheckpointEntries, meta, f"{path} cannot be used"))
+    except ValueError as error:
         raise DamagedError(str(error)) from error
 
 

@@ -37,17 +37,12 @@ as a new calibration, and returns them with these rates.
 `threshold`. `roc` is the ROC curve `meta["calibration"]["roc"]`, a list of (threshold, share of
 reals, share of fakes).
 
-`calibration_fault(meta)` returns what is wrong in the temperature, threshold or calibration of a
-detector, or "" if all can be used. These values come from files of strangers.
-
 `percent(p)` formats a probability such as "42.0%" ("under 0.1%" and "over 99.9%" at the ends).
 `capital(text)` makes the first letter upper case.
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,10 +60,6 @@ NOT_FINITE = (
     "precision are at fault"
 )
 """Reason why an image that was decoded has no verdict."""
-
-ROUNDING = 1e-12
-"""How far a threshold may be outside 0 to 1. A fitted one is the next number above a score, or 1
-minus such a number, so it can be just above 1 or just below 0."""
 
 LEFT_OUT = "sources left out"
 """Start of the `method` of a calibration by detectors that had not seen the source."""
@@ -197,79 +188,6 @@ def _at_rate(meta: Mapping[str, Any], key: str, asked: float) -> float:
             f"{min(rate for rate, _ in rows):g}"
         )
     return max(within)[1]
-
-
-def calibration_fault(meta: Mapping[str, Any]) -> str:
-    """Return what is wrong in the `temperature`, `threshold` or `calibration` of a detector, or ""
-    if all can be used. A calibration of None is no fault.
-    """
-    if missing := [key for key in CALIBRATION_KEYS if key not in meta]:
-        return f"{missing[0]} is missing"
-    temperature, threshold = meta["temperature"], meta["threshold"]
-    if not _is_temperature(temperature):
-        return f"temperature is {short(temperature)}, expected a finite number above 0"
-    if not _is_share(threshold):
-        return f"threshold is {short(threshold)}, expected a number from 0 to 1"
-    calibration: Any = meta["calibration"]
-    if calibration is None:
-        return ""
-    if not isinstance(calibration, Mapping):
-        return f"calibration is {short(calibration)}, expected an object"
-    band: Any = calibration.get("band")
-    if not (_is_pair(band) and band[0] <= band[1]):
-        return f"band is {short(band)}, expected two numbers from 0 to 1, the lower one first"
-    for name in ("at_fpr", "at_miss"):
-        rows = calibration.get(name, [])
-        if not (isinstance(rows, list) and all(map(_is_pair, rows))):
-            return f"{name} is {short(rows)}, expected a list of pairs of numbers from 0 to 1"
-    curve = calibration.get("roc", [])
-    if not (isinstance(curve, list) and all(map(_is_row, curve))):
-        return f"roc is {short(curve)}, expected a list of a threshold and two rates each"
-    if not isinstance(method := calibration.get("method", ""), str):
-        return f"method is {short(method)}, expected a text"
-    if not _are_rates(sources := calibration.get("sources") or {}):
-        return f"sources is {short(sources)}, expected the two error rates of each source"
-    kept: Any = calibration.get("left_out")
-    if kept is not None and not (
-        isinstance(kept, Mapping)
-        and _is_temperature(kept.get("temperature"))
-        and _is_pair(kept.get("band"))
-        and _are_rates(kept.get("sources"))
-    ):
-        return f"left_out is {short(kept)}, expected temperature, band and the rates of each source"
-    return ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_temperature(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= sys.float_info.max
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING
-
-
-def _is_row(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_share, value))
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
-
-
-def _are_rates(sources: Any) -> bool:
-    return isinstance(sources, Mapping) and all(map(_has_rates, sources.values()))
-
-
-def _has_rates(value: Any) -> bool:
-    """Return whether a source has the rates that `model/inference/fitness.py` reads."""
-    rates = ("false_positive_rate", "recall")
-    return isinstance(value, dict) and all(
-        value.get(name, "") is None or _is_share(value.get(name)) for name in rates
-    )
 
 
 def percent(p: float) -> str:

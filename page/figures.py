@@ -61,26 +61,21 @@ class CalibratedRates:
 
 def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
     """Return the rates in the meta of a checkpoint; None if it has none: without a calibration, or
-    with one that has neither sources left out nor a curve.
+    with one that has neither sources left out nor a curve and the numbers of its images.
     """
     calibration = meta["calibration"]
     if not calibration:
         return None
-    sources = left_out_sources(meta).values()
-    if sources:
-        images = sum(source["reals"] + source["fakes"] for source in sources)
-        uncertain = sum(
-            source["uncertain"] * (source["reals"] + source["fakes"]) for source in sources
-        )
-        return CalibratedRates(
-            _over_sources(list(sources), "recall", "fakes"),
-            _over_sources(list(sources), "false_positive_rate", "reals"),
-            uncertain / images,
-            True,
-        )
-    if not calibration.get("roc"):
+    sources = list(left_out_sources(meta).values())
+    recall = _over_sources(sources, "recall", ("fakes",))
+    false_positives = _over_sources(sources, "false_positive_rate", ("reals",))
+    uncertain = _over_sources(sources, "uncertain", ("reals", "fakes"))
+    if recall and false_positives and uncertain:
+        return CalibratedRates(recall, false_positives, uncertain.share, True)
+    curve = calibration.get("roc")
+    if not curve or not {"reals", "fakes"} <= calibration.keys():
         return None
-    reals_called, fakes_called = shares_at(calibration["roc"], meta["threshold"])
+    reals_called, fakes_called = shares_at(curve, meta["threshold"])
     return CalibratedRates(
         Measured(fakes_called, calibration["fakes"]),
         Measured(reals_called, calibration["reals"]),
@@ -92,7 +87,9 @@ def rates(meta: Mapping[str, Any]) -> CalibratedRates | None:
 def measured_on(meta: Mapping[str, Any]) -> str:
     """Describe the images of the calibration, and by which detectors they were scored."""
     calibration = meta["calibration"]
-    images = f"{calibration['reals']:,} real and {calibration['fakes']:,} fake images"
+    images = "images"
+    if {"reals", "fakes"} <= calibration.keys():
+        images = f"{calibration['reals']:,} real and {calibration['fakes']:,} fake images"
     if sources := left_out_sources(meta):
         return (
             f"Measured on {images} of {counted(len(sources), 'source')}, each scored by a detector "
@@ -105,12 +102,20 @@ def measured_on(meta: Mapping[str, Any]) -> str:
     )
 
 
-def _over_sources(sources: list[dict[str, Any]], rate: str, images: str) -> Measured:
-    known = [source for source in sources if source[rate] is not None]
-    count = sum(source[images] for source in known)
-    shares = [source[rate] for source in known]
-    mean = sum(source[rate] * source[images] for source in known) / count
-    return Measured(mean, count, min(shares), max(shares))
+def _over_sources(
+    sources: list[dict[str, Any]], rate: str, images: tuple[str, ...]
+) -> Measured | None:
+    """Return the mean of a rate over the images of all sources that have it; None without any."""
+    known = [
+        (source[rate], count)
+        for source in sources
+        if source.get(rate) is not None and (count := sum(source.get(name, 0) for name in images))
+    ]
+    if not known:
+        return None
+    shares, counts = zip(*known, strict=True)
+    mean = sum(share * count for share, count in known) / sum(counts)
+    return Measured(mean, sum(counts), min(shares), max(shares))
 
 
 Row = tuple[float, float, float]

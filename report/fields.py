@@ -10,12 +10,13 @@ documentation from these classes, and a test compares both. `Interval` is (low, 
 """
 
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 from model.evaluation.codec_swap import Container
 from model.evaluation.robustness import Shift
+from model.evaluation.scores import Identity, ReferenceReals, Subset
 from model.metrics import Metrics
-from model.shipped.meta import CalibrationEntry
+from model.shipped.calibration import CalibrationEntry
 
 Interval = tuple[float, float]
 """Lower end and upper end of a 95 % interval."""
@@ -208,43 +209,6 @@ class SetReport(TypedDict):
     unreadable: list[str]
     """Images without a score: name and reason. They could not be read, or the detector gives no
     verdict."""
-
-
-class Subset(TypedDict):
-    """List of samples given with `--subset`."""
-
-    file: str
-    """Name of the list."""
-    sha256: str
-    """SHA-256 of the list."""
-    samples: int
-    """Samples that were scored."""
-
-
-class ReferenceReals(TypedDict):
-    """Set whose real images give the false-positive rate of sets without any."""
-
-    set: str
-    """Name of the set."""
-    why: str
-    """What chose the set: the option or the catalog."""
-    for_all: bool
-    """Whether the set is also the reference of sets with real images."""
-
-
-class Identity(TypedDict):
-    """Detector that was measured."""
-
-    kind: str
-    """`checkpoint`, `onnx`, `hf`, `timm`, `file` or `scores` (a CSV table of scores)."""
-    name: str
-    """Name of the checkpoint's folder, of the file or of the repository."""
-    sha256: NotRequired[str]
-    """SHA-256 of the weights or of the file."""
-    revision: NotRequired[str]
-    """Commit of the repository."""
-    fake_labels: NotRequired[list[str]]
-    """Labels that mean AI-generated."""
 
 
 class Resampling(TypedDict):

@@ -25,16 +25,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
+
 import console
+from checked import checked
 from escape import text_fault
 from model.adapters.detector import DetectorError, OtherDetector
-from model.verdict import CALIBRATION_KEYS, calibration_fault
+from model.shipped.calibration import CalibrationEntry, Share, Temperature
+from model.verdict import CALIBRATION_KEYS
 from storage import parse_json, read_text, write_text
 
 CALIBRATION_FILE = "calibration.json"
+
+
+class KeptCalibration(TypedDict):
+    """Content of the file: a calibration, and the detector that it was fitted to."""
+
+    temperature: Temperature
+    threshold: Share
+    calibration: CalibrationEntry
+    detector: dict[str, Any]
+    """As `detector` in the meta of the detector."""
 
 
 def calibration_path(detector: OtherDetector, runs: Path) -> Path:
@@ -67,9 +80,7 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
     if not path.exists():
         return detector
     try:
-        kept = parse_json(read_text(path))
-        if fault := _fault_in(kept):
-            raise ValueError(fault)
+        kept = checked(KeptCalibration, parse_json(read_text(path)))
     except (OSError, ValueError) as error:
         fault = str(error.strerror) if isinstance(error, OSError) else text_fault(error)
         raise DetectorError(
@@ -81,17 +92,5 @@ def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
             path, detector.checkpoint,
         )  # fmt: skip
         return detector
-    fitted = {key: kept[key] for key in CALIBRATION_KEYS}
-    temperature = float(kept["temperature"])  # NumPy cannot divide by a very large integer
-    return replace(detector, meta={**detector.meta, **fitted, "temperature": temperature})
-
-
-def _fault_in(kept: Any) -> str:
-    """Return what is wrong in the parsed JSON of a calibration file, or "" if it can be used."""
-    if not isinstance(kept, dict):
-        return f"it holds {type(kept).__name__}, expected an object"
-    if missing := [key for key in (*CALIBRATION_KEYS, "detector") if key not in kept]:
-        return f"{missing[0]} is missing"
-    if not isinstance(kept["calibration"], dict):
-        return f"calibration is {short(kept['calibration'])}, expected an object"
-    return calibration_fault(kept)
+    fitted = {key: value for key, value in kept.items() if key in CALIBRATION_KEYS}
+    return replace(detector, meta={**detector.meta, **fitted})

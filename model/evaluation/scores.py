@@ -21,28 +21,12 @@ temperature), `probability` (of fake, after it), `valid` (False: the image got n
 (why not, else ""). In a row that is not valid, `logit` and `probability` are null, which
 `numbers()` returns as NaN.
 
-The dict is stored in the file metadata as JSON under `evaluation`:
-
-    {"scores_version": 2, "checkpoint": path, "run": name, "step": n, "commit": of this program,
-     "detector": {"kind": checkpoint, onnx, hf, timm, file or scores, "name": name,
-                  "sha256": hash of its weights or file, "revision": commit,
-                  "fake_labels": [label, ...]},
-     "precision": "fp32", "backend": "pil",
-     "temperature": t, "threshold": p, "calibration": null or as in meta.json,
-     "subset": null or {"file": name, "sha256": hash, "samples": n},
-     "sets": {set: {"index_sha256": hash, "split": split,     # in the order of the request
-                    "known_generators": [name, ...],  # of a test set, if training had others of it
-                    "robustness": null or the result of `codec_swap.report_robustness`}},
-     "reference_reals": null or {"set": set, "why": text, "for_all": bool},     # see `report.py`
-     "trained_on": [set, ...],     # the sets that the checkpoint was trained on
-     "maybe_trained_on": [set, ...]}     # others that have the name of one
+The dict is stored in the file metadata as JSON under `evaluation`; `Evaluation` has its fields.
 
 For an ONNX file, `checkpoint` is its path, and `run` and `step` are those of the exported
-checkpoint. `scores` is a CSV table (`model/score_tables/csv_table.py`): `checkpoint` is its path,
-and without a shard set `sha256` in a row is that of the image's name, and `index_sha256` that of
-the table. For the kinds hf, timm and file, `checkpoint` is the name that the user typed, `run` the
-name of the detector, and `step` 0. `sha256`, `revision` and `fake_labels` are left out if the kind
-of detector has none.
+checkpoint. For a CSV table (`model/score_tables/csv_table.py`) without a shard set, `sha256` in a
+row is that of the image's name, and `index_sha256` that of the table. For the kinds hf, timm and
+file, `checkpoint` is the name that the user typed, `run` the name of the detector, and `step` 0.
 
 A set of which only the real images are used, as reference, is not in `sets`. For it, score only
 `reals = shards.take(np.flatnonzero(shards.column("label") == 0))`, and pass `reals` to `rows_of()`.
@@ -53,18 +37,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
 
+from checked import checked
 from escape import reason_of
 from installed import command
 from model.score import Scores
-from model.verdict import calibration_fault, probability
+from model.shipped.calibration import Calibrated
+from model.verdict import probability
 from sharding.format import (
     SAMPLES_SCHEMA,
     ShardSet,
@@ -94,6 +80,87 @@ SCORES_SCHEMA = pa.schema(
         ("error", _name),  # why not; empty where valid
     ]
 )  # fmt: skip
+
+
+class Subset(TypedDict):
+    """List of samples given with `--subset`."""
+
+    file: str
+    """Name of the list."""
+    sha256: NotRequired[str]
+    """SHA-256 of the list."""
+    samples: int
+    """Samples that were scored."""
+
+
+class ReferenceReals(TypedDict):
+    """Set whose real images give the false-positive rate of sets without any."""
+
+    set: str
+    """Name of the set."""
+    why: str
+    """What chose the set: the option or the catalog."""
+    for_all: bool
+    """Whether the set is also the reference of sets with real images."""
+
+
+class Identity(TypedDict):
+    """Detector that was measured."""
+
+    kind: str
+    """`checkpoint`, `onnx`, `hf`, `timm`, `file` or `scores` (a CSV table of scores)."""
+    name: str
+    """Name of the checkpoint's folder, of the file or of the repository."""
+    sha256: NotRequired[str]
+    """SHA-256 of the weights or of the file."""
+    revision: NotRequired[str]
+    """Commit of the repository."""
+    fake_labels: NotRequired[list[str]]
+    """Labels that mean AI-generated."""
+
+
+class SetEntry(TypedDict):
+    """One set of an evaluation."""
+
+    index_sha256: str
+    """Hash of the set."""
+    split: str
+    """Split of the set."""
+    known_generators: list[str]
+    """Generators of a test set of which training had other images."""
+    robustness: dict[str, Any] | None
+    """Result of `codec_swap.report_robustness`. None: not measured."""
+
+
+class Evaluation(Calibrated):
+    """What the metadata of the file say about the evaluation."""
+
+    scores_version: int
+    """`SCORES_VERSION`."""
+    checkpoint: str
+    """Path of the checkpoint or file, or the name of the detector that the user typed."""
+    run: str
+    """Name of the checkpoint's run, or of the detector."""
+    step: int
+    """Training step of the checkpoint."""
+    detector: Identity
+    """Detector that was measured."""
+    commit: str
+    """Commit of this program."""
+    precision: str
+    """Precision of the network, such as `fp32`, in words."""
+    backend: str
+    """Decoder and resize, such as `pil`."""
+    subset: Subset | None
+    """List of samples. None: whole sets."""
+    sets: dict[str, SetEntry]
+    """Each set by its name, in the order of the request."""
+    reference_reals: ReferenceReals | None
+    """Reference real images (`report.py`). None: none were needed."""
+    trained_on: list[str]
+    """Sets that the checkpoint was trained on."""
+    maybe_trained_on: list[str]
+    """Other sets that have the name of one."""
 
 
 class ScoresError(ValueError):
@@ -232,44 +299,10 @@ def read_scores(path: Path) -> ScoreTable:
         ) from error
     if fault := _fault_in_rows(table):
         raise ScoresError(f"{path} has a row that cannot be used ({fault}); {MEASURE_AGAIN}")
-    if fault := _fault_in(evaluation):
-        raise ScoresError(f"{path} has metadata that cannot be used ({fault}); {MEASURE_AGAIN}")
+    try:
+        checked(Evaluation, evaluation)
+    except ValueError as error:
+        raise ScoresError(
+            f"{path} has metadata that cannot be used ({error}); {MEASURE_AGAIN}"
+        ) from error
     return ScoreTable(table, evaluation)
-
-
-_KEYS = (
-    "checkpoint", "run", "step", "detector", "commit", "precision", "backend", "subset", "sets",
-    "reference_reals", "trained_on", "maybe_trained_on",
-)  # fmt: skip
-"""Keys of the metadata that a report reads, besides those of `calibration_fault`."""
-
-_OF_SET = {"index_sha256", "split", "known_generators", "robustness"}
-"""Keys of the entry of a set."""
-
-_ENTRIES = {"subset": {"file", "samples"}, "reference_reals": {"set", "why", "for_all"}}
-"""Key whose value may be null -> keys of its value."""
-
-
-def _fault_in(evaluation: Mapping[str, Any]) -> str:
-    """Return what is wrong in the metadata of a scores file, or "" if a report can use them."""
-    if missing := [key for key in _KEYS if key not in evaluation]:
-        return f"{missing[0]} is missing"
-    sets = evaluation["sets"]
-    if not (isinstance(sets, dict) and all(_has(entry, _OF_SET) for entry in sets.values())):
-        return f"sets is {short(sets)}, expected the {', '.join(sorted(_OF_SET))} of each set"
-    if not _has(evaluation["detector"], {"kind", "name"}):
-        return f"detector is {short(evaluation['detector'])}, expected its kind and its name"
-    for entry in sets.values():
-        known = entry["known_generators"]
-        if not (isinstance(known, list) and all(isinstance(name, str) for name in known)):
-            return f"known_generators is {short(known)}, expected a list of texts"
-    for key, needed in _ENTRIES.items():
-        if evaluation[key] is not None and not _has(evaluation[key], needed):
-            return (
-                f"{key} is {short(evaluation[key])}, expected null or {', '.join(sorted(needed))}"
-            )
-    return calibration_fault(evaluation)
-
-
-def _has(value: Any, keys: set[str]) -> bool:
-    return isinstance(value, dict) and keys <= value.keys()

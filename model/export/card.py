@@ -254,8 +254,8 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
             "**Not calibrated**: the number is only a score; choose a threshold on your own images."
         )
     images = (
-        f"{_names(calibration['fitted_on'])} ({calibration['reals']:,} real, "
-        f"{calibration['fakes']:,} fake images)"
+        f"{_names(calibration.get('fitted_on', ['?']))} ({_count(calibration, 'reals')} real, "
+        f"{_count(calibration, 'fakes')} fake images)"
     )
     if left_out_sources(meta):
         # Only these scores are surely of the precision of the recipe: of the stored features.
@@ -273,6 +273,10 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     return f"Temperature and thresholds were fitted on {images}."
 
 
+def _count(counts: Mapping[str, Any], name: str) -> str:
+    return f"{counts[name]:,}" if name in counts else "?"
+
+
 def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, Any] | None) -> str:
     """Return the table of sources that were each scored by a head trained without that source."""
     rows = [
@@ -285,11 +289,12 @@ def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, 
         for label, metric in (("real", "false_positive_rate"), ("fake", "recall")):
             if rates[metric] is not None:
                 # That of detectors/clip has only the share of both classes together.
-                alone = rates["uncertain"] if not (rates["reals"] and rates["fakes"]) else None
+                both = rates.get("reals", 1) and rates.get("fakes", 1)
+                alone = None if both else rates.get("uncertain")
                 uncertain = rates.get(f"uncertain_{label}", alone)
                 rows.append(
-                    f"| {shown} ({label}) | {rates[label + 's']:,} "
-                    f"| {_of_images(rates[metric], rates[label + 's'])} "
+f"| {shown} ({label}) | {_count(rates, label + 's')} "
+                    f"| {_of_images(rates[metric], rates.get(label + 's'))} "
                     f"| {'-' if uncertain is None else f'{uncertain:.3f}'} |"
                 )
     compared = (
@@ -312,8 +317,12 @@ def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, 
     )
 
 
-def _of_images(share: float, count: int) -> str:
-    """Format a share of `count` images with its 95 % interval, that of Wilson."""
+def _of_images(share: float, count: int | None) -> str:
+    """Format a share of `count` images with its 95 % interval, that of Wilson; without the interval
+    if the number of images is not known.
+    """
+    if count is None:
+        return f"{share:.3f}"
     low, high = wilson(share, count)
     return f"{share:.3f} ({max(0.0, low):.3f} to {min(1.0, high):.3f})"
 

@@ -43,7 +43,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-import recipes
 from devices import parse_device
 from escape import text_fault
 from installed import why_not_imported
@@ -55,8 +54,7 @@ from model.inference.prediction import (
     preprocess_ahead,
     threads,
 )
-from model.shipped.entries import Entries, checked
-from model.verdict import calibration_fault
+from model.shipped.entries import Entries, checked_meta
 from pipeline.augment import center_crop_params
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES
@@ -258,14 +256,9 @@ def _meta_of(session: "onnxruntime.InferenceSession", file: Path) -> dict[str, A
         )
     if meta["classes"] != list(CLASSES):
         raise OnnxError(f"{file} has the classes {meta['classes']}, expected {list(CLASSES)}")
-    if fault := calibration_fault(meta):
-        raise OnnxError(
-            f"{file}: {fault} in its metadata; export the detector again with `python -m model "
-            "export --onnx`"
-        )
     try:
-        return checked(Entries, meta, str(file))
-    except recipes.RecipeError as error:
+        return checked_meta(Entries, meta, str(file))
+    except ValueError as error:
         raise OnnxError(
             f"{error} in its metadata; export the detector again with `python -m model export "
             "--onnx`"

@@ -7,7 +7,7 @@ returns its tensors, a dict from timm's name of a parameter to a torch tensor.
 - `spec`: a `BackboneSpec`: a list of files, each with the whole backbone, of which one is needed.
   `spec_of(meta, where)` makes it from a checkpoint's parsed `meta.json`; it is None if the weights
   include the backbone. The text `where` names the file in errors. An entry with an unknown, missing
-  or wrong key raises `RecipeError`.
+  or wrong key raises `ValueError`.
 - `folder`: the `Path` of the checkpoint, which is named in errors.
 
 Both raise `MissingError` if the file must be fetched first (`model/shipped/fetch.py`); its
@@ -49,10 +49,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import recipes
+from checked import checked
 from escape import one_line
 from model.recipe import STEP_FOLDER
-from model.verdict import CALIBRATION_KEYS, calibration_fault, keep_left_out
+from model.shipped.calibration import Calibrated
+from model.verdict import CALIBRATION_KEYS, keep_left_out
 from storage import OWN_CACHE, cache_folder, file_name, sha256_of
 
 DETECTORS = Path(__file__).parents[2] / "detectors"
@@ -216,10 +217,10 @@ def spec_of(meta: Mapping[str, Any], where: str) -> BackboneSpec | None:
     """Return the backbone that a checkpoint's meta requires; None if the weights include it.
 
     Raises:
-        RecipeError: a key of the entry is unknown, missing or of the wrong type.
+        ValueError: a key of the entry is unknown, missing or of the wrong type.
     """
     entry = meta.get(KEY)
-    return None if entry is None else recipes.build(BackboneSpec, entry, f"{where}: {KEY}")
+    return None if entry is None else checked(BackboneSpec, entry, f"{where}: {KEY}")
 
 
 def as_meta(spec: BackboneSpec) -> dict[str, Any]:
@@ -294,8 +295,12 @@ def with_calibration(meta: Mapping[str, Any], spec: BackboneSpec, sha256: str) -
         BackboneError: one of these values is impossible.
     """
     in_use = {**meta, **spec.tested[sha256]}
-    if fault := calibration_fault(in_use):
-        raise BackboneError(f"the head cannot be used with the backbone {sha256[:16]}...: {fault}")
+    try:
+        checked(Calibrated, in_use)
+    except ValueError as error:
+        raise BackboneError(
+            f"the head cannot be used with the backbone {sha256[:16]}...: {error}"
+        ) from error
     return in_use
 
 

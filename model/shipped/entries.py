@@ -2,23 +2,24 @@
 file, or of the metadata of an ONNX file, that a detector needs. These values come from files of
 strangers.
 
-Main entry: `checked(kind, meta, where)` returns `meta`, a dict of parsed JSON, as a new dict in
-which `preprocess` has all keys of `Preprocess`. It raises `RecipeError` (a `ValueError`) for an
-entry that is missing or of another type. The text `where` names the file in the error.
+Main entry: `checked_meta(kind, meta, where)` returns `meta`, a dict of parsed JSON, as a new dict
+in which `preprocess` has all keys of `Preprocess`. It raises `ValueError` for an entry that is
+missing or wrong. The text `where` names the file in the error.
 
 - `kind`: `Entries` of any detector, or `CheckpointEntries`.
 
-The entries of the calibration are checked by `calibration_fault()` of `model/verdict.py`, those of
-the network by `Network` of `model/recipe.py`. `model/shipped/meta.py` has all entries.
+The entries of the network are checked by `Network` of `model/recipe.py`. `model/shipped/meta.py`
+has all entries.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from typing import Any, NotRequired, Optional
 
 from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
 
-import recipes
+from checked import checked
+from model.shipped.calibration import Calibrated
 from pipeline.preprocess import Preprocess
 
 
@@ -75,8 +76,7 @@ class FirstWeights(TypedDict):
     """Generators of the fakes in these sets."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entries:
+class Entries(Calibrated):
     """Types of the entries that scoring reads."""
 
     preprocess: Preprocess
@@ -96,7 +96,6 @@ class RecipeNames(TypedDict):
     network: NetworkName
 
 
-@dataclass(frozen=True, kw_only=True)
 class CheckpointEntries(Entries):
     """Types of the entries that are read from each checkpoint."""
 
@@ -105,16 +104,15 @@ class CheckpointEntries(Entries):
     step: int
     selection: float | None
     recipe: RecipeNames
-    refused: list[str] = field(default_factory=list)
+    refused: NotRequired[list[str]]
     metrics: dict[str, Any]
-    first_weights: FirstWeights | None = None
+    first_weights: NotRequired[FirstWeights | None]
 
 
-def checked(kind: type[Entries], meta: Mapping[str, Any], where: str) -> dict[str, Any]:
+def checked_meta(kind: type[Entries], meta: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return `meta` with all keys of `preprocess`, after a check of the entries that `kind` lists.
 
     Raises:
-        RecipeError: an entry is missing or of another type.
+        ValueError: an entry is missing, of another type or out of its range.
     """
-    read = {entry.name: meta[entry.name] for entry in fields(kind) if entry.name in meta}
-    return {**meta, "preprocess": asdict(recipes.build(kind, read, where).preprocess)}
+    return {**meta, "preprocess": asdict(checked(kind, meta, where)["preprocess"])}

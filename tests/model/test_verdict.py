@@ -10,27 +10,34 @@ from model.network import build
 from model.verdict import band_at, describe_band, left_out_sources
 from tests.builders import TINY, small_recipe
 
-IMPOSSIBLE: dict[str, dict[str, Any]] = {
-    "temperature is -1.0, expected a finite number above 0": {"temperature": -1.0},
-    "threshold is 7, expected a number from 0 to 1": {"threshold": 7},
-    "band is .*, the lower one first": {"calibration": {"band": [0.9, 0.1]}},
-    "at_miss is .*, expected a list of pairs": {
-        "calibration": {"band": [0.1, 0.9], "at_miss": [[0.05, "low"]]}
-    },
-    "sources is .*, expected the two error rates": {
-        "calibration": {"band": [0.1, 0.9], "sources": {"ffhq": {"recall": 2}}}
-    },
-    "left_out is .*, expected temperature, band and the rates": {
-        "calibration": {
-            "band": [0.1, 0.9],
-            "left_out": {"temperature": 0, "band": [0.1, 0.9], "sources": {}},
-        }
-    },
-}
+RATES = {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None, "uncertain": 0.1}
+
+IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    # said, changes of the calibration, changes of the meta
+    ("temperature takes a finite number above 0, got -1.0", {}, {"temperature": -1.0}),
+    ("threshold takes a number from 0 to 1, got 7", {}, {"threshold": 7}),
+    ("calibration takes an object, got 5", {}, {"calibration": 5}),
+    ("band takes two numbers from 0 to 1, the lower one first, got", {"band": [0.9, 0.1]}, {}),
+    ("band.1 takes a number from 0 to 1, got null", {"band": [0.9, None]}, {}),
+    ('at_miss.0.1 takes a number from 0 to 1, got "low"', {"at_miss": [[0.05, "low"]]}, {}),
+    ("roc.1.2 takes a number from 0 to 1, got 2", {"roc": [[0, 1, 1], [1, 0, 2]]}, {}),
+    ("reals takes a whole number from 0 on, got -1", {"reals": -1}, {}),
+    ('reals takes a whole number from 0 on, got "many"', {"reals": "many"}, {}),
+    ('fitted_on takes a list, got "val"', {"fitted_on": "val"}, {}),
+    ("sources.ffhq.recall takes a num", {"sources": {"ffhq": RATES | {"recall": 2}}}, {}),
+    ("false_positive_rate is missing", {"sources": {"ffhq": {"recall": 0.5}}}, {}),
+    (
+        "left_out.temperature takes a finite number above 0, got 0",
+        {"left_out": {"temperature": 0, "band": [0.1, 0.9], "sources": {}}},
+        {},
+    ),
+]
 
 
-@pytest.mark.parametrize("said", IMPOSSIBLE)
-def test_an_impossible_calibration_is_refused(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize(("said", "changes", "of_meta"), IMPOSSIBLE)
+def test_an_impossible_calibration_is_refused(
+    tmp_path: Path, said: str, changes: dict[str, Any], of_meta: dict[str, Any]
+) -> None:
     """The hashes of a stranger's folder fit what is in it."""
     folder = tmp_path / "step_0000001"
     checkpoint.save(
@@ -40,9 +47,11 @@ def test_an_impossible_calibration_is_refused(tmp_path: Path, said: str) -> None
         state=None,
         record=checkpoint.Record(step=1, epoch=1, metrics={}, selection=0.5, data={"train": ["x"]}),
     )
-    checkpoint.seal(folder, checkpoint.read_meta(folder) | IMPOSSIBLE[said])
-    with pytest.raises(checkpoint.DamagedError, match=rf"meta\.json cannot be used: {said}"):
+    meta = checkpoint.read_meta(folder) | {"calibration": {"band": [0.1, 0.9]} | changes} | of_meta
+    checkpoint.seal(folder, meta)
+    with pytest.raises(checkpoint.DamagedError, match=r"meta\.json cannot be used: ") as caught:
         checkpoint.load_network(folder)
+    assert said in str(caught.value)
 
 
 def test_only_a_calibration_that_says_so_was_fitted_to_left_out_sources() -> None:

@@ -94,6 +94,30 @@ def test_without_sources_the_rates_come_from_the_roc_curve() -> None:
     assert "Not known" in figures_html(None, "")
 
 
+def test_a_rate_that_no_source_has_is_not_shown() -> None:
+    """A stranger's calibration may say so."""
+    unknown = {"reals": 9, "fakes": 0, "false_positive_rate": None, "recall": None}
+    calibration = {
+        "sources": {"a": unknown | {"uncertain": None}, "b": unknown | {"reals": 0, "recall": 1.0}},
+        "method": "sources left out, pooled", "roc": [], "reals": 9, "fakes": 9,
+    }  # fmt: skip
+    calibration["sources"]["b"]["uncertain"] = 0.5
+    assert rates({"calibration": calibration, "threshold": 0.5}) is None
+    measured = rates({"calibration": calibration | {"roc": ROC}, "threshold": 0.7})
+    assert measured.recall == Measured(0.6, 9) and not measured.left_out
+
+
+def test_a_calibration_without_counts_has_no_figures() -> None:
+    """It is allowed, as a stranger may write it; it was a KeyError."""
+    alone = {"band": [0.3, 0.6], "roc": ROC}
+    assert rates({"calibration": alone, "threshold": 0.5}) is None
+    assert "on images of the kinds" in measured_on({"calibration": alone})
+    sources = {"a": {"false_positive_rate": 0.1, "recall": 0.9}}
+    of_sources = {"sources": sources, "method": "sources left out, pooled"}
+    assert rates({"calibration": of_sources, "threshold": 0.5}) is None
+    assert "Measured on images of 1 source," in measured_on({"calibration": of_sources})
+
+
 def test_only_left_out_sources_were_scored_by_detectors_without_them() -> None:
     calibration = {
         "fitted_on": ["val"], "reals": 1000, "fakes": 20, "sources": {"a": {}},

@@ -405,7 +405,7 @@ def test_errors_of_odd_values_are_short_lines(tmp_path: Path) -> None:
     """`nan` differs from itself, so it was a KeyError; a long name was an error of its size."""
     path, long = tmp_path / "catalog.toml", "x" * 500_000
     for text, said in (
-        ("[sets]\nmine = nan\n", "sets.mine: Input should be"),
+        ("[sets]\nmine = nan\n", "sets.mine takes 'train', 'val' or 'test', got NaN"),
         ("[suites]\nmine = nan\n", "mine takes a list, got NaN"),
         ("[reference]\nmine = nan\n", "mine takes a text, got NaN"),
         (f"[suites]\nmine = ['{long}']\n", "names set 'xxx"),

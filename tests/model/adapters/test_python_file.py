@@ -375,30 +375,36 @@ def test_a_calibration_is_stored_and_used(
     assert not open_other(str(file), opening).meta["calibration"]
 
 
-KEPT = {"temperature": 2, "threshold": 0.5, "calibration": {"band": [0.25, 0.5]}}
-BAND = {"band": [0.25, 0.5]}
+FITTED = {"band": [0.25, 0.5]}
+KEPT = {"temperature": 2, "threshold": 0.5, "calibration": FITTED}
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"temperature": "2"}, "temperature is '2', expected a finite number above 0"),
-        ({"temperature": 0}, "temperature is 0, expected"),
-        ({"temperature": float("inf")}, "temperature is inf, expected"),
-        ({"temperature": True}, "temperature is True, expected"),
+        ({"temperature": "2"}, 'temperature takes a finite number above 0, got "2"'),
+        ({"temperature": 0}, "temperature takes a finite number above 0, got 0"),
+        ({"temperature": float("inf")}, "temperature takes a finite number above 0, got Infinity"),
+        ({"temperature": True}, "temperature takes a finite number above 0, got true"),
         ({"temperature": 10**400}, "a number in it has more than 300 digits"),
-        ({"threshold": float("nan")}, "threshold is nan, expected a number from 0 to 1"),
-        ({"threshold": 1.5}, "threshold is 1.5, expected"),
-        ({"calibration": None}, "calibration is None, expected an object"),
-        ({"calibration": {}}, "band is None, expected two numbers from 0 to 1"),
-        ({"calibration": {"band": [0.5, 0.25]}}, "the lower one first"),
-        ({"calibration": {"band": [-0.5, 0.5]}}, r"band is \[-0.5, 0.5\], expected"),
-        ({"calibration": {"band": ["a", 0.5]}}, "band is"),
-        ({"calibration": {**BAND, "at_fpr": [[0.1, "a"]]}}, "expected a list of pairs"),
-        ({"calibration": {**BAND, "at_miss": 5}}, "at_miss is 5, expected a list of pairs"),
-        ({"calibration": {**BAND, "sources": ["a"]}}, "expected the two error rates"),
-        ({"calibration": {**BAND, "sources": {"a": {}}}}, "expected the two error rates"),
-        ({"temperature": {"a": None}, "threshold": None}, "temperature is"),
+        ({"threshold": float("nan")}, "threshold takes a number from 0 to 1, got NaN"),
+        ({"threshold": 1.5}, "threshold takes a number from 0 to 1, got 1.5"),
+        ({"calibration": None}, "calibration takes an object, got null"),
+        ({"calibration": {}}, "calibration.band is missing"),
+        ({"calibration": FITTED | {"band": [0.5, 0.25]}}, "the lower one first, got .0.5, 0.25"),
+        ({"calibration": FITTED | {"band": [-0.5, 0.5]}}, "band.0 takes a number from 0 to 1"),
+        ({"calibration": FITTED | {"band": ["a", 0.5]}}, 'band.0 takes .* from 0 to 1, got "a"'),
+        ({"calibration": FITTED | {"at_fpr": [[0.1, "a"]]}}, 'at_fpr.0.1 takes .*, got "a"'),
+        ({"calibration": FITTED | {"at_miss": 5}}, "at_miss takes a list, got 5"),
+        ({"calibration": FITTED | {"sources": ["a"]}}, "sources takes an object, got"),
+        (
+            {"calibration": FITTED | {"sources": {"a": {}}}},
+            "sources.a.false_positive_rate is missing",
+        ),
+        (
+            {"temperature": {"a": None}, "threshold": None},
+            'temperature takes .* 0, got {"a": null}',
+        ),
     ],
 )
 def test_impossible_values_of_a_calibration_are_refused(

@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from checked import checked
 from model.calibration.fit import (
     CalibrationError,
     Over,
@@ -19,7 +20,8 @@ from model.calibration.fit import (
 )
 from model.metrics import measure
 from model.recipe import Calibrating
-from model.verdict import band_of, calibration_fault, probability, verdict
+from model.shipped.calibration import Calibrated
+from model.verdict import band_of, probability, verdict
 from page.figures import verdict_shares
 from sharding.format import CLASSES
 
@@ -203,7 +205,7 @@ def test_the_band_of_a_strong_detector_has_its_lower_end_first() -> None:
     fitted = calibrate_by(Calibrating(threshold="pooled"), labels, logits, np.full(4_000, "a"))
     low, high = fitted.band
     assert low == high == fitted.threshold
-    assert calibration_fault(json.loads(json.dumps(fitted.entries({})))) == ""
+    assert checked(Calibrated, json.loads(json.dumps(fitted.entries({}))))
 
 
 @pytest.mark.parametrize("over", ["most_sources", "worst_source"])

@@ -230,7 +230,7 @@ def test_an_impossible_calibration_of_a_backbone_file_is_refused(
 ) -> None:
     wrong = {file.stem: {"temperature": 0, "threshold": 0.8, "calibration": None}}
     folder = head.save_head(trained, tmp_path / "two", spec_of(file, tested=wrong))
-    with pytest.raises(BackboneError, match="temperature is 0, expected a finite number above 0"):
+    with pytest.raises(BackboneError, match="temperature takes a finite number above 0, got 0"):
         load_detector(folder)
 
 

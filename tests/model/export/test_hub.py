@@ -288,6 +288,18 @@ def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [7, 4]
 
 
+def test_a_calibration_may_lack_its_counts(tiny_checkpoint: Path) -> None:
+    """A stranger's meta.json may have only the band; it was a KeyError."""
+    meta = checkpoint.read_meta(tiny_checkpoint)
+    rates = {"false_positive_rate": 0.125, "recall": None}
+    of_sources = {"method": "sources left out, pooled", "sources": {"alpha": rates}}
+    for calibration in ({"band": [0.3, 0.6]}, {"band": [0.3, 0.6]} | of_sources):
+        meta["calibration"] = calibration
+        text = card_of(meta, None, {}, onnx=False)
+        assert "? (? real, ? fake images)" in text
+    assert "| alpha (real) | ? | 0.125 | - |" in text
+
+
 def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     arguments = ["export", "--hub", str(tmp_path), "--checkpoint", str(tiny_checkpoint)]
