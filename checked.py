@@ -3,7 +3,8 @@ them. The file may come from a stranger.
 
 Main entry: `checked(kind, values, where)` takes the type, the parsed file, and the name of the file
 for errors. It returns the values as a `kind`, or raises `ValueError` with one line: the key, what
-it takes, and what it has. `limited()` gives a number of a layout a range.
+it takes, and what it has. `limited()` gives a number of a layout its range, `one_of()` a
+text its choices.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 from typing_extensions import is_typeddict
 
@@ -63,6 +64,19 @@ def limited(takes: str, allows: Callable[[Any], bool]) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def one_of(choices: Collection[str], takes: str = "") -> AfterValidator:
+    """Return the choices of a text in a layout, for `Annotated`, if they are known as a list.
+    `takes` describes them in words, where they are many.
+    """
+
+    def check(text: str) -> str:
+        if text not in choices:
+            raise refused(takes or " or ".join(map(repr, choices)))
+        return text
+
+    return AfterValidator(check)
 
 
 def refused(takes: str) -> PydanticCustomError:
@@ -112,6 +126,9 @@ def _in_words(mistake: Mapping[str, Any], as_list: Callable[[str, str], str] | N
         if isinstance(last, int):
             return f"{_short('.'.join(map(str, outer)))} has {last} values, which is too few"
         return f"{name} is missing; add it" if as_list else f"{name} is missing"
+    if kind in ("too_short", "too_long"):
+        limit = "at least {min_length:,}" if kind == "too_short" else "at most {max_length:,}"
+        return f"{name} takes a length of {limit.format(**mistake['ctx'])}, got {len(value):,}"
     takes = _TAKES.get(kind.partition("_")[0])
     if kind in ("limited", "literal_error"):
         takes = mistake["ctx"]["takes" if kind == "limited" else "expected"]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, Optional
 
 import pytest
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from checked import LONGEST, checked, limited
+from checked import LONGEST, checked, limited, one_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Layout(TypedDict):
     parts: NotRequired[dict[str, Part]]
     share: NotRequired[Annotated[float, limited("a number from 0 to 1", lambda p: 0 <= p <= 1)]]
     kind: NotRequired[Literal["a", "b"]]
+    choice: NotRequired[Annotated[str, one_of(("c", "d"))]]
+    few: NotRequired[Annotated[list[int], Field(min_length=1, max_length=2)]]
     count: NotRequired[int]
     rates: NotRequired[list[float]]
     chain: NotRequired[Chain | None]
@@ -74,6 +77,10 @@ def chain(length: int) -> dict[str, Any] | None:
         ({"count": 10**30, "rates": 7}, "rates takes a list, got 7"),
         ({"count": False}, "count takes a whole number, got false"),
         ({"kind": "c"}, "kind takes 'a' or 'b', got \"c\""),
+        ({"choice": "e"}, "choice takes 'c' or 'd', got \"e\""),
+        ({"choice": 5}, "choice takes a text, got 5"),
+        ({"few": []}, "few takes a length of at least 1, got 0"),
+        ({"few": [1, 2, 3, 4]}, "few takes a length of at most 2, got 4"),
         ({"chain": chain(300)}, "it is nested too deeply"),
         ({"chain": chain(5000)}, "it is nested too deeply"),
         ({"name": nested(5000)}, "it is nested too deeply"),

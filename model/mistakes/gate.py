@@ -41,10 +41,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checked import checked
 from console import counted
 from escape import text_fault
 from installed import command
-from model.mistakes.keep import MistakeError, Verdict, read_mistakes, verdict_from
+from model.mistakes.keep import MistakeError, Verdict, read_mistakes
 from model.mistakes.regressions import Regression, counts_of, measure_again
 from model.recipe import Gate
 from storage import parse_json, read_text, write_text
@@ -104,9 +105,8 @@ def read_start(file: Path) -> dict[str, Verdict]:
         MistakeError: the file is missing or damaged.
     """
     try:
-        saved = parse_json(read_text(file))
-        return {sha256: verdict_from(entry) for sha256, entry in saved.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return checked(dict[str, Verdict], parse_json(read_text(file)))
+    except (OSError, ValueError) as error:
         raise MistakeError(
             f"{file} has no readable verdicts of the initial detector on the mistakes "
             f"({text_fault(error)}); restore the file from a copy, or use --run NAME for a new run"

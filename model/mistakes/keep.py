@@ -41,27 +41,29 @@ would be larger, or the copy larger than `MAX_IMAGE_BYTES`; `read_mistakes()` if
 with the last verdict of each detector, the newest at the end. If there are more than
 `MAX_VERDICTS`, the first one and the newest ones are kept. `VERDICTS` are "no sign of AI",
 "uncertain" and "likely AI". The name of the image is not recorded. `standing_of(label, verdict)`
-returns "right", "uncertain" or "wrong" (a `Standing`), and `verdict_from(entry)` parses a verdict
-in JSON. `UNNAMED` is the suffix of a copy if the image's name has no image suffix.
+returns "right", "uncertain" or "wrong" (a `Standing`). `UNNAMED` is the suffix of a copy if the
+image's name has no image suffix.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
+from pydantic import Field
+
+from checked import checked, one_of
 from escape import text_fault
 from imaging.decode import IMAGE_SUFFIXES
 from installed import command
 from locks import locked
 from model.inference.prediction import DecisionRule
+from model.shipped.calibration import Band, Share
 from model.verdict import VERDICTS
 from storage import RefusedFileError, parse_json, read_text, write_bytes, write_text
 
@@ -83,6 +85,8 @@ MAX_IMAGE_BYTES = 64 * 2**20
 UNNAMED = ".img"
 """Suffix of a copy if the image's name has no image suffix."""
 
+_SUFFIXES = {*IMAGE_SUFFIXES, UNNAMED}
+
 _ENTRY = re.compile(r"[0-9a-f]{64}\.json")
 
 
@@ -99,9 +103,9 @@ class Verdict:
     """
 
     detector: str
-    score: float
-    verdict: str
-    band: tuple[float, float]
+    score: Share
+    verdict: Annotated[str, one_of(VERDICTS)]
+    band: Band
     date: str
 
 
@@ -116,8 +120,8 @@ class Mistake:
 
     sha256: str
     label: Label
-    verdicts: tuple[Verdict, ...]
-    image: str | None = None
+    verdicts: Annotated[tuple[Verdict, ...], Field(min_length=1, max_length=MAX_VERDICTS)]
+    image: Annotated[str, one_of(_SUFFIXES, "the suffix of an image")] | None = None
 
     def entry_path(self, folder: Path) -> Path:
         """Return the file of the entry."""
@@ -320,44 +324,10 @@ def read_mistake(path: Path) -> Mistake:
         MistakeError: the file is damaged; the message says where.
     """
     try:
-        return _mistake_from(parse_json(read_text(path, MAX_ENTRY_BYTES)), path.stem)
-    except (RefusedFileError, ValueError, KeyError, TypeError, OverflowError) as error:
+        mistake = checked(Mistake, parse_json(read_text(path, MAX_ENTRY_BYTES)))
+        if mistake.sha256 != path.stem:
+            raise ValueError("its hash is not that of its file name")
+        return mistake
+    except (RefusedFileError, ValueError) as error:
         fault = getattr(error, "strerror", None) or text_fault(error)
         raise MistakeError(f"{path} is no entry of a mistake ({fault}); remove it") from error
-
-
-def _mistake_from(entry: Mapping[str, Any], name: str) -> Mistake:
-    """Check the parsed JSON of the file `name`.json, which may be any value, and convert it.
-
-    Raises:
-        ValueError, KeyError, TypeError: the JSON is no valid entry.
-    """
-    verdicts = tuple(verdict_from(each) for each in entry["verdicts"])
-    image = entry["image"]
-    if entry["sha256"] != name:
-        raise ValueError("its hash is not that of its file name")
-    if entry["label"] not in LABELS:
-        raise ValueError("its label is not real or fake")
-    if image is not None and image not in {*IMAGE_SUFFIXES, UNNAMED}:
-        raise ValueError("its image is no suffix that a copy can have")
-    if not verdicts or len(verdicts) > MAX_VERDICTS:
-        raise ValueError(f"it has {len(verdicts)} verdicts; 1 to {MAX_VERDICTS} are expected")
-    return Mistake(sha256=name, label=entry["label"], verdicts=verdicts, image=image)
-
-
-def verdict_from(entry: Mapping[str, Any]) -> Verdict:
-    """Check a verdict in parsed JSON, which may be any value, and convert it.
-
-    Raises:
-        ValueError, KeyError, TypeError: the JSON is no valid verdict.
-    """
-    low, high = map(float, entry["band"])
-    score = float(entry["score"])
-    if not all(map(math.isfinite, (low, high, score))) or entry["verdict"] not in VERDICTS:
-        raise ValueError(f"its verdict is none of {', '.join(VERDICTS)}, or a number is not finite")
-    detector, date = entry["detector"], entry["date"]
-    if not (isinstance(detector, str) and isinstance(date, str)):
-        raise TypeError("its detector or its date is no text")
-    return Verdict(
-        detector=detector, score=score, verdict=entry["verdict"], band=(low, high), date=date
-    )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from imaging.decode import MAX_BYTES
 from model.inference.prediction import DecisionRule, Prediction
 from model.mistakes import keep
 from model.mistakes.add import keep_wrong
+from model.mistakes.gate import read_start
 from model.mistakes.keep import (
     MistakeError,
     Verdict,
@@ -108,10 +110,6 @@ def test_limits_hold_for_reading_a_folder_and_an_entry(
         with pytest.raises(MistakeError, match="has 2 mistakes, at most 1 are read"):
             read_mistakes(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(keep, "MAX_VERDICTS", 1)
-        with pytest.raises(MistakeError, match="it has 2 verdicts; 1 to 1 are expected"):
-            read_mistake(path)
-    with monkeypatch.context() as patched:
         patched.setattr(keep, "MAX_ENTRY_BYTES", 100)
         with pytest.raises(MistakeError, match=r"more than the limit of 100\); remove it"):
             read_mistake(path)
@@ -142,18 +140,38 @@ def test_many_mistakes_are_kept_up_to_the_limit_and_counted_once(
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"score": float("nan")}, {"band": [0.1, float("inf")]}, {"verdict": "likely real"},
-     {"detector": 7}, {"date": None}, {"band": [0.1]}],
-)  # fmt: skip
-def test_an_invalid_verdict_is_refused(tmp_path: Path, change: dict) -> None:
+    ("change", "fault"),
+    [
+        ({"score": float("nan")}, "score takes a number from 0 to 1, got NaN"),
+        ({"score": 10**400}, r"score takes a number from 0 to 1, got 10+ \.\.\. 0+"),
+        ({"score": True}, "score takes a number from 0 to 1, got true"),
+        ({"band": [0.1, float("inf")]}, r"band\.1 takes a number from 0 to 1, got Infinity"),
+        ({"band": [0.6, 0.1]}, "band takes two numbers from 0 to 1, the lower one first"),
+        ({"band": [0.1]}, "band has 1 values, which is too few"),
+        ({"verdict": "likely real"}, "verdict takes .* or 'likely AI', got \"likely real\""),
+        ({"verdict": []}, "verdict takes a text, got "),
+        ({"detector": 7}, "detector takes a text, got 7"),
+        ({"date": None}, "date takes a text, got null"),
+        ({"note": "mine"}, r"unknown key 'verdicts\.0\.note'"),
+    ],
+)
+def test_an_invalid_verdict_is_refused(tmp_path: Path, change: dict, fault: str) -> None:
     keep_mistake(tmp_path, IMAGES[0], "real", said(LIKELY))
     path = tmp_path / f"{HASHES[0]}.json"
     entry = json.loads(path.read_text())
     entry["verdicts"][0] |= change
     path.write_text(json.dumps(entry))
-    with pytest.raises(MistakeError, match=r"is no entry of a mistake .* remove it"):
+    with pytest.raises(MistakeError, match=rf"is no entry of a mistake \(.*{fault}.*; remove it"):
         read_mistake(path)
+
+
+def test_verdicts_of_the_initial_detector_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "start.json"
+    file.write_text(json.dumps({HASHES[0]: asdict(said(LIKELY))}))
+    assert read_start(file) == {HASHES[0]: said(LIKELY)}
+    file.write_text(json.dumps({HASHES[0]: asdict(said(LIKELY)) | {"score": 10**400}}))
+    with pytest.raises(MistakeError, match=r"\.score takes a number from 0 to 1, got 1.*restore"):
+        read_start(file)
 
 
 def test_the_worst_outcome_is_first_and_before_is_the_last_verdict(tmp_path: Path) -> None:

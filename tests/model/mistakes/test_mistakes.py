@@ -180,16 +180,28 @@ def test_image_entry_and_folder_have_limits(
 
 
 @pytest.mark.parametrize(
-    "change",
-    ["not JSON", "[]", '{"label": "real"}', {"label": "maybe"}, {"image": "/../../x"},
-     {"verdicts": []}, {"verdicts": [1]}, {"sha256": "0" * 64}, {"image": []}],
-)  # fmt: skip
-def test_a_damaged_entry_gives_an_error_of_one_line(change: str | dict, tmp_path: Path) -> None:
+    ("change", "fault"),
+    [
+        ("not JSON", "Expecting value in line 1"),
+        ("[]", "it holds list, expected an object"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"label": "real"}', "sha256 is missing"),
+        ({"label": "maybe"}, "label takes 'real' or 'fake', got \"maybe\""),
+        ({"image": "/../../x"}, 'image takes the suffix of an image, got "/../../x"'),
+        ({"image": []}, r"image takes a text, got \[\]"),
+        ({"verdicts": []}, "verdicts takes a length of at least 1, got 0"),
+        ({"verdicts": [1]}, r"verdicts.0 takes an object, got 1"),
+        ({"sha256": "0" * 64}, "its hash is not that of its file name"),
+    ],
+)
+def test_a_damaged_entry_gives_an_error_of_one_line(
+    change: str | dict, fault: str, tmp_path: Path
+) -> None:
     keep_mistake(tmp_path, DATA, "real", said(LIKELY))
     path = tmp_path / f"{HASH}.json"
     entry = json.loads(path.read_text())
     path.write_text(change if isinstance(change, str) else json.dumps({**entry, **change}))
-    with pytest.raises(MistakeError, match=r"is no entry of a mistake .* remove it"):
+    with pytest.raises(MistakeError, match=rf"is no entry of a mistake \({fault}.*; remove it"):
         read_mistake(path)
     result = run(evaluate.main, "--regressions", tmp_path)
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
