@@ -259,7 +259,8 @@ def _calibrated(meta: Mapping[str, Any]) -> str:
     )
     if left_out_sources(meta):
         # Only these scores are surely of the precision of the recipe: of the stored features.
-        half = {"bf16": "bfloat16", "fp16": "float16"}.get(meta["recipe"]["run"]["precision"])
+        precision = meta["recipe"].get("run", {}).get("precision")
+        half = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
         computed = (
             f" The scores were computed in {half}; in float32, as on a CPU, single verdicts near a "
             "threshold differ."
@@ -443,9 +444,9 @@ def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] |
             "The data of the original project (about 420,000 images of 13 public datasets, "
             "according to its card). Its checkpoint contains no list of the images."
         )
-    lines = [f"Trained on: {_names(data['train']) or 'no set of images'}."]
-    if data["replay"]:
-        lines.append(f"Replayed old images: {_names(data['replay'])}.")
+    lines = [f"Trained on: {_names(data.get('train', [])) or 'no set of images'}."]
+    if replayed := data.get("replay"):
+        lines.append(f"Replayed old images: {_names(replayed)}.")
     own = {*data.get("set_sha256", {}).values()}
     if earlier := [name for sha256, name in sets_seen(meta).items() if sha256 not in own]:
         lines.append(f"The weights that it began from were trained on: {_names(earlier)}.")

@@ -45,13 +45,15 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
+from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
 
 import console
+from checked import checked
 from escape import reason_of, without_paths
 from installed import command
 from model.checkpoint import (
@@ -65,12 +67,13 @@ from model.checkpoint import (
     weights_name,
 )
 from model.evaluation.report import REPORT_VERSION
-from model.evaluation.scores import MEASURE_AGAIN
+from model.evaluation.scores import MEASURE_AGAIN, Identity, ReferenceReals, Subset
 from model.export.card import card_of, is_plain
 from model.export.license import license_of
 from model.export.onnx import FILES, PARITY_FILE
 from model.network import Detector
 from model.shipped.backbone import with_backbone_inside
+from model.shipped.calibration import Count, Share
 from pipeline.preprocess import Preprocess
 from sharding.format import CLASSES, INDEX_FILE, read_index
 from sharding.hub import hub_errors, proxy_faults
@@ -79,6 +82,41 @@ from storage import AnyPath, atomic_folder, parse_json, read_text, sha256_of
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 ONNX_FOLDER = "onnx"
+
+
+class Figures(TypedDict):
+    """Types of the figures of a report that the card shows."""
+
+    reals: Count
+    fakes: Count
+    recall: Share | None
+    false_positive_rate: Share | None
+    auroc: Share | None
+    intervals: dict[str, tuple[float, float]]
+
+
+class SetFigures(TypedDict):
+    """Types of the entries of a set that the card shows."""
+
+    overall: Figures
+    reference: Figures | None
+    note: str | None
+    sources: NotRequired[dict[str, Figures]]
+    generators: NotRequired[dict[str, Figures]]
+
+
+class ReportEntries(TypedDict):
+    """Types of the entries of a report that the export reads. `report/fields.py` has all."""
+
+    run: str
+    step: int
+    detector: Identity
+    threshold: Share
+    subset: NotRequired[Subset | None]
+    sets: dict[str, SetFigures]
+    reference_reals: NotRequired[ReferenceReals | None]
+    trained_on: list[str]
+    maybe_trained_on: list[str]
 
 
 class HubError(ValueError):
@@ -187,8 +225,10 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         raise HubError(
             f"{path} has report version {version}, expected {REPORT_VERSION}; {MEASURE_AGAIN}"
         )
-    if missing := [key for key in _REPORT_KEYS if report.get(key) is None]:
-        raise HubError(f"{path} has no {', '.join(missing)}, so it is damaged; {MEASURE_AGAIN}")
+    try:
+        checked(ReportEntries, report)
+    except ValueError as error:
+        raise HubError(f"{path} is damaged ({error}); {MEASURE_AGAIN}") from error
     measured, expected = (report["run"], report["step"]), (meta["recipe"]["name"], meta["step"])
     if measured != expected:
         raise HubError(
@@ -205,9 +245,6 @@ def read_report(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-_REPORT_KEYS = (
-    "run", "step", "detector", "threshold", "sets", "trained_on", "maybe_trained_on",
-)  # fmt: skip
 _MEASURE = f"measure this checkpoint with `{command('evaluate')} --checkpoint FOLDER --shards SET`"
 
 
@@ -217,7 +254,7 @@ def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[
     """
     hashes, trained = meta["data"].get("set_sha256", {}), meta["data"].get("sources")
     sources: dict[str, dict[str, Any] | None] = {}
-    for name in [*meta["data"]["train"], *meta["data"]["replay"]]:
+    for name in [*meta["data"].get("train", []), *meta["data"].get("replay", [])]:
         sources[name] = None
         index = None if data is None else data / name / INDEX_FILE
         if index is None or not index.exists():

@@ -128,7 +128,10 @@ def report_of(meta: dict, **changes: object) -> dict:
     name, step = meta["recipe"]["name"], meta["step"]
     return {
         "report_version": REPORT_VERSION, "run": name, "step": step, "threshold": 0.6, "sets": sets,
-        "detector": {"kind": "checkpoint", "sha256": meta["sha256"][checkpoint.weights_name(meta)]},
+        "detector": {
+            "kind": "checkpoint", "name": f"step_{step:07}",
+            "sha256": meta["sha256"][checkpoint.weights_name(meta)],
+        },
         "trained_on": [], "maybe_trained_on": [],
     } | changes  # fmt: skip
 
@@ -272,6 +275,18 @@ def test_the_card_lists_only_sources_of_the_exact_training_sets(
     assert hub.sources_of(meta, None) == {"old": None}
 
 
+def test_a_stranger_may_record_no_training_sets(tiny_checkpoint: Path) -> None:
+    meta = checkpoint.read_meta(tiny_checkpoint) | {"data": {}}
+    left_out = {"faces": {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None}}
+    meta["calibration"] = CALIBRATION | {
+        "sources": {"faces": left_out["faces"] | {"uncertain": None}}
+    }
+    meta["recipe"] = {key: value for key, value in meta["recipe"].items() if key != "run"}
+    assert hub.sources_of(meta, None) == {}
+    card = card_of(meta, None, {}, onnx=False)
+    assert "Trained on: no set of images." in card and "| faces (real) | 9 | 0.200 | - |" in card
+
+
 def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     hostile = "a|b](https://evil.example) <img src=x> www.evil.example\n# c"
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -320,8 +335,15 @@ def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: 
         ),
         (
             f'{{"report_version": {REPORT_VERSION}, "run": "tiny", "sets": {{}}}}',
-            "has no step, detector, threshold, trained_on, maybe_trained_on, so it is damaged",
+            "report.json is damaged (step is missing); measure the checkpoint again",
         ),
+        ({"detector": []}, "damaged (detector takes an object, got [])"),
+        ({"detector": {"kind": "x", "name": "y", "sha256": 5}}, "sha256 takes a text, got 5"),
+        ({"sets": []}, "damaged (sets takes an object, got [])"),
+        ({"sets": {"val": {}}}, "damaged (sets.val.overall is missing)"),
+        ({"sets": {"val": {"overall": {}}}}, "damaged (sets.val.overall.reals is missing)"),
+        ({"threshold": 5}, "damaged (threshold takes a number from 0 to 1, got 5)"),
+        ({"trained_on": "abc"}, 'damaged (trained_on takes a list, got "abc")'),
         ({"step": 8}, "is of tiny step 8, the checkpoint is tiny step 7"),
         (
             {"detector": {"kind": "checkpoint", "name": "step_0000007", "sha256": "e" * 64}},
