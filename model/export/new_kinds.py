@@ -9,17 +9,17 @@ on these sources: a JSON file for the model card.
                           "fakes": n}, ...}}
 
 Main entries: `write_new_kinds(figures, path)` writes a `NewKinds` as JSON, and
-`read_new_kinds(path)` reads it. `path` is a `Path`. `NewKinds` raises ValueError for a rate that is
-not 0 to 1, and `read_new_kinds()` `NewKindsError`, a ValueError, for a file that holds no such
-figures. `benchmarks/leave_out.py` computes them, and the card of a detector shows them.
+`read_new_kinds(path)` reads it. `path` is a `Path`. `read_new_kinds()` raises `NewKindsError`, a
+ValueError, for a file that holds no such figures. `benchmarks/leave_out.py` computes them, and the
+card of a detector shows them.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import recipes
+from checked import checked
+from model.shipped.calibration import Band, Count, Share
 from storage import parse_json, read_text, write_text
 
 
@@ -33,25 +33,19 @@ class Pairs:
     trained without it.
     """
 
-    mean: float
-    interval: tuple[float, float]
+    mean: Share
+    interval: Band
     """95 % interval of the mean, resampling sources."""
-    worst: dict[str, float]
+    worst: dict[str, Share]
     """Lowest values, by `real source | fake source`."""
-
-    def __post_init__(self) -> None:
-        _check_rates(self.mean, *self.interval, *self.worst.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithinSubjects:
     """Mean AUROC in clusters of similar images. None if no cluster has both classes."""
 
-    auroc: float | None
-    clusters: int
-
-    def __post_init__(self) -> None:
-        _check_rates(0.0 if self.auroc is None else self.auroc)
+    auroc: Share | None
+    clusters: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +54,23 @@ class AfterPerturbation:
     and the numbers of images.
     """
 
-    auroc: float
-    recall: float
-    false_positive_rate: float
-    reals: int
-    fakes: int
-
-    def __post_init__(self) -> None:
-        _check_rates(self.auroc, self.recall, self.false_positive_rate)
+    auroc: Share
+    recall: Share
+    false_positive_rate: Share
+    reals: Count
+    fakes: Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewKinds:
     """Figures of heads that were each trained without some sources, on these sources."""
 
-    pooled: float
+    pooled: Share
     pairs: Pairs | None
     """None if all sources with images of one class have the same class."""
     within_subjects: WithinSubjects
-    perturbed: Mapping[str, AfterPerturbation] = field(default_factory=dict)
+    perturbed: dict[str, AfterPerturbation] = field(default_factory=dict)
     """By the name of the perturbation. Empty if none was measured."""
-
-    def __post_init__(self) -> None:
-        _check_rates(self.pooled)
-
-
-def _check_rates(*rates: float) -> None:
-    for rate in rates:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"expected a rate from 0 to 1, got {rate}")
 
 
 def write_new_kinds(figures: NewKinds, path: Path) -> None:
@@ -103,10 +85,7 @@ def read_new_kinds(path: Path) -> NewKinds:
         NewKindsError: the file holds no such figures.
     """
     try:
-        values = parse_json(read_text(path))
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds {type(values).__name__}, expected an object")
-        return recipes.build(NewKinds, values, path.name)
+        return checked(NewKinds, parse_json(read_text(path)))
     except ValueError as error:
         raise NewKindsError(
             f"{path} has no figures on sources left out of training ({error}); write them in a "

@@ -38,9 +38,9 @@ def test_figures_are_read_as_they_were_written(figures: NewKinds, tmp_path: Path
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"pooled": 1.5}, "a rate from 0 to 1, got 1.5"),
-        ({"pooled": float("nan")}, "left_out.json"),
-        ({"pooled": "high"}, "pooled takes a number"),
+        ({"pooled": 1.5}, "pooled takes a number from 0 to 1, got 1.5"),
+        ({"pooled": float("nan")}, "pooled takes a number from 0 to 1, got NaN"),
+        ({"pooled": "high"}, 'pooled takes a number from 0 to 1, got "high"'),
         ({"within_subjects": {}}, "within_subjects.auroc is missing"),
         ({"perturbed": {"a": {"auroc": 1}}}, "perturbed.a.recall is missing"),
         ({"one left out": None}, "unknown key"),
