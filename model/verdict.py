@@ -98,7 +98,8 @@ def _at_temperature(p: float, fitted: float, now: float) -> float:
     """Return what the probability `p` at the temperature `fitted` is at the temperature `now`."""
     if not 0 < p < 1:
         return float(p)
-    return float(probability(np.array(math.log(p / (1 - p)) * fitted), now))
+    logit = math.log(p / (1 - p)) * fitted
+    return float(probability(np.array(logit), now) if math.isfinite(logit) else logit > 0)
 
 
 def keep_left_out(meta: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:

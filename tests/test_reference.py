@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import evaluate
 import recipes
+import report.fields
 from docs.reference import (
     FILES,
     Field,
@@ -24,7 +25,11 @@ from docs.reference import (
     split_range,
 )
 from model.checkpoint import META_FILE, find
+from model.export import hub
 from model.recipe import Recipe
+from model.shipped.calibration import Calibrated
+from model.shipped.entries import CheckpointEntries
+from model.shipped.meta import Meta
 from pipeline.preprocess import Preprocess
 from sharding.catalog import Catalog, Rule, Source, Table
 from sharding.fetch_spec import Fetch, Git
@@ -160,6 +165,19 @@ def test_every_field_is_on_the_page(file: str) -> None:
     assert rows_on_the_page(FILES[file]) == {field.key for field in fields_of(FILES[file])}
 
 
+@pytest.mark.parametrize(
+    ("read", "whole"),
+    [
+        (CheckpointEntries, Meta), (Calibrated, Meta),
+        (hub.ReportEntries, report.fields.Report), (hub.SetFigures, report.fields.SetReport),
+        (hub.Figures, report.fields.Figures),
+    ],
+)  # fmt: skip
+def test_what_is_read_of_a_file_is_in_its_layout(read: type, whole: type) -> None:
+    """A reader checks only what it needs, so that other entries may change."""
+    assert typing.get_type_hints(read).keys() <= typing.get_type_hints(whole).keys()
+
+
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a phase 1 run, and a phase 2 run from it with replay. Return the folder of runs."""
@@ -195,6 +213,6 @@ def test_a_new_report_has_the_fields_of_the_page(data: Path, trained: Path, tmp_
                  "--checkpoint", str(trained / "two"), "--robustness", "2"]  # fmt: skip
     result = CliRunner().invoke(evaluate.main, arguments)
     assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert report["sets"]["val"]["robustness"]["codec_swap"]
-    assert not differences(report, FILES["report.json"])
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert written["sets"]["val"]["robustness"]["codec_swap"]
+    assert not differences(written, FILES["report.json"])

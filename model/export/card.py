@@ -438,7 +438,7 @@ def _share(figures: Mapping[str, Any], name: str, missing: str = "-") -> str:
 
 
 def _training(meta: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any] | None]) -> str:
-    data = meta["data"]
+    data = meta["data"] or {}
     if "imported_from" in data:
         return (
             "The data of the original project (about 420,000 images of 13 public datasets, "

@@ -67,7 +67,7 @@ from model.checkpoint import (
     weights_name,
 )
 from model.evaluation.report import REPORT_VERSION
-from model.evaluation.scores import MEASURE_AGAIN, Identity, ReferenceReals, Subset
+from model.evaluation.scores import MEASURE_AGAIN, ReferenceReals, Subset
 from model.export.card import card_of, is_plain
 from model.export.license import license_of
 from model.export.onnx import FILES, PARITY_FILE
@@ -105,12 +105,18 @@ class SetFigures(TypedDict):
     generators: NotRequired[dict[str, Figures]]
 
 
+class MeasuredFile(TypedDict):
+    """Types of the entries of the measured detector that the export reads."""
+
+    sha256: NotRequired[str]
+
+
 class ReportEntries(TypedDict):
     """Types of the entries of a report that the export reads. `report/fields.py` has all."""
 
     run: str
     step: int
-    detector: Identity
+    detector: MeasuredFile
     threshold: Share
     subset: NotRequired[Subset | None]
     sets: dict[str, SetFigures]
@@ -252,9 +258,10 @@ def sources_of(meta: Mapping[str, Any], data: AnyPath | None) -> dict[str, dict[
     """Return the sources of each training set that the detector was trained on, from its index.
     None for a set that is not below `data`, or whose index has another hash than at training.
     """
-    hashes, trained = meta["data"].get("set_sha256", {}), meta["data"].get("sources")
+    recorded = meta["data"] or {}
+    hashes, trained = recorded.get("set_sha256", {}), recorded.get("sources")
     sources: dict[str, dict[str, Any] | None] = {}
-    for name in [*meta["data"].get("train", []), *meta["data"].get("replay", [])]:
+    for name in [*recorded.get("train", []), *recorded.get("replay", [])]:
         sources[name] = None
         index = None if data is None else data / name / INDEX_FILE
         if index is None or not index.exists():

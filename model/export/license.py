@@ -61,14 +61,14 @@ def license_of(meta: Mapping[str, Any]) -> License:
     they are in the index of each set.
     """
     if spec := meta.get(KEY) or meta.get(KEY_INSIDE):
-        base, said = spec["name"], spec["license"]
+        base, said = spec.get("name", "without a name"), spec.get("license")
         if not said:
             return License("other", f"no license is recorded for the backbone {base}", "")
         text = f"{said.upper()}, the license of the backbone {base}, on which the head was trained"
         return License(said.lower(), text, base)
     network = meta["recipe"]["network"]
     first = first_of(meta.get("first_weights"))
-    imported = "imported_from" in meta["data"]
+    imported = "imported_from" in (meta["data"] or {})
     if first and first["kind"] == "random":
         text = "chosen by whoever trained it, because training started from random weights"
         return License("other", text, "")

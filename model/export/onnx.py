@@ -317,7 +317,8 @@ def fitness_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return those entries of a checkpoint's `data` that are reasons not to rely on it, and the
     sets and generators that it was trained on.
     """
-    known = {key: meta["data"][key] for key in FITNESS_KEYS if key in meta["data"]}
+    data = meta["data"] or {}
+    known = {key: data[key] for key in FITNESS_KEYS if key in data}
     return known | {"earlier_sets": sets_seen(meta), "earlier_generators": generators_seen(meta)}
 
 

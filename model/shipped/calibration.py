@@ -25,7 +25,9 @@ Share = Annotated[
 Temperature = Annotated[
     float, limited("a finite number above 0", lambda number: 0 < number <= sys.float_info.max)
 ]
-Count = Annotated[int, limited("a whole number from 0 on", lambda number: number >= 0)]
+Count = Annotated[
+    int, limited("a whole number from 0 to 10**12", lambda number: 0 <= number <= 10**12)
+]
 
 
 def _in_order(band: tuple[float, float]) -> tuple[float, float]:

@@ -89,11 +89,25 @@ class NetworkName(TypedDict):
     name: str
 
 
+class RunSettings(TypedDict):
+    """Types of the settings of the run that the model card shows."""
+
+    precision: NotRequired[str]
+
+
 class RecipeNames(TypedDict):
     """Types of the entries of the recipe that are read from each checkpoint."""
 
     name: str
     network: NetworkName
+    run: NotRequired[RunSettings]
+
+
+class BackboneLicense(TypedDict):
+    """Types of the entries of a backbone that the license of the weights is read from."""
+
+    name: NotRequired[str]
+    license: NotRequired[str | None]
 
 
 class CheckpointEntries(Entries):
@@ -106,7 +120,10 @@ class CheckpointEntries(Entries):
     recipe: RecipeNames
     refused: NotRequired[list[str]]
     metrics: dict[str, Any]
+    calibrated_metrics: NotRequired[dict[str, Any] | None]
     first_weights: NotRequired[FirstWeights | None]
+    backbone: NotRequired[BackboneLicense | None]
+    backbone_inside: NotRequired[BackboneLicense | None]
 
 
 def checked_meta(kind: type[Entries], meta: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from model import checkpoint
 from model.network import build
-from model.verdict import band_at, describe_band, left_out_sources
+from model.verdict import LeftOut, band_at, describe_band, left_out_rates, left_out_sources
 from tests.builders import TINY, small_recipe
 
 RATES = {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None, "uncertain": 0.1}
@@ -21,8 +21,8 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("band.1 takes a number from 0 to 1, got null", {"band": [0.9, None]}, {}),
     ('at_miss.0.1 takes a number from 0 to 1, got "low"', {"at_miss": [[0.05, "low"]]}, {}),
     ("roc.1.2 takes a number from 0 to 1, got 2", {"roc": [[0, 1, 1], [1, 0, 2]]}, {}),
-    ("reals takes a whole number from 0 on, got -1", {"reals": -1}, {}),
-    ('reals takes a whole number from 0 on, got "many"', {"reals": "many"}, {}),
+    ("reals takes a whole number from 0 to 10**12, got -1", {"reals": -1}, {}),
+    ('reals takes a whole number from 0 to 10**12, got "many"', {"reals": "many"}, {}),
     ('fitted_on takes a list, got "val"', {"fitted_on": "val"}, {}),
     ("sources.ffhq.recall takes a num", {"sources": {"ffhq": RATES | {"recall": 2}}}, {}),
     ("false_positive_rate is missing", {"sources": {"ffhq": {"recall": 0.5}}}, {}),
@@ -61,6 +61,13 @@ def test_only_a_calibration_that_says_so_was_fitted_to_left_out_sources() -> Non
     assert left_out_sources({"calibration": calibration}) == {}
     assert left_out_sources({"calibration": calibration | {"method": "validation"}}) == {}
     assert left_out_sources({"calibration": None}) == {}
+
+
+def test_a_band_at_another_temperature_is_a_number() -> None:
+    """A stranger's temperature may be huge."""
+    kept = {"temperature": 1e308, "band": [0.2, 1 - 1e-16], "sources": {"a": RATES}}
+    meta = {"temperature": 1.0, "calibration": {"band": [0.1, 0.9], "left_out": kept}}
+    assert left_out_rates(meta) == LeftOut({"a": RATES}, (0.0, 1.0))
 
 
 def test_the_band_in_words() -> None:

@@ -128,10 +128,7 @@ def report_of(meta: dict, **changes: object) -> dict:
     name, step = meta["recipe"]["name"], meta["step"]
     return {
         "report_version": REPORT_VERSION, "run": name, "step": step, "threshold": 0.6, "sets": sets,
-        "detector": {
-            "kind": "checkpoint", "name": f"step_{step:07}",
-            "sha256": meta["sha256"][checkpoint.weights_name(meta)],
-        },
+        "detector": {"kind": "checkpoint", "sha256": meta["sha256"][checkpoint.weights_name(meta)]},
         "trained_on": [], "maybe_trained_on": [],
     } | changes  # fmt: skip
 
@@ -276,13 +273,13 @@ def test_the_card_lists_only_sources_of_the_exact_training_sets(
 
 
 def test_a_stranger_may_record_no_training_sets(tiny_checkpoint: Path) -> None:
-    meta = checkpoint.read_meta(tiny_checkpoint) | {"data": {}}
+    meta = checkpoint.read_meta(tiny_checkpoint) | {"data": None}
     left_out = {"faces": {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None}}
     meta["calibration"] = CALIBRATION | {
         "sources": {"faces": left_out["faces"] | {"uncertain": None}}
     }
     meta["recipe"] = {key: value for key, value in meta["recipe"].items() if key != "run"}
-    assert hub.sources_of(meta, None) == {}
+    assert hub.sources_of(meta, None) == {} and hub.license_of(meta).text
     card = card_of(meta, None, {}, onnx=False)
     assert "Trained on: no set of images." in card and "| faces (real) | 9 | 0.200 | - |" in card
 

@@ -143,7 +143,7 @@ def test_many_mistakes_are_kept_up_to_the_limit_and_counted_once(
     ("change", "fault"),
     [
         ({"score": float("nan")}, "score takes a number from 0 to 1, got NaN"),
-        ({"score": 10**400}, r"score takes a number from 0 to 1, got 10+ \.\.\. 0+"),
+        ({"score": 10**200}, r"score takes a number from 0 to 1, got 10+ \.\.\. 0+"),
         ({"score": True}, "score takes a number from 0 to 1, got true"),
         ({"band": [0.1, float("inf")]}, r"band\.1 takes a number from 0 to 1, got Infinity"),
         ({"band": [0.6, 0.1]}, "band takes two numbers from 0 to 1, the lower one first"),
@@ -169,7 +169,7 @@ def test_verdicts_of_the_initial_detector_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "start.json"
     file.write_text(json.dumps({HASHES[0]: asdict(said(LIKELY))}))
     assert read_start(file) == {HASHES[0]: said(LIKELY)}
-    file.write_text(json.dumps({HASHES[0]: asdict(said(LIKELY)) | {"score": 10**400}}))
+    file.write_text(json.dumps({HASHES[0]: asdict(said(LIKELY)) | {"score": 10**200}}))
     with pytest.raises(MistakeError, match=r"\.score takes a number from 0 to 1, got 1.*restore"):
         read_start(file)
 
