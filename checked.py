@@ -133,7 +133,8 @@ def _in_words(mistake: Mapping[str, Any], as_list: Callable[[str, str], str] | N
     if kind in ("limited", "literal_error"):
         takes = mistake["ctx"]["takes" if kind == "limited" else "expected"]
     if takes is None or not isinstance(value, str | int | float | bool | list | dict | None):
-        return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"
+        said = mistake["msg"].removeprefix("Value error, ")
+        return f"{name}: {said}" if mistake["loc"] or as_list else said
     if takes == "an object" and as_list:
         takes = "a table"
     said = f"{name} takes {takes}, got {_shown(value)}"

@@ -17,6 +17,15 @@ class Part:
     pair: tuple[int, int] = (0, 0)
 
 
+@dataclass(frozen=True)
+class Odd:
+    number: int
+
+    def __post_init__(self) -> None:
+        if not self.number % 2:
+            raise ValueError(f"{self.number} is even")
+
+
 class Chain(TypedDict):
     next: Optional["Chain"]
 
@@ -94,6 +103,13 @@ def test_a_wrong_value_is_named_with_what_its_key_takes(values: Any, said: str) 
     with pytest.raises(ValueError) as caught:
         checked(Layout, values)
     assert str(caught.value) == said
+
+
+def test_a_check_of_a_class_names_its_key() -> None:
+    with pytest.raises(ValueError, match=r"^x: 2 is even$"):
+        checked(Odd, {"number": 2}, "x")
+    with pytest.raises(ValueError, match=r"^x: a: 2 is even$"):
+        checked(dict[str, Odd], {"a": {"number": 2}}, "x")
 
 
 def test_a_long_key_or_value_is_shortened() -> None:

@@ -195,7 +195,8 @@ def plan(
         sets[reference["set"]] = _open_reals(data, reference["set"])
     device = choose_device(options.device, dist.local_rank)
     meta = checkpoints.check(subject) if isinstance(subject, Path) else subject.meta
-    asked = meta["recipe"]["run"]["precision"] if options.features else "auto"
+    run = meta["recipe"].get("run", {}) if options.features else {}
+    asked = run.get("precision", "auto")
     dtype, dtype_reason = choose_precision(asked, device)
     if asked != "auto":  # features of another precision would all be computed again
         dtype_reason = "the precision of the run, as of its features"
