@@ -34,10 +34,16 @@ LONGEST = 100
 
 
 def checked(
-    kind: type[T], values: Any, where: str = "", as_list: Callable[[str, str], str] | None = None
+    kind: type[T],
+    values: Any,
+    where: str = "",
+    as_list: Callable[[str, str], str] | None = None,
+    *,
+    ignore_unknown: bool = False,
 ) -> T:
     """Return `values`, nested dicts of a parsed file, as a `kind`. Keys that a dataclass does not
-    have are errors; those that a `TypedDict` does not have are ignored.
+    have are errors, or ignored with `ignore_unknown`; those that a `TypedDict` does not have are
+    ignored.
 
     `where` names the file in errors. `as_list(key, text)` is given for TOML that a person writes:
     it returns the notation of a list where `text` is in place of one.
@@ -46,6 +52,10 @@ def checked(
         ValueError: an unknown or missing key, a wrong type, a value out of range or not finite.
     """
     try:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"it holds {type(values).__name__}, expected an object")
+        if not ignore_unknown:
+            _refuse_unknown(kind, values, prefix="")
         return _built(kind, values, as_list)
     except (ValueError, RecursionError) as error:
         fault = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
@@ -84,10 +94,9 @@ def refused(takes: str) -> PydanticCustomError:
     return PydanticCustomError("limited", "{takes}", {"takes": takes})
 
 
-def _built(kind: type[T], values: Any, as_list: Callable[[str, str], str] | None) -> T:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"it holds {type(values).__name__}, expected an object")
-    _refuse_unknown(kind, values, prefix="")
+def _built(
+    kind: type[T], values: Mapping[str, Any], as_list: Callable[[str, str], str] | None
+) -> T:
     plain: type = kind  # mypy does not take `type[T]` as hashable
     try:
         built = _checks_of(plain).validate_python(values)

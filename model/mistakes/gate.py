@@ -105,7 +105,8 @@ def read_start(file: Path) -> dict[str, Verdict]:
         MistakeError: the file is missing or damaged.
     """
     try:
-        return checked(dict[str, Verdict], parse_json(read_text(file)))
+        kept = parse_json(read_text(file))
+        return checked(dict[str, Verdict], kept, ignore_unknown=True)
     except (OSError, ValueError) as error:
         raise MistakeError(
             f"{file} has no readable verdicts of the initial detector on the mistakes "

@@ -324,7 +324,8 @@ def read_mistake(path: Path) -> Mistake:
         MistakeError: the file is damaged; the message says where.
     """
     try:
-        mistake = checked(Mistake, parse_json(read_text(path, MAX_ENTRY_BYTES)))
+        entry = parse_json(read_text(path, MAX_ENTRY_BYTES))
+        mistake = checked(Mistake, entry, ignore_unknown=True)
         if mistake.sha256 != path.stem:
             raise ValueError("its hash is not that of its file name")
         return mistake
