@@ -81,7 +81,7 @@ fake = ["fake"]
 ABOUT = {
     "checkpoint": "-", "run": "random", "step": 0, "commit": "", "precision": "fp32",
     "backend": "pil", "temperature": 1.0, "threshold": 0.5, "calibration": None, "subset": None,
-    "sets": {"many": {"index_sha256": "", "split": "test"}}, "reference_reals": None,
+    "sets": {"many": {"index_sha256": "", "split": "test", "reference_reals": None}},
 }  # fmt: skip
 
 

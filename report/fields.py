@@ -190,6 +190,8 @@ class SetReport(TypedDict):
     both name alike, and of detectors of this program."""
     robustness: Robustness | None
     """Figures of `--robustness`. Null: not measured."""
+    reference_reals: ReferenceReals | None
+    """Reference real images. Null: the set's own."""
     overall: Figures
     """Figures of the set's own images."""
     reference: Figures | None
@@ -253,8 +255,6 @@ class Report(TypedDict):
     """Calibration, as in `meta.json`."""
     subset: Subset | None
     """List of samples. Null: whole sets."""
-    reference_reals: ReferenceReals | None
-    """Reference real images. Null: none were needed."""
     band: Interval
     """Lower end and upper end of *uncertain*."""
     intervals: Resampling

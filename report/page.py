@@ -90,7 +90,7 @@ def estimate(figures: Mapping[str, Any] | None, name: str, count: str) -> Estima
     return Estimate(figures[name], low, high, figures[count])
 
 
-def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> HeadlineRates:
+def rates_of(set_report: Mapping[str, Any]) -> HeadlineRates:
     """Return the rates of one set, with its own real images or the reference reals."""
     reference = set_report["reference"]
     figures = reference or set_report["overall"]
@@ -102,7 +102,7 @@ def rates_of(set_report: Mapping[str, Any], reals: Mapping[str, Any] | None) -> 
         estimate(figures, "recall", "fakes"),
         false,
         missing,
-        reals["set"] if reference and reals else None,
+        set_report["reference_reals"]["set"] if reference else None,
     )
 
 
@@ -230,7 +230,7 @@ def _set(
         "name": name,
         "report": set_report,
         "figures": set_report["reference"] or set_report["overall"],
-        "rates": rates_of(set_report, report["reference_reals"]),
+        "rates": rates_of(set_report),
         "roc": roc_chart(labels, probabilities, report["threshold"]) if both else None,
         "reliability": reliability_chart(labels, probabilities) if both else None,
         "histograms": _histograms(columns, own, report["band"]),

@@ -80,7 +80,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         if set_report["reference"]:
             rows.append(
                 _row(
-                    f"with reference reals of {report['reference_reals']['set']}",
+                    f"with reference reals of {set_report['reference_reals']['set']}",
                     set_report["reference"],
                 )
             )
@@ -97,7 +97,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         parts = [", ".join(quality), "In parentheses: 95 % intervals over groups of images."]
         console.say(". ".join(filter(None, parts)))
         if set_report["generators"] and (set_report["reference"] or overall)["reals"]:
-            of = report["reference_reals"]["set"] if set_report["reference"] else "the set"
+            of = set_report["reference_reals"]["set"] if set_report["reference"] else "the set"
             console.say(f"Rows of generators use all real images of {of}.")
         if set_report["note"]:
             console.say(set_report["note"])

@@ -296,16 +296,17 @@ def broken_copy(data: Path, folder: Path, samples: list[int], cut: str) -> Shard
 
 
 ABOUT = {
-    "scores_version": 2, "checkpoint": "runs/a/step_1", "run": "a", "step": 1, "commit": "c",
+    "scores_version": 3, "checkpoint": "runs/a/step_1", "run": "a", "step": 1, "commit": "c",
     "detector": {"kind": "checkpoint", "name": "step_1"}, "trained_on": [], "maybe_trained_on": [],
     "precision": "fp32", "backend": "pil", "temperature": 2.0, "threshold": 0.6,
-    "calibration": {"band": [0.3, 0.6]}, "subset": None, "reference_reals": None,
+    "calibration": {"band": [0.3, 0.6]}, "subset": None,
 }  # fmt: skip
-ABOUT_SET = {"index_sha256": "h", "split": "test", "known_generators": [], "robustness": None}
+ABOUT_SET = {"index_sha256": "h", "split": "test", "known_generators": [], "robustness": None,
+             "reference_reals": None}  # fmt: skip
 
 
 def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> ScoreTable:
-    """Make a score table of `rows`; columns that a row lacks get usual values."""
+    """Make a score table of `rows` and usual values. Sets without reals get `reference_reals`."""
     usual = {"source": "s", "generator": "g", "split": "test", "error": "", "valid": True}
     filled = []
     for number, row in enumerate(rows):
@@ -314,7 +315,9 @@ def table_of(rows: list[dict[str, Any]], sets: list[str], **about: Any) -> Score
         if full["valid"]:
             full["probability"] = float(probability(np.array(full["logit"]), 2.0))
         filled.append({name: full.get(name) for name in SCORES_SCHEMA.names})
-    info = {name: dict(ABOUT_SET) for name in sets}
+    reals = about.pop("reference_reals", None)
+    own = {row["set"] for row in rows if row["label"] == 0} | {reals and reals["set"]}
+    info = {name: ABOUT_SET | ({} if name in own else {"reference_reals": reals}) for name in sets}
     table = pa.Table.from_pylist(filled, schema=SCORES_SCHEMA)
     return ScoreTable(table, ABOUT | {"sets": info} | about)
 

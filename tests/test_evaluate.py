@@ -252,11 +252,9 @@ def test_evalgen_uses_the_reference_reals_of_the_catalog(
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
     reals = len(open_shards([data / "test"]))
-    assert report["reference_reals"] == {
-        "set": "test", "why": "the catalog's default", "for_all": False,
-    }  # fmt: skip
-    assert f"of {reals} real images of test called fake" in report["headline"][0]
     figures = report["sets"]["evalgen"]
+    assert figures["reference_reals"] == {"set": "test", "why": "the catalog's default"}
+    assert f"of {reals} real images of test called fake" in report["headline"][0]
     assert figures["reference"]["reals"] == reals
     assert figures["protocols"]["all_images"]["images"] == 35
     assert figures["protocols"]["first_per_prompt"]["images"] == 12

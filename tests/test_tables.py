@@ -123,7 +123,7 @@ def test_tables_of_a_report(
 ) -> None:
     report, scores = made(
         [*rows("val", 60, 80), *rows("evalgen", 0, 60, seed=1)], "val", "evalgen",
-        reference_reals={"set": "val", "why": "named", "for_all": False},
+        reference_reals={"set": "val", "why": "named"},
     )  # fmt: skip
     report["sets"]["val"]["robustness"] = robustness()
     print_report(report)

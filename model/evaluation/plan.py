@@ -12,11 +12,11 @@ later: whether the backbone is frozen, which `features` needs.
 - `dist`: this process's rank (`DistEnv`; None, the default, for a single process).
 
 It returns an `EvaluationPlan`, which `model/evaluation/run.py` executes. Its fields include `sets`
-(a dict, name -> `PlannedSet`, in scoring order, including that of `reference`), `measured` (those
-of them that the report covers), `reference` (the `Reals`, or None), `meta` (a dict), `device`,
-`dtype` (precision) and `backend` (the decoder, "pil" or "dali"). It raises `ValueError` if a set,
-sample, checkpoint or device does not exist or does not fit, and `OSError` if a file cannot be read.
-It writes nothing.
+(a dict, name -> `PlannedSet`, in scoring order, including those of `references`), `measured` (those
+of them that the report covers), `references` (a dict, name of a measured set -> `Reals`, without
+the sets that use their own real images), `meta` (a dict), `device`, `dtype` (precision) and
+`backend` (the decoder, "pil" or "dali"). It raises `ValueError` if a set, sample, checkpoint or
+device does not exist or does not fit, and `OSError` if a file cannot be read. It writes nothing.
 
 All fields of `Options` are set by keyword:
 
@@ -25,22 +25,22 @@ All fields of `Options` are set by keyword:
 - `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
 - `reference_reals`: the name of a set, on whose real images the false-positive rate of all sets is
   measured. None (default): each set is measured on its own real images. If a set has none, this
-  program's catalogs may name another set, whose real images serve instead. The first set named so
-  that is packed in `data` serves all sets without real images.
+  program's catalogs may name another set for it, whose real images serve instead if that set is
+  packed in `data`.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default). With them `dtype` is the precision that the recipe of the run asks for.
 
 A `PlannedSet` is one set: `shards` (the samples to score, a `ShardSet`), `index_sha256` and `split`
 of the whole set, and `measured` (False if only its real images are used). `Reals` is a dict about
-the set whose real images give the false-positive rate of others: `set` (its name), `why` (a text)
-and `for_all` (True if it was given as `reference_reals`, and so is used for all sets).
-`choose_reference(data, opened, asked)` returns the `Reals`, or None if none is needed or known:
-`opened` is a dict, name -> opened set, `asked` is as `reference_reals`. `REAL` is the label of real
-images, 0. `trained_on(meta, hashes)` takes a detector's meta and a dict, set name -> hash. It
-returns the names of sets that the detector was trained on, also by an earlier run whose weights it
-began from. `maybe_trained_on(meta, hashes)` returns the names of the others that have the name of a
-set that it was trained on, but another hash.
+the set whose real images give the false-positive rate of another: `set` (its name) and `why` (a
+text). `choose_references(data, opened, asked)` returns a dict, name of a set -> its `Reals`,
+without the sets that need none or for which none is known: `opened` is a dict, name -> opened set,
+`asked` is as `reference_reals`. `REAL` is the label of real images, 0. `trained_on(meta, hashes)`
+takes a detector's meta and a dict, set name -> hash. It returns the names of sets that the detector
+was trained on, also by an earlier run whose weights it began from. `maybe_trained_on(meta, hashes)`
+returns the names of the others that have the name of a set that it was trained on, but another
+hash.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,13 +86,10 @@ class Options:
 
 
 class Reals(TypedDict):
-    """The set whose real images are the reference, and why that set was chosen. `for_all`: used for
-    every set, also for sets with real images.
-    """
+    """The set whose real images are the reference of another set, and why that set was chosen."""
 
     set: str
     why: str
-    for_all: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,14 +109,15 @@ class EvaluationPlan:
     """Checked input of an evaluation on this rank, made by `plan`.
 
     `detector` is None for a checkpoint. `meta` belongs to the checkpoint or to `detector`. `sets`
-    are in scoring order.
+    are in scoring order. `references` has an entry for each measured set that does not use its own
+    real images.
     """
 
     checkpoint: Path
     detector: OtherDetector | OnnxDetector | None
     meta: Mapping[str, Any] = field(repr=False)
     sets: Mapping[str, PlannedSet] = field(repr=False)
-    reference: Reals | None
+    references: Mapping[str, Reals]
     options: Options
     device: torch.device
     dtype: torch.dtype
@@ -188,11 +186,12 @@ def plan(
             "score images; leave --features out"
         )
     sets = {name: _open(data, name, options.subset) for name in names}
-    reference = choose_reference(
+    references = choose_references(
         data, {name: s.shards for name, s in sets.items()}, options.reference_reals
     )
-    if reference and reference["set"] not in sets:
-        sets[reference["set"]] = _open_reals(data, reference["set"])
+    for reals in references.values():
+        if reals["set"] not in sets:
+            sets[reals["set"]] = _open_reals(data, reals["set"])
     device = choose_device(options.device, dist.local_rank)
     meta = checkpoints.check(subject) if isinstance(subject, Path) else subject.meta
     run = meta["recipe"].get("run", {}) if options.features else {}
@@ -208,7 +207,7 @@ def plan(
         detector=detector,
         meta=meta,
         sets=sets,
-        reference=reference,
+        references=references,
         options=options,
         device=device,
         dtype=dtype,
@@ -262,14 +261,15 @@ def _open_reals(data: AnyPath, name: str) -> PlannedSet:
     )
 
 
-def choose_reference(
+def choose_references(
     data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
-) -> Reals | None:
-    """Choose the set whose real images are the reference; see `model/evaluation/report.py`.
+) -> dict[str, Reals]:
+    """Choose the set whose real images are the reference of each set in `opened`.
 
     The set `asked` is used for all sets. Without `asked`, a set without real images gets the reals
     of the set that the catalog names for it (`[reference]`), if that set is packed below `data`.
-    Reason: recall without a false-positive rate is meaningless.
+    Reason: recall without a false-positive rate is meaningless. What counts are all images to
+    score: a set whose real images all get no score uses no others.
 
     Raises:
         ValueError: the set `asked` has no real images.
@@ -280,15 +280,18 @@ def choose_reference(
                 f"--reference-reals {asked}: this set has no real images to score; name a set that "
                 "has some"
             )
-        return {"set": asked, "why": "--reference-reals", "for_all": True}
+        return {
+            name: {"set": asked, "why": "--reference-reals"} for name in opened if name != asked
+        }
     defaults = read_catalog(SHIPPED).reference
-    for name, shards in opened.items():
+    references: dict[str, Reals] = {}
+    for name in opened:
         other = defaults.get(name)
-        if (shards.column("label") == REAL).any() or other is None:
+        if other is None or _has_reals(data, opened, name):
             continue
         if (data / other / INDEX_FILE).exists() and _has_reals(data, opened, other):
-            return {"set": other, "why": "the catalog's default", "for_all": False}
-    return None
+            references[name] = {"set": other, "why": "the catalog's default"}
+    return references
 
 
 def _has_reals(data: AnyPath, opened: Mapping[str, ShardSet], name: str) -> bool:

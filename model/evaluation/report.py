@@ -11,9 +11,8 @@ errors of its own.
 `rows_of_set(scores, name)` returns the `Rows` of one set. Its arrays have a value per readable
 image: `own` (True for an image of this set), `labels`, `probability` (of fake), and `source` and
 `generator`, each a pair (codes, names). It also has `origin` (a list of file names) and `groups`
-(`Groups` of bootstrap.py). The dict about the evaluation may name a set of reference reals
-(`reference_reals`: its name, `set`, and the flag `for_all`). If the set `name` has no real images
-(readable or not), or if `for_all` is true, the real images of the reference set come after its own
+(`Groups` of bootstrap.py). The dict about the evaluation may name a set of reference reals for the
+set `name` (`reference_reals` in its entry). The real images of that set then come after its own
 images, with `own` False.
 
 `samples_of_set(scores, name)` returns only the numbers of these rows in the table: a pair of int64
@@ -21,8 +20,7 @@ arrays, of the set's own images and of the reference reals.
 
 `lines_of(rows)` returns a dict that says which images each line of the report is about: its key
 (`LineKey`: "overall", "reference", or a pair such as ("sources", name)) -> `Images` (positions in
-`rows` of reals and of fakes, int64). `uses_reference(name, labels, reference)` returns whether a
-set takes the real images of the reference set.
+`rows` of reals and of fakes, int64).
 
 `first_of_each(origins, groups, generators, rows)` keeps the first image of each prompt and
 generator, as in the published protocol of the set EvalGEN. `rows` are positions of images (not a
@@ -51,7 +49,7 @@ from model.score import DEFAULT_THRESHOLD
 from model.verdict import VERDICTS, band_of, verdict
 from sharding.format import CLASSES
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 
 REAL, FAKE = range(len(CLASSES))
 
@@ -61,7 +59,7 @@ LineKey = str | tuple[str, str]
 _NONE = np.empty(0, np.int64)
 _COPIED = (
     "trained_on", "maybe_trained_on", "detector", "checkpoint", "run", "step", "commit",
-    "temperature", "threshold", "calibration", "subset", "reference_reals",
+    "temperature", "threshold", "calibration", "subset",
 )  # fmt: skip
 
 
@@ -73,10 +71,7 @@ def report(scores: ScoreTable, on_resamples: Callable[[int], None] | None = None
     `bootstrap.RESAMPLES`.
     """
     about = scores.evaluation
-    reports = {
-        name: _report_set(rows_of_set(scores, name), about, _unscored(scores, name), on_resamples)
-        for name in about["sets"]
-    }
+    reports = {name: _report_set(scores, name, on_resamples) for name in about["sets"]}
     sentences = {
         name: _headline(name, set_report, about, _unscored(scores, name))
         + _without_score(scores, name, set_report)
@@ -167,23 +162,11 @@ def samples_of_set(scores: ScoreTable, name: str) -> tuple[np.ndarray, np.ndarra
     return own, np.flatnonzero(scores.of_set(reals) & valid & (labels == REAL))
 
 
-def uses_reference(name: str, labels: np.ndarray, reference: Mapping[str, Any] | None) -> bool:
-    """Return whether the report on set `name` uses the real images of the set of `reference`
-    (`Reals` of plan.py, or None). `labels` are those of all images of the set, with and without a
-    score: a set whose own real images all have no score says so, and uses no others.
-    """
-    if not reference or reference["set"] == name:
-        return False
-    return bool(reference["for_all"] or not (labels == REAL).any())
-
-
 def _set_of_reals(scores: ScoreTable, name: str) -> str:
     """Return the name of the set whose real images the report on set `name` uses."""
-    labels = scores.numbers("label")[scores.of_set(name)]
-    reference = scores.evaluation["reference_reals"]
-    if uses_reference(name, labels, reference) and reference["set"] in scores.codes("set")[1]:
-        return str(reference["set"])
-    return name
+    reference = scores.evaluation["sets"][name]["reference_reals"]
+    there = reference is not None and reference["set"] in scores.codes("set")[1]
+    return str(reference["set"]) if there else name
 
 
 def _unscored(scores: ScoreTable, name: str) -> tuple[int, int]:
@@ -219,21 +202,17 @@ def lines_of(rows: Rows) -> dict[LineKey, Images]:
 
 
 def _report_set(
-    rows: Rows,
-    about: Mapping[str, Any],
-    unscored: tuple[int, int],
-    on_resamples: Callable[[int], None] | None,
+    scores: ScoreTable, name: str, on_resamples: Callable[[int], None] | None
 ) -> dict[str, Any]:
-    """Return the report entry of one set, without the keys that `report` adds. `unscored` counts
-    its reals and its fakes without a score.
-    """
+    """Return the report entry of one set, without the keys that `report` adds."""
+    rows, about = rows_of_set(scores, name), scores.evaluation
     threshold = about["threshold"]
     own_images = rows.where(rows.own)
     lines = lines_of(rows)
     first = first_of_each(rows.origin, rows.groups.of_row, rows.generator[0], own_images.fakes)
     if len(first) < len(own_images.fakes):
-        for name, chosen in _by_generator(rows, first).items():
-            lines["first", name] = Images(_NONE, chosen)
+        for generator, chosen in _by_generator(rows, first).items():
+            lines["first", generator] = Images(_NONE, chosen)
     resamples = resample(rows.probability, lines, rows.groups, threshold, on_resamples=on_resamples)
     figures = {
         key: _figures(rows, images, resamples[key], threshold) for key, images in lines.items()
@@ -255,7 +234,7 @@ def _report_set(
         "protocols": {"all_images": protocol("generators"), "first_per_prompt": protocol("first")}
         if len(own_images.fakes)
         else None,
-        "note": _note(figures, about, unscored),
+        "note": _note(figures, about["sets"][name], _unscored(scores, name)),
     }
 
 
@@ -355,14 +334,15 @@ def _has_reals(set_report: Mapping[str, Any]) -> bool:
 
 
 def _note(
-    figures: Mapping[LineKey, dict[str, Any]], about: Mapping[str, Any], unscored: tuple[int, int]
+    figures: Mapping[LineKey, dict[str, Any]], of_set: Mapping[str, Any], unscored: tuple[int, int]
 ) -> str | None:
     """Return the sentence on missing real or fake images, or on reference reals; None if neither
-    applies.
+    applies. `of_set` is the entry of the set in the dict about the evaluation. `unscored` counts
+    the reals and the fakes without a score.
     """
     overall = figures["overall"]
     if "reference" in figures:
-        reals = about["reference_reals"]
+        reals = of_set["reference_reals"]
         none = "" if overall["reals"] else "There are no real images here: "
         return (
             f"{none}the reference false positives are those among "
@@ -410,7 +390,7 @@ def _headline(
     recall, alarms = _share(figures, "recall"), _share(figures, "false_positive_rate")
     fakes = console.counted(figures["fakes"], "fake")
     reals = console.counted(figures["reals"], "real image") + (
-        f" of {about['reference_reals']['set']}" if reference else ""
+        f" of {about['sets'][name]['reference_reals']['set']}" if reference else ""
     )
     if alarms is None:
         none, other = "NO REAL IMAGES AT HAND", "a set that has real images"

@@ -189,9 +189,11 @@ def _scorer_of(planned: EvaluationPlan) -> AnyScorer:
 
 def _log_reference(planned: EvaluationPlan, name: str) -> None:
     """Log that only the real images of set `name` are scored, and why."""
-    if not planned.sets[name].measured and planned.reference:
-        count, why = len(planned.sets[name].shards), planned.reference["why"]
-        console.log.info("%s: only its %s real images (%s)", name, count, why)
+    if not planned.sets[name].measured:
+        why = next(reals["why"] for reals in planned.references.values() if reals["set"] == name)
+        console.log.info(
+            "%s: only its %s real images (%s)", name, len(planned.sets[name].shards), why
+        )
 
 
 def score_sets(planned: EvaluationPlan, scorer: AnyScorer) -> list[pa.Table]:
@@ -242,10 +244,10 @@ def with_reference(planned: EvaluationPlan, name: str) -> ShardSet:
     """Return the samples for the robustness test of set `name`: all samples of the set, or its
     fakes and the reference reals where the report uses reference reals for it.
     """
-    shards, reference = planned.sets[name].shards, planned.reference
-    is_real = shards.column("label") == REAL
-    if not reference or not report.uses_reference(name, shards.column("label"), reference):
+    shards, reference = planned.sets[name].shards, planned.references.get(name)
+    if reference is None:
         return shards
+    is_real = shards.column("label") == REAL
     other = planned.sets[reference["set"]].shards
     reals = other.take(np.flatnonzero(other.column("label") == REAL))
     return join_sets([shards.take(np.flatnonzero(~is_real)), reals])
@@ -277,10 +279,10 @@ def _about(planned: EvaluationPlan, perturbed: dict[str, dict[str, Any]]) -> dic
                 "split": planned_set.split,
                 "known_generators": known.get(name, []),
                 "robustness": perturbed.get(name),
+                "reference_reals": planned.references.get(name),
             }
             for name, planned_set in measured.items()
         },
-        "reference_reals": planned.reference,
         **_seen(planned),
     }
 

@@ -28,6 +28,9 @@ checkpoint. For a CSV table (`model/score_tables/csv_table.py`) without a shard 
 row is that of the image's name, and `index_sha256` that of the table. For the kinds hf, timm and
 file, `checkpoint` is the name that the user typed, `run` the name of the detector, and `step` 0.
 
+A file of version 2 is read too: it has one `reference_reals` for all sets, with the flag `for_all`
+(false: of those without real images only).
+
 A set of which only the real images are used, as reference, is not in `sets`. For it, score only
 `reals = shards.take(np.flatnonzero(shards.column("label") == 0))`, and pass `reals` to `rows_of()`.
 """
@@ -61,7 +64,7 @@ from sharding.format import (
 )
 from storage import MAX_TABLE_BYTES, parse_json, read_plain, write_atomically
 
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 SCORES_FILE = "scores.parquet"
 
 MEASURE_AGAIN = f"measure the checkpoint again with `{command('evaluate')}`"
@@ -94,14 +97,12 @@ class Subset(TypedDict):
 
 
 class ReferenceReals(TypedDict):
-    """Set whose real images give the false-positive rate of sets without any."""
+    """Another set, whose real images give the false-positive rate."""
 
     set: str
     """Name of the set."""
     why: str
     """What chose the set: the option or the catalog."""
-    for_all: bool
-    """Whether the set is also the reference of sets with real images."""
 
 
 class Identity(TypedDict):
@@ -130,6 +131,8 @@ class SetEntry(TypedDict):
     """Generators of a test set of which training had other images."""
     robustness: dict[str, Any] | None
     """Result of `codec_swap.report_robustness`. None: not measured."""
+    reference_reals: ReferenceReals | None
+    """Reference real images. None: the set's own."""
 
 
 class Evaluation(Calibrated):
@@ -155,12 +158,26 @@ class Evaluation(Calibrated):
     """List of samples. None: whole sets."""
     sets: dict[str, SetEntry]
     """Each set by its name, in the order of the request."""
-    reference_reals: ReferenceReals | None
-    """Reference real images (`report.py`). None: none were needed."""
     trained_on: list[str]
     """Sets that the checkpoint was trained on."""
     maybe_trained_on: list[str]
     """Other sets that have the name of one."""
+
+
+class ReferenceOfVersion2(ReferenceReals):
+    """Reference real images in a file of version 2."""
+
+    for_all: bool
+    """Whether the set is also the reference of sets with real images."""
+
+
+class EvaluationOfVersion2(TypedDict):
+    """Metadata of a file of version 2, as far as its layout was another."""
+
+    sets: dict[str, dict[str, Any]]
+    """Each set by its name."""
+    reference_reals: ReferenceOfVersion2 | None
+    """Reference real images of all sets. None: none were needed."""
 
 
 class ScoresError(ValueError):
@@ -284,7 +301,7 @@ def read_scores(path: Path) -> ScoreTable:
         raise ScoresError(
             f"{path} is not a file of scores that `{command('evaluate')}` writes (no evaluation)"
         )
-    if evaluation.get("scores_version") != SCORES_VERSION:
+    if evaluation.get("scores_version") not in (2, SCORES_VERSION):
         raise ScoresError(
             f"{path} has scores version {evaluation.get('scores_version')}, expected "
             f"{SCORES_VERSION}; {MEASURE_AGAIN}"
@@ -300,9 +317,32 @@ def read_scores(path: Path) -> ScoreTable:
     if fault := _fault_in_rows(table):
         raise ScoresError(f"{path} has a row that cannot be used ({fault}); {MEASURE_AGAIN}")
     try:
+        if evaluation["scores_version"] == 2:
+            evaluation = _of_version_2(ScoreTable(table, evaluation))
         checked(Evaluation, evaluation)
     except ValueError as error:
         raise ScoresError(
             f"{path} has metadata that cannot be used ({error}); {MEASURE_AGAIN}"
         ) from error
     return ScoreTable(table, evaluation)
+
+
+def _of_version_2(scores: ScoreTable) -> dict[str, Any]:
+    """Return metadata of version 2 in the present layout.
+
+    Raises:
+        ValueError: the part with another layout cannot be used.
+    """
+    old = checked(EvaluationOfVersion2, scores.evaluation)
+    evaluation = {**scores.evaluation, "scores_version": SCORES_VERSION}
+    del evaluation["reference_reals"]
+    reference = old["reference_reals"]
+    evaluation["sets"] = {
+        name: {**entry, "reference_reals": None} for name, entry in old["sets"].items()
+    }
+    for name, entry in evaluation["sets"].items():
+        if reference is None or reference["set"] == name:
+            continue
+        if reference["for_all"] or 0 not in scores.numbers("label")[scores.of_set(name)]:
+            entry["reference_reals"] = {"set": reference["set"], "why": reference["why"]}
+    return evaluation

@@ -390,7 +390,8 @@ def _evaluation(report: Mapping[str, Any]) -> str:
         if reference:
             rows.append(
                 _row(
-                    f"{name}, with reference reals of {report['reference_reals']['set']}", reference
+                    f"{name}, with reference reals of {set_report['reference_reals']['set']}",
+                    reference,
                 )
             )
         if set_report["note"]:

@@ -100,6 +100,7 @@ class SetFigures(TypedDict):
 
     overall: Figures
     reference: Figures | None
+    reference_reals: ReferenceReals | None
     note: str | None
     sources: NotRequired[dict[str, Figures]]
     generators: NotRequired[dict[str, Figures]]
@@ -120,7 +121,6 @@ class ReportEntries(TypedDict):
     threshold: Share
     subset: NotRequired[Subset | None]
     sets: dict[str, SetFigures]
-    reference_reals: NotRequired[ReferenceReals | None]
     trained_on: list[str]
     maybe_trained_on: list[str]
 

@@ -99,10 +99,10 @@ def read_scores(
                 "split": part.column("split")[0].as_py(),
                 "known_generators": [],
                 "robustness": None,
+                "reference_reals": None,
             }
             for name, part in parts.items()
         },
-        "reference_reals": None,
         "trained_on": [],
         "maybe_trained_on": [],
     }

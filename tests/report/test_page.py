@@ -131,7 +131,7 @@ def test_without_reals_the_page_says_so_instead_of_the_rate() -> None:
 
 
 def test_fakes_are_shown_with_the_reference_reals_of_another_set() -> None:
-    about = {"reference_reals": {"set": "photos", "why": "the catalog's default", "for_all": False}}
+    about = {"reference_reals": {"set": "photos", "why": "the catalog's default"}}
     document, scores = made(rows("evalgen", 0, 60) + rows("photos", 80, 0, 1), "evalgen", **about)
     page = page_of(document, scores)
     assert "80 reals of photos" in page and "ROC curve" in page and "not known" not in page

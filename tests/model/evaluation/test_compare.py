@@ -194,7 +194,7 @@ def test_flips_use_the_threshold_of_each_run() -> None:
 def test_reference_reals_are_compared() -> None:
     fakes = [row | {"set": "evalgen"} for row in rows() if row["label"]]
     reals = [row | {"set": "photos"} for row in rows() if not row["label"]]
-    about = ABOUT | {"reference_reals": {"set": "photos", "why": "test", "for_all": False}}
+    about = ABOUT | {"reference_reals": {"set": "photos", "why": "test"}}
     moved = [row | {"logit": row["logit"] + 3} for row in reals]
     before, after = (table_of(fakes + one, ["evalgen"], **about) for one in (reals, moved))
     lines = compare(before, after)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,13 +15,14 @@ from locks import locked
 from model.backbones.pretrained import NetworkError
 from model.checkpoint import CheckpointError, annotate, read_meta
 from model.evaluation import run
-from model.evaluation.plan import Options, maybe_trained_on, plan, trained_on
+from model.evaluation.plan import Options, choose_references, maybe_trained_on, plan, trained_on
 from model.export.average import average
 from model.export.onnx import fitness_of
 from model.inference.fitness import generators_seen, sets_seen
 from pipeline.loader import LoadError
 from pipeline.loading import Loading
 from pipeline.subset import Subset
+from sharding.catalog import Catalog
 from sharding.format import ShardError, open_shards
 
 
@@ -28,7 +30,8 @@ def test_a_plan_lists_measured_sets_and_reference_reals(data: Path, tiny_checkpo
     planned = plan(tiny_checkpoint, data, ["new", "old"], Options(reference_reals="val"))
     assert list(planned.sets) == ["new", "old", "val"]
     assert list(planned.measured) == ["new", "old"]
-    assert planned.reference == {"set": "val", "why": "--reference-reals", "for_all": True}
+    val = {"set": "val", "why": "--reference-reals"}
+    assert planned.references == {"new": val, "old": val}
     whole = open_shards([data / "val"])
     reals = planned.sets["val"].shards
     assert 0 < len(reals) == (whole.column("label") == 0).sum() < len(whole)
@@ -36,6 +39,28 @@ def test_a_plan_lists_measured_sets_and_reference_reals(data: Path, tiny_checkpo
     assert (planned.sets["new"].split, planned.sets["val"].split) == ("train", "val")
     assert planned.dtype == torch.float32
     assert planned.meta["step"] == 7
+
+
+def test_each_set_gets_the_reference_that_the_catalog_names_for_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the reference of another set is packed, and `real` or `asked` decide first."""
+    labels = open_shards([data / "val"]).column("label")
+    opened = {
+        name: open_shards([data / "val"]).take(np.flatnonzero(labels == label))
+        for name, label in (("a", 1), ("b", 1), ("c", 1), ("photos", 0), ("alone", 1))
+    }
+    named = Catalog(reference={"a": "new", "b": "photos", "c": "gone", "photos": "new"})
+    monkeypatch.setattr("model.evaluation.plan.read_catalog", lambda _files: named)
+    for name in ("new", "photos"):
+        shutil.copytree(data / "new", tmp_path / name)
+    why = "the catalog's default"
+    chosen = choose_references(tmp_path, opened, None)
+    assert chosen == {"a": {"set": "new", "why": why}, "b": {"set": "photos", "why": why}}
+    asked = choose_references(tmp_path, opened, "photos")
+    assert {name: reals["set"] for name, reals in asked.items()} == dict.fromkeys(
+        opened.keys() - {"photos"}, "photos"
+    )
 
 
 def test_sets_of_earlier_runs_count_as_trained_on(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -9,13 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.evaluation.report import (
-    first_of_each,
-    mean_and_std,
-    report,
-    uses_reference,
-    without_scores,
-)
+from model.evaluation.report import first_of_each, mean_and_std, report, without_scores
 from model.evaluation.scores import (
     SCORES_VERSION,
     ScoresError,
@@ -130,7 +124,7 @@ def test_a_recall_at_half_has_its_false_positive_rate(
     reals = [{**of_real, "key": f"r{i}", "logit": logits[i]} for i in range(len(logits))]
     scores = table_of(
         [*prompts({"Flux": 1.2, "GoT": -1.0}), *reals], ["evalgen", *({of_reals} - {"evalgen"})],
-        reference_reals={"set": "val", "why": "named", "for_all": False}, calibration=None,
+        reference_reals={"set": "val", "why": "named"}, calibration=None,
     )  # fmt: skip
     result = report(scores)
     figures = result["sets"]["evalgen"]
@@ -176,7 +170,7 @@ def test_one_image_is_counted_as_one_image() -> None:
 
 def test_reals_of_another_set_are_the_reference() -> None:
     rows = prompts({"Flux": 1.0, "GoT": 0.5}) + reals("test")
-    reference = {"set": "test", "why": "the catalog's default", "for_all": False}
+    reference = {"set": "test", "why": "the catalog's default"}
     document = report(table_of(rows, ["evalgen"], reference_reals=reference))
     assert list(document["sets"]) == ["evalgen"]
     one = document["sets"]["evalgen"]
@@ -194,7 +188,9 @@ def test_reals_of_another_set_are_the_reference() -> None:
     kept = report(table_of(rows + own, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
     assert kept["reference"] is None
     assert kept["generators"]["GoT"]["reals"] == 11
-    asked = report(table_of(rows + own, ["evalgen"], reference_reals=reference | {"for_all": True}))
+    table = table_of(rows + own, ["evalgen"])
+    table.evaluation["sets"]["evalgen"]["reference_reals"] = reference
+    asked = report(table)
     assert asked["sets"]["evalgen"]["reference"]["reals"] == 30
     assert asked["sets"]["evalgen"]["overall"]["reals"] == 11
 
@@ -231,7 +227,7 @@ def test_groups_of_two_sets_are_kept_apart() -> None:
     """Each of two sets has a group `s/0`; one set provides the reference reals."""
     rows = [{"set": "evalgen", "label": 1, "group": "s/0", "logit": 1.0}] * 3
     rows += [{"set": "test", "label": 0, "group": "s/0", "logit": -1.0}] * 3
-    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    reference = {"set": "test", "why": "--reference-reals"}
     figures = report(table_of(rows, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
     assert figures["overall"]["groups"] == 1
     assert figures["reference"]["groups"] == 2
@@ -245,7 +241,7 @@ def test_a_set_without_a_readable_image_has_a_report() -> None:
     assert document["sets"]["a"]["overall"]["count"] == 0
     assert len(document["sets"]["a"]["unreadable"]) == 2
     assert without_scores(document) == "no image of a has a score; the first: a:k0: gone"
-    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    reference = {"set": "test", "why": "--reference-reals"}
     document = report(table_of(rows + reals("test"), ["a"], reference_reals=reference))
     assert document["headline"] == ["a: no image could be scored"]
 
@@ -255,7 +251,7 @@ def test_images_without_a_score_are_in_the_headline() -> None:
     gone = {"logit": None, "valid": False, "error": "no verdict"}
     rows = [*prompts({"Flux": 1.0}), *(row | gone for row in prompts({"GoT": 1.0}))]
     more = [*reals("test"), *(row | gone for row in reals("test", 7))]
-    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    reference = {"set": "test", "why": "--reference-reals"}
     document = report(table_of(rows + more, ["evalgen"], reference_reals=reference))
     (sentence,) = document["headline"]
     assert sentence.endswith("called fake; 31 of 85 images without a score")
@@ -315,7 +311,7 @@ def test_a_class_without_any_score_is_not_called_missing() -> None:
     document = report(table_of([*(row | gone for row in fakes), *reals("evalgen")], ["evalgen"]))
     assert "called fake; none of 24 fakes could be scored; 24 of 54" in document["headline"][0]
     assert document["sets"]["evalgen"]["note"].startswith("None of 24 fake images could be scored")
-    reference = {"set": "test", "why": "--reference-reals", "for_all": True}
+    reference = {"set": "test", "why": "--reference-reals"}
     away = [row | gone for row in reals("test", 7)]
     (sentence,) = report(table_of([*fakes, *away], ["evalgen"], reference_reals=reference))[
         "headline"
@@ -328,15 +324,48 @@ def test_a_set_whose_reals_have_no_score_takes_no_others() -> None:
     """As the robustness test, which is planned before any image is read."""
     gone = {"logit": None, "valid": False, "error": "no verdict"}
     rows = [*prompts({"Flux": 1.0}), *(row | gone for row in reals("evalgen", 3)), *reals("test")]
-    reference = {"set": "test", "why": "the catalog's default", "for_all": False}
+    reference = {"set": "test", "why": "the catalog's default"}
     one = report(table_of(rows, ["evalgen"], reference_reals=reference))["sets"]["evalgen"]
     assert one["reference"] is None and one["overall"]["reals"] == 0
-    labels = np.array([1, 1, 0])
-    assert not uses_reference("evalgen", labels, reference)
-    assert uses_reference("evalgen", labels, reference | {"for_all": True})
-    assert uses_reference("evalgen", labels[:2], reference)
-    assert not uses_reference("test", labels[:2], reference)
-    assert not uses_reference("evalgen", labels[:2], None)
+
+
+def test_each_set_has_its_own_reference() -> None:
+    """The real images of the first reference served all sets."""
+    rows = [*prompts({"Flux": 1.0}), *(row | {"set": "bench"} for row in prompts({"SDXL": 1.0}))]
+    rows += [*reals("test"), *(row | {"logit": 3.0} for row in reals("raise", 20))]
+    table = table_of(rows, ["evalgen", "bench"])
+    for name, other in (("evalgen", "test"), ("bench", "raise")):
+        table.evaluation["sets"][name]["reference_reals"] = {"set": other, "why": "named"}
+    document = report(table)
+    assert document["headline"][0].endswith("of 30 real images of test called fake")
+    assert document["headline"][1].endswith("100.0 % (83.2 to 100.0) of 20 real images of raise "
+                                            "called fake")  # fmt: skip
+    alone = table_of([row for row in rows if row["set"] in ("bench", "raise")], ["bench"],
+                     reference_reals={"set": "raise", "why": "named"})  # fmt: skip
+    assert report(alone)["sets"]["bench"] == document["sets"]["bench"]
+    assert document["sets"]["bench"]["note"].endswith("20 real images of raise (named).")
+
+
+def test_the_one_reference_of_an_older_file_is_read(old: ShardSet, tmp_path: Path) -> None:
+    path, reference = tmp_path / "x.parquet", {"set": "photos", "why": "named", "for_all": False}
+    entry = {key: value for key, value in ABOUT_SET.items() if key != "reference_reals"}
+    sets = {name: dict(entry) for name in ("photos", "fakes", "both")}
+    about = ABOUT | {"sets": sets, "scores_version": 2, "reference_reals": reference}
+    is_fake = old.column("label") == 1
+    of_set = {"photos": ~is_fake, "fakes": is_fake, "both": is_fake >= 0}
+    images = {name: old.take(np.flatnonzero(of)) for name, of in of_set.items()}
+    parts = [rows_of(name, shards, scored(shards), 2.0) for name, shards in images.items()]
+    for for_all, of_both in ((False, None), (True, {"set": "photos", "why": "named"})):
+        write_scores(path, parts, about | {"reference_reals": reference | {"for_all": for_all}})
+        read = read_scores(path).evaluation
+        assert read["scores_version"] == SCORES_VERSION and "reference_reals" not in read
+        chosen = {name: entry["reference_reals"] for name, entry in read["sets"].items()}
+        named = {"set": "photos", "why": "named"}
+        assert chosen == {"photos": None, "fakes": named, "both": of_both}
+    for change in ({"sets": None}, {"reference_reals": 5}, {"reference_reals": named}):
+        write_scores(path, parts, about | change)
+        with pytest.raises(ScoresError, match=r"metadata that cannot be used \((sets|reference)"):
+            read_scores(path)
 
 
 class Reason(str):
@@ -400,7 +429,7 @@ def test_other_files_are_refused_with_one_clear_error(old: ShardSet, tmp_path: P
         ({"detector": {"kind": "onnx", "name": 3}}, "detector.name takes a text, got 3"),
         ({"threshold": None}, "threshold takes a number from 0 to 1, got null"),
         ({"calibration": {}}, "calibration.band is missing"),
-        ({"reference_reals": {"set": "val"}}, "reference_reals.why is missing"),
+        ({"sets": {"a": ABOUT_SET | {"reference_reals": {"set": "b"}}}}, "reals.why is missing"),
         ({"subset": 5}, "subset takes an object, got 5"),
         ({"step": True}, "step takes a whole number, got true"),
         ({"trained_on": "val"}, 'trained_on takes a list, got "val"'),

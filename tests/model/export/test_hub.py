@@ -122,9 +122,10 @@ def report_of(meta: dict, **changes: object) -> dict:
     }  # fmt: skip
     alone = figures | {"reals": 0, "false_positive_rate": None, "auroc": None}
     sets = {
-        "val": {"overall": figures, "reference": None, "note": None},
-        "evalgen": {"overall": alone, "reference": None, "note": "There are no real images here."},
+        "val": {"overall": figures, "note": None},
+        "evalgen": {"overall": alone, "note": "There are no real images here."},
     }
+    sets = {name: {"reference": None, "reference_reals": None} | of for name, of in sets.items()}
     name, step = meta["recipe"]["name"], meta["step"]
     return {
         "report_version": REPORT_VERSION, "run": name, "step": step, "threshold": 0.6, "sets": sets,
