@@ -12,6 +12,7 @@ import pytest
 import recipes
 from imaging.budget import LARGE_PIXELS
 from imaging.decode import MAX_BYTES, MAX_PIXELS
+from imaging.signature import why_not_opened
 from model.calibration.fit import FEWEST
 from model.checkpoint import read_meta
 from model.recipe import Recipe
@@ -254,6 +255,12 @@ def test_the_cost_of_the_threshold_is_that_of_the_detector_that_ships() -> None:
         cells = [of_hundred(share) for share in (of.no_sign, of.uncertain, of.likely)]
         row = f"| Of 100 {name} | {' | '.join(cells)} |"
         assert row in text_of(ROOT / "docs/page.md")
+
+
+def test_the_error_of_the_example_of_the_api_is_that_of_its_bytes() -> None:
+    (error,) = re.findall(r'"error": "([^"]+)"', text_of(ROOT / "docs/api.md"))
+    (digits,) = re.findall(r"begins with ((?:[0-9a-f]{2} ?)+)\)", error)
+    assert why_not_opened(bytes.fromhex(digits), "") == error
 
 
 def test_the_error_rates_of_the_examples_have_a_threshold() -> None:
