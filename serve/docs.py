@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from serve.limits import MB, Limits
+from serve.limits import MAX_JSON_BYTES, MB, Limits
 
 TEMPLATE = Path(__file__).with_name("docs.html")
 
@@ -45,6 +45,7 @@ def docs_page(document: dict[str, Any], limits: Limits) -> str:
     return template.render(
         info=document["info"], routes=routes, schemas=schemas, limits=limits,
         megabytes=f"{limits.max_bytes / MB:g}",
+        list_megabytes=f"{min(limits.max_bytes, MAX_JSON_BYTES) / MB:g}",
     )  # fmt: skip
 
 

@@ -14,12 +14,15 @@ parentheses) and are not checked:
 
 `Refused(status, detail, retry_after)` is an exception with an HTTP status (such as 413), one
 sentence for the client, and the seconds after which to try again, an integer (0, the default:
-trying again cannot help). `MB` is 2**20 bytes.
+trying again cannot help). `MB` is 2**20 bytes, and `MAX_JSON_BYTES` the largest body with a list of
+addresses, which `max_bytes` cannot raise.
 """
 
 from dataclasses import dataclass
 
 MB = 2**20
+MAX_JSON_BYTES = MB // 4
+"""Largest body of a request with a list of addresses."""
 
 
 @dataclass(frozen=True)

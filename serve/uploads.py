@@ -34,10 +34,9 @@ from fastapi import Request
 
 from imaging.decode import ImageFile
 from serve.form import Form, too_many
-from serve.limits import MB, Limits, Refused
+from serve.limits import MAX_JSON_BYTES, MB, Limits, Refused
 from storage import parse_json
 
-MAX_JSON_BYTES = MB // 4
 PARAMETER = "name"
 """Parameter of the URL: the name of the image, if the body is one image."""
 RAW = ("image/", "application/octet-stream")

@@ -17,7 +17,7 @@ from model.calibration.fit import FEWEST
 from model.checkpoint import read_meta
 from model.recipe import Recipe
 from page.figures import of_hundred, verdict_shares
-from serve.limits import MB, Limits
+from serve.limits import MAX_JSON_BYTES, MB, Limits
 from sharding import folder as sharding_folder
 from sharding.catalog import SHIPPED, read_catalog
 from sharding.dedupe import MAX_BITS
@@ -198,6 +198,10 @@ KEY_FIGURES = {
     ),
     "MB of all bodies over HTTP": KeyFigure(
         f"{Limits().held_bytes // MB:,}", r"all bodies in memory \| ([\d,]+) MB",
+        ("docs/api.md",),
+    ),
+    "MB of a list of addresses": KeyFigure(
+        f"{MAX_JSON_BYTES / MB:g}", r"list of addresses [^|]*of one request \| ([\d.]+) MB",
         ("docs/api.md",),
     ),
     "MB of an upload": KeyFigure(
