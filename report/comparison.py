@@ -112,7 +112,8 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
     for name, entry in sets.items():
         rows = [_row(run) for run in entry["runs"]]
         reals = f" of {entry['reference']}" if entry["reference"] else ""
-        title = f"{name}: {entry['fakes']:,} fakes and {entry['reals']:,} reals{reals}"
+        counts = [console.counted(entry[f"{noun}s"], noun) for noun in ("fake", "real")]
+        title = f"{name}: {' and '.join(counts)}{reals}"
         for warning in trained_sentences(name, entry):
             console.say(warning)
         console.table(title, COLUMNS, rows, drop=LEAST_FIRST)

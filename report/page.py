@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from console import counted
 from escape import printable
 from model.evaluation.report import FAKE, on_subset, samples_of_set
 from model.evaluation.scores import ScoreTable
@@ -176,7 +177,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "figure": figure, "number": "{:,}".format,
-                            "signed": signed}  # fmt: skip
+                            "counted": counted, "signed": signed}  # fmt: skip
     return environment
 
 

@@ -8,7 +8,7 @@ Main entry: `open_file(path, *, trust, threshold)` runs a Python file and return
 - `trust`: must be True: the user allows the file to run.
 - `threshold`: from 0 to 1. An image with this probability or more is "likely AI", any other "no
   sign of AI". It also holds after a calibration is loaded. None (the default): 0.5, until
-  `with_calibration()` (kept.py) loads thresholds.
+  `with_calibration()` (calibration.py) loads thresholds.
 
 The detector's `predict(images, batch_size)` takes one image (a path, the bytes of a file, a Pillow
 image or a uint8 RGB array) and returns a `Prediction` (name, probability of fake, verdict, error),

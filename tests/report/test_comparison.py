@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import evaluate
 from model.evaluation.run import SPEED_FILE
 from model.evaluation.scores import read_scores, write_scores
-from model.evaluation.side_by_side import side_by_side
+from model.evaluation.side_by_side import ComparedRun, side_by_side
 from report.comparison import (
     NOT_ALIKE,
     _speed_beside,
@@ -177,6 +177,14 @@ def test_a_run_without_a_speed_has_none(tmp_path: Path) -> None:
         (paths[1] / SPEED_FILE).write_text(text)
         assert _speed_beside(paths[1] / "scores.parquet") is None
     assert [run.images_per_s for run in read_runs(paths)[0]] == [None, None]
+
+
+def test_one_image_is_counted_as_one_image(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [ComparedRun(name, table_of(rows("val", 1, 1), ["val"])) for name in "ab"]
+    sets = side_by_side(runs)
+    print_side_by_side(sets)
+    assert "val: 1 fake and 1 real" in capsys.readouterr().out
+    assert "1 fake and 1 real image." in comparison_page(sets, "")
 
 
 def test_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,12 @@ def test_fakes_are_shown_with_the_reference_reals_of_another_set() -> None:
     assert page.count(f"{100 * rate:.1f}\N{NO-BREAK SPACE}%") >= 2  # headline, and the generators
 
 
+def test_one_image_is_counted_as_one_image() -> None:
+    page = page_of(*made(rows("val", 1, 1), "val"))
+    assert "1 fake<" in page and "1 real<" in page
+    assert not re.search(r"\b1 (?:fakes|reals|images|prompts)\b", page)
+
+
 def test_names_are_escaped() -> None:
     hostile = rows(HOSTILE, 30, 30, source=HOSTILE, generator=f"$\\frac{HOSTILE}", origin=HOSTILE)
     document, scores = made(hostile, HOSTILE, run=HOSTILE, checkpoint=HOSTILE, commit=HOSTILE)
