@@ -121,6 +121,13 @@ OPTIONS: dict[str, Callable] = {
         show_default=True,
         help="Folder or address (s3://, hf://, https://) with the shard sets.",
     ),
+    "catalog": click.option(
+        "--catalog",
+        "catalogs",
+        type=LocalPath(dir_okay=False, exists=True),
+        multiple=True,
+        help="Your own catalog (TOML), added to the built-in one. May be repeated.",
+    ),
     "runs": click.option(
         "--runs",
         type=LocalPath(file_okay=False),

@@ -27,7 +27,9 @@ With which detector, and how:
   `timm:NAME` or FILE.py (only with `--trust`). `--fake-label LABEL` (repeatable): a label of a
   classifier that means fake;
 - `--device` (auto, cpu, cuda, cuda:N) and `--backend` (auto, dali, pil: decoder) say how to run;
-- `--reference-reals SET`: its real images give the false-positive rate of the other sets;
+- `--reference-reals SET`: its real images give the false-positive rate of the other sets. Default:
+  those of the set that the catalogs name for a set without real images;
+- `--catalog FILE` (may be repeated): your own catalog, with more suites and reference sets;
 - `--robustness [N]`: also scores N images per class (default 1000) after JPEG, resizing and more;
 - `--features STORE`: a folder of stored features of a frozen backbone, scored instead of images.
   Missing ones are computed.
@@ -74,31 +76,15 @@ REGRESSIONS_FILE = "regressions.json"
 
 CONFLICTS = {
     "scores": (
-        "suite",
-        "subset",
-        "reference_reals",
-        "robustness",
-        "regressions",
-        "images",
-        "features",
-        "checkpoint",
-        "detector",
-        "trust",
-        "fake_labels",
-        "device",
-        "backend",
+        "suite", "subset", "robustness", "regressions", "images", "features", "checkpoint",
+        "detector", "trust", "fake_labels", "device", "backend",
     ),
     "checkpoint": ("detector",),
     "suite": ("names", "subset"),
     "regressions": (
-        "names",
-        "suite",
-        "subset",
-        "reference_reals",
-        "robustness",
-        "features",
+        "names", "suite", "subset", "reference_reals", "catalogs", "robustness", "features",
     ),
-}
+}  # fmt: skip
 """Parameter of an option -> parameters of the options that it cannot be combined with."""
 
 
@@ -152,7 +138,9 @@ CONFLICTS = {
     help="With --regressions: folder to search, by file content, for images without a copy, or "
     "with one that has changed.",
 )
-@cli.options("checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend")
+@cli.options(
+    "catalog", "checkpoint", "detector", "trust", "fake_label", "data", "runs", "device", "backend"
+)
 @click.pass_context
 def main(
     context: click.Context,
@@ -166,6 +154,7 @@ def main(
     features: Path | None,
     regressions: Path | None,
     images: Path | None,
+    catalogs: tuple[Path, ...],
     checkpoint: Path | None,
     detector: str | None,
     trust: bool,
@@ -186,7 +175,7 @@ def main(
         return
     cli.refuse_conflicts(CONFLICTS)
     if scores:
-        _report_on_scores(scores, names, data, runs, out)
+        _report_on_scores(scores, names, data, runs, out, reference_reals, catalogs)
         return
     if images and not regressions:
         raise click.UsageError("--images is for recorded mistakes: add --regressions FOLDER")
@@ -210,17 +199,16 @@ def main(
     from report.terminal import print_report
 
     listed = read_subset(subset) if subset else None
-    chosen_suite = open_suite(suite, any_path(data)) if suite else None
+    chosen_suite = open_suite(suite, any_path(data), catalogs) if suite else None
     names = tuple(chosen_suite.packed) if chosen_suite else names
     names = tuple(dict.fromkeys(names or (listed.keys if listed else ())))
-    joined = suite or folder_of(names, data)
-    folder = file_name(joined, f"-{subset.stem}" if subset else "")
+    folder = file_name(suite or folder_of(names, data), f"-{subset.stem}" if subset else "")
     with contextlib.ExitStack() as held:
         with init_distributed() as dist:
             chosen, made = choose_subject(detector, checkpoint, opening, device, dist)
             out = out or made / "evaluation" / folder
             options = Options(
-                loading=Loading(backend=backend), device=device, subset=listed,
+                loading=Loading(backend=backend), device=device, subset=listed, catalogs=catalogs,
                 reference_reals=reference_reals, robustness=robustness or 0, features=features,
             )  # fmt: skip
             report = evaluate(
@@ -284,12 +272,18 @@ def _measure_mistakes(
 
 
 def _report_on_scores(
-    scores: Path, names: Sequence[str], data: str, runs: Path, out: Path | None
-) -> None:
+    scores: Path, names: Sequence[str], data: str, runs: Path, out: Path | None,
+    reference_reals: str | None, catalogs: Sequence[Path],
+) -> None:  # fmt: skip
     """Write and print the report again from a scores file, or that on a CSV table of scores."""
     is_table = scores.suffix.lower() == ".csv"
     if names and not is_table:
         raise click.UsageError("--scores cannot be combined with --shards, except for a CSV table")
+    for option, value in (("--reference-reals", reference_reals), ("--catalog", catalogs)):
+        if value and not names:
+            raise click.UsageError(
+                f"--scores cannot be combined with {option}, except for a CSV table with --shards"
+            )
     from model.evaluation.run import lock_output, report_on
     from report.files import folder_of, write_report
     from report.terminal import print_report
@@ -300,7 +294,7 @@ def _report_on_scores(
         from model.score_tables.csv_table import read_scores
 
         names = list(dict.fromkeys(names))
-        tables, about = read_scores(scores, names, any_path(data))
+        tables, about = read_scores(scores, names, any_path(data), reference_reals, catalogs)
         made = runs / output_name("scores", scores.stem, scores) / "evaluation"
         out = out or (made / file_name(folder_of(names, data), "") if names else made)
     folder = out or scores.parent

@@ -6,7 +6,7 @@ Shared options (defaults in parentheses):
 
 - --raw, for `fetch`, `build`, `list`: folder of the raw datasets (data/raw). In `build` and `list`
   (`RAW`), it may be an address.
-- --catalog (`CATALOG`), for `fetch`, `build`, `list`: a TOML file to add (may be repeated).
+- --catalog, for `fetch`, `build`, `list`: a TOML file to add (may be repeated).
 - --jobs (`JOBS`), for `build` and `verify`: number of parallel tasks (one per core).
 
 Every command has --verbose (more log lines). A packed set may be at an address.
@@ -58,13 +58,6 @@ RAW = click.option(
     show_default=True,
     help="Folder or address that holds the raw datasets.",
 )
-CATALOG = click.option(
-    "--catalog",
-    "catalogs",
-    type=cli.LocalPath(dir_okay=False, exists=True),
-    multiple=True,
-    help="Your own catalog (TOML), added to the built-in one. May be repeated.",
-)
 JOBS = click.option(
     "--jobs", type=click.IntRange(min=1), help="Tasks at a time. Default: one per processor core."
 )
@@ -84,13 +77,12 @@ def main() -> None:
     show_default=True,
     help="Folder to download to, one subfolder per source.",
 )
-@CATALOG
 @click.option(
     "--git-mirror",
     type=cli.LocalPath(file_okay=False, exists=True),
     help="Folder of Git directories named OWNER+NAME, to read instead of downloading.",
 )
-@cli.options()
+@cli.options("catalog")
 def fetch_command(
     sources: tuple[str, ...], raw: Path, catalogs: tuple[Path, ...], git_mirror: Path | None
 ) -> None:
@@ -130,7 +122,6 @@ def fetch_command(
     show_default=True,
     help="Folder or address to write to, one subfolder per set.",
 )
-@CATALOG
 @click.option("--set", "only", multiple=True, help="Build only this set. May be repeated.")
 @JOBS
 @click.option(
@@ -153,7 +144,7 @@ def fetch_command(
     help="Build even if a rule or `group` matches no file, a training set lacks a class, or a "
     "download has not finished.",
 )
-@cli.options()
+@cli.options("catalog")
 def build_command(
     raw: AnyPath,
     out: AnyPath,
@@ -209,8 +200,7 @@ def show(folder: AnyPath) -> None:
     show_default=True,
     help="Folder or address with the packed sets.",
 )
-@CATALOG
-@cli.options()
+@cli.options("catalog")
 def list_command(
     sources: tuple[str, ...], raw: AnyPath, out: AnyPath, catalogs: tuple[Path, ...]
 ) -> None:

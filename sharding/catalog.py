@@ -270,9 +270,10 @@ class Catalog:
     """Sources, by name."""
     reference: dict[str, str] = field(default_factory=dict)
     """Set by whose real images the false-positive rate of a set without real images is measured, by
-    the name of the latter."""
+    the name of the latter. `evaluate.py` reads it with `--catalog FILE`."""
     suites: dict[str, list[str]] = field(default_factory=dict)
-    """Sets that `evaluate.py --suite NAME` evaluates together, by the name of the suite."""
+    """Sets that `evaluate.py --catalog FILE --suite NAME` evaluates together, by the name of the
+    suite."""
     exclude: frozenset[str] = frozenset()
     """Files, in the folder of the catalog, with hashes of images that no set may contain: on each
     line the first 16 to 64 hexadecimal digits of a SHA-256. `#` starts a comment."""

@@ -457,7 +457,9 @@ def test_every_command_has_help_and_few_flags(command) -> None:
         if option.param_type_name == "option":
             assert option.help, option.name
     flags = [p for p in command.params if p.param_type_name == "option" and p.name != "verbose"]
-    budgets = {predict.main: 21, evaluate.main: 18, serve: 14, train.main: 13}
+    # --catalog of evaluate.py was added to 18: it is that of `sharding build`, and no other option
+    # could name a file whose [suites] and [reference] hold for all sets.
+    budgets = {predict.main: 21, evaluate.main: 19, serve: 14, train.main: 13}
     budgets[model.commands["export"]] = 13
     assert len(flags) <= budgets.get(command, 8)
 

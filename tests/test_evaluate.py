@@ -451,7 +451,7 @@ def test_an_output_folder_that_cannot_be_made_is_told_before_scoring(
 
 
 def test_a_suite_gives_one_report_and_lists_missing_sets(
-    data: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, runs: Path, tmp_path: Path
 ) -> None:
     result = run(data, runs, "--suite", "generators", "--device", "cpu", "--out", tmp_path / "a")
     assert result.exit_code == 1
@@ -467,23 +467,25 @@ def test_a_suite_gives_one_report_and_lists_missing_sets(
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(
         '[sets]\nevalgen = "test"\ntest = "test"\nmine = "test"\n'
-        '[suites]\nboth = ["evalgen", "test"]\nmine = ["mine"]\n'
+        '[suites]\nboth = ["evalgen", "test"]\nmine = ["mine"]\n[reference]\nevalgen = "val"\n'
     )
-    monkeypatch.setattr("model.evaluation.suites.SHIPPED", (catalog,))
     # A set that no source of the catalog feeds cannot be fetched, only packed.
-    mine = run(data, runs, "--suite", "mine", "--out", tmp_path / "none")
-    build = f"`python -m sharding build --out {data}`"  # below --data, where they are looked for
+    own = ("--catalog", catalog, "--device", "cpu")
+    mine = run(data, runs, "--suite", "mine", *own, "--out", tmp_path / "none")
+    build = f"`python -m sharding build --out {data} --catalog {catalog}`"  # below --data
     assert mine.output.rstrip().endswith(f"To get them, run {build}")
-    whole = run(data, runs, "--suite", "both", "--device", "cpu", "--out", tmp_path / "b")
+    whole = run(data, runs, "--suite", "both", *own, "--out", tmp_path / "b")
     assert whole.exit_code == 0, whole.output
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert list(report["sets"]) == ["evalgen", "test"]
+    assert report["sets"]["evalgen"]["reference_reals"]["set"] == "val"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--suite", "wlid"], "no suite wlid; the suites are wild, generators"),
+        (["--suite", "mine"], "; a suite of your own catalog needs --catalog FILE"),
         (["--suite", "wild", "--shards", "val"], "--suite cannot be combined"),
     ],
 )

@@ -24,9 +24,10 @@ All fields of `Options` are set by keyword:
 - `loading`: a `Loading` of `pipeline/loading.py` (batch size, decoding).
 - `subset`: the only samples to score, a `Subset` from `read_subset(file)`, or None (default: all).
 - `reference_reals`: the name of a set, on whose real images the false-positive rate of all sets is
-  measured. None (default): each set is measured on its own real images. If a set has none, this
-  program's catalogs may name another set for it, whose real images serve instead if that set is
-  packed in `data`.
+  measured. None (default): each set is measured on its own real images. If a set has none, the
+  catalogs may name another set for it, whose real images serve instead if that set is packed in
+  `data`.
+- `catalogs`: `Path`s of the user's own catalogs (default: none), besides those of this program.
 - `robustness`: images per class for the robustness test (default 0: none).
 - `features`: the folder of stored features (a `Path`), for a checkpoint with a frozen backbone, or
   None (default). With them `dtype` is the precision that the recipe of the run asks for.
@@ -34,11 +35,12 @@ All fields of `Options` are set by keyword:
 A `PlannedSet` is one set: `shards` (the samples to score, a `ShardSet`), `index_sha256` and `split`
 of the whole set, and `measured` (False if only its real images are used). `Reals` is a dict about
 the set whose real images give the false-positive rate of another: `set` (its name) and `why` (a
-text). `choose_references(data, opened, asked)` returns a dict, name of a set -> its `Reals`,
-without the sets that need none or for which none is known: `opened` is a dict, name -> opened set,
-`asked` is as `reference_reals`. `REAL` is the label of real images, 0. `trained_on(meta, hashes)`
-takes a detector's meta and a dict, set name -> hash. It returns the names of sets that the detector
-was trained on, also by an earlier run whose weights it began from. `maybe_trained_on(meta, hashes)`
+text). `choose_references(data, opened, asked, catalogs)` returns a dict, name of a set -> its
+`Reals`, without the sets that need none or for which none is known: `opened` is a dict, name ->
+opened set, `asked` is as `reference_reals`. `open_reals(data, name)` opens the real images of a
+set, as a `PlannedSet`. `REAL` is the label of real images, 0. `trained_on(meta, hashes)` takes a
+detector's meta and a dict, set name -> hash. It returns the names of sets that the detector was
+trained on, also by an earlier run whose weights it began from. `maybe_trained_on(meta, hashes)`
 returns the names of the others that have the name of a set that it was trained on, but another
 hash.
 """
@@ -72,6 +74,7 @@ class Options:
     """Options of an evaluation.
 
     `reference_reals` names the set whose real images give all sets their false-positive rate.
+    Without it, `catalogs` of the user may name a set for each set without real images.
     `robustness` is the number of images per class that are re-scored under each perturbation.
     `features` is the folder of a feature store: stored features are scored in place of images, and
     missing features are computed. Only for checkpoints with a frozen backbone.
@@ -81,6 +84,7 @@ class Options:
     device: str = "auto"
     subset: Subset | None = None
     reference_reals: str | None = None
+    catalogs: Sequence[Path] = ()
     robustness: int = 0
     features: Path | None = None
 
@@ -187,11 +191,14 @@ def plan(
         )
     sets = {name: _open(data, name, options.subset) for name in names}
     references = choose_references(
-        data, {name: s.shards for name, s in sets.items()}, options.reference_reals
+        data,
+        {name: s.shards for name, s in sets.items()},
+        options.reference_reals,
+        options.catalogs,
     )
     for reals in references.values():
         if reals["set"] not in sets:
-            sets[reals["set"]] = _open_reals(data, reals["set"])
+            sets[reals["set"]] = open_reals(data, reals["set"])
     device = choose_device(options.device, dist.local_rank)
     meta = checkpoints.check(subject) if isinstance(subject, Path) else subject.meta
     run = meta["recipe"].get("run", {}) if options.features else {}
@@ -250,7 +257,7 @@ def _open(data: AnyPath, name: str, subset: Subset | None) -> PlannedSet:
     )
 
 
-def _open_reals(data: AnyPath, name: str) -> PlannedSet:
+def open_reals(data: AnyPath, name: str) -> PlannedSet:
     """Open the real images of a set that is not measured itself."""
     whole = open_shards([data / name])
     return PlannedSet(
@@ -262,17 +269,20 @@ def _open_reals(data: AnyPath, name: str) -> PlannedSet:
 
 
 def choose_references(
-    data: AnyPath, opened: Mapping[str, ShardSet], asked: str | None
+    data: AnyPath,
+    opened: Mapping[str, ShardSet],
+    asked: str | None,
+    catalogs: Sequence[Path] = (),
 ) -> dict[str, Reals]:
     """Choose the set whose real images are the reference of each set in `opened`.
 
     The set `asked` is used for all sets. Without `asked`, a set without real images gets the reals
     of the set that the catalog names for it (`[reference]`), if that set is packed below `data`.
     Reason: recall without a false-positive rate is meaningless. What counts are all images to
-    score: a set whose real images all get no score uses no others.
+    score: a set whose real images all get no score uses no others. `catalogs` are the user's own.
 
     Raises:
-        ValueError: the set `asked` has no real images.
+        ValueError: the set `asked` has no real images, or a catalog has an error.
     """
     if asked:
         if not _has_reals(data, opened, asked):
@@ -283,7 +293,7 @@ def choose_references(
         return {
             name: {"set": asked, "why": "--reference-reals"} for name in opened if name != asked
         }
-    defaults = read_catalog(SHIPPED).reference
+    defaults = read_catalog([*SHIPPED, *catalogs]).reference
     references: dict[str, Reals] = {}
     for name in opened:
         other = defaults.get(name)

@@ -397,8 +397,9 @@ def _headline(
         if unscored[REAL]:
             counted = console.counted(unscored[REAL], "real image")
             none, other = f"NONE OF {counted.upper()} COULD BE SCORED", "another set"
-        of_table = about["detector"]["kind"] == "scores"
-        advice = "add real images" if of_table else f"name {other} with --reference-reals"
+        # A table without sets cannot name one.
+        alone = about["sets"][name]["index_sha256"] == about["detector"].get("sha256")
+        advice = "add real images" if alone else f"name {other} with --reference-reals"
         return (
             f"{name}: {none}, so no false-positive rate. That {recall} of {fakes} were found says "
             f"nothing about false alarms; {advice}"

@@ -294,7 +294,7 @@ def _left_out(meta: Mapping[str, Any], by_source: LeftOut, report: Mapping[str, 
                 alone = None if both else rates.get("uncertain")
                 uncertain = rates.get(f"uncertain_{label}", alone)
                 rows.append(
-f"| {shown} ({label}) | {_count(rates, label + 's')} "
+                    f"| {shown} ({label}) | {_count(rates, label + 's')} "
                     f"| {_of_images(rates[metric], rates.get(label + 's'))} "
                     f"| {'-' if uncertain is None else f'{uncertain:.3f}'} |"
                 )

@@ -1,10 +1,13 @@
 """Read the scores of somebody else's detector from a CSV table, as the content of a scores file.
 
-Main entry: `read_scores(file, names, data)`. It needs neither network nor images.
+Main entry: `read_scores(file, names, data, reference_reals, catalogs)`. It needs neither network
+nor images.
 
 - `file`: `Path` of the CSV table: columns separated by commas, a row per image.
 - `names`: names of the shard sets that were scored (folders in `data`, a `Path` or `UPath`); empty:
   the table says everything.
+- `reference_reals`, `catalogs`: with `names`, as in `Options` of `model/evaluation/plan.py`. The
+  scores of the reference's real images are in the table, too.
 
 It returns the tables, one a set, and the description that `write_scores()` of
 `model/evaluation/scores.py` writes to a scores file; from that one, `report_on()` of
@@ -19,7 +22,8 @@ It returns the tables, one a set, and the description that `write_scores()` of
 Other columns are named in the log and not used. With `names`, an image is the sample with this key,
 with this path below the raw folder, or whose tar and key the path ends with, as `predict.py` writes
 them. Its label, source, generator and group are those of the set. An image of the set without a row
-has no score, and a row of no image is counted in the log.
+has no score, and a row of no image is counted in the log. A set that the catalogs name as reference
+is one only if the table has a row of its real images.
 
 The scores are neither calibrated nor changed: 0.5 decides. `ScoresError` (a `ValueError`) is raised
 for a table that cannot be used; the message names the line.
@@ -38,6 +42,7 @@ import pyarrow as pa
 import console
 from installed import git_commit
 from model.adapters.detector import logits_from, meta_of
+from model.evaluation.plan import Reals, choose_references, open_reals
 from model.evaluation.scores import SCORES_SCHEMA, ScoresError, rows_of
 from model.score import Scores
 from model.verdict import CALIBRATION_KEYS
@@ -69,18 +74,31 @@ class _Row(NamedTuple):
 
 
 def read_scores(
-    file: Path, names: Sequence[str], data: AnyPath
+    file: Path,
+    names: Sequence[str],
+    data: AnyPath,
+    reference_reals: str | None = None,
+    catalogs: Sequence[Path] = (),
 ) -> tuple[list[pa.Table], dict[str, Any]]:
     """Return the scores in the table `file`: a table for each set, and what is known of all.
 
     Raises:
         ScoresError: a column is missing, a label or score cannot be read, an image has two rows, or
-            no row is of an image of the sets.
-        ValueError, OSError: a set or file cannot be read.
+            no row is of an image of the sets, or of a real image of the set `reference_reals`.
+        ValueError, OSError: a set, catalog or file cannot be read, or the set `reference_reals` has
+            no real images.
     """
     rows = list(_rows(file, needs_label=not names))
     sets = {name: open_shards([data / name]) for name in names}
-    parts = _of_sets(file, rows, sets) if sets else _of_table(file, rows)
+    references = choose_references(data, sets, reference_reals, catalogs) if names else {}
+    others = {reference["set"] for reference in references.values()} - sets.keys()
+    reals = {name: open_reals(data, name).shards for name in sorted(others)}
+    parts = _of_sets(file, rows, sets, reals) if sets else _of_table(file, rows)
+    for name in sorted(reals.keys() - parts.keys()):
+        said = f"{file}: no row is of a real image of {name}"
+        if name == reference_reals:
+            raise ScoresError(f"{said}, the set of --reference-reals; add their scores")
+        console.log.info("%s, which the catalog names as reference", said)
     digest = sha256_of(file)
     meta = meta_of("scores", file.stem, sha256=digest)
     about = {
@@ -99,14 +117,19 @@ def read_scores(
                 "split": part.column("split")[0].as_py(),
                 "known_generators": [],
                 "robustness": None,
-                "reference_reals": None,
+                "reference_reals": _if_scored(references.get(name), parts),
             }
             for name, part in parts.items()
+            if name not in reals
         },
         "trained_on": [],
         "maybe_trained_on": [],
     }
     return [*parts.values()], about
+
+
+def _if_scored(reference: Reals | None, parts: Mapping[str, pa.Table]) -> Reals | None:
+    return reference if reference and reference["set"] in parts else None
 
 
 def _rows(file: Path, *, needs_label: bool) -> Iterator[_Row]:
@@ -208,10 +231,18 @@ def _or_none(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
-def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> dict[str, pa.Table]:
-    """Return the rows of `scores.parquet` of each set, with the scores of the table."""
+def _of_sets(
+    file: Path,
+    rows: Sequence[_Row],
+    sets: Mapping[str, ShardSet],
+    reals: Mapping[str, ShardSet],
+) -> dict[str, pa.Table]:
+    """Return the rows of `scores.parquet` of each set, with the scores of the table. Of `reals`,
+    the real images of other sets, only those sets that have a row in the table.
+    """
+    opened = {**sets, **reals}
     samples: dict[str, dict[str, int]] = {}  # key or path -> the sample in each set
-    for name, shards in sets.items():
+    for name, shards in opened.items():
         for column in ("key", "origin"):
             for sample, text in enumerate(shards.table.column(column).to_pylist()):
                 samples.setdefault(text, {}).setdefault(name, sample)
@@ -225,25 +256,28 @@ def _of_sets(file: Path, rows: Sequence[_Row], sets: Mapping[str, ShardSet]) -> 
             first = scored.setdefault((name, sample), row)
             if first is not row:
                 _refuse_second(file, row, first)
-            label = int(sets[name].column("label")[sample])
+            label = int(opened[name].column("label")[sample])
             if row.label not in (None, label):
                 raise ScoresError(
                     f"{file}, line {row.line}: {short(row.name)} is {CLASSES[row.label or 0]}, but "
                     f"{CLASSES[label]} in the set {name}"
                 )
-    if not scored:
+    of_rows = {name for name, _ in scored}
+    if of_rows.isdisjoint(sets):
         raise ScoresError(
             f"{file}: no row is of an image of {', '.join(sets)}; the first is "
             f"{short(rows[0].name)}, expected keys or paths such as {_example(sets)}" if rows else
             f"{file} has no row, expected one per image"
         )  # fmt: skip
+    used = [name for name in opened if name in sets or name in of_rows]
     if strangers:
+        known = (name if name in sets else f"the real images of {name}" for name in used)
         console.log.warning(
             "%s: %s of no image of %s, not used (first: line %d, %s)",
-            file, console.counted(len(strangers), "row"), ", ".join(sets),
+            file, console.counted(len(strangers), "row"), ", ".join(known),
             strangers[0].line, short(strangers[0].name),
         )  # fmt: skip
-    return {name: _scored(name, shards, scored) for name, shards in sets.items()}
+    return {name: _scored(name, opened[name], scored) for name in used}
 
 
 def _example(sets: Mapping[str, ShardSet]) -> str:

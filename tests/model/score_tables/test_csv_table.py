@@ -14,6 +14,7 @@ import evaluate
 from model.evaluation.scores import read_scores
 from model.score_tables.csv_table import _samples_of
 from sharding.format import ShardSet, open_shards
+from tests.builders import partly, write_shards
 
 ROWS = [f"photos/{n}.jpg,real,{n / 40:.3f},web" for n in range(20)]
 ROWS += [f"gan/{n}.png,1,{n / 40 + 0.5:.3f},gan" for n in range(20)]
@@ -172,6 +173,46 @@ def test_a_row_counts_in_each_set_with_its_image(data: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     sets = json.loads((tmp_path / "out/report.json").read_text())["sets"]
     assert sets["val"]["overall"] == sets["again"]["overall"]
+
+
+DETECTOR = """
+def predict(images):
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+"""
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_scores_of_a_set_without_real_images_have_its_reference(tmp_path: Path) -> None:
+    """As in an evaluation: the figures are those of the detector's own report."""
+    plan = {"fakes": {"gan": (partly, 0, 8)}, "photos": {"web": (partly, 8, 0)}}
+    shards, own = write_shards(tmp_path, plan), tmp_path / "own.toml"
+    own.write_text((tmp_path / "catalog.toml").read_text() + '[reference]\nfakes = "photos"\n')
+    (tmp_path / "detector.py").write_text(DETECTOR)
+    words = ("--shards", "fakes", "--data", shards, "--catalog", own)
+    of_detector = ("--detector", tmp_path / "detector.py", "--trust", "--device", "cpu")
+    measured = run(*words, *of_detector, "--runs", tmp_path / "runs", "--out", tmp_path / "a")
+    assert measured.exit_code == 0, measured.output
+    scores = read_scores(tmp_path / "a/scores.parquet")
+    keys = scores.table.column("key").to_pylist()
+    probabilities = scores.numbers("probability").tolist()
+    rows = [f"{key},{score!r}" for key, score in zip(keys, probabilities, strict=True)]
+    file = table(tmp_path / "t.csv", rows, "key,score")
+    result = run("--scores", file, *words, "--out", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert "8 real images of photos called fake" in " ".join(result.output.split())
+    one, other = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
+    assert one["sets"] == other["sets"] and [*one["sets"]] == ["fakes"]
+    compared = run("compare", tmp_path / "a", tmp_path / "b")
+    assert compared.exit_code == 0, compared.output
+    assert run("--scores", file, "--reference-reals", "photos").exit_code == 2
+    table(file, [row for row in rows if "gan" in row], "key,score")
+    without = run("--scores", file, *words, "--out", tmp_path / "c")
+    said = " ".join(without.output.split())
+    assert "no row is of a real image of photos, which the catalog names as reference" in said
+    assert "NO REAL IMAGES AT HAND" in said and "with --reference-reals" in said
+    asked = run("--scores", file, *words, "--reference-reals", "photos", "--out", tmp_path / "c")
+    assert asked.exit_code == 1
+    assert "no row is of a real image of photos, the set of --reference-reals" in asked.output
 
 
 def test_scores_of_a_packed_set_have_its_images(data: Path, tmp_path: Path) -> None:
