@@ -8,7 +8,7 @@ module loads no torch.
 """
 
 import sys
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, NotRequired
 
 from pydantic import AfterValidator
 from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
@@ -89,7 +89,7 @@ class CalibrationEntry(TypedDict):
     """Real images."""
     fakes: NotRequired[Count]
     """Fake images."""
-    threshold_at: NotRequired[Literal["auto", "fpr5", "fpr1", "0.5", "max_fpr"]]
+    threshold_at: NotRequired[str]
     """Rule that chose the decision threshold: that of `evaluate.py calibrate --threshold`, or
     `max_fpr`, which is `calibration.max_fpr` of the recipe."""
     band: Band

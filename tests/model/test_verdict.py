@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from checked import checked
 from model import checkpoint
 from model.network import build
+from model.shipped.calibration import Calibrated
 from model.verdict import LeftOut, band_at, describe_band, left_out_rates, left_out_sources
 from tests.builders import TINY, small_recipe
 
@@ -61,6 +63,13 @@ def test_only_a_calibration_that_says_so_was_fitted_to_left_out_sources() -> Non
     assert left_out_sources({"calibration": calibration}) == {}
     assert left_out_sources({"calibration": calibration | {"method": "validation"}}) == {}
     assert left_out_sources({"calibration": None}) == {}
+
+
+@pytest.mark.parametrize("more", [{}, {"before": {}, "threshold_at": "mine", "sources": None}])
+def test_a_calibration_may_have_only_its_band(more: dict[str, Any]) -> None:
+    """People write such files, and every key but the band may be missing."""
+    values = {"temperature": 1.0, "threshold": 0.5, "calibration": {"band": [0.3, 0.6]} | more}
+    assert checked(Calibrated, values) == values | {"calibration": {"band": (0.3, 0.6)} | more}
 
 
 def test_a_band_at_another_temperature_is_a_number() -> None:

@@ -109,6 +109,11 @@ def test_limits_hold_for_reading_a_folder_and_an_entry(
         patched.setattr(keep, "MAX_MISTAKES", 1)
         with pytest.raises(MistakeError, match="has 2 mistakes, at most 1 are read"):
             read_mistakes(tmp_path)
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | {"verdicts": entry["verdicts"] * 101}))
+    with pytest.raises(MistakeError, match="verdicts takes a length of at most 200, got 202"):
+        read_mistake(path)
+    path.write_text(json.dumps(entry))
     with monkeypatch.context() as patched:
         patched.setattr(keep, "MAX_ENTRY_BYTES", 100)
         with pytest.raises(MistakeError, match=r"more than the limit of 100\); remove it"):
