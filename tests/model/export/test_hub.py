@@ -273,18 +273,6 @@ def test_the_card_lists_only_sources_of_the_exact_training_sets(
     assert hub.sources_of(meta, None) == {"old": None}
 
 
-def test_a_stranger_may_record_no_training_sets(tiny_checkpoint: Path) -> None:
-    meta = checkpoint.read_meta(tiny_checkpoint) | {"data": None}
-    left_out = {"faces": {"reals": 9, "fakes": 0, "false_positive_rate": 0.2, "recall": None}}
-    meta["calibration"] = CALIBRATION | {
-        "sources": {"faces": left_out["faces"] | {"uncertain": None}}
-    }
-    meta["recipe"] = {key: value for key, value in meta["recipe"].items() if key != "run"}
-    assert hub.sources_of(meta, None) == {} and hub.license_of(meta).text
-    card = card_of(meta, None, {}, onnx=False)
-    assert "Trained on: no set of images." in card and "| faces (real) | 9 | 0.200 | - |" in card
-
-
 def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     hostile = "a|b](https://evil.example) <img src=x> www.evil.example\n# c"
     meta = checkpoint.read_meta(tiny_checkpoint)
@@ -299,18 +287,6 @@ def test_hostile_names_are_escaped_in_the_card(tiny_checkpoint: Path) -> None:
     assert "https://evil" not in text and "www.evil" not in text and "\n# c" not in text
     rows = [line for line in text.splitlines() if line.startswith("|") and "evil" in line]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [7, 4]
-
-
-def test_a_calibration_may_lack_its_counts(tiny_checkpoint: Path) -> None:
-    """A stranger's meta.json may have only the band; it was a KeyError."""
-    meta = checkpoint.read_meta(tiny_checkpoint)
-    rates = {"false_positive_rate": 0.125, "recall": None}
-    of_sources = {"method": "sources left out, pooled", "sources": {"alpha": rates}}
-    for calibration in ({"band": [0.3, 0.6]}, {"band": [0.3, 0.6]} | of_sources):
-        meta["calibration"] = calibration
-        text = card_of(meta, None, {}, onnx=False)
-        assert "? (? real, ? fake images)" in text
-    assert "| alpha (real) | ? | 0.125 | - |" in text
 
 
 def test_an_existing_folder_is_not_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
