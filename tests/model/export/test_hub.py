@@ -30,7 +30,7 @@ from model.export import hub
 from model.export.card import card_of
 from model.export.new_kinds import AfterPerturbation, NewKinds, Pairs, WithinSubjects
 from model.network import normalization
-from tests.builders import CALIBRATION, ROOT, TINY, encode, photo, small_disk
+from tests.builders import CALIBRATION, TINY, encode, photo, small_disk
 
 REPO = "owner/detector"
 
@@ -219,18 +219,6 @@ def test_a_card_refers_only_to_parts_that_it_has(
     assert ("error rates above are those of sources left out" in text) == (figured and not report)
     assert ("Over all these images" in text) == (by_source and bool(new_kinds))
     assert "licenses, see above" not in text  # no set, so no table of licenses
-
-
-def test_the_card_of_the_detector_that_ships_has_the_table_of_the_code() -> None:
-    folder = ROOT / "detectors/clip"
-    tables = []
-    for card in (
-        card_of(checkpoint.read_meta(folder), None, {}, onnx=False),
-        (folder / "README.md").read_text(encoding="utf-8"),
-    ):
-        section = card.split("## Sources left out of training\n\n")[1].split("\n\n## ")[0]
-        tables.append(section.split("\n\n")[1])
-    assert tables[0] == tables[1]
 
 
 def test_the_card_of_a_detector_calibrated_again_says_at_which_thresholds_sources_were_left_out(
