@@ -362,7 +362,7 @@ GITHUB = BUILT_IN.with_name("catalog-github.toml")
 def test_the_catalog_of_git_repositories_is_pinned() -> None:
     catalog = read_catalog([BUILT_IN, GITHUB])
     sources = {name: catalog.sources[name] for name in tomllib.loads(GITHUB.read_text())["sources"]}
-    assert len(sources) == 145
+    assert len(sources) == 217
     for name, source in sources.items():
         assert source.fetch is not None, name
         repository = source.fetch.git
