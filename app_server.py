@@ -124,8 +124,8 @@ class UploadGuard:
 
 
 def _forget_if_closed(session: str) -> None:
-    """Delete the files of a session that is closed. Streamlit deletes those that were there when it
-    closed, but also takes later ones, which nothing else would delete.
+    """Delete the files of a session that is closed. Streamlit deletes the files that a closing page
+    has, but also accepts files that arrive later, and never deletes these.
     """
     if not get_instance().is_active_session(session):
         cast(MemoryUploadedFileManager, get_instance().uploaded_file_mgr).remove_session_files(

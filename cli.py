@@ -29,9 +29,9 @@ from escape import one_line
 class LocalPath(click.Path):
     """Option type for a path of this machine, given as `Path`. Takes the keywords of `click.Path`.
 
-    Refused are addresses such as s3://, and anything that is neither a file nor a folder: reading
-    a pipe could block forever, and writing would replace a device. With `writes`, a link becomes
-    the path that it names: an atomic write would replace the link.
+    Refuses addresses such as s3://, pipes and devices: reading a pipe could block forever, and
+    writing would replace a device. With `writes`, a link becomes the path that it names: an atomic
+    write would replace the link.
     """
 
     def __init__(self, *, writes: bool = False, **keywords: Any) -> None:
@@ -46,9 +46,9 @@ class LocalPath(click.Path):
                 raise ValueError(f"{value} is a pipe or a device; expected a file or a folder")
             if self._writes and path.is_symlink():
                 link, path = path, path.resolve()
-                if link.suffix != path.suffix:  # it may decide the format
+                if link.suffix != path.suffix:  # the suffix may decide the format
                     raise ValueError(f"{link} is a link to {path}, of another suffix; name {path}")
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: links in a loop
             self.fail(one_line(error), param, context)
         return super().convert(path, param, context)
 

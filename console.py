@@ -43,8 +43,8 @@ rank_log = logging.getLogger("ai_images_detector.rank")
 warnings come from every rank, those of `log` only from rank 0, because all ranks have the same.
 """
 
-# Without a handler, Python prints the warnings of matplotlib, such as those on its own folder of a
-# user without a home folder. Handlers of a program that imports this one still get them.
+# Without a handler, Python prints the warnings of matplotlib, such as one about a missing home
+# folder. A program that imports this one can still handle them.
 logging.getLogger("matplotlib").addHandler(logging.NullHandler())
 
 # Width of tables in a pipe or a file, in characters: wide enough that no table is wrapped.
@@ -55,13 +55,13 @@ _LINE_S = 60.0
 
 
 class _StandardError(io.TextIOBase):
-    """Standard error, looked up again at each call. A text that cannot be written is dropped: a
-    full disk, or a pipe without a reader, must not end a training.
+    """Standard error: `sys.stderr` is looked up at each call. A text that cannot be written is
+    dropped: a full disk, or a pipe without a reader, must not end a training.
     """
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Return its encoding: rich draws bars of ASCII if it is not UTF-8."""
+        """Return the encoding of the stream: rich draws bars in ASCII unless it is UTF-8."""
         return getattr(sys.stderr, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
@@ -69,7 +69,7 @@ class _StandardError(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write a text at once, or drop it."""
-        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # under a progress bar
+        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # if a bar runs
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.write(text)
@@ -134,7 +134,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt as error:  # its text is the name of another signal than Ctrl-C
+    except KeyboardInterrupt as error:  # its text: the signal, "" for Ctrl-C
         note(f"stopped by {str(error) or 'Ctrl-C'}")
         raise SystemExit(128 + signal.SIGINT) from None
     except click.ClickException as error:
@@ -147,9 +147,9 @@ def plain_errors() -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    """Open the null device in place of standard streams that are closed (`>&-`). Else a file that
-    is opened would have such a descriptor, and native code would write to it. Standard output stays
-    None, so that a result is not lost without a word.
+    """Open the null device in place of standard streams that are closed (`>&-`). Otherwise the next
+    opened file would get the descriptor of standard output or error, and native code would print
+    into it. `sys.stdout` stays None, so that printing a result is an error.
     """
     for name, mode in (("stdin", "r"), ("stdout", ""), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -159,10 +159,10 @@ def _open_closed_streams() -> None:
 
 
 def _check_current_folder() -> None:
-    """Check that the current folder exists: libraries say little where it does not.
+    """Check that the current folder exists: libraries report a missing one in unclear words.
 
     Raises:
-        FileNotFoundError: it was removed.
+        FileNotFoundError: the folder was removed.
     """
     try:
         Path.cwd()
@@ -268,15 +268,15 @@ def progress(label: str, total: int | None, shown: bool = True) -> Iterator[Call
 
 def _progress_lines(label: str, total: int | None) -> Callable[..., None]:
     """Return an `advance` of `progress()` that logs lines such as `scoring val: 600 of 1,000, about
-    2 min left`. The time left follows from the speed since the line before.
+    2 min left`. The remaining time is estimated from the speed since the previous line.
     """
     size, count, begun = total, 0, time.monotonic()
-    last: tuple[float, int] | None = None  # time of the last line, and the count then
+    last: tuple[float, int] | None = None  # time and count of the last line
 
     def advance(done: int = 1, note: str = "", total: int | None = None) -> None:
         nonlocal size, count, last
         size, count, now = size if total is None else total, count + done, time.monotonic()
-        if last is None:  # a resumed command first counts, at once, what was done before
+        if last is None:  # a resumed command first reports the work of earlier runs
             last = (now, count)
         seconds, more = now - last[0], count - last[1]
         if seconds < max(_LINE_S, (now - begun) / 50):

@@ -2,7 +2,7 @@
 
 Main entry: `parse_device(name)` returns a pair: the kind, "auto", "cpu" or "cuda", and the number
 of the GPU, an int, or None if the name has none. `name` is a text: `auto`, `cpu`, `cuda` or
-`cuda:N`, where N has at most four digits, or a `torch.device` of such a name. Another one raises
+`cuda:N`, where N has at most four digits, or a `torch.device` of such a name. Any other name raises
 `ValueError`. Whether the device exists is not checked: only the library that computes knows.
 `device_here(name, local)` asks torch, and returns torch's name of the device.
 
@@ -20,7 +20,7 @@ def parse_device(name: object) -> tuple[str, int | None]:
     """Return the kind and the number of a device: `cuda:1` is ("cuda", 1), `cuda` ("cuda", None).
 
     Raises:
-        ValueError: the name is none of `auto`, `cpu`, `cuda` and `cuda:N`.
+        ValueError: the name is not `auto`, `cpu`, `cuda` or `cuda:N`.
     """
     text = str(name)
     if not _NAME.fullmatch(text):
@@ -34,7 +34,7 @@ def device_here(asked: object, local: int = 0) -> str:
     the CUDA device with the index `local` if there is one, else the CPU.
 
     Raises:
-        ValueError: `asked` is none of these, or this machine has no such device.
+        ValueError: `asked` is not one of these four, or this machine has no such device.
     """
     import torch
 

@@ -4,18 +4,17 @@ paths.
 Main entries: none raises an error. Most functions take one `text` (str) and return a new str.
 `printable()` replaces control characters, which a terminal would execute, and characters that a
 reader cannot see by visible escapes (or by its `replacement`); newlines stay. `as_utf8()` escapes
-only what UTF-8 does not have: bytes of a file name, and single surrogates. `as_json(value)` returns
-a value as JSON with such texts. `spreadsheet_cell()` puts a `'` before a
-text, or a part after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes
-its result and returns the original text. `markdown()` returns one line in which markup is escaped
-and addresses do not become links; all words stay readable. (A text that is only a number with a
-full stop, such as `7.`, is not escaped: it can show as a list item.)
-`without_secrets()` replaces the logins, queries and fragments of web addresses (passwords, tokens,
-signatures) by `***`. `reason_of(error)` returns the message of an exception as one line, without
-secrets, and `typed_reason_of(error)` puts the name of its type before it. `one_line(error)` returns
-a message for the user: for an `OSError`, the file and the reason. `text_fault(error)` describes an
-error of reading a text or JSON file. `too_many_files(error)` returns the message for an error of
-too many open files, else None.
+only what UTF-8 cannot encode: other bytes of a file name, and single surrogates. `as_json(value)`
+returns a value as JSON with such texts. `spreadsheet_cell()` puts a `'` before a text, or a part
+after `;` or a tab, that would run as a formula, and `from_spreadsheet_cell()` takes its result and
+returns the original text. `markdown()` returns one line in which markup is escaped and addresses do
+not become links; all words stay readable. (A text that is only a number with a full stop, such as
+`7.`, is not escaped: it can show as a list item.) `without_secrets()` replaces the logins, queries
+and fragments of web addresses (passwords, tokens, signatures) by `***`. `reason_of(error)` returns
+the message of an exception as one line, without secrets, and `typed_reason_of(error)` puts the name
+of its type before it. `one_line(error)` returns a message for the user: for an `OSError`, the file
+and the reason. `text_fault(error)` describes an error of reading a text or JSON file.
+`too_many_files(error)` returns the message for an error of too many open files, else None.
 `without_paths(value)` takes a record (a dict, a list, or any value in one) and returns it without
 private paths and secrets.
 """
@@ -68,8 +67,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_utf8(text: str) -> str:
-    """Replace what UTF-8 does not have by escapes, so that every program can read the text: bytes
-    of a file name that are not UTF-8 (`\\xff`) and single surrogates (`\\ud800`).
+    """Escape what UTF-8 cannot encode, so that every program can read the text: bytes of a file
+    name that are not UTF-8 (`\\xff`) and single surrogates (`\\ud800`).
     """
     return _SURROGATE.sub(lambda match: _code(match[0]), text)
 
@@ -109,16 +108,16 @@ def _is_shown(text: str, at: int) -> bool:
     return bool(_EMOJI_PARTS.fullmatch(before + character + after))
 
 
-# Characters without a shape of their own that Python calls printable: the grapheme joiner, fillers
-# of Hangul, vowels of Khmer, variation selectors, the empty cell of Braille, a note without a head.
+# Invisible characters that Python calls printable: the grapheme joiner, fillers of Hangul, vowels
+# of Khmer, variation selectors, the empty cell of Braille, a note without a head.
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U0001d159\U000e0100-\U000e01ef]"
 )
 _IDEOGRAPHS = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _EMOJI = "\u2190-\u2bff\U0001f000-\U0001faff"
-# Where one of these is shown, with a character before and after it: it changes an emoji, a key, an
-# ideograph or a Mongolian letter, or is a space within Braille.
+# Invisible characters that are kept, with their neighbors: variation selectors after an emoji, a
+# key, an ideograph or a Mongolian letter, and the empty cell within Braille.
 _VARIED = re.compile(
     f"[{_EMOJI}\xa9\xae\u203c\u2049\u2122\u2139\u3030\u303d\u3297\u3299][\ufe0e\ufe0f].?"
     f"|[#*0-9][\ufe0e\ufe0f]\u20e3|[{_IDEOGRAPHS}][\ufe00-\ufe02\U000e0100-\U000e01ef].?"
@@ -208,7 +207,7 @@ def one_line(error: Exception) -> str:
             return f"{error.strerror}: standard output, or a temporary file in {gettempdir()}"
         if isinstance(error, ConnectionError | TimeoutError):
             return f"{error.strerror}; check the address and the network"
-        if not isinstance(error.filename, str | bytes | os.PathLike):  # or a descriptor, a number
+        if not isinstance(error.filename, str | bytes | os.PathLike):  # None, or a descriptor
             return error.strerror
         name, path = _name_of(error.filename), Path(os.fsdecode(error.filename))
         # Not `path.exists()`: it raises an error below a folder that cannot be searched.
@@ -225,8 +224,8 @@ def one_line(error: Exception) -> str:
 def too_many_files(error: BaseException) -> str | None:
     """Return the message for an error of too many open files; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
-    if code is None and isinstance(error, OSError | RuntimeError):  # of torch, or of a worker
-        codes = (errno.ENFILE, errno.EMFILE)  # the text of the second is a part of the first
+    if code is None and isinstance(error, OSError | RuntimeError):  # of torch or a worker process
+        codes = (errno.ENFILE, errno.EMFILE)  # EMFILE's text is a part of ENFILE's
         code = next((code for code in codes if os.strerror(code) in str(error)), None)
     if code == errno.ENFILE:
         return "too many files are open on this machine; end other programs (limit: fs.file-max)"
@@ -244,8 +243,8 @@ def _name_of(filename: object) -> str:
 
 
 def typed_reason_of(error: BaseException) -> str:
-    """Return the type and the message of `error`, for errors of other programs: messages such as
-    that of a KeyError say nothing alone.
+    """Return the type and the message of `error`, for errors of other programs: without the type, a
+    message such as that of a KeyError is unclear.
     """
     return f"{type(error).__name__}: {reason_of(error)}"
 
@@ -263,7 +262,7 @@ def text_fault(error: Exception) -> str:
 _PATH = re.compile(
     r"/|\\\\|\.{1,2}[\\/]|[a-z]:[\\/]|file:/|~(?:[^\W\d][\w.-]*)?(?:[\\/]|$)", re.IGNORECASE
 )
-"""Start of a path of this machine. `~5 % of x / y` and `~5/10 images` are none."""
+"""Start of a path of this machine. `~5 % of x / y` and `~5/10 images` do not match."""
 
 
 def without_paths(value: Any) -> Any:

@@ -225,7 +225,7 @@ def main(
 
 
 def _refuse_options_before(context: click.Context, subcommand: str) -> None:
-    """Refuse options before a subcommand: it has its own, and would not see these."""
+    """Refuse options before a subcommand, because the subcommand would ignore them."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         own = isinstance(parameter, click.Option) and parameter.expose_value

@@ -44,7 +44,7 @@ CHECKOUT = (FOLDER / "pyproject.toml").is_file()
 
 try:
     IN_CHECKOUT = CHECKOUT and Path().samefile(FOLDER)
-except OSError:  # a working folder that this user may not enter
+except OSError:  # this user may not enter the working folder
     IN_CHECKOUT = False
 """True if the working folder of this process, when it starts, is that of the checkout."""
 
@@ -81,7 +81,7 @@ def git_commit() -> str:
     """Return the commit of this program, '-dirty' appended if files differ; '' if its folder is no
     Git repository.
     """
-    here = Path(__file__).parent  # named to git, which would also report a repository around it
+    here = Path(__file__).parent  # told to git, or it takes a repository around it
     git = ["git", "--git-dir", str(here / ".git"), "--work-tree", str(here)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
@@ -95,8 +95,8 @@ def git_commit() -> str:
 
 
 def why_not_imported(error: ImportError, extra: str) -> str:
-    """Return why a library of an extra cannot be used, as the last part of a message: it, or one
-    that it needs, is missing, or it is there and cannot be imported.
+    """Return why a library of an extra cannot be used, as the last part of a message: the library,
+    or one that it needs, is missing, or importing it fails.
     """
     if isinstance(error, ModuleNotFoundError):
         return install_extra(extra)

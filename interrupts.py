@@ -16,8 +16,8 @@ main thread, none of these blocks reacts to signals.
 `within(seconds, work)` returns the result of `work()`, a function without arguments, or raises its
 error; if there is neither after `seconds`, it raises `TimeoutError`.
 
-SIGHUP comes when a terminal is closed or its connection is lost. Where it is ignored, as under
-`nohup`, it stays so.
+SIGHUP comes when a terminal is closed or its connection is lost. A SIGHUP that is ignored, as under
+`nohup`, stays ignored.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ Result = TypeVar("Result")
 _TERMINATIONS = [signal.SIGTERM, signal.SIGHUP]
 
 _received: list[signal.Signals] = []
-"""Signals of the block of `stop_signals()` that runs now."""
+"""Signals received by the running block of `stop_signals()`."""
 
 _stoppable = False
-"""Whether a block of `stoppable()` runs now."""
+"""True inside a block of `stoppable()`."""
 
 
 class Stopped(BaseException):
-    """A signal to stop came in, or before, a block of `stoppable()`. It is no `Exception`, as
-    `KeyboardInterrupt` is none: decoders turn every `Exception` into a failed image, and DALI's
-    builder tries another way.
+    """A signal to stop came in, or before, a block of `stoppable()`. Like `KeyboardInterrupt` it is
+    no subclass of `Exception`: decoders turn every `Exception` into a failed image, and the code
+    that builds DALI pipelines tries another way.
     """
 
 
@@ -74,11 +74,11 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Let a signal end the block at once, which `stop_signals()` only adds to its list: a wait in
-    the block may be long. What the block has computed until then may be incomplete; drop it.
+    """Let a signal end the block at once: `stop_signals()` alone only records it, and the block may
+    wait for a long time. Drop what an ended block has computed: it may be incomplete.
 
     Raises:
-        Stopped: a signal came in the block, or before.
+        Stopped: a signal came in the block, or before it.
     """
     global _stoppable
     try:
@@ -86,7 +86,7 @@ def stoppable() -> Iterator[None]:
         if _received:
             raise Stopped
         yield
-        if _received:  # a callback or native code in the block may have swallowed it
+        if _received:  # the block may have swallowed `Stopped`, as callbacks do
             raise Stopped
     finally:
         _stoppable = False

@@ -5,13 +5,13 @@ Main entry: `with locked(path, busy):`, a context manager that yields nothing. A
 - `path`: the `Path` of the lock file, in an existing folder. It is created if it is missing, and
   nothing is written to it. With `is_folder`, it is a folder, which must exist, and itself is
   locked: no file is made, but a network file system may exclude processes of one machine only.
-- `busy`: the exception to raise if another one has the lock. None (the default): wait for it, and
-  first log the text `waiting`, if there is one.
-- `shared`: several may have the lock at once, but none while another one has it unshared.
+- `busy`: the exception to raise if another process or thread has the lock. None (the default): wait
+  for it, and first log the text `waiting`, if there is one.
+- `shared`: several may have the lock at once, but not while one has it unshared.
 - `remove`: the file is removed at the end.
 
 The lock ends with the block, and with the process; children that it forked do not hold it. Threads
-of one process exclude each other, too, and so do two blocks of one thread: it waits for itself. A
+of one process exclude each other, too. A thread that already has the lock would wait for itself. A
 file system without locks is one warning for each folder, and the block runs unlocked. `OSError` is
 raised if the lock file is a link or cannot be created.
 """
@@ -41,8 +41,8 @@ def locked(
     is_folder: bool = False,
     remove: bool = False,
 ) -> Iterator[None]:
-    """Lock a file or folder until the block ends. If another one has the lock, raise `busy`; None:
-    log `waiting` and wait.
+    """Lock a file or folder until the block ends. If another process or thread has the lock, raise
+    `busy`, or, if `busy` is None, log `waiting` and wait.
 
     Raises:
         OSError: the lock file is a link or cannot be created, or the folder is missing.
@@ -51,7 +51,7 @@ def locked(
     try:
         yield
     finally:
-        if remove:  # before the lock ends: later, the file may be the lock of another one
+        if remove:  # before the lock ends: later, another process may have locked the file
             with contextlib.suppress(OSError):
                 path.unlink()
         _release(descriptor)
@@ -74,28 +74,30 @@ def _acquire(
                     log.info("%s", waiting)
                     waiting = ""
                 _lock(descriptor, kind, path)
-            with contextlib.suppress(FileNotFoundError):  # removed by the one that had the lock
+            with contextlib.suppress(FileNotFoundError):  # the last holder may have removed it
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     undo.pop_all()
                     return descriptor
 
 
 def _open(path: Path) -> int:
-    """Open a lock file. Its folder may come from a stranger: a link there is not followed, and
-    nothing is cut off.
+    """Open a lock file. Its folder may come from a stranger: links are not followed, and the file
+    is not truncated.
     """
-    try:  # NFS locks only a file that is open for writing
+    try:  # NFS locks only files that are open for writing
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(f"{path} is a link, expected a file; remove it") from error
         if not (isinstance(error, PermissionError) and path.exists()):
             raise OSError(error.errno, error.strerror, str(path.parent)) from error
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # of another user
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # read-only: another user owns the lock file
 
 
 def _lock(descriptor: int, operation: int, path: Path) -> bool:
-    """Return whether the descriptor has the lock now, or cannot have it."""
+    """Lock the descriptor. Return False if another one has the lock, True also on a file system
+    without locks.
+    """
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
@@ -106,7 +108,7 @@ def _lock(descriptor: int, operation: int, path: Path) -> bool:
 
 
 def _release(descriptor: int) -> None:
-    if descriptor in _held:  # not in a forked child
+    if descriptor in _held:  # a forked child has closed it already
         _held.remove(descriptor)
         os.close(descriptor)
 
@@ -120,7 +122,9 @@ def _warn(folder: Path, reason: str) -> None:
 
 
 def _close_in_child() -> None:
-    """Close the descriptors of the parent, whose locks would outlive it in a forked child."""
+    """Close the lock files of the parent process in a forked child, which would keep them locked
+    after the parent ends.
+    """
     while _held:
         os.close(_held.pop())
 

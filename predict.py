@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from pipeline.loading import Backend
 
 MOST_REASONS = 12
-"""Number of reasons for skipping files to print: each extension is one."""
+"""Largest number of reasons for skipped files to print; each file extension has its own reason."""
 
 CONFLICTS = {
     "threshold": ("max_fpr", "max_miss"),

@@ -21,7 +21,7 @@ Functions take an `AnyPath` where nothing else is said: a `pathlib.Path` of this
   is removed. Without `replace`, a folder with files is kept, and `OSError` is raised.
 - `temporary_folder(path)` is a context manager for a `Path`: it yields a folder next to `path` and
   removes it at the end. First it removes those that killed processes left, or renames an `.old.`
-  one to `path`. It and `atomic_folder()` raise `BlockingIOError` if another one writes `path`.
+  one to `path`. It and `atomic_folder()` raise `BlockingIOError` if another process writes `path`.
 
 `partial_of(path)` takes a `Path` and returns a temporary path, another one at each call.
 `whole_name(name)` is the reverse: the final name, or None if `name` is not a temporary one.
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 AnyPath = Path | UPath
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter is a drive of Windows
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a single letter is a drive of Windows
 READ_ONLY = ("http", "https")  # protocols of addresses to which nothing can be written
 _OF_THIS_MACHINE = ("", "file", "local")
 
@@ -101,7 +101,7 @@ def any_path(text: str | os.PathLike | UPath) -> AnyPath:
         fsspec.get_filesystem_class(path.protocol)
     except ImportError as error:
         cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
-        how = f" a library: {error}"  # such as "Please install gcsfs to access Google Storage"
+        how = f" a library: {error}"  # "Please install gcsfs to access ..."
         if scheme.lower() in ("s3", "s3a"):
             how = f" the library s3fs; {why_not_imported(cause, 's3')}"
         raise ValueError(f"{text} needs{how}") from error
@@ -138,8 +138,8 @@ def check_reachable(path: AnyPath) -> None:
     try:
         if path.exists():
             return
-        # Some clients say that nothing exists also if there is no answer; these requests fail then.
-        # Those of HTTP hide the reason in `info`.
+        # `exists` of some clients is False also without an answer of the server; these requests
+        # raise an error then. `info` of HTTP clients hides the reason.
         if is_http:
             path.fs.cat_file(path.path, 0, 1)
         else:
@@ -284,7 +284,7 @@ def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def naming(path: AnyPath) -> Iterator[None]:
-    """Name the file `path` in errors of a full disk, which name none, and of a temporary file."""
+    """Put the name `path` into errors of a full disk, which have none, and of a temporary file."""
     try:
         yield
     except OSError as error:
@@ -320,7 +320,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         for folder in path.parent.glob("*.partial"):
             if not (match := own.fullmatch(folder.name)):
                 continue
-            if match[1] and not path.exists():  # killed between the two renames of `publish`
+            if match[1] and not path.exists():  # killed between two renames in `publish`
                 folder.rename(path)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -398,7 +398,7 @@ def open_plain(path: Path | str) -> Iterator[io.FileIO]:
     # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
     extra = getattr(os, "O_NONBLOCK", 0)
     with io.FileIO(str(path), opener=lambda name, flags: os.open(name, flags | extra)) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # a folder cannot be opened so
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # opening a folder raises
             reason = "not a plain file, but a pipe, a device or the like"
             raise RefusedFileError(errno.EINVAL, reason, str(path))
         yield stream

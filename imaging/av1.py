@@ -35,7 +35,7 @@ class Boxes:
             raise ValueError(f"a file of more than {MAX_PARTS:,} parts")
 
     def joined(self, pieces: list[tuple[int, int]]) -> bytes:
-        """Return the bytes at these (start, size); a size of 0 means all that follow."""
+        """Return the bytes of all pieces (start, size), joined. A size of 0 means up to the end."""
         parts = []
         for start, size in pieces:
             parts.append(self.data[start : start + size] if size else self.data[start:])
@@ -83,8 +83,8 @@ def frame_pixels(data: bytes) -> int:
 
 def is_cropped(data: bytes, size: tuple[int, int]) -> bool:
     """Return whether a box `clap` (ISO 14496-12) shows a part of an AVIF of this (width, height).
-    Only that of the shown picture counts: the first of an animation, or the primary item, which may
-    be a grid of others.
+    Only the `clap` of the shown picture counts: that of the first picture of an animation, or of
+    the primary item, which may be a grid of other items.
 
     Raises:
         ValueError: more than `MAX_PARTS` parts.
@@ -92,7 +92,7 @@ def is_cropped(data: bytes, size: tuple[int, int]) -> bool:
     reader = Boxes(data)
     is_animation = data[8:12] == b"avis"
     for at in _crops_of_tracks(reader) if is_animation else _crops_of_primary_item(reader):
-        # Width and height are fractions. A part as large as the picture is the whole.
+        # Width and height are fractions. A part of the size of the picture crops nothing.
         sides = [int.from_bytes(data[n : n + 4], "big") for n in range(at, at + 16, 4)]
         if (sides[0], sides[2]) != (size[0] * sides[1], size[1] * sides[3]):
             return True
@@ -134,7 +134,7 @@ def _associations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, int]]:
     for _ in range(_number(box, 4)):
         reader.count()
         item = _number(box, 4 if head >> 24 else 2)
-        for _ in range(_number(box, 1)):  # the highest bit says whether readers must know it
+        for _ in range(_number(box, 1)):  # a number's highest bit is a flag
             reader.count()
             yield item, _number(box, 2) & 0x7FFF if head & 1 else _number(box, 1) & 0x7F
 
@@ -145,7 +145,7 @@ def _items(reader: Boxes) -> Iterator[bytes]:
     for meta, meta_end in reader.inside(0, whole, b"meta"):
         coded = set()
         for kind, at, end in _entries(reader, meta + 4, meta_end):
-            wide = data[at : at + 1] >= b"\3"  # the version
+            wide = data[at : at + 1] >= b"\3"  # version 3: item numbers of 4 bytes
             if kind == b"infe" and data[at + 8 + 2 * wide : end][:4] == b"av01":
                 coded.add(int.from_bytes(data[at + 4 : at + 6 + 2 * wide], "big"))
         inline, _ = next(reader.inside(meta + 4, meta_end, b"idat"), (whole, whole))
@@ -170,10 +170,10 @@ def _locations(reader: Boxes, box: io.BytesIO) -> Iterator[tuple[int, bool, list
         reader.count()
         item = _number(box, 4 if version == 2 else 2)
         method = _number(box, 2) & 15 if version else 0
-        _number(box, 2)  # of a file; others are not read
+        _number(box, 2)  # data_reference_index, not used
         base, extents = _number(box, more >> 4), []
         for _ in range(_number(box, 2)):
-            reader.count()  # its numbers may have 0 bytes
+            reader.count()  # limits the loop: a piece may take 0 bytes
             _number(box, more & 15 if version else 0)
             extents.append((base + _number(box, sizes >> 4), _number(box, sizes & 15)))
         yield item, method == 1, extents
@@ -202,12 +202,12 @@ def _number(stream: io.BytesIO, size: int) -> int:
 def _sequence_headers(reader: Boxes, coded: bytes) -> Iterator[bytes]:
     """Yield the start of each sequence header in AV1 data (section 5.3)."""
     at = 0
-    while at < len(coded) and coded[at] < 128:  # the forbidden bit
+    while at < len(coded) and coded[at] < 128:  # the forbidden bit must be 0
         reader.count()
         first = coded[at]
-        at += 2 if first & 4 else 1  # with an extension
+        at += 2 if first & 4 else 1  # bit 4: a header extension
         size, shift = 0, 0
-        while first & 2 and at < len(coded):  # with a size: 7 bits a byte, the lowest first
+        while first & 2 and at < len(coded):  # LEB128 size
             size |= (coded[at] & 127) << shift
             shift += 7
             at += 1
@@ -235,7 +235,7 @@ class _Bits:
 def _pixels_of(bits: _Bits) -> int:
     """Return the pixels of the largest frame that a sequence header allows (section 5.5.1)."""
     bits.read(4)  # profile, still picture
-    if bits.read(1):  # the short header of a still picture
+    if bits.read(1):  # reduced_still_picture_header
         bits.read(5)
     else:
         delays = _timing(bits)
@@ -253,11 +253,13 @@ def _pixels_of(bits: _Bits) -> int:
 
 
 def _timing(bits: _Bits) -> int:
-    """Pass over the timing of a sequence. Return the bits of a decoder's delay, or 0 without."""
+    """Skip the timing of a sequence. Return the number of bits of a decoder's delay, 0 if not
+    given.
+    """
     if not bits.read(1):
         return 0
     bits.read(64)
-    if bits.read(1):  # equal intervals: a number of variable length follows
+    if bits.read(1):  # equal_picture_interval: a uvlc number follows
         zeros = 0
         while not bits.read(1):
             zeros += 1

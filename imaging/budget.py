@@ -31,8 +31,8 @@ the rest for small images beside it.
 
 BYTES_PER_PIXEL = 25
 """Largest number of bytes per pixel while an image is decoded: the decoder's own copies, Pillow's
-and one in another mode (4 each), and the result (3). Measured on 36 million pixels: JPEG 2000 24,
-lossless WebP 22, AVIF with transparency 19, lossy WebP 18, all others at most 14.
+copy and one in another mode (4 each), and the result (3). Measured on 36 million pixels: JPEG 2000
+24, lossless WebP 22, AVIF with transparency 19, lossy WebP 18, all others at most 14.
 """
 
 LARGE_PIXELS = 2**25
@@ -42,8 +42,8 @@ decode one large image at a time.
 
 
 class ByteBudget:
-    """A number of bytes that threads share. A thread that asks for more than is free waits; waiting
-    threads are served in no fixed order.
+    """A number of bytes that threads share. A thread waits until the bytes that it needs are free;
+    waiting threads are served in no fixed order.
     """
 
     def __init__(self, total: int):
@@ -93,5 +93,5 @@ def give_back_freed() -> None:
     glibc keeps freed memory for the thread that freed it; where prediction configures it so
     (`model/device.py`), glibc keeps all of it. 16 threads could then keep the memory of 16 images.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no `malloc_trim`
         ctypes.CDLL(None).malloc_trim(0)

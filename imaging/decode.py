@@ -62,8 +62,8 @@ MAX_PIXELS = 200_000_000
 """Pixels of the largest phone picture (Samsung, 16,320 x 12,240). More are refused undecoded."""
 
 MAX_SLOW_PIXELS = 8_000_000
-"""Pixels above which an image is refused whose decoder is written in Python: RLE BMP, QOI and PPM
-of unusual depth. Such decoders take up to 1.6 seconds per megapixel."""
+"""Largest number of pixels of a format whose decoder is written in Python (RLE BMP, QOI, PPM of
+unusual depth). Such decoders take up to 1.6 seconds per megapixel."""
 
 MAX_BYTES = 512 * 2**20
 """Bytes above which a file is refused before it is read into memory."""
@@ -79,7 +79,7 @@ READABLE = (
     "PPM", "QOI", "TGA", "TIFF",
 )  # fmt: skip
 
-# Formats whose bytes can be kept.
+# Formats whose bytes are packed unchanged.
 _KEPT = ("JPEG", "PNG", "WEBP")
 
 # 8-bit modes that Pillow and DALI turn into the same RGB values (docs/shards.md has the list).
@@ -243,7 +243,7 @@ def _member_pixels(data: bytes, image_format: str) -> np.ndarray:
 
 
 def _upright_pixels(image: Image.Image, name: str, data: bytes) -> tuple[np.ndarray, int | None]:
-    """Return the upright pixels, and the orientation, or None if the bytes cannot be kept."""
+    """Return the upright pixels, and the file's orientation, None if its bytes cannot be kept."""
     plain = _is_plain(image, name, data)
     if name in _KEPT:
         orientation = orientation_of(data, name)
@@ -308,11 +308,11 @@ class ImageFile(NamedTuple):
 
     @property
     def is_held(self) -> bool:
-        """Return whether its bytes are in memory until `read` or `skip` is called."""
+        """Return whether the image's bytes are in memory until `read` or `skip` is called."""
         return self.skip is not _nothing
 
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a `Path` has made one of two slashes
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns `//` into `/`
 
 
 def read_file(path: Path | str) -> bytes:
@@ -328,7 +328,8 @@ def read_file(path: Path | str) -> bytes:
         raise DecodeError("its path has a zero byte; give one path a line, without find's -print0")
     if _ADDRESS.match(name) and not Path(path).exists():
         raise DecodeError("an address; images are read from disk, so download it")
-    # Before it is opened: a folder would stay open. `Path("")` would be the current folder.
+    # Checked before opening, because an opened folder would stay open. `name`, not `Path(name)`:
+    # `Path("")` is the current folder.
     if os.path.isdir(name):  # noqa: PTH112
         raise DecodeError("a folder; name the image files in it")
     try:
@@ -372,7 +373,7 @@ _PYTHON = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>|\bb(?=['\"])")
 def _in_words(error: Exception) -> str:
     """Format a library's message as one line without Python's object and bytes notation."""
     said = " ".join(_PYTHON.sub("", str(error)).split())[:200]
-    if said.startswith("decoder error"):  # with a number, of libtiff
+    if said.startswith("decoder error"):  # an error number of libtiff
         return "damaged pixels, or a compression that is not read; export it as PNG"
     if said and isinstance(error, ValueError | OSError | SyntaxError | EOFError):
         return said
@@ -444,7 +445,7 @@ def open_image(data: bytes) -> Image.Image:
         return Image.open(_stream(data), formats=READABLE)
     except Image.DecompressionBombError:
         raise
-    except Exception as error:  # see `boundary`
+    except Exception as error:  # `boundary` says why
         if data.startswith(b"\xff\xd8") and data[2:3]:
             with contextlib.suppress(Exception):
                 image = Image.open(io.BytesIO(mended(data)), formats=["JPEG"])

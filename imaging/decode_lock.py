@@ -64,5 +64,5 @@ def pixels_of(data: bytes) -> int:
     try:
         with without_warnings(), open_image(data) as image:
             return work_pixels(image, data)
-    except Exception:  # hostile bytes make parsers raise anything; decoding reports the error
+    except Exception:  # hostile bytes cause any exception; decoding reports it
         return 0

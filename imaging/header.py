@@ -20,7 +20,7 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
     """Read the (width, height) that a decoder will use from the header of a JPEG, PNG or WebP; None
     for other formats and bad headers.
     """
-    # Chunks before the header, or a second header, can make a PNG larger than its first bytes say.
+    # A second header, or chunks before the header, can make a PNG larger than its first bytes say.
     if data[:16] == _PNG_START and data.find(b"IHDR", 16) < 0 and len(data) >= 24:
         return struct.unpack_from(">2I", data, 16)
     if data.startswith((b"\x89PNG", b"RIFF")):

@@ -154,7 +154,7 @@ again, so a small file could take a minute (decoders with a limit stop at 500). 
 ten.
 """
 
-# Any marker but the restart markers, which are inside the pixel data.
+# Any marker except restart markers, which are inside the pixel data.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
@@ -179,7 +179,7 @@ def has_end(data: bytes) -> bool:
     if end < 0:
         return False
     scan = next((segment for segment in segments(data) if segment.marker == SOS), None)
-    if scan is None:  # there are bytes between the segments
+    if scan is None:  # bytes between segments: search leniently
         start = next((at for marker, at, _ in lenient_segments(data) if marker == SOS), None)
         return start is not None and end > start
     return end > scan.start
@@ -208,8 +208,8 @@ def lenient_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def unread_kind(data: bytes) -> str:
-    """Name the kind of a JPEG that libjpeg does not decode, or decodes to wrong colors: nothing
-    states those of a lossless one. Returns "" for every other file.
+    """Name the kind of a JPEG that libjpeg does not decode, or decodes to wrong colors (a lossless
+    JPEG does not state its color space). Returns "" for every other file.
     """
     for marker, start, _ in lenient_segments(data):
         if marker == SOS:

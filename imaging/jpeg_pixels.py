@@ -5,8 +5,8 @@ Main entry: `jpeg_pixels(data)` takes the bytes of a file and returns two values
 pixels, uint8 (height, width, 3), as they are stored: the EXIF orientation is not applied. The
 second is True if the strict mode of simplejpeg (libjpeg-turbo, every warning is an error) decodes
 the file as it is. Otherwise it is False, and the pixels come from `odd_jpeg_pixels(data)`. That
-function also accepts faults that lose no pixel: wrong metadata, extra bytes before a marker (which
-damage can leave, too), unusual chroma sampling.
+function also accepts faults that lose no pixel: wrong metadata, extra bytes before a marker (they
+may also come from damage), unusual chroma sampling.
 
 `PixelError` (a `ValueError`) is defined in `imaging/rgb.py`. Bytes that are no JPEG raise it, too.
 The decoders' own exceptions may get through for hostile bytes: `imaging/decode.py` turns every

@@ -46,7 +46,7 @@ def _undecoded_bytes(image: Image.Image) -> bytes:
     place = image.fp.tell()
     image.fp.seek(0)
     data = image.fp.read(MAX_BYTES + 1)
-    image.fp.seek(place)  # the caller may load it later
+    image.fp.seek(place)  # the caller may load the image later
     return data
 
 

@@ -171,7 +171,7 @@ def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield (four letters, start, end) of the content of each chunk of a WebP; a cut one ends after
     the data.
     """
-    at = 12  # RIFF, its length, WEBP
+    at = 12  # behind "RIFF", the length and "WEBP"
     while at + 8 <= len(data):
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         yield data[at : at + 4], at + 8, at + 8 + size
@@ -198,7 +198,7 @@ def _of_exif(content: bytes) -> int | None:
                 at = first + 10 + 12 * entry
                 (stated,) = struct.unpack_from(order + _INTEGERS[kind], tiff, at)
                 return stated if 1 <= stated <= 8 else None
-    except (struct.error, TypeError):  # TypeError: the byte order is missing
+    except (struct.error, TypeError):  # TypeError: no byte order
         return None
     return None
 

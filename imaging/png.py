@@ -28,7 +28,7 @@ chunks could fill the memory otherwise.
 """
 
 _CRITICAL = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""Chunks that the pixels need."""
+"""Chunks that are needed to decode the pixels."""
 
 _HARMLESS = {
     *_CRITICAL,
@@ -70,7 +70,7 @@ def essential(data: bytes) -> bytes:
         last = end
     if data[last + 4 : last + 8] in _CRITICAL:
         parts.append(data[last:])
-    if data[25:26] == b"\3" and not any(part[4:8] == b"PLTE" for part in parts):  # IHDR: indexed
+    if data[25:26] == b"\3" and not any(part[4:8] == b"PLTE" for part in parts):  # indexed
         raise ValueError("its palette is missing")
     return b"".join(parts)
 

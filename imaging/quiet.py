@@ -31,12 +31,12 @@ def silence_pillow() -> None:
     to libtiff, so its symbols are found there.
     """
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with contextlib.suppress(AttributeError, OSError):  # without libtiff, or without symbols
+    with contextlib.suppress(AttributeError, OSError):  # no libtiff, or no symbols
         ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 _silence = threading.Lock()
-_silent: list[warnings.catch_warnings] = []  # the saved filters, then once more for each open block
+_silent: list[warnings.catch_warnings] = []  # one per open block, and the saved filters
 
 
 @contextlib.contextmanager
@@ -78,8 +78,8 @@ class _Filter:
     """Sends standard error of the process through `imaging/chatter.py`, which drops the lines of
     decoders.
 
-    This is another process: a thread would die with this one, so that the last lines of a crash
-    were lost, and would wait for the GIL, which a crashing thread may hold while it writes.
+    The filter is another process, because a thread would die in a crash, before the last lines were
+    printed, and would wait for the GIL, which the crashing thread may hold while it writes.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class _Filter:
         with self.process.stdin as writing:
             os.dup2(writing.fileno(), 2)
         self.before = sys.stderr
-        if _is_native(sys.stderr):  # Python's lines need no filter, progress bars need a terminal
+        if _is_native(sys.stderr):  # unfiltered: progress bars need a terminal
             sys.stderr = os.fdopen(os.dup(self.real), "w", buffering=1, errors="backslashreplace")
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class _Filter:
 def _is_native(stream: Any) -> bool:
     try:
         return stream.fileno() == 2
-    except (AttributeError, OSError, ValueError):  # a replacement by a test, or None
+    except (AttributeError, OSError, ValueError):  # None, or replaced by a test
         return False
 
 
@@ -144,7 +144,7 @@ def without_chatter() -> Iterator[None]:
     global _users
     with _filtering:
         if not _users:
-            with contextlib.suppress(OSError):  # no process: all lines are printed
+            with contextlib.suppress(OSError):  # no filter process: nothing is dropped
                 _filters.append(_Filter())
         _users += 1
     try:

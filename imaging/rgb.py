@@ -91,7 +91,7 @@ def _from_loaded(image: Image.Image) -> np.ndarray:
         return _from_deep(image)
     if image.mode == "CMYK":
         image = _from_cmyk(image)
-    elif image.mode == "La":  # gray, multiplied by alpha: Pillow converts it to LA only
+    elif image.mode == "La":  # premultiplied alpha: Pillow converts only to LA
         image = image.convert("LA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
@@ -108,7 +108,7 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
         assert converted is not None  # None only with `inPlace`
         return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image.convert("RGB")  # the profile is damaged or not for CMYK
+        return image.convert("RGB")  # no usable CMYK profile
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -143,13 +143,13 @@ def _is_planar(image: TiffImagePlugin.TiffImageFile) -> bool:
 
 def _rename_raw_modes(image: ImageFile.ImageFile, rename: Callable[[str], str]) -> None:
     for index, tile in enumerate(image.tile):
-        assert isinstance(tile.args, tuple)  # a str or None only in other formats than TIFF
+        assert isinstance(tile.args, tuple)  # str or None only in other formats
         image.tile[index] = tile._replace(args=(rename(tile.args[0]), *tile.args[1:]))
 
 
 def _refuse_raw_chroma(image: Image.Image) -> None:
     """Refuse an uncompressed TIFF of YCbCr in which pixels share color values (section 21 of TIFF
-    6.0): Pillow reads as many of them as of brightness, and misses the rest.
+    6.0): Pillow expects one color value per pixel, and runs out of data.
 
     Raises:
         PixelError: the image is of this kind.
@@ -169,7 +169,7 @@ def _from_deep_color(image: Image.Image) -> np.ndarray:
     image.load()
     upper = _from_loaded(image)
     if lower is None:
-        _range_of(image, 0.0, 256.0 * upper.max() + 255.0)  # refuses one that is nearly black
+        _range_of(image, 0.0, 256.0 * upper.max() + 255.0)  # refuses nearly black images
         return upper
     values = upper.astype(np.uint16)
     values <<= 8
@@ -178,8 +178,9 @@ def _from_deep_color(image: Image.Image) -> np.ndarray:
 
 
 def _lower_bytes(image: Image.Image) -> np.ndarray | None:
-    """Read the lower 8 bits of each 16 of a TIFF, before it is loaded: uint8 (height, width, 3).
-    None if the upper ones suffice, because no levels other than those of 16 bits are declared.
+    """Read the lower 8 bits of each 16-bit value of a TIFF that is not loaded yet: uint8 (height,
+    width, 3). None if the upper 8 bits suffice, because black and white are 0 and 65,535 or not
+    declared.
 
     Raises:
         PixelError: such levels are declared, and Pillow cannot read the lower bits.
@@ -231,7 +232,9 @@ def _from_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> np.ndarray:
 
 
 def _depths_of_jpeg2000(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> set[int]:
-    """Read the bits of the channels but alpha (ISO 15444-1, A.5.1), and of a palette (I.5.3.4)."""
+    """Read the bit depths of the channels except alpha (ISO 15444-1, A.5.1), and of a palette
+    (I.5.3.4).
+    """
     assert image.fp is not None  # it is not loaded yet
     image.fp.seek(0)
     data = image.fp.read()
@@ -251,8 +254,8 @@ def _states_colors(image: Jpeg2KImagePlugin.Jpeg2KImageFile) -> bool:
     if image.mode in ("L", "LA", "I;16"):
         return True
     assert image.fp is not None  # it is not loaded yet
-    image.fp.seek(2)  # after the marker of the start
-    while (marker := image.fp.read(2)) not in (b"", b"\xff\x90"):  # to the first tile
+    image.fp.seek(2)  # behind the start marker
+    while (marker := image.fp.read(2)) not in (b"", b"\xff\x90"):  # up to the first tile
         segment = image.fp.read(max(0, int.from_bytes(image.fp.read(2), "big") - 2))
         if marker == _SIZ and set(segment[37::3] + segment[38::3]) != {1}:
             return True
@@ -268,7 +271,7 @@ _SIZ, _COD = b"\xff\x51", b"\xff\x52"
 def _from_deep(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
     gray = _scaled(values, *_range_of(image, *_extremes(values)))
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is zero
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # zero is white
         np.subtract(255, gray, out=gray)
     return np.repeat(gray[:, :, None], 3, axis=2)
 

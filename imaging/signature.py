@@ -43,7 +43,7 @@ _UNREAD = {
     "XCF": rb"gimp xcf",
     "a camera RAW": rb"IIRO|IIRS|MMOR|IIU\0|FUJIFILMCCD-RAW|.{4}ftypcrx |FOVb|\0MRM|II.{4}HEAPCCDR",
     "ICO": rb"\0\0\x01\0",
-    "CUR": rb"\0\0\x02\0[^\0]\0",  # zeros in a TGA of the same first bytes
+    "CUR": rb"\0\0\x02\0[^\0]\0",  # a TGA with the same first bytes has zeros here
     "ICNS": rb"icns",
     "DDS": rb"DDS ",
     "KTX": rb"\xabKTX ",
@@ -136,7 +136,7 @@ def is_cut_off(data: bytes, name: str) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)  # length in the RIFF header
     if name == "TIFF" and data[2:4] in (b"*\0", b"\0*"):
         start = int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")
-        return start >= len(data)  # of the directory
+        return start >= len(data)  # start of the TIFF directory
     return False
 
 

@@ -63,7 +63,7 @@ WAITING_BYTES = 256 * 2**20
 """Bytes of a compressed archive's members that may be in memory before their `read` is called."""
 
 
-# typeshed lacks these two.
+# Two exceptions that typeshed lacks.
 _InvalidHeader = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
 _EndOfArchive = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 

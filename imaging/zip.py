@@ -51,7 +51,7 @@ class ZipMember(NamedTuple):
     name: str
     where: str  # position, packed size, size, method and CRC-32, for `read_member`
     size: int  # bytes
-    excluded: str = ""  # why it is not read
+    excluded: str = ""  # why the file is not read
 
 
 class _Volumes(io.RawIOBase):
@@ -207,10 +207,10 @@ def members(archive: AnyPath, name: str = "") -> Iterator[ZipMember]:
             f"{name} claims {claimed:,} bytes in {len(volumes):,}, more than {MAX_RATIO:,} times "
             "its size: its members overlap or state wrong sizes; it is not read"
         )
-    # zipfile adds the difference between the directory's real and its stated offset.
+    # zipfile adds the difference between the directory's real and its stated offset to all offsets.
     moved = volumes.starts[directory_disk] if len(volumes.paths) > 1 else 0
     seen: set[str] = set()
-    plain = len(volumes.paths) == 1 and len(volumes) <= 2**32  # the stated offsets are then right
+    plain = len(volumes.paths) == 1 and len(volumes) <= 2**32  # its stated offsets are right
     overlapping = _overlapping(entries) if plain else set()
     for entry in sorted(entries, key=lambda entry: (entry.filename, entry.header_offset)):
         if entry.filename.endswith(("/", "\\")):

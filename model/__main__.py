@@ -215,7 +215,7 @@ def embed_command(
     from sharding.executor import run_all
 
     init_from = weights_at(init_from).absolute() if init_from else None
-    folder, runs = any_path(data).absolute(), runs.absolute()  # tasks run in other folders
+    folder, runs = any_path(data).absolute(), runs.absolute()  # tasks may run in other folders
     if recipe.features:
         store = str(Path(recipe.features.store).absolute())
         recipe = replace(recipe, features=replace(recipe.features, store=store))
@@ -358,7 +358,7 @@ def export_command(
     chosen = find(runs, checkpoint)
     console.say(f"checkpoint: {chosen}")
     out = out or output_folder(chosen, runs) / "onnx"
-    if report:  # refused before anything is written, as is a head, which takes no time
+    if report:  # check it before writing anything
         hub.read_report(report, read_meta(chosen))
     if head_folder:
         spec = head.backbone_of(chosen, place)

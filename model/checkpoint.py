@@ -78,14 +78,15 @@ class DamagedError(CheckpointError):
 
 
 class ReplacedError(CheckpointError):
-    """A checkpoint that is not in its run: a training removes those that it has better ones of."""
+    """A checkpoint that its training has deleted: it keeps only its best and its newest one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Training record in a checkpoint's meta. `selection` chooses the best checkpoint (highest),
     `data` names the sets with their hashes, `first_weights` is the origin of the run's first
-    weights, and `ended` is the reason why the run ended with this checkpoint, empty if it did not.
+    weights, and `ended` is the reason why the run ended with this checkpoint, empty if it
+    continued.
     """
 
     step: int
@@ -149,7 +150,7 @@ def save(
 
 
 def uncalibrated() -> dict[str, Any]:
-    """Return the entries of a `meta.json` that nobody has calibrated or compared yet."""
+    """Return the entries of `meta.json` that a calibration or comparison sets later."""
     return {
         "temperature": 1.0, "threshold": DEFAULT_THRESHOLD, "calibration": None,
         "calibrated_metrics": None, "compared": None, "refused": [],
@@ -164,8 +165,8 @@ def seal(folder: Path, meta: Mapping[str, Any]) -> None:
 
 def annotate(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of `meta.json`. A new calibration keeps the left-out rates of the last one."""
-    read_meta(folder)  # the error of a folder that is no checkpoint
-    with locked(folder, is_folder=True):  # another one may change other entries
+    read_meta(folder)  # raises for a folder that is no checkpoint
+    with locked(folder, is_folder=True):  # another process may change other entries
         meta = read_meta(folder)
         if spec := backbone.spec_of(meta, str(folder / META_FILE)):
             _write_meta(folder, backbone.recalibrated(meta, changes, spec, folder))
@@ -183,7 +184,7 @@ def _text_of(meta: Mapping[str, Any]) -> str:
 
 
 def _meta_sha256(meta: Mapping[str, Any]) -> str:
-    """Hash all entries of the meta except that hash itself."""
+    """Hash all entries of the meta except this hash."""
     files = {name: sha256 for name, sha256 in meta["sha256"].items() if name != META_FILE}
     return hashlib.sha256(_text_of({**meta, "sha256": files}).encode()).hexdigest()
 
@@ -281,7 +282,7 @@ def _advised(folder: Path) -> Iterator[None]:
     instead. An error about a checkpoint that is no longer there becomes a `ReplacedError`.
 
     Raises:
-        DamagedError, ReplacedError: the error of the block, with the advice.
+        DamagedError, ReplacedError: the error of the block, with advice.
     """
     try:
         yield
@@ -400,8 +401,8 @@ def load_state(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
 
 
 def _interned(value: Any) -> Any:
-    """Intern the keys of nested dictionaries. torch stores one key object that several dictionaries
-    share once; equal but distinct objects would give other bytes on the next save.
+    """Intern the keys of nested dictionaries. torch stores a key object that several dictionaries
+    share only once, so equal but distinct keys would give other bytes on the next save.
     """
     if isinstance(value, dict):
         return {
@@ -412,9 +413,7 @@ def _interned(value: Any) -> Any:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest step first, without half-written and other
-    folders.
-    """
+    """Return the checkpoints of a run, oldest step first; ignore other folders."""
     if is_partial(run):
         return []
     folders = (path.parent for path in run.glob(f"step_*/{META_FILE}"))
@@ -444,7 +443,7 @@ def checkpoint_at(path: Path) -> Path | None:
 
 
 def refusal_of(folder: Path) -> str:
-    """Return why the gate refused a checkpoint, in one line; empty if it did not."""
+    """Return why the gate refused a checkpoint, in one line; empty if not refused."""
     return "; ".join(read_meta(folder).get("refused") or [])
 
 
@@ -462,8 +461,8 @@ def runs_below(runs: Path) -> list[Path]:
 
 def find(runs: Path, named: Path | None = None, *, shipped: bool = False) -> Path:
     """Return the checkpoint that the user means. `named` is a checkpoint, a run (its best one) or
-    the name of a shipped detector. Without `named` it is the best of the newest run below `runs`
-    whose best one was not refused, or, without such a run and if `shipped`, the shipped detector.
+    the name of a shipped detector. Without `named`: the best of the newest run below `runs` whose
+    best checkpoint was not refused; without such a run, if `shipped`, the shipped detector.
 
     Raises:
         CheckpointError: there is no such checkpoint; the message says how to get one.

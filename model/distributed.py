@@ -46,10 +46,9 @@ from escape import one_line
 T = TypeVar("T")
 
 LONGEST_WAIT = datetime.timedelta(days=7)
-"""Time that ranks wait for one another, long because rank 0 alone packs a folder or fits a head per
-source for hours, and because a rank that waits for images must be able to say so first
-(`loading.stall_error_s`). torch's defaults are 10 minutes for NCCL and 30 for gloo. A rank that
-ends is noticed at once.
+"""Longest time that ranks wait for one another. Rank 0 alone packs a folder or fits heads for
+hours, and a rank that waits for images must report that first (`loading.stall_error_s`). torch's
+defaults are 10 minutes for NCCL and 30 for gloo. A rank that ends is noticed at once.
 """
 
 
@@ -76,8 +75,8 @@ class DistEnv:
 
 @contextlib.contextmanager
 def init_distributed() -> Iterator[DistEnv]:
-    """Join the process group that torchrun started. Without torchrun, yield one rank of one. Ranks
-    but the first log nothing below an error, except warnings about their own samples and machine
+    """Join the process group that torchrun started. Without torchrun, yield one rank of one. Other
+    ranks than 0 log only errors, and warnings about their own samples and machine
     (`console.rank_log`).
 
     CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
@@ -102,14 +101,14 @@ def init_distributed() -> Iterator[DistEnv]:
         console.log.setLevel(logging.ERROR)
         console.rank_log.setLevel(logging.WARNING)
     yield dist
-    # Not after an error: NCCL would wait for the other ranks, which do not come here. The end of
-    # the process closes the connections, and so ends the other ranks.
+    # Not after an error: NCCL would wait for the other ranks, which never get here. They end when
+    # the end of this process closes the connections.
     distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def with_others() -> Iterator[None]:
-    """Raise `RankError` for the error of an exchange in the block whose other ranks have ended."""
+    """Raise `RankError` if an exchange in the block fails because another rank has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -122,7 +121,7 @@ def on_main(dist: DistEnv, work: Callable[[], T]) -> T:
     """Call `work` on rank 0 while the other ranks wait, and return its result on every rank.
 
     Raises:
-        RankError: `work` has failed, on the other ranks. Rank 0 raises the error itself.
+        RankError: on the other ranks, if `work` has failed. Rank 0 raises the error itself.
     """
     if dist.world_size == 1:
         return work()
@@ -131,7 +130,7 @@ def on_main(dist: DistEnv, work: Callable[[], T]) -> T:
     if dist.is_main:
         try:
             result = work()
-        except Exception as error:  # of any kind: the other ranks must not wait for a result
+        except Exception as error:  # any error: the other ranks wait for a result
             failure = error
     reason = failure and one_line(failure)
     result, reason = all_gather_object(dist, (result, reason))[0]

@@ -14,8 +14,8 @@ Main entries, pure functions, in the order of use:
   allowed on any old source; `max_fpr`: highest false-positive rate allowed on any set), this list,
   a dict, set -> `Metrics` after training, and the decision threshold of these metrics. It returns
   the reasons for refusing the checkpoint, a list of sentences; empty if it passes. The list is None
-  if nothing was compared. A limit that cannot be judged is a reason, too: whoever sets one relies
-  on it, and a checkpoint that nobody measured has not kept it.
+  if nothing was compared. A limit that cannot be judged is a reason, too: an unmeasured checkpoint
+  has not kept it.
 
 "Accuracy" means the balanced accuracy, or with one class the accuracy (`accuracy_of()` of
 `model/metrics.py`).
@@ -28,7 +28,7 @@ from model.metrics import Metrics, accuracy_of
 from model.recipe import Gate
 
 _ROUNDING = 1e-9
-"""0.9 - 0.85 is a little more than 0.05: a loss exactly at the limit keeps it."""
+"""Tolerance: 0.9 - 0.85 is a little more than 0.05, and a loss at the limit is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)

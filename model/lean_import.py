@@ -12,10 +12,10 @@ The compiler is imported in four places. `torchvision.ops.roi_align` tests for c
 determinism is on; no classifier here calls `roi_align`. timm also marks functions of one model
 (`naflexvit`) as not to be compiled; the marks matter only if this model is compiled. An optimizer
 marks its own methods when it is made; they are called outside of compiled networks. (Steps of AdamW
-load the compiler all the same, those of L-BFGS do not.) Its `state_dict()` and the functions that
-compute shapes on the meta device are marked when they are first called; no compiled network calls
-them. `torch.compile` loads the compiler when it is called. wandb is imported by
-`timm.utils.summary`, which works without wandb.
+still load the compiler, steps of L-BFGS do not.) Its `state_dict()` and the functions that compute
+shapes on the meta device are marked when they are first called; no compiled network calls them.
+`torch.compile` loads the compiler when it is called. wandb is imported by `timm.utils.summary`,
+which works without wandb.
 
 `import_part(package, part)` imports `package.part` without the rest of the package, whose other
 parts are not needed, and returns the module. It is for packages that load all of their parts at
@@ -23,8 +23,8 @@ once, such as torchmetrics with its metrics of texts and sounds. If the part can
 itself, or the package is already loaded, it is imported as usual.
 
 `without(*packages)` is a context manager that blocks the import of the named packages, as
-`lean_import()` does with wandb. It is for what a package loads if it is there, such as boto3, which
-TensorBoard loads for folders on S3.
+`lean_import()` does with wandb. It is for optional dependencies, such as boto3, which TensorBoard
+loads for folders on S3.
 """
 
 import contextlib
@@ -52,12 +52,12 @@ def lean_import() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without(*packages: str) -> Iterator[None]:
-    """Block the import of `packages` until the block ends: as if they were not installed. Those
-    that are already loaded are left as they are.
+    """Block the import of `packages` until the block ends: as if they were not installed. Loaded
+    packages are left as they are.
     """
     modules: dict[str, Any] = sys.modules
     hidden = [package for package in packages if package not in modules]
-    modules.update(dict.fromkeys(hidden))  # with None there, `import` raises ImportError
+    modules.update(dict.fromkeys(hidden))  # None makes `import` raise ImportError
     try:
         yield
     finally:
@@ -117,10 +117,10 @@ def _import_alone(package: str, name: str) -> types.ModuleType:
             if spec is None:
                 raise ImportError(f"no package {name[:end]}")
             outer: Any = importlib.util.module_from_spec(spec)
-            outer._logger = logging.getLogger(package)  # torchmetrics makes it there
+            outer._logger = logging.getLogger(package)  # as in torchmetrics/__init__.py
             sys.modules[name[:end]] = outer
         return importlib.import_module(name)
     finally:
-        # A later import of the whole package must find none of these half-made modules.
+        # Remove these incomplete modules, so that a later import loads the whole package.
         for module in [key for key in sys.modules if f"{key}.".startswith(f"{package}.")]:
             del sys.modules[module]

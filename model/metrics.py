@@ -164,7 +164,7 @@ def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     the highest score down: the corners of the ROC curve, from (0, 0) to (reals, fakes).
     """
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # last index of each run of equal scores
+    last = np.append(np.diff(scores[order]) != 0, True)  # True at the last of equal scores
     true = np.cumsum(labels[order] == 1)[last]
     false = np.flatnonzero(last) + 1 - true
     return np.append(0, false), np.append(0, true)
@@ -200,7 +200,7 @@ def equal_error_rate(false: np.ndarray, true: np.ndarray) -> float:
     instead, which makes the result jump.
     """
     fpr, fnr = false / false[-1], 1 - true / true[-1]
-    after = int(np.argmax(fpr >= fnr))  # never 0: there fpr 0, fnr 1
+    after = int(np.argmax(fpr >= fnr))  # not 0: at index 0 fpr is 0, fnr is 1
     gap_before, gap_after = (fpr - fnr)[after - 1], (fpr - fnr)[after]
     share = -gap_before / (gap_after - gap_before)
     return float(fpr[after - 1] + share * (fpr[after] - fpr[after - 1]))
@@ -223,7 +223,7 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) ->
     """Return the ECE (Guo et al., 2017) of the probability of fake: over 15 bins of equal width,
     the mean difference between the mean probability and the share of fakes, weighted by images.
     """
-    # torchmetrics would put a probability of 1 in a bin of its own, a 16th.
+    # torchmetrics would put a probability of 1 into a 16th bin.
     preds = torch.from_numpy(np.minimum(probabilities, np.nextafter(1.0, 0.0)))
     target = torch.from_numpy(np.asarray(labels, np.int64))
     return float(classification.binary_calibration_error(preds, target, n_bins=ECE_BINS, norm="l1"))
@@ -247,7 +247,7 @@ def measure_sources(
 def accuracy_of(metrics: Metrics) -> float:
     """Return the balanced accuracy, or the accuracy if there is one class only."""
     accuracy = metrics.accuracy if metrics.balanced_accuracy is None else metrics.balanced_accuracy
-    assert accuracy is not None  # a source without images has no metrics
+    assert accuracy is not None  # each source has images
     return accuracy
 
 

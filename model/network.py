@@ -179,8 +179,7 @@ class Detector(nn.Module):
 
 
 def normalization(network: Network) -> tuple[Triple, Triple]:
-    """Return mean and std of a network: those of the recipe, else those that timm records for its
-    weights.
+    """Return mean and std of a network: from the recipe, else from timm's record of its weights.
 
     Raises:
         NetworkError: the recipe gives no mean or std, and timm does not know the network.
@@ -208,7 +207,7 @@ def check_size(net: Detector, network: Network, preprocess: Preprocess) -> None:
             net.to("meta").eval()(images)
     except (AssertionError, RuntimeError, ValueError, TypeError, LookupError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return  # the network reads values, which a meta tensor lacks: no verdict on the size
+            return  # meta tensors have no values, which this network reads: size not checked
         raise NetworkError(
             f"{network.name} does not accept {size} x {size} images ({first_line(error)}); set "
             f"preprocess.crop_size={made.height}, the size of its pretrained weights, or a "
@@ -247,7 +246,7 @@ def build(network: Network, *, pretrained: bool, empty: bool = False) -> Detecto
         )
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name.startswith(head))
-    net = Detector(backbone, network).train()  # timm leaves frozen parts in training mode
+    net = Detector(backbone, network).train()  # sets frozen parts to evaluation mode
     return net.to(memory_format=torch.channels_last)
 
 
@@ -266,7 +265,7 @@ def _create(network: Network, options: dict[str, Any], pretrained: bool) -> Back
         raise NetworkError(_how_to_get_weights(network, error)) from error
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         if pretrained:
-            _create(network, options, False)  # fails too if the name or an option is wrong
+            _create(network, options, False)  # raises if the name or an option is wrong
             raise NetworkError(_how_to_get_weights(network, error)) from error
         said = f"with the options {options}: {error}" if options else str(error)
         raise NetworkError(f"timm cannot build {network.name!r} {said}") from error
@@ -274,8 +273,7 @@ def _create(network: Network, options: dict[str, Any], pretrained: bool) -> Back
 
 def _put_stage_head(backbone: Backbone, crops: int) -> None:
     """Add a `StageHead` to the backbone, so that it is saved and loaded with the backbone's
-    weights. It starts at 0, so that the first gradient of the backbone does not come from random
-    head weights.
+    weights. The head starts at 0: random weights would give the backbone a random first gradient.
     """
     stages = backbone.feature_info
     backbone.stage_head = StageHead([stage["num_chs"] for stage in stages] * crops)
@@ -283,7 +281,7 @@ def _put_stage_head(backbone: Backbone, crops: int) -> None:
     nn.init.zeros_(backbone.stage_head.fc.bias)
     last = stages[-1]["module"].partition(".")[0]
     children = dict(backbone.named_children())
-    # Modules after the last stage are unused. Without a gradient they would block DDP.
+    # Modules after the last stage are unused: freeze them, because DDP waits for all gradients.
     for name in [*children][[*children].index(last) + 1 :]:
         children[name].requires_grad_(name == "stage_head")
 
@@ -377,7 +375,7 @@ def _how_to_get_weights(network: Network, error: Exception) -> str:
     ways = ["give a file with --init-from weights.safetensors"]
     if network.name == CLIP_8_BIT.name:
         ways.insert(0, "type `python -m model fetch` and give --init-from clip")
-    if not network.freeze_backbone:  # random weights are refused for a frozen backbone
+    if not network.freeze_backbone:  # frozen: random weights are refused
         ways.append("use random weights: --no-pretrained or --set network.pretrained=false")
     return f"the weights of {network.name} {fault} ({first_line(error)}); {', or '.join(ways)}"
 
@@ -394,7 +392,7 @@ def load_weights(
     try:
         net.backbone.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
-        # The first line is torch's heading; the lines below name parameters.
+        # Skip torch's heading; the other lines name parameters.
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise NetworkError(
@@ -436,7 +434,7 @@ def _without_classifier(
     kept = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
     missing = [name for name in state if name not in kept and not name.startswith(heads)]
     strange = [n for n in kept if n not in state or kept[n].shape != state[n].shape]
-    # A file whose batch norms are folded away keeps the freshly made, neutral statistics.
+    # Files may lack the counters of batch norms, which then stay 0.
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]
     if missing or strange:
         other = "; set preprocess.crop_size to the size that it was made for"

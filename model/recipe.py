@@ -180,7 +180,7 @@ class Network:
     files (`checkpoint_path`, `cache_dir`)."""
 
     def __post_init__(self) -> None:
-        # The checkpoints of strangers have options too.
+        # Refuse options that name files: a checkpoint with options may come from a stranger.
         if files := sorted({"checkpoint_path", "cache_dir"} & self.options.keys()):
             raise ValueError(
                 f"options takes no {files[0]}, which names files of this machine; give weights "
@@ -314,7 +314,7 @@ class Features:
             raise ValueError(f"views must be 0 to 1000, got {self.views}")
         if not self.store:
             raise ValueError("store is empty; name a folder, such as data/features")
-        local_path(self.store)  # an address would be taken for a folder of that name
+        local_path(self.store)  # raises for an address
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ def score(
 
 AT_A_TIME = 32
 """Number of images per forward pass, always the same. The shape of the input decides the order of
-floating-point sums and so the last bits of a score, which must not depend on a loader's batch size.
+floating-point sums, and so the last bits of a score; they must not depend on a loader's batch size.
 """
 
 
@@ -170,7 +170,7 @@ def score_set(
             program).
     """
     rank_scores: Scores | None
-    try:  # around the part that exchanges nothing; `Stopped` is raised below, by all ranks
+    try:  # without exchanges between ranks; all ranks raise `Stopped` below
         with interrupts.stoppable():
             rank_scores = score(net, evaluation_batches(loader), loader.device, dtype, on_images)
     except interrupts.Stopped:
@@ -206,6 +206,6 @@ def join_ranks(parts: list[Scores]) -> Scores:
 
 def join_failures(parts: Iterable[Mapping[int, str]]) -> dict[int, str]:
     """Merge the failures of all ranks, sample -> reason, in the order of the index. So the first
-    one does not depend on the number of ranks.
+    failure does not depend on the number of ranks.
     """
     return dict(sorted((sample, why) for part in parts for sample, why in part.items()))

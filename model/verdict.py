@@ -74,7 +74,7 @@ def left_out_sources(meta: Mapping[str, Any]) -> Mapping[str, Any]:
 
 class LeftOut(NamedTuple):
     """Rates of each source by a detector that was trained without it, and the band (low, high) at
-    which they were measured. Its ends are probabilities at the temperature in use.
+    which they were measured. The ends of the band are probabilities at the temperature in use.
     """
 
     sources: Mapping[str, Any]
@@ -82,8 +82,8 @@ class LeftOut(NamedTuple):
 
 
 def left_out_rates(meta: Mapping[str, Any]) -> LeftOut | None:
-    """Return the rates of left-out sources from the calibration in use, or those that it has kept
-    of an earlier one. None if there are none.
+    """Return the rates of left-out sources from the calibration in use, or from an earlier one that
+    it has kept; None without any.
     """
     if sources := left_out_sources(meta):
         return LeftOut(sources, band_of(meta))
@@ -95,7 +95,7 @@ def left_out_rates(meta: Mapping[str, Any]) -> LeftOut | None:
 
 
 def _at_temperature(p: float, fitted: float, now: float) -> float:
-    """Return what the probability `p` at the temperature `fitted` is at the temperature `now`."""
+    """Convert a probability `p` at the temperature `fitted` to the temperature `now`."""
     if not 0 < p < 1:
         return float(p)
     logit = math.log(p / (1 - p)) * fitted
@@ -103,8 +103,9 @@ def _at_temperature(p: float, fitted: float, now: float) -> float:
 
 
 def keep_left_out(meta: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return changes of a meta. A calibration in them that has no rates of left-out sources gets
-    those of `meta`, with their band and temperature: a calibration changes no weights.
+    """Return changes of a meta. A new calibration without rates of left-out sources gets those of
+    `meta`, with their band and temperature: they stay valid, because a calibration changes no
+    weights.
     """
     new, old = changes.get("calibration"), meta["calibration"]
     if not new or not old or left_out_sources(changes):
@@ -117,10 +118,11 @@ def keep_left_out(meta: Mapping[str, Any], changes: Mapping[str, Any]) -> Mappin
 
 def shares_at(roc: Sequence[Sequence[float]], threshold: float) -> tuple[float, float]:
     """Return the shares of reals and of fakes with a score of at least `threshold`: those of a row
-    of the curve, or between two rows interpolated.
+    of the curve, or interpolated between two rows.
     """
     rows = sorted(map(tuple, roc))
-    # Below 0 every score is at least the threshold, and above 1 none; a row can be just outside.
+    # Add both ends of the curve: all scores are at least 0, none is above 1. A row can be just
+    # outside.
     first, last = (min(0.0, rows[0][0]), 1.0, 1.0), (max(1.0, rows[-1][0]), 0.0, 0.0)
     at, reals, fakes = zip(first, *rows, last, strict=True)
     return float(np.interp(threshold, at, reals)), float(np.interp(threshold, at, fakes))
@@ -158,8 +160,8 @@ def band_at(
     calibration: at most the share `max_fpr` of real images is called likely AI, and at most the
     share `max_miss` of fakes is called no sign of AI.
 
-    None keeps that end of `band`. A rate that is not among the stored rates gets the
-    threshold of the next smaller one.
+    None keeps this end of `band`. A rate that is not among the stored rates gets the threshold of
+    the next smaller one.
 
     Raises:
         ValueError: a rate is outside 0 to 0.5, or the checkpoint has no threshold for it.

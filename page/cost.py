@@ -47,7 +47,7 @@ def show_threshold(detector: ImageDetector) -> None:
     curve = calibration.get("roc", []) if calibration else []
     steps = [row[0] for row in curve] or [step / 20 for step in range(1, 20)]
     labels = percentages([*steps, detector.threshold])
-    # Streamlit stores the label of the chosen option, so each label may have only one option.
+    # Streamlit stores the label of the chosen option, so labels must be unique.
     options = sorted({labels[step]: step for step in (*steps, detector.threshold)}.values())
     with st.container(key="cost"):
         show(Markup("<h2>Results at this threshold</h2>"))
@@ -80,7 +80,7 @@ def percentages(values: Iterable[float]) -> dict[float, str]:
     """
     values = list(values)
     different = len({100 * value for value in values})
-    for digits in range(3, 18):  # 17 digits tell any two numbers apart
+    for digits in range(3, 18):  # 17 digits distinguish all floats
         texts = {value: f"{100 * value:.{digits}g}%" for value in values}
         if len(set(texts.values())) == different:
             break

@@ -68,7 +68,7 @@ def main() -> None:
     show(Markup("<h1>Real or AI-generated?</h1>"))
     try:
         detector = loaded_detector()
-    except Exception as error:  # a damaged checkpoint can raise any exception type in the loader
+    except Exception as error:  # loading a damaged checkpoint can raise any type
         log.warning("no detector", exc_info=True)
         show(
             Markup('<div class="card refused" role="alert">{}<p>{}</p></div>').format(
@@ -81,7 +81,7 @@ def main() -> None:
     show_notices(detector.notices)
     files = {file.file_id: file for file in uploads()}
     start = st.empty()
-    if files:  # empty now, because the first screen would stay visible while images are scored
+    if files:  # empty it now: it would stay visible during scoring
         lead.empty()
         start.empty()
     else:

@@ -76,7 +76,7 @@ class Example:
 
 
 def is_example(name: str, data: bytes) -> bool:
-    """Return whether a file is one of the examples, because their verdicts mean nothing."""
+    """Return whether a file is one of the examples, whose verdicts mean nothing."""
     return name in NAMES and any(example.data == data for example in examples())
 
 

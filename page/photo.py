@@ -63,7 +63,7 @@ def photo_html(
     `busy` shows that they are being computed.
     """
     crops = crops_of(preprocess, result.size)
-    crops = crops[:1] if crops[-1] == crops[0] else crops  # a small image: both crops are equal
+    crops = crops[:1] if crops[-1] == crops[0] else crops  # equal crops of a small image
     size, whole = preprocess.crop_size, min(crops[0][2:]) > 0.999
     frames = []
     for number, crop in enumerate(crops):

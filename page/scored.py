@@ -73,12 +73,12 @@ class Scored:
     thumbnail: bytes = b""
     size: tuple[int, int] = (0, 0)
     is_example: bool = False
-    was_busy: bool = False  # it was not scored, because others were; it is tried again
+    was_busy: bool = False  # not scored, because others were; try again
 
     @property
     def printable_name(self) -> str:
-        """The name, in which invisible characters and marks that change the writing direction are
-        visible: text next to it would be shown backwards.
+        """The name, with visible escapes for invisible characters and for marks of the writing
+        direction, which could reverse the text next to the name.
         """
         return printable(self.name)
 
@@ -94,8 +94,8 @@ class Scored:
 
 
 def names_ai(item: Evidence) -> bool:
-    """Return whether a statement suggests that the image is AI-generated. One whose signature is
-    invalid does not: it may have been made for another file.
+    """Return whether a statement suggests that the image is AI-generated. A statement with an
+    invalid signature does not: it may be from another file.
     """
     return item.suggests == "AI" and item.state != "invalid"
 
@@ -105,7 +105,7 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
     before = st.session_state.get("scored", {})
     scored = {file.file_id: before[file.file_id] for file in files if file.file_id in before}
     maps = st.session_state.get("heatmaps", {})
-    st.session_state["scored"] = scored  # results of removed files are dropped
+    st.session_state["scored"] = scored  # drops results of removed files
     st.session_state["heatmaps"] = {key: maps[key] for key in maps.keys() & scored.keys()}
     reports = st.session_state.get("kept", {})
     st.session_state["kept"] = {key: reports[key] for key in reports if key[0] in scored}
@@ -122,8 +122,8 @@ def score_all(detector: ImageDetector, files: Sequence[UploadedFile]) -> dict[st
 def score(detector: ImageDetector, name: str, data: bytes) -> Scored:
     """Score one image; the result has a probability, or the reason why the image is refused.
 
-    Waiting for another visitor's image has a limit. The lock of the detector is not held while the
-    image is decoded, which can take ten seconds.
+    The wait for another visitor's image is limited. The detector is not locked during decoding,
+    which can take ten seconds.
     """
 
     def read(file: ImageFile) -> tuple[np.ndarray, Image.Image, tuple[int, int]]:

@@ -13,7 +13,7 @@ have drawn it in this session before, else `forget()` raises KeyError after the 
 It is called while Streamlit draws the page, or by a button of the page (`on_click`).
 
 `script_context()` returns Streamlit's context of the page that is being drawn. `seconds_of(text)`
-returns the value of `DETECTOR_GRACE_S` as a number; if the text is none, it raises SystemExit.
+returns the value of `DETECTOR_GRACE_S` as a number; if the text is no number, it raises SystemExit.
 """
 
 import math
@@ -50,7 +50,7 @@ GRACE_S = seconds_of(os.environ.get("DETECTOR_GRACE_S", ""))
 def script_context() -> ScriptRunContext:
     """Return Streamlit's context of the page that this thread draws."""
     context = get_script_run_ctx()
-    assert context is not None  # this module is only used while a page is drawn
+    assert context is not None  # only called while a page is drawn
     return context
 
 
@@ -64,9 +64,9 @@ def close_soon(session: str) -> None:
 
     def close() -> None:
         if not runtime.is_active_session(session):
-            runtime.close_session(session)  # files, state and pictures
+            runtime.close_session(session)  # deletes files, state and pictures
 
-    loop = runtime._get_async_objs().eventloop  # a session can be closed only in this loop
+    loop = runtime._get_async_objs().eventloop  # sessions are closed in this loop
     timer = threading.Timer(GRACE_S, loop.call_soon_threadsafe, [close])
     timer.daemon = True
     timer.start()
@@ -85,4 +85,4 @@ def forget(files: Sequence[UploadedFile]) -> None:
         context.uploaded_file_mgr.remove_file(  # type: ignore[attr-defined]  # not in the protocol
             context.session_id, file.file_id
         )
-    st.session_state["uploader"] += 1  # a new key makes a new, empty uploader
+    st.session_state["uploader"] += 1  # a new key: a new, empty uploader

@@ -80,7 +80,7 @@ def show_table(
     )
     st.download_button(
         "Download as CSV",
-        as_csv(detector, scored, verdicts).encode("utf-8-sig"),  # Excel asks for the mark
+        as_csv(detector, scored, verdicts).encode("utf-8-sig"),  # with a BOM for Excel
         "verdicts.csv",
         "text/csv",
         on_click="ignore",
@@ -104,7 +104,7 @@ def row(key: str, result: Scored, verdict: str) -> dict[str, object]:
         "picture": data_url(result.thumbnail) if result.thumbnail else "",
         "verdict": capital(verdict),
         "kind": KINDS[verdict],
-        "marks": marks,  # texts and their CSS classes
+        "marks": marks,  # (text, CSS class)
         "probability": probability,
         "said": "" if probability is None else percent(probability),
     }

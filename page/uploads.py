@@ -21,7 +21,7 @@ from page.session import forget
 
 HERE = Path(__file__).parent
 
-# Without this line, Starlette writes larger uploads to a temporary file first.
+# Keeps uploads in memory: Starlette would write larger ones to a temporary file.
 MultiPartParser.spool_max_size = MAX_BYTES
 
 _paste = st.components.v2.component(
@@ -65,7 +65,7 @@ def uploads() -> list[UploadedFile]:
 
 
 def announce(text: str, files: Collection[str]) -> None:
-    """Let screen readers speak `text`, and scroll to the results if one of these ids of files is
-    new and the results are not in the window.
+    """Let screen readers speak `text`, and scroll to the results if one of the file ids `files` is
+    new and the results are not visible.
     """
     _live(key="live", data={"text": text, "files": list(files)})

@@ -88,11 +88,11 @@ def evidence_html(evidence: Sequence[Evidence], level: int) -> Markup:
 
 
 def _statement(item: Evidence) -> Markup:
-    """Return a list entry. Text of the file is isolated: in another writing direction it would turn
-    the text around it.
+    """Return a list entry. Text of the file is isolated (`bdi`): with another writing direction it
+    would reverse the text around it.
     """
     state: Markup | str = ""
-    if item.state:  # the value starts with the state, so text of the file cannot come before it
+    if item.state:  # the value starts with the state, before text of the file
         state = Markup('<span class="state {}">{}</span>').format(_STATES[item.state], item.state)
     names = Markup(' <span class="state ai">names AI</span>') if names_ai(item) else ""
     return Markup(

@@ -161,8 +161,8 @@ class AugmentParams(NamedTuple):
     - `color`: 3 x 4 matrix, row by row, applied to RGB values of 0 to 255.
     - `resample`: intermediate side in pixels, 0 for none. `blur`: sigma in pixels, 0 for none.
     - `jpeg`, `jpeg2`, `jpeg3`: qualities of successive JPEGs, 0 for none. `webp`: likewise.
-    - `grid_top`, `grid_left`: pixels between the corners of a chroma block of the JPEG and the
-      image, 0 to 15.
+    - `grid_top`, `grid_left`: distance of the image's corner from the corner of a chroma block, in
+      pixels, 0 to 15.
     - `whole_height`, `whole_width`: size to which the whole image is resized before everything
       else, 0 for none. `whole_filter`: its filter. `top`, `left`, ... are pixels of the result.
     - `whole_jpeg`: quality of a JPEG of the whole image before the crop, 0 for none.
@@ -249,8 +249,8 @@ class AugmentBatch:
 
     @property
     def moved(self) -> np.ndarray:
-        """Images that do not start at the corner of a chroma block of the JPEG, bool (N,). Backends
-        process these images with a margin of `GRID` pixels and cut it off at the end.
+        """Images to which `jpeg_grid_shift` applies, bool (N,). Backends process these images with
+        a margin of `GRID` pixels and cut it off at the end.
         """
         return (self.grid_top > 0) | (self.grid_left > 0)
 

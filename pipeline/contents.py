@@ -31,7 +31,7 @@ _known: "weakref.WeakKeyDictionary[ShardSet, str]" = weakref.WeakKeyDictionary()
 
 
 def content_sha256(shards: ShardSet) -> str:
-    """Return the hash of the columns `READ`. It is kept for the next call: a run asks at each of
+    """Return the hash of the columns `READ`. The hash is cached, because a run needs it for each of
     its checkpoints.
     """
     if shards not in _known:
@@ -45,7 +45,7 @@ def _hashed(shards: ShardSet) -> str:
         column = shards.table.column(name)
         if pa.types.is_dictionary(column.type):
             codes, names = codes_of(column)
-            # The dictionary may have other names, and another order, for the same values.
+            # Equal values may have different dictionaries: unused names, or another order.
             present, codes = np.unique(codes, return_inverse=True)
             order = np.argsort([names[code] for code in present])
             digest.update(json.dumps(sorted(names[code] for code in present)).encode())

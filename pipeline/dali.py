@@ -24,7 +24,8 @@ and RuntimeError if the GPU is lost or has no memory left. An image that fails d
 Errors of `requests` pass through.
 
 A pipeline whose run came to its end is kept for the next run. `close()` frees it, and its memory on
-the GPU; whoever makes a backend closes it. After `close()`, a new run builds a pipeline again.
+the GPU; the code that creates a backend closes it. After `close()`, a new run builds a pipeline
+again.
 
 The DALI operators are in `pipeline/dali_graph.py`. This module does on the CPU what DALI cannot:
 before the operators, the steps that change the whole image (resizing, JPEG, WebP); after them, the
@@ -80,7 +81,7 @@ class DaliBackend:
         self.hw_decoder_load = hw_decoder_load
         self.status = WorkerStatus(["reader", "DALI"])
         self._repair: Callable[[bytes, int, AugmentBatch], torch.Tensor] | None = None
-        self._idle: tuple[_Source, Any] | None = None  # a pipeline whose run has ended, reset
+        self._idle: tuple[_Source, Any] | None = None  # pipeline of an ended run, for the next one
 
     def run(self, requests: Iterable[Request], start: int = 0) -> Iterator[DecodedBatch]:
         """Yield the pixels of each request, uint8 (B, *shape, 3) on the device. The first
@@ -117,14 +118,15 @@ class DaliBackend:
                     with self.status.at(DECODER, "decoding", step):
                         images, failures = _tensor_of(pipe.run(*self._stream)), {}
                 except StopIteration:
-                    # Kept for the next run: building one takes 2 s on an H200. A run that is
-                    # stopped early leaves batches in its pipeline, which is not used again.
+                    # Keep the pipeline for the next run: building one takes 2 s on an H200. The
+                    # pipeline of a run that was stopped early still has batches and is not used
+                    # again.
                     pipe.reset()
                     source.feed = None
                     self._idle = source, pipe
                     return
                 except RuntimeError as error:
-                    if self._device_failed(error) or fed.empty():  # no batch: `requests` failed
+                    if self._device_failed(error) or fed.empty():  # empty: `requests` failed
                         raise
                     images, failures = self._one_by_one(fed.queue[0])
                 request = fed.get()
@@ -140,8 +142,9 @@ class DaliBackend:
                 yield DecodedBatch(images, request.failures | failures, timing)
 
     def _on_host(self, request: Request) -> Request:
-        """Do on the CPU what the graph cannot do (see `_by_host`), before the graph. Other damaged
-        images are left to the graph, and then to the reference decoder, which gives the reason.
+        """Decode on the CPU, before the graph, the images that the graph must not get or cannot
+        process (`_by_host`). Other damaged images fail in the graph; the reference decoder then
+        gives the reason.
         """
         params = request.params
         whole = params.whole_jpeg | params.whole_height | params.whole_webp
@@ -171,11 +174,10 @@ class DaliBackend:
 
     @staticmethod
     def _by_host(request: Request, row: int) -> bytes | ValueError:
-        """Decode an image with the reference decoder and apply the first steps of its policy, those
-        for the whole image: DALI's JPEG operator supports only one chroma subsampling, and only
-        images of one size. Returns the image as a PNG, or the error of the decoder or of a step. If
-        a JPEG is the last of these steps, it is the result: the graph decodes a fake exactly as it
-        decodes its partner.
+        """Decode an image with the reference decoder and apply the steps for the whole image:
+        DALI's JPEG operator supports only one chroma subsampling, and only images of one size.
+        Returns the image as a PNG, or the error of the decoder or of a step. If the last of these
+        steps is a JPEG, returns the JPEG, so that the graph decodes a fake exactly as its partner.
         """
         params = request.params.row(row)
         try:
@@ -211,7 +213,7 @@ class DaliBackend:
         rows = [row for row in np.flatnonzero(params.webp).tolist() if row not in failures]
         if not rows:
             return images
-        images = images.clone()  # the batch is DALI's own memory
+        images = images.clone()  # DALI owns the memory of the batch
         height, width = self.shape
         crops = images[rows].cpu().numpy().reshape(-1, width, width, 3)
         qualities = np.repeat(params.webp[rows], height // width).tolist()
@@ -229,11 +231,11 @@ class DaliBackend:
         return (torch.cuda.current_stream(self.device),) if on_gpu else ()
 
     def _take_pipeline(self) -> "tuple[_Source, Any]":
-        """Take the idle pipeline, or build one if there is none. A run has its pipeline alone."""
+        """Take the idle pipeline, or build one if there is none. Runs never share a pipeline."""
         idle, self._idle = self._idle, None
         if idle is None:
             source = _Source()
-            # Not `source` itself: DALI inspects the code object of its source.
+            # A lambda, because DALI inspects the code object of its source.
             idle = source, self._build(lambda: source.next(), self.batch_size, depth=2)
         return idle
 
@@ -254,7 +256,7 @@ class DaliBackend:
 
     @property
     def _device_id(self) -> int:
-        """Number of the GPU. `cuda` without a number is the current one, that of the rank."""
+        """Number of the GPU. `cuda` without a number is the current GPU of this rank."""
         index = self.device.index
         return torch.cuda.current_device() if index is None else index
 
@@ -282,11 +284,11 @@ class DaliBackend:
         return images, failures
 
     def _by_reference(self, request: Request, row: int, params: AugmentBatch) -> torch.Tensor:
-        """Decode with the reference decoder what DALI does not decode, then apply the same graph.
+        """Decode an image that DALI does not decode with the reference decoder, then apply the same
+        graph.
 
         Raises:
-            ValueError: the image does not decode, or the graph refuses it; the message is the
-            reason.
+            ValueError: the image does not decode, or the graph refuses it.
         """
         pixels = decode_image(*_member(request, row))
         refuse_crop_outside(pixels, params.row(0))
@@ -298,7 +300,7 @@ class DaliBackend:
 
     def _build_repair(self) -> Callable[[bytes, int, AugmentBatch], torch.Tensor]:
         waiting: list[tuple] = []
-        # Not `waiting.pop` itself: DALI inspects the code object of its source.
+        # A lambda, because DALI inspects the code object of its source.
         pipe = self._build(lambda: waiting.pop(), 1, depth=1)
 
         def decode(data: bytes, orientation: int, params: AugmentBatch) -> torch.Tensor:
@@ -315,7 +317,7 @@ class _Source:
 
     def next(self) -> tuple:
         """Return the next batch."""
-        assert self.feed is not None  # only a run asks
+        assert self.feed is not None  # set while a run uses the pipeline
         return self.feed()
 
 
@@ -344,7 +346,7 @@ def _member(request: Request, row: int) -> tuple[bytes, str, int]:
     return request.data[row], request.formats[row], request.orientations[row]
 
 
-# Names of errors of CUDA's runtime and of its driver, and DALI's texts for no memory left.
+# Error names of CUDA's runtime and driver, and DALI's texts for a lack of memory.
 _CUDA_ERROR = re.compile(
     r"\bcudaError[A-Z]\w+|\bCUDA_ERROR_[A-Z_]+"
     r"|CUDA allocation failed|Can't allocate \d+ bytes on (device|host)|std::bad_alloc"

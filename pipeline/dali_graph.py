@@ -52,7 +52,7 @@ _FILTERS = np.array(
 
 _TURNS = np.array(
     [(is_transposed(number), *mirrored(number)) for number in range(9)], np.bool_
-)  # row = orientation: whether transposed, then whether rows and columns are mirrored
+)  # row: EXIF orientation; columns: transposed, rows mirrored, columns mirrored
 
 
 class GraphInput(NamedTuple):
@@ -155,7 +155,7 @@ def graph(
         fed["data"],
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
-        adjust_orientation=False,  # done by the index: DALI reads it from fewer kinds of metadata
+        adjust_orientation=False,  # the index has it; DALI reads fewer kinds of metadata
         jpeg_fancy_upsampling=True,
         use_fast_idct=False,
         hw_decoder_load=hw_decoder_load,

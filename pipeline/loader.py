@@ -99,7 +99,7 @@ TIMED_OUT = "DataLoader timed out"
 MAX_BAD_SHARE = 0.05
 MIN_SEEN = 200
 """A run stops when more than `MAX_BAD_SHARE` of at least `MIN_SEEN` samples cannot be decoded, or
-more than that share of a whole epoch of any length. A single bad sample never stops a run.
+more than `MAX_BAD_SHARE` of a whole epoch of any length. A single bad sample never stops a run.
 """
 
 
@@ -131,7 +131,7 @@ def choose_backend(asked: Backend, device: torch.device) -> tuple[str, str]:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing too
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -187,11 +187,11 @@ class Loader:
                         f"{MAX_BAD_SHARE:.0%}; the first: {bad[0]}"
                     )
                 yield batch
-            next(decoded, None)  # the end, after which the backend keeps its pipeline
+            next(decoded, None)  # end the run, so that the backend keeps its pipeline
 
     def close(self) -> None:
         """Free what the backend keeps for its next epoch, such as memory on the GPU."""
-        if "_dali" in vars(self):  # else DALI was never used, and need not be imported
+        if "_dali" in vars(self):  # created on first use, imports DALI
             self._dali.close()
 
     def name_failures(self, batch: Batch) -> list[str]:
@@ -208,9 +208,9 @@ class Loader:
         """Turn torch's errors about dead or stalled workers into a `LoadError`, and an `OSError` of
         a worker, which comes with its traceback, into one line.
 
-        If a worker dies, torch raises a plain RuntimeError, in whatever line the main thread is, or
-        the worker's pipe breaks in the middle of a batch. If no worker gives a batch in time, or
-        the main process has no descriptor left for a batch, torch raises another RuntimeError.
+        If a worker dies, torch raises a plain RuntimeError, at any line of the main thread, or the
+        worker's pipe breaks in the middle of a batch. If no worker gives a batch in time, or the
+        main process has no descriptor left for a batch, torch raises another RuntimeError.
         """
         try:
             yield
@@ -218,7 +218,7 @@ class Loader:
             raise LoadError(str(error)) from error
         except (RuntimeError, OSError, EOFError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
-            of_worker = lines[0].startswith("Caught ")  # a traceback follows; the error is its end
+            of_worker = lines[0].startswith("Caught ")  # a worker's traceback, ends with the error
             reason = lines[-1] if of_worker else lines[0]
             if TIMED_OUT in str(error):
                 status = self._status.describe()
@@ -252,12 +252,12 @@ class Loader:
             collate_fn=_unchanged,
             multiprocessing_context=killed_at_the_end() if self._workers else None,
             timeout=self.loading.stall_error_s / WAITS if self._workers else 0,
-            # Without a generator, each start of a DataLoader takes a number from torch's global
-            # one, and a run that resumes within an epoch would have another dropout.
+            # Without its own generator, each start of a DataLoader uses up a number of torch's
+            # global generator, so dropout would differ in a run that is resumed within an epoch.
             generator=torch.Generator(),
         )
         before = self._status.made()
-        # No stop signal reaches a worker while it starts.
+        # A worker must not receive a stop signal while it starts.
         with stop_signals_held(), garbage_held():
             decoded = iter(loader)
         for taken, pixels in enumerate(_patient(decoded), start=1):
@@ -324,7 +324,7 @@ class Loader:
         return labeled_batch(self.shards, epoch, rows, images, pixels.failures, pixels.timing)
 
 
-@functools.cache  # once, not for each set
+@functools.cache  # warn once, not for each set
 def _warn_of_few_cores(workers: int, cores: int) -> None:
     log.warning(
         "loading.num_workers is %d, more than the cores that this process may use (%d), so that "
@@ -363,7 +363,7 @@ class _Requests(Dataset):
         self.orientations = loader.shards.column("orientation")
         self.status = loader._status
         self._sampled: dict[int, AugmentBatch] = {}
-        _ = epoch.repeat_index  # once, before the workers start: else each of them computes it
+        _ = epoch.repeat_index  # compute it here, not in each worker
 
     def __len__(self) -> int:
         return self.epoch.steps
@@ -397,9 +397,8 @@ class _Requests(Dataset):
         return Request(data, formats, orientations, params, failures, read_s)
 
     def _params(self, step: int) -> AugmentBatch:
-        """Return the parameters of one step. Those of this process's next steps are sampled in the
-        same call, because sampling thirty at a time costs ten times as much per sample as a
-        thousand.
+        """Return the parameters of one step. The same call samples the parameters of this process's
+        next steps: thirty samples per call cost ten times as much per sample as a thousand.
         """
         if step not in self._sampled:
             worker = get_worker_info()
@@ -427,7 +426,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _patient(decoded: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
-    """Yield the items of torch's iterator. Where it gives none in time, ask it `WAITS` times."""
+    """Yield the items of torch's iterator. Repeat a wait that timed out, up to `WAITS` times."""
     waits = 0
     while True:
         try:
@@ -456,12 +455,12 @@ def open_loader(
 
     Raises:
         LoadError: the requested backend is not installed, a tar is missing or has another length
-        than the index says, or shared memory has no room for the requested workers.
+            than in the index, or shared memory has no room for the requested workers.
     """
     backend, reason = choose_backend(loading.backend, device)
     check_shards(shards)
     loader = Loader(shards, preprocess, loading, device, backend, reason, rank, world_size)
-    _ = loader._workers  # so that too little shared memory is an error here, not at the first batch
+    _ = loader._workers  # too little shared memory must be an error here
     return loader
 
 

@@ -54,7 +54,9 @@ class Loading:
     """`global` shuffles all samples. `block`, for shards at an address, reads runs of 256
     successive samples and mixes 64 runs at a time."""
     verify_checksums: bool = False
-    """Compare the SHA-256 of every image with the index. Those from an address always are."""
+    """Compare the SHA-256 of every image with the index. Images from an address are always
+    compared.
+    """
     cache: str = "data/cache"
     """Cache folder for parts of shards at an address."""
     cache_gb: float = 20.0

@@ -64,8 +64,9 @@ STAGES = ("idle", "reading", "decoding")
 
 
 WAITS = 4
-"""Parts into which a wait for a batch is divided. A clock runs on while this process is stopped (by
-Ctrl-Z, `docker pause` or a batch system), so a stop ends one part, not the whole wait.
+"""Parts into which a wait for a batch is divided. While this process is stopped (by Ctrl-Z, `docker
+pause` or a batch system), the clock runs on: only one part of the wait then times out, not the
+whole wait.
 """
 
 
@@ -91,7 +92,7 @@ class WorkerStatus:
 
     def __init__(self, workers: Sequence[str], *, shared: bool = False):
         self.workers = list(workers)
-        with torch.inference_mode(False):  # else only a thread in inference mode could change it
+        with torch.inference_mode(False):  # tensors of inference mode cannot be changed outside it
             self._cells = torch.zeros((len(self.workers), 3), dtype=torch.int64)
         if shared:
             self._cells.share_memory_()

@@ -46,8 +46,8 @@ from sharding.rows import row_numbers
 Shuffle = Literal["global", "block"]
 
 ORDER_VERSIONS: Mapping[Shuffle, int] = {"global": 1, "block": 2}
-"""Versions of the orders. One increases whenever the same seed gives another order. A saved state
-of another version is refused.
+"""Versions of the orders. A version increases whenever the same seed gives another order. A saved
+state of another version is refused.
 """
 
 BLOCK = 256
@@ -87,7 +87,7 @@ class Epoch:
         """
         seen = np.zeros(self.samples.max(initial=-1) + 1, np.bool_)
         seen[self.samples] = True
-        if np.count_nonzero(seen) == len(self.samples):  # none twice: no sort of the whole epoch
+        if np.count_nonzero(seen) == len(self.samples):  # no sample twice: skip the slow sort
             return np.zeros(len(self.samples), np.int64)
         order = np.argsort(self.samples, kind="stable")
         ordered = self.samples[order]
@@ -289,20 +289,20 @@ def check_state(
 
     Raises:
         OrderError: the state belongs to other shards, another seed, global batch or order version,
-            or to other `settings`, or it names no place in the order.
+            or other `settings`, or its epoch or step is no whole number from 0 on.
     """
     sets = {"content_sha256": content_sha256}
-    if "content_sha256" not in state:  # of an earlier version
+    if "content_sha256" not in state:  # written by an earlier version
         sets = {"index_sha256": index_sha256}
     expected = {
-        "loading.shuffle": shuffle,  # before the version, which differs between shuffles
+        "loading.shuffle": shuffle,  # first: shuffles have different versions
         "order_version": ORDER_VERSIONS[shuffle],
         "seed": seed,
-        **sets,  # before the batch size, which `--folder` takes from the sets
+        **sets,  # before the batch size, which `--folder` derives from the sets
         **settings,
         "global_batch": global_batch,
     }
-    newer = {"loading.shuffle", *settings}  # which unfinished runs of earlier versions lack
+    newer = {"loading.shuffle", *settings}  # keys that states of earlier versions lack
     for name, value in expected.items():
         before = state.get(name, value) if name in newer else state[name]
         if type(before) is not type(value) or before != value:

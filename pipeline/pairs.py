@@ -58,7 +58,7 @@ def partners_of(shards: ShardSet, sources: tuple[str, ...]) -> Partners:
         is_fake = shards.column("label")[rows] == 1
         group = codes_of(shards.table.column("group").take(rows))[0]
         reals = np.bincount(group[~is_fake], minlength=len(rows))
-        partner = np.zeros(len(rows), np.int64)  # by group: the row of its one real image
+        partner = np.zeros(len(rows), np.int64)  # group -> row of its only real image
         partner[group[~is_fake]] = rows[~is_fake]
         partner = partner[group]
         kinds, kind_names = shards.codes("chroma")

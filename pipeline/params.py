@@ -60,7 +60,7 @@ class TrainParams:
     each time it appears.
     """
 
-    policies: PolicyTable  # by source code
+    policies: PolicyTable  # row: code of the source
     sources: np.ndarray
     widths: np.ndarray
     heights: np.ndarray
@@ -177,7 +177,8 @@ def view_params(
     if not view:
         return eval_params(shards, preprocess)
     params = train_params(shards, augment, policy, preprocess, seed, view - 1)
-    # From hashes and offsets, not row numbers: a sample has the same number in a subset of its set.
+    # Key: hash and offset, not the row number, so that a sample has the same key in a subset of its
+    # set.
     offsets = shards.column("offset").astype(np.int64)
     tars = np.array([int(sha256[:8], 16) for sha256 in shards.shard_sha256], np.int64)
     return replace(params, numbers=(tars[shards.column("shard_code")] << 31) ^ offsets)

@@ -205,7 +205,7 @@ ORIGINAL = Perturbation("original", "original", 0, ())
 
 PERTURBATIONS: Sequence[Perturbation] = (
     ORIGINAL,
-    # From the quality of cameras down to that of chat programs.
+    # From the quality of cameras down to the quality of chat programs.
     *map(_jpeg, (90, 80, 70, 60, 50, 40, 30)),
     # Two JPEGs: an image that was uploaded twice.
     Perturbation("jpeg-90-60", "two JPEGs", 0, (*_jpeg(90).steps, *_jpeg(60).steps)),
@@ -214,16 +214,16 @@ PERTURBATIONS: Sequence[Perturbation] = (
         (*_jpeg(90).steps, partial(cut, edge=3), *_jpeg(60).steps),
         "cut by 3 pixels between two JPEGs, so that their blocks do not meet",
     ),
-    *map(_webp, (80, 50)),  # Pillow's default, and a low one
+    *map(_webp, (80, 50)),  # Pillow's default, and a low quality
     *map(_avif, (75, 50)),  # the defaults of Pillow and of sharp, which many web servers use
     *map(_scale, (0.25, 0.5, 0.75, 1.5, 2.0)),
-    *map(_blur, (1.0, 2.0)),  # inside the range that Wang et al. (2020) train and test on, 0 to 3
+    *map(_blur, (1.0, 2.0)),  # Wang et al. (2020) use 0 to 3
     *map(_noise, (4.0, 10.0)),  # hardly visible, and clearly visible
     Perturbation(
         "screenshot", "screenshot", 0, (screenshot,),
         f"fitted to a screen of {PHONE[0]} x {PHONE[1]} pixels between black bars",
     ),
-    # The tiers that the Sieve detector publishes its accuracy at (docs/accuracy-v0.14.md there).
+    # Tiers for which the Sieve detector publishes its accuracy (its docs/accuracy-v0.14.md).
     _tier("web", 768, 60),
     _tier("hard", 512, 40),
 )  # fmt: skip

@@ -53,7 +53,7 @@ def uniform(
         here = key + np.uint64(round_index) * _WEYL
         counter = [high1 ^ counter[1] ^ here[0], low1, high0 ^ counter[3] ^ here[1], low0]
     words = np.stack(counter, axis=-1).reshape(len(samples), -1)[:, :count]
-    return (words >> np.uint64(11)) * 2.0**-53  # as NumPy's `next_double`
+    return (words >> np.uint64(11)) * 2.0**-53  # equals NumPy's `next_double`
 
 
 def _multiply(constant: np.uint64, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -101,7 +101,7 @@ def apply(pixels: np.ndarray, params: AugmentParams, out: torch.Tensor) -> None:
 def apply_whole(pixels: np.ndarray, params: AugmentParams) -> np.ndarray:
     """Apply the steps of `params` for the whole image, before its crop: resizing, JPEG and WebP.
     Takes and returns an upright image, uint8 (height, width, 3) RGB. An image that is too long for
-    a format is not compressed to it, as no web site would.
+    a format is not compressed to this format.
     """
     if params.whole_height:
         shape = (params.whole_height, params.whole_width, 3)
@@ -117,8 +117,8 @@ def apply_whole(pixels: np.ndarray, params: AugmentParams) -> np.ndarray:
 
 
 def _tensor_of(pixels: np.ndarray) -> torch.Tensor:
-    """Return pixels as a tensor. Read-only ones, as Pillow's are, are copied: torch warns of
-    them.
+    """Return pixels as a tensor. Read-only pixels, such as Pillow's, are copied, because torch
+    warns of them.
     """
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
@@ -259,7 +259,7 @@ def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
             rows *= inner
             sums *= outer
             rows += sums
-        # Weights sum to 1: nothing to clip.
+        # No clipping: the weights sum to 1.
         blurred[top : top + _BAND] = np.rint(rows, out=rows)
     return blurred.reshape(pixels.shape)
 

@@ -143,7 +143,7 @@ def random_crops(
     first = np.argmax(fits, axis=1)[:, None]
     width = np.take_along_axis(tried_width, first, 1)[:, 0]
     height = np.take_along_axis(tried_height, first, 1)[:, 0]
-    # None of the tries fits a very long image: take the largest crop of an allowed ratio.
+    # If no try fits (a very long image), take the largest crop of an allowed ratio.
     none = ~fits.any(axis=1)
     width = np.where(none, np.clip(np.rint(heights * high), 1, widths), width)
     height = np.where(none, np.clip(np.rint(widths / low), 1, heights), height)

@@ -147,7 +147,7 @@ class ShardReader:
         )
         images = [next(fetched if remote else read) for remote in is_remote]
         images = self._check_sizes(rows, images)
-        # Not `take`, which copies the whole column first.
+        # Not `column.take`, which copies the whole column first.
         hashes = self.shards.table.column("sha256")
         return [
             _checked(data, hashes[row].as_py()) if remote or self.verify_checksums else data
@@ -228,7 +228,7 @@ def _checked(data: bytes | ReadError, sha256: bytes) -> bytes | ReadError:
 
 
 def _facts_of(descriptor: int) -> tuple[int, int, int]:
-    """Return what changes when an open file is replaced: inode, time of change, size."""
+    """Return facts that change when an open file is replaced: inode, time of change, size."""
     facts = os.fstat(descriptor)
     return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
@@ -241,12 +241,12 @@ class _Files:
         self._max_open = max_open()
         self._few = len(shards.shards) <= self._max_open
         self._listed: dict[AnyPath, tuple[tuple[int, int, int], Mapping[str, str]]] = {}
-        self._passed: dict[int, tuple[int, int, int]] = {}  # tars that were not replaced
+        self._passed: dict[int, tuple[int, int, int]] = {}  # facts of tars that passed the check
         self._reset()
 
     def _reset(self) -> None:
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._reading: dict[int, int] = {}  # descriptor -> threads that read from it now
+        self._reading: dict[int, int] = {}  # descriptor -> number of reading threads
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -259,7 +259,7 @@ class _Files:
     def expect(self, ranges: Sequence[_Range]) -> None:
         """Prefetch these byte ranges with posix_fadvise, if available."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # the read that follows raises the error
+            with contextlib.suppress(OSError):  # `read` raises the error
                 for code, offset, size in ranges:
                     self._on(code, os.posix_fadvise, offset, size, os.POSIX_FADV_WILLNEED)
 
@@ -280,7 +280,7 @@ class _Files:
                 self._reading[file] -= 1
 
     def _take(self, code: int) -> int:
-        if self._process != os.getpid():  # a forked worker shares no descriptor with its parent
+        if self._process != os.getpid():  # a forked worker opens its own files
             self._reset()
         with self._lock:
             if code not in self._open:
@@ -295,9 +295,9 @@ class _Files:
         try:
             return self._open_checked(code)
         except OSError as error:
-            if too_many_files(error) is None or self._few:  # `_few`: read without a lock, see `_on`
+            if too_many_files(error) is None or self._few:  # `_few`: never close, see `_on`
                 raise
-            self._close_oldest(1)  # the rest of the process has taken the descriptors
+            self._close_oldest(1)  # other parts of the process use them up
             return self._open_checked(code)
 
     def _open_checked(self, code: int) -> int:
@@ -313,9 +313,9 @@ class _Files:
         return file
 
     def _refuse_replaced(self, code: int, size: int) -> None:
-        """Refuse the open tar number `code` of `size` bytes if it is not the one of the index that
-        was opened: at its offsets, another tar has parts of images, or other images. A build
-        deletes the index before it replaces a tar, so the index of a tar that is open is read last.
+        """Refuse the open tar number `code` of `size` bytes if a build has replaced it: another tar
+        has other bytes at the offsets of the index. A build deletes the index before it replaces a
+        tar, so the index is read after the tar was opened.
 
         Raises:
             OSError: the set was built again, or the tar is damaged.
@@ -337,7 +337,7 @@ class _Files:
         an index. The index is read again when its file has changed.
         """
         try:
-            # Opened: a network file system may remember the facts of a file that is gone.
+            # Open the file: a network file system may still report the facts of a deleted file.
             with (folder / INDEX_FILE).open("rb") as stream:
                 seen = _facts_of(stream.fileno())
             if (known := self._listed.get(folder)) is None or known[0] != seen:

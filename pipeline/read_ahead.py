@@ -55,8 +55,8 @@ class ReadAhead:
     def __exit__(self, *_error: object) -> None:
         self._stopped.set()
         self._thread.join(1)  # seconds; a read may hang forever
-        # An error that stays here would be part of a reference cycle: its traceback has the frames
-        # of `next` and of its caller, whose pipeline would wait for Python's garbage collector.
+        # Drop a queued error: its traceback refers to the frames of `next` and its caller, so the
+        # caller's pipeline would only be freed by the garbage collector.
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
@@ -80,11 +80,11 @@ class ReadAhead:
         else:
             raise StallError(stalled(self._stall_error_s, self._status.describe()))
         if isinstance(item, BaseException):
-            self._put(item)  # for the graph, which may call `next` again while it drains
+            self._put(item)  # DALI's graph may call `next` again
             try:
                 raise item
             finally:
-                del item  # else this frame, which is in its traceback, would keep it: a cycle
+                del item  # breaks a cycle: error, traceback, this frame
         return item
 
     def _read(self) -> None:

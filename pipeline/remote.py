@@ -85,7 +85,7 @@ class RemoteShards:
             shards.folders, shards.shards, strict=True)]  # fmt: skip
         self._bytes = shards.shard_bytes
         self._options = [dict(getattr(f, "storage_options", {})) for f in shards.folders]
-        # A tar that was built again has other bytes, so its pieces need other names.
+        # Part of the names of pieces, because a tar that is built again has other bytes.
         self._sha256 = shards.shard_sha256
         self._systems: dict[tuple[int, int], tuple[Any, str]] = {}
         self._failed: dict[Path, tuple[float, str]] = {}  # piece -> time of the last try, reason
@@ -120,7 +120,7 @@ class RemoteShards:
             try:
                 with path.open("rb") as stream:
                     if os.fstat(stream.fileno()).st_size == self._size(code, index):
-                        with contextlib.suppress(OSError):  # the file may be of another user
+                        with contextlib.suppress(OSError):  # another user may own the file
                             os.utime(stream.fileno())  # time of the last use, for `_make_room`
                         return os.pread(stream.fileno(), size, start)
                 log.warning("%s is damaged; it is fetched again", path)
@@ -161,8 +161,8 @@ class RemoteShards:
                     raise RemoteError(f"{len(data):,} of {end - start:,} bytes arrived")
                 return data
             except (FileNotFoundError, PermissionError):
-                raise  # another try would fail too
-            except Exception as error:  # each file system and its client raise other errors
+                raise  # trying again is useless
+            except Exception as error:  # clients raise any exception
                 reason = reason_of(error)
                 if getattr(error, "status", None) in (401, 403):
                     raise PermissionError(f"{self._names[code]}: {reason}") from error
@@ -192,7 +192,7 @@ class RemoteShards:
         """
         with os.scandir(self.cache.folder) as entries:
             count = sum(entry.name.endswith(".piece") for entry in entries)
-        if count * PIECE + needed <= self.cache.limit:  # without asking for their sizes
+        if count * PIECE + needed <= self.cache.limit:  # no need for their sizes
             return
         pieces = sorted(_pieces(self.cache.folder))
         total = sum(size for _used, size, _path in pieces) + needed

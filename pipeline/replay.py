@@ -126,8 +126,8 @@ def sample_old(
 
 
 def rows_by_code(codes: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the row numbers of each code, both ascending. One sort, as a comparison with each code
-    takes time by codes and rows.
+    """Return the row numbers of each code, both ascending. One sort, because comparing all rows
+    with each code would take codes x rows steps.
     """
     order = np.argsort(codes, kind="stable")
     present, starts = np.unique(codes[order], return_index=True)

@@ -152,7 +152,7 @@ def open_pool(data: str | AnyPath, train: Sequence[str], replay: Replay) -> Pool
     names = [*train, *replay.used_sets]
     try:
         shards = open_shards([data / name for name in names]) if replay.used_sets else new
-    except ShardError as error:  # the sets of `train` were opened before
+    except ShardError as error:  # of an old set: `train` was opened above
         raise ShardError(f"replay.sets: {error}") from error
     hashes = {name: sha256_of(data / name / INDEX_FILE) for name in names}
     if not replay.used_sets:
@@ -203,8 +203,8 @@ class Stream:
     @functools.cached_property
     def used_new(self) -> np.ndarray:
         """Row numbers of the new samples that epochs take from, int64: without the sources that
-        `repeats` sets to 0. Of a source with a fractional repeat, each epoch takes other samples,
-        so all of them count.
+        `repeats` sets to 0. All samples of a source with a fractional repeat are included: each
+        epoch takes other ones.
         """
         codes, names = self.pool.shards.codes("source")
         is_used = np.array([self.repeats.get(name, 1) > 0 for name in names], np.bool_)
@@ -213,7 +213,7 @@ class Stream:
     @property
     def used(self) -> np.ndarray:
         """Row numbers of all samples that epochs take from, int64: new ones, then old ones if any
-        are replayed. The opened sets may have more, which nothing is learned from.
+        are replayed. The opened sets may have more samples.
         """
         old = self.pool.old if self.replayed_per_epoch else self.pool.old[:0]
         return np.concatenate([self.used_new, old])
@@ -290,7 +290,7 @@ class Stream:
         while epoch_number < epochs:
             epoch = self.epoch(epoch_number)
             self._running.clear()
-            self._running[epoch_number] = epoch  # a save within it, or at its end, reads its order
+            self._running[epoch_number] = epoch  # for `_order`, when a checkpoint is saved
             params_for = self.params(epoch_number)
             yield from self.loader.batches(
                 epoch, params_for, max(0, start - epoch_number * epoch.steps)
@@ -299,9 +299,9 @@ class Stream:
 
     def replayed_until(self, done: int, *, whole: bool = False) -> Iterator[tuple[str, int]]:
         """Yield the key of each old sample in the first `done` steps, and how often it came. With
-        `whole`, whole epochs count, as in `epoch()`. The counts of finished epochs are kept for the
-        next call, and in checkpoints (`replayed_state`): a run asks at each of its checkpoints, and
-        an order takes seconds for a hundred million samples.
+        `whole`, whole epochs count, as in `epoch()`. The counts of finished epochs are cached for
+        the next checkpoint, and stored in it (`replayed_state`): computing an order takes seconds
+        for a hundred million samples.
         """
         finished, left = divmod(done, self.steps_per_epoch)
         if whole:
@@ -324,13 +324,13 @@ class Stream:
         return ((key.as_py(), int(count)) for key, count in zip(keys, counts[samples], strict=True))
 
     def _order(self, epoch_number: int, *, whole: bool = False) -> Epoch:
-        """Return the order of an epoch. That of the running one is known."""
+        """Return the order of an epoch; that of the running epoch is cached in `_running`."""
         running = None if whole else self._running.get(epoch_number)
         return running or self.epoch(epoch_number, whole=whole)
 
     def replayed_state(self) -> dict[str, Any]:
-        """Return what `replayed_until` has kept, so that a resumed run need not order each finished
-        epoch again: their number, the old samples that came, and how often.
+        """Return the cache of `replayed_until`, so that a resumed run need not compute the orders
+        of finished epochs again: their number, the old samples that came, and how often.
         """
         ((finished, (rows, times)),) = self._replayed.items()
         samples, counts = torch.from_numpy(rows), torch.from_numpy(times)
@@ -340,7 +340,7 @@ class Stream:
         """Take over the `replayed_state` of a checkpoint of this run.
 
         Raises:
-            OrderError: it is not such a state of these sets.
+            OrderError: `state` is not a `replayed_state` of these sets.
         """
         if not self._is_replayed_state(state):
             raise OrderError(
@@ -348,7 +348,7 @@ class Stream:
                 "this run (expected are a number of epochs, and old samples with how often each "
                 "came); restore the checkpoint, or start a new run with --run NAME"
             )
-        # Copied from the file, which is removed after the next save.
+        # Copy, because the tensors are mapped from a file that is removed after the next save.
         kept = state["samples"].numpy().copy(), state["counts"].numpy().copy()
         self._replayed[state["epochs"]] = kept
 

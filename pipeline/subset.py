@@ -48,7 +48,7 @@ def read_subset(path: Path) -> Subset:
         ValueError: no UTF-8 or CSV, other columns, no sample, or a sample that is listed twice.
         OSError: the file cannot be read.
     """
-    data = path.read_bytes()  # also from a pipe: the user made the list
+    data = path.read_bytes()  # unlike `read_plain`, this also reads a pipe
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
     except UnicodeDecodeError as error:

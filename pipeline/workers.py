@@ -53,8 +53,8 @@ HELD_BATCHES = 3
 """Batches that the consumer keeps: the current one, and those being received."""
 
 END_S = 0.1
-"""Longest time in seconds that torch waits for a worker to end by itself. One that hangs does not,
-and torch waits for one after another.
+"""Longest time in seconds that torch waits for a worker to end by itself. A worker that hangs does
+not, and torch waits for the workers one after another.
 """
 
 RESERVED_BYTES = 2**20
@@ -98,10 +98,10 @@ def stop_signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def garbage_held() -> Iterator[None]:
-    """Keep processes that are forked in the block from collecting what is garbage here.
+    """Keep processes that are forked in the block from collecting garbage of this process.
 
-    A pipeline of DALI has threads, which a fork does not copy. Where one is part of a cycle, the
-    collector of the new process would destroy it, and wait for these threads forever.
+    A pipeline of DALI has threads, which a fork does not copy. The garbage collector of the new
+    process would destroy a pipeline that is part of a cycle, and wait for its threads forever.
     """
     was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
@@ -124,21 +124,21 @@ _Process: Any = (
 class _KilledProcess(_Process):
     """Process that `terminate()` ends by SIGKILL.
 
-    A SIGTERM is not enough: it waits while the process is stuck, and two of them become one, so
-    that the process cannot distinguish its parent's from one that was sent to the whole group.
+    SIGTERM is not enough: a stuck process does not handle it, and a process cannot distinguish a
+    SIGTERM of its parent from one that was sent to the whole group.
     """
 
     def start(self) -> None:
         super().start()
-        self._popen.terminate = self._popen.kill  # Python calls this one at its end
+        self._popen.terminate = self._popen.kill  # called by multiprocessing at exit
 
     def join(self, timeout: float | None = None) -> None:
         super().join(None if timeout is None else min(timeout, END_S))
 
 
 class _Queue(multiprocessing.queues.Queue):
-    """Queue that passes on the error of an item that cannot be passed. Python prints the error and
-    drops the item, and torch would wait for it.
+    """Queue that sends the error of an item that cannot be sent. Python's own only prints the error
+    and drops the item, for which torch would wait.
     """
 
     def _on_queue_feeder_error(self, error: Exception, item: Any) -> None:
@@ -153,9 +153,9 @@ def killed_at_the_end() -> Any:
     """Return a `multiprocessing` context whose processes are ended by SIGKILL. On Linux they are
     forked.
     """
-    make_socket_folder()  # else each process makes one, which a SIGKILL leaves
+    make_socket_folder()  # a SIGKILL would leave one that a worker makes
     if hasattr(signal, "SIGCHLD"):
-        # torch would take the end of these processes for an error while Python ends.
+        # While Python exits, torch would report the end of these processes as an error.
         atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
     context = copy.copy(multiprocessing.get_context("fork" if sys.platform == "linux" else None))
     vars(context).update(Process=_KilledProcess, Queue=functools.partial(_Queue, ctx=context))

@@ -86,10 +86,10 @@ def build(kind: type[T], values: Mapping[str, Any], where: str, changed: Collect
 
 
 def _items_of(text: str) -> list[Any]:
-    """Return the items that a text for a list means: numbers as such, and texts."""
+    """Split a text that was given for a list into its items, numbers and texts."""
     inside = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
     apart = [_number_or_text(item) for item in inside.split()]
-    if all(isinstance(item, int | float) for item in apart):  # `0.5 1.0`
+    if all(isinstance(item, int | float) for item in apart):  # such as `0.5 1.0`
         return apart
     return [_number_or_text(item.strip()) for item in inside.split(",")]
 
@@ -113,12 +113,13 @@ def _built_in(path: Path) -> Path | None:
 
 
 def _base_of(file: Path, base: str) -> Path:
-    """Return the recipe that `file` extends by the name `base`: beside it, or built-in. The working
-    directory does not matter. A recipe of a built-in name extends the built-in one by this name.
+    """Return the recipe `base` that `file` extends: next to `file`, or built-in, whatever the
+    working directory is. A `file` with the name of a built-in recipe can extend that recipe by this
+    name.
     """
     beside = [file.parent / base, file.parent / f"{base.removesuffix('.toml')}.toml"]
     others = (path for path in beside if path.is_file() and not path.samefile(file))
-    own = next((path for path in beside if path.is_file()), beside[0])  # itself, or missing
+    own = next((path for path in beside if path.is_file()), beside[0])  # `file` itself, or no file
     return next(others, _built_in(Path(base)) or own).absolute()
 
 
@@ -216,12 +217,12 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _FRACTION = re.compile(r"[+-]?([0-9]+\.|[0-9]*\.[0-9]+)([eE][+-]?[0-9]+)?")
-"""Numbers that Python writes so and TOML does not know: `.5` and `5.`."""
+"""Numbers of Python that TOML does not have: `.5` and `5.`."""
 
 
 def _parsed(override: str) -> tuple[str, Any]:
-    """Split an override `path.to.key=value`. A value that is not valid TOML is taken as text, but
-    for numbers such as `.5` or `5.`, and `True` and `False`.
+    """Split an override `path.to.key=value`. A value that is not valid TOML is taken as text,
+    except numbers such as `.5` or `5.`, and `True` and `False`.
     """
     name, separator, text = override.partition("=")
     if not separator or not name.strip():

@@ -69,8 +69,8 @@ BINS = 10
 """Number of bins of the reliability diagram."""
 
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.5, 0.1, 0.43, 0.08
-"""Margins around the axes, in inches, for two digits and a label at each axis. Matplotlib's own
-layout would measure all texts, which takes longer than drawing them.
+"""Margins around the axes, in inches, for two digits and a label at each axis. Matplotlib's
+automatic layout measures all texts, which takes longer than drawing them.
 """
 
 _DIGIT = 0.08
@@ -216,11 +216,11 @@ def _svg(figure: Figure, label: str) -> Markup:
 _CLEANED = (
     (r"<svg [^>]*>", "<svg>"),
     (r"<metadata>.*?</metadata>", ""),
-    (r"<style .*?</style>", ""),  # would apply to the whole page
+    (r"<style .*?</style>", ""),  # it would apply to the whole page
     (
         r'<g id="[^"]*">',
         "<g>",
-    ),  # equal in every chart; ids of clips and markers stay, they are hashes
+    ),  # remove ids that repeat in every chart, but not the hashes of clips and markers
     (r"font-family: [^;\"]*", "font-family: inherit"),
     (r"(?<=\d)(\.\d\d)\d+", r"\1"),  # round to hundredths of a point
     (r"\s*\n\s*", "\n"),

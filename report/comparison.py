@@ -129,8 +129,8 @@ def print_side_by_side(sets: Mapping[str, Any]) -> None:
 
 
 def trained_sentences(name: str, entry: Mapping[str, Any]) -> list[str]:
-    """Return the warnings about the runs that were trained on a set or on its reference, or perhaps
-    were: none, one or two sentences. `MEAN` contains these runs.
+    """Return up to two warnings: on runs that were trained on a set or its reference, and on runs
+    that perhaps were. `MEAN` contains these runs.
     """
     sets = f"{name} or {entry['reference']}" if entry["reference"] else name
     sentences = []

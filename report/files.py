@@ -49,7 +49,7 @@ def write_report(report: Mapping[str, Any], scores: Path, data: AnyPath, out: Pa
         ScoresError: `scores` is not a file of scores, or one of another version.
         OSError: a file cannot be read or written.
     """
-    table = read_scores(scores)  # first, so that a wrong file leaves an earlier report whole
+    table = read_scores(scores)  # first: an error must not damage an earlier report
     if missing := sorted(report["sets"].keys() - set(table.codes("set")[1])):
         raise ScoresError(f"{scores} has no images of {', '.join(missing)}, which the report names")
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def folder_of(names: Sequence[str], data: AnyPath | str) -> str:
     """Return the name of the folder of a report on sets: their whole names below `data`, because
     two sets in different folders can have the same last part.
     """
-    above = Path(str(data)).absolute()  # an address contains no path
+    above = Path(str(data)).absolute()  # names are not below an address
     texts = []
     for path in map(Path, names):
         below = path.relative_to(above) if path.is_relative_to(above) else path

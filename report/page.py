@@ -66,8 +66,8 @@ class Estimate:
 class HeadlineRates:
     """Headline rates of a set: recall, always together with the false-positive rate.
 
-    `reals_from` names the other set whose real images were used, if any. Without real images,
-    `missing` is a sentence that says so and is shown instead of the rate.
+    `reals_from` names the other set whose real images were used, if any. Without real images, the
+    sentence `missing` is shown instead of the rate.
 
     Raises:
         ValueError: a recall without a false-positive rate and without `missing`.
@@ -182,8 +182,8 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value for a template: escapes for the characters of a name that deceive a reader."""
-    return printable(value) if type(value) is str else value  # `Markup` is text of this program
+    """Return a value for a template, with escapes for deceptive characters of a text."""
+    return printable(value) if type(value) is str else value  # not `Markup`, which is trusted
 
 
 def percent(value: float | None) -> str:

@@ -38,8 +38,8 @@ _METRICS = [field.name for field in fields(Metrics) if field.name not in _COUNTS
 
 def write_tables(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write `figures.csv`, and `robustness.csv` if perturbations were measured; returns the paths.
-    Else a `robustness.csv` of an earlier report is deleted. Values are those of `report.json`, not
-    rounded; missing values are empty cells.
+    Without perturbations, a `robustness.csv` of an earlier report is deleted. Values are those of
+    `report.json`, not rounded; missing values are empty cells.
     """
     tables = {FIGURES_FILE: figures_csv(report)}
     if any(set_report["robustness"] for set_report in report["sets"].values()):

@@ -54,7 +54,7 @@ def _figure(figures: Mapping[str, Any], name: str) -> str | None:
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
-    if not (figures["reals"] and figures["fakes"]):  # accuracy is then the recall, or 1 - FPR
+    if not (figures["reals"] and figures["fakes"]):  # one class: accuracy repeats recall or 1 - FPR
         figures = {**figures, "accuracy": None}
     with_interval = ("accuracy", "recall", "false_positive_rate", "auroc")
     plain = ("tpr_at_fpr_1", "tpr_at_fpr_5")
@@ -257,7 +257,7 @@ def print_calibration(calibration: Calibration) -> None:
     console.say(f"fitted to {calibration.reals:,} real and {calibration.fakes:,} fake images")
     console.table("calibration", ["", "temperature", "NLL", "ECE"], rows)
     lowest = min(fit["nll"] for fit in fits.values() if fit)
-    if round(lowest, 3) < round(calibration.after["nll"], 3):  # as the table shows them
+    if round(lowest, 3) < round(calibration.after["nll"], 3):  # rounded as in the table
         console.say(
             "The fitted NLL is not the lowest: with few images the fit leans toward doubt, since "
             "new images fit less well than these (Platt 1999)."
@@ -278,7 +278,7 @@ def print_calibration(calibration: Calibration) -> None:
 
 
 def _sources(label: str, used: int, of: int) -> str:
-    """Describe the sources that a threshold rests on: `used` of `of` have enough images."""
+    """Describe the sources that decide a threshold: `used` of `of` have enough images."""
     sources = f"{console.counted(of, 'source')} with {label} images"
     if not used:
         return f"all {sources} together, because each has too few"

@@ -60,15 +60,15 @@ class Allowance:
 
     @contextlib.contextmanager
     def limiting(self, sock: socket.socket) -> Iterator[None]:
-        """Shut a connection down at the deadline, or at `end`, if the block has not ended by then.
+        """Shut a connection down at the deadline or when `end` is called, if the block still runs.
         A socket timeout limits each single read; this limits all reads together.
         """
-        with sock.dup() as twin:  # TLS takes over the original
+        with sock.dup() as twin:  # TLS detaches the original
             alarm = threading.Timer(max(0.0, self.until - time.monotonic()), _cut, [twin])
             alarm.start()
             with self._lock:
                 self._open.add(twin)
-                if time.monotonic() >= self.until:  # `end` was called just before
+                if time.monotonic() >= self.until:  # `end` was already called
                     _cut(twin)
             try:
                 yield
@@ -114,7 +114,7 @@ def fetch(url: str, limits: Limits, allowance: Allowance) -> bytes:
                 where = answer.headers.get("Location")
                 if answer.status not in REDIRECTS or not where:
                     body = _body(answer, allowance)
-                    if time.monotonic() >= allowance.until:  # the body may have been cut off
+                    if time.monotonic() >= allowance.until:  # the body may be cut off
                         raise AddressError("the URL took too long to answer")
                     return body
                 url = urljoin(url, where)
@@ -178,7 +178,7 @@ def is_public(address: str) -> bool:
             return is_public(str(ip.ipv4_mapped))
         if ip.sixtofour is not None and not is_public(str(ip.sixtofour)):
             return False
-        if ip.is_site_local:  # private, by an older standard
+        if ip.is_site_local:  # private by an older standard
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
@@ -201,7 +201,9 @@ def _connected(addresses: list[str], port: int, until: float) -> socket.socket:
 def _ask(
     sock: socket.socket, parts: SplitResult, port: int, ended: contextlib.ExitStack
 ) -> http.client.HTTPResponse:
-    """Send the request and read the head of the response. `ended` closes what is opened here."""
+    """Send the request and read the head of the response. Sockets that are opened here are closed
+    by `ended`.
+    """
     if parts.scheme == "https":
         context = ssl.create_default_context()
         secure = context.wrap_socket(
@@ -210,7 +212,7 @@ def _ask(
         sock = ended.enter_context(secure)
         secure.do_handshake()
     connection = http.client.HTTPConnection(parts.hostname or "", port)
-    connection.default_port = {"https": 443}.get(parts.scheme, 80)  # the Host header omits it
+    connection.default_port = {"https": 443}.get(parts.scheme, 80)  # omitted in the Host header
     connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"Accept": "image/*, */*;q=0.1", "User-Agent": "ai-images-detector"}
@@ -234,5 +236,5 @@ def _body(answer: http.client.HTTPResponse, allowance: Allowance) -> bytes:
 
 def _cut(sock: socket.socket) -> None:
     """Shut down a connection, which ends all its pending reads and writes."""
-    with contextlib.suppress(OSError):  # the connection may be closed already
+    with contextlib.suppress(OSError):  # may be closed already
         sock.shutdown(socket.SHUT_RDWR)

@@ -174,13 +174,13 @@ NAME = {
     "description": "Name of the image in the answer, if the body is one image.",
 }  # fmt: skip
 
-# Only described here; `serve.guard.Guard` checks the key.
+# Only for the documentation: `serve.guard.Guard` checks the key.
 KEY = [
     Security(HTTPBearer(scheme_name="bearer", auto_error=False)),
     Security(APIKeyHeader(scheme_name="header", name="X-API-Key", auto_error=False)),
 ]
 NO_KEY: dict[str, Any] = {}
-"""A server may have no key: then a request without one is allowed."""
+"""Security requirement of a server without a key: requests need none."""
 
 
 class Text(JSONResponse):
@@ -238,7 +238,7 @@ class Service:
             raise Refused(403, "this server does not fetch URLs; send the image files")
         size = uploads.size_of(request, kind, self.limits)
         if kind == uploads.LIST:
-            size = self.limits.max_bytes  # the URLs together may give so many bytes
+            size = self.limits.max_bytes  # limit for all URLs together
         if self.held + size > self.limits.held_bytes:
             detail = "the memory for requests is full; try again later"
             raise Refused(429, detail, self.scorer.retry_after)
@@ -316,7 +316,7 @@ class Service:
             raise ClientDisconnect if gone.done() else self._too_late()
         finally:
             gone.cancel()
-            # A canceled `gather` ends with an error, which asyncio logs unless somebody takes it.
+            # Take the error of a canceled `gather`, or asyncio logs it.
             work.add_done_callback(_take_error)
             work.cancel()
 
@@ -339,7 +339,7 @@ class Service:
         """
         jobs = self.scorer.submit(files)
         rows = asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
-        return await self._in_time(request, rows, until)  # canceling it cancels jobs without a row
+        return await self._in_time(request, rows, until)  # canceled: jobs without a row are, too
 
     def _answer(self, rows: list[dict[str, Any]]) -> Response:
         answer = {
@@ -366,7 +366,7 @@ def _body_or_error(
 
 
 def _raised(body: bytes | DecodeError | Refused) -> bytes:
-    if isinstance(body, Refused):  # a site must not be able to spoil the other rows by a redirect
+    if isinstance(body, Refused):  # an error in one row: a redirect must not affect other rows
         raise DecodeError(body.detail)
     if isinstance(body, DecodeError):
         raise body
@@ -385,7 +385,7 @@ def make_app(service: Service) -> FastAPI:
         summary="Is an image a real photograph or AI-generated?",
         description="Each image gets a probability and a verdict. The metadata of its file is "
         f"shown too: {MEANING[0].lower()}{MEANING[1:]}",
-        docs_url=None,  # the pages of FastAPI load scripts from another host
+        docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
     )
 
@@ -438,7 +438,7 @@ def make_app(service: Service) -> FastAPI:
     async def docs() -> Response:
         return HTMLResponse(docs_page(app.openapi(), service.limits))
 
-    app.openapi()  # it is made once, and so without HEAD, which GET implies (RFC 9110)
+    app.openapi()  # made before HEAD is added, which GET implies (RFC 9110)
     for route in app.routes:
         if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")

@@ -63,7 +63,7 @@ class Guard:
             else:
                 await self.app(scope, receive, send_with_headers)
         except h11.LocalProtocolError:
-            status = 400  # the body was not valid HTTP; uvicorn has answered already
+            status = 400  # invalid HTTP; uvicorn has answered
         finally:
             passed = time.monotonic() - began
             self.service.metrics.requests.labels(path, str(status)).inc()

@@ -62,8 +62,8 @@ class Job:
 
     `done` is a future for its row; it is cancelled if the request has ended, and the image then
     leaves the queue at once. `data` is the encoded image while it waits to be decoded, `pixels` the
-    preprocessed image, None until it is decoded. `left` is true when the job is out of the queue:
-    then it holds neither.
+    preprocessed image, None until it is decoded. `left` is true when the job has left the queue:
+    then `data` is empty and `pixels` is None.
     """
 
     file: ImageFile
@@ -202,13 +202,13 @@ class BackgroundScorer:
             except queue.Empty:
                 break
             if job is None:
-                self._decoded.put(None)  # for the next call
+                self._decoded.put(None)  # stop signal for the next call
                 break
             group.append(job)
         return group
 
     def _score(self, group: Sequence[Job]) -> None:
-        # A job may leave at any time, and then has no pixels.
+        # Requests may end at any time; their jobs then have no pixels.
         held = [(job, pixels) for job in group if (pixels := job.pixels) is not None]
         if not held:
             return
@@ -240,16 +240,16 @@ class BackgroundScorer:
             job.done.set_result(row)
 
     def _drop(self, job: Job, reading: "Future[None]") -> None:
-        """Refuse a job that `close()` has taken from a thread before it began. Without this the
-        request would wait until its time limit.
+        """Refuse a job whose decoding `close()` has canceled: otherwise the request would wait
+        until its time limit.
         """
         if reading.cancelled() and self._leave(job) and job.done.set_running_or_notify_cancel():
             job.done.set_exception(Refused(503, "the server is stopping; try again later", 1))
 
     @contextlib.contextmanager
     def _failing(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Catch unexpected errors (a bug, or no memory on the device), so that the thread goes on.
-        The requests of these jobs are answered with status 500.
+        """Catch unexpected errors (a bug, or a lack of memory on the device), so that the thread
+        goes on. The requests of these jobs are answered with status 500.
         """
         try:
             yield
@@ -272,7 +272,7 @@ class BackgroundScorer:
             self.waiting -= 1
             self.unread -= job.pixels is None
             job.data, job.pixels = b"", None
-        job.file = ImageFile(job.file.name, bytes)  # its bytes are not needed
+        job.file = ImageFile(job.file.name, bytes)  # frees the bytes
         self.metrics.waiting.set(self.waiting)
         return True
 

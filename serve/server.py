@@ -73,7 +73,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         ValueError: the port is outside 0 to 65535.
         OSError: the address does not belong to this machine, or is in use.
     """
-    if not 0 <= port <= 65535:  # the resolver would take the remainder of the division by 65536
+    if not 0 <= port <= 65535:  # the resolver would use port % 65536
         raise ValueError(f"there is no port {port}; use 0 to 65535, where 0 takes any free one")
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

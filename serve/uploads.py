@@ -49,7 +49,7 @@ def kind_of(request: Request) -> str:
 
     Raises:
         Refused: the content type is not supported, or the body is compressed (status 415). Or the
-            URL has a parameter that means nothing for this body (400): the client may rely on it.
+            URL has a parameter without an effect on this body (400): the client may rely on it.
     """
     if strange := sorted(set(request.query_params) - {PARAMETER}):
         raise Refused(
@@ -100,7 +100,7 @@ async def read_images(request: Request, kind: str, limits: Limits) -> list[Image
         return [_image(request.query_params.get(PARAMETER) or "image 0", body)]
     form = Form(request.headers["content-type"], limits.max_files)
     async for part in _bounded(request, limits.max_bytes):
-        # A body of near-boundaries takes a second per megabyte; other requests go on meanwhile.
+        # In a thread, because a body that nearly contains boundaries takes a second per megabyte.
         await asyncio.to_thread(form.feed, part)
     return [_image(name, data) for name, data in form.finish()]
 

@@ -108,7 +108,7 @@ def image_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class Excluded(NamedTuple):
-    """Image that is in no set, by its origin, and the image that it conflicts with, or ""."""
+    """Origin of an image that is in no set, and the image that it conflicts with, or ""."""
 
     source: str
     origin: str
@@ -207,7 +207,7 @@ def build(
         tasks = [task for one in builds.values() for task in one.tasks(raw)]
         if tasks:
             with (
-                _changed_files_forgotten(work / "inventory"),
+                _forget_changed_file(work / "inventory"),
                 progress("packing", sum(len(one.samples) for one in builds.values())) as advance,
             ):
                 advance(sum(w.samples for one in builds.values() for w in one.done.values()))
@@ -278,7 +278,7 @@ def _read_everything(
     tables = {name: join_facts(name, files[name], items) for name, items in scan.items.items()}
     for name in scan.packed_only:
         packed = read_source(folder, name, catalog.sources[name])
-        assert packed is not None  # find_sources has seen its file
+        assert packed is not None  # `find_sources` found the file
         tables[name], scan.listings[name] = packed
     if not tolerance.allow_replaced:
         refuse_replaced(raw, out, catalog.sets, files, tables)
@@ -289,9 +289,9 @@ def _read_everything(
 
 
 @contextlib.contextmanager
-def _changed_files_forgotten(folder: AnyPath) -> Iterator[None]:
-    """If a raw file has changed since it was decoded, delete its rows in the inventory: its size
-    and time may be the same as before, so that the next build would not decode it again.
+def _forget_changed_file(folder: AnyPath) -> Iterator[None]:
+    """On a `ChangedError`, delete the raw file's rows in the inventory, so that the next build
+    decodes the file again, even if its size and time are as before.
     """
     try:
         yield
@@ -337,7 +337,7 @@ class _SetBuild:
         if not (bad := self.quarantined.num_rows):
             return
         many = bad > 1 or not max_bad
-        # A product would be rounded: 0.29 * 100 is less than 29.
+        # Not `bad > max_bad * total`: 0.29 * 100 is less than 29.
         if bad == self.total or (many and bad / self.total > max_bad):
             first = self.quarantined.slice(0, 1).to_pylist()[0]
             raise ShardError(
@@ -438,13 +438,13 @@ class _SetBuild:
             "quarantined": sorted(quarantined, key=lambda entry: entry["path"]),
             "excluded": dict(sorted(Counter(row.reason for row in self.excluded).items())),
             "excluded_sha256": sha256_of(folder / EXCLUDED_FILE),
-            "content_sha256": "",  # follows
+            "content_sha256": "",  # set below
         }
         index["content_sha256"] = content_sha256(index)
         text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(folder / TIMM_FILE, json.dumps(timm_info(index), indent=1) + "\n")
         remove_earlier(folder, self.marks, {shard.name for shard in shards})
-        # If shards were written, their workers have deleted the index: see `write_shard`.
+        # Workers that wrote a shard have deleted the index (`write_shard`).
         path = folder / INDEX_FILE
         if self.todo or not path.exists() or read_text(path) != text:
             write_text(path, text)
@@ -461,7 +461,7 @@ class _SetBuild:
             "read_as": listing.read_as,
             "excluded": {reason: entry["files"] for reason, entry in listing.excluded.items()},
         }
-        # Only if set, so that the index of every other set stays the same.
+        # Only if given, so that indexes of sets without a title do not change.
         if source.title:
             entry["title"] = source.title
         if source.synthetic:

@@ -361,7 +361,7 @@ def _refuse_second(
     values: Mapping[str, Any], file: Path, described: dict[tuple[str, str], tuple[Path, Any]]
 ) -> None:
     """Refuse entries that an earlier file of the user describes otherwise, and add those of this
-    file to `described`. A source without all of its keys overrides another and describes none.
+    file to `described`. A source without its required keys only overrides an earlier one.
     """
     whole = {
         (kind, name): entry
@@ -382,7 +382,7 @@ def _refuse_second(
 
 
 _KINDS = {"set": "sets", "source": "sources", "suite": "suites", "reference of set": "reference"}
-"""Entries that two files of the user may not describe in two ways -> their table."""
+"""Kind of an entry that two files of the user may not describe differently -> its table."""
 
 _ADVICE = {
     "source": "give one of them another name, or, to override some of its keys, write only these "
@@ -455,8 +455,8 @@ def _check_downloads(catalog: Catalog, file: Path) -> None:
     first: dict[str, str] = {}
     for name, source in catalog.sources.items():
         if source.fetch and not source.fetch.by_hand:
-            root = str(PurePosixPath(source.root or name))  # without `./`, `//` and a last `/`
-            other = first.setdefault(root.casefold(), name)  # a disk may ignore case
+            root = str(PurePosixPath(source.root or name))  # normalized: no `./`, `//` or last `/`
+            other = first.setdefault(root.casefold(), name)  # some disks ignore case
             if catalog.sources[other].fetch != source.fetch:
                 where = f"{file}: sources {other} and {name} have the root {root!r:.100}"
                 raise CatalogError(f"{where} and different downloads; give each its own root")

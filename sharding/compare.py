@@ -65,7 +65,7 @@ def compare_sets(before: ShardSet, after: ShardSet) -> SetDifference:
 
 
 def _values(shards: ShardSet, name: str, rows: np.ndarray) -> pa.ChunkedArray:
-    """Return the values of a column in `rows`: names themselves, not codes of one table."""
+    """Return the values of a column in `rows`, not the codes, which differ between tables."""
     column = shards.table.column(name)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

@@ -18,7 +18,7 @@ COLUMNS = ("source", "class", "generator", "images", "pixels", "formats", "licen
 
 def rows_of_set(shards: ShardSet, index: Index) -> list[list[Any]]:
     """Return one row of `COLUMNS` per source, generator and class with images. The images are
-    sorted once, so the cost does not grow with the number of possible rows.
+    sorted once, so the time does not grow with the number of possible rows.
     """
     if not len(shards):
         return []

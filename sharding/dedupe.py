@@ -160,8 +160,8 @@ def _exclude_both_labels(
 
 
 def _equal_part(files: np.ndarray) -> str:
-    """Return what images have in common that are packed as the same bytes: also those of the files,
-    or only the pixels.
+    """Return what images that are packed as the same bytes have in common: the bytes of their
+    files, or only the pixels.
     """
     return "bytes" if (files == files[0]).all() else "pixels"
 
@@ -205,7 +205,7 @@ def _name_winners(
     """
     won = good.copy()
     won[losing] = False
-    # An excluded copy of a winner stands for the copy that is kept.
+    # Replace an excluded exact copy by the copy that is kept.
     kept = np.where(won & (decision.other >= 0), decision.other, np.arange(len(rank)))
     winners = np.flatnonzero(won)
     one_of = np.full(component.max(initial=-1) + 1, -1)
@@ -246,7 +246,7 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     masks = [((1 << (b - a)) - 1) << a for a, b in pairwise(edges.tolist())]
     for bands in combinations(masks, keep):
         key = hashes & np.uint64(sum(bands))
-        # Of all choices in which a pair agrees, only the first one reports it.
+        # Report a pair only for the first matching choice of bands, or it would come repeatedly.
         before = [mask for mask in masks[: masks.index(bands[-1])] if mask not in bands]
         order = np.argsort(key, kind="stable")
         key = key[order]
@@ -267,7 +267,7 @@ def near_duplicates(phash: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
             pairs = np.stack([rows[a[close]], rows[b[close]]], axis=1)
             pairs_of_bands.append(pairs[_alike(thumbnails, pairs)])
     pairs = np.sort(np.concatenate(pairs_of_bands), axis=1)
-    # Each pair as one integer, because `unique` of rows takes ten times as long.
+    # Each pair as one integer: `np.unique` of rows takes ten times as long.
     return np.stack(np.divmod(np.unique(pairs @ [len(phash), 1]), max(len(phash), 1)), axis=1)
 
 
@@ -303,7 +303,7 @@ def _same_bytes(sha: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _runs(sha: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     """Group `rows` by equal hash: groups of two or more rows, in ascending order."""
     keys = sha[rows]
-    order = np.lexsort(keys.T)  # stable, so rows stay in order
+    order = np.lexsort(keys.T)  # stable: equal hashes keep the order of rows
     equal = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
     starts = np.flatnonzero(np.r_[True, ~equal])
     ends = np.r_[starts[1:], len(rows)]

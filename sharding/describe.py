@@ -37,12 +37,12 @@ unless its folder has a class and is named like a split.
 
 If no name decides, the folder is undecided. The catalog has two lines for it, one under each class,
 both commented out; a person removes the `#` of the right one. Such a line also labels the undecided
-folders below, which a third line for each of them, under `ignore`, can leave out. That third line
-is active for an undecided folder inside of a decided one. A person has to check the whole catalog.
-The source and its sets have the name of the folder, in ASCII: a letter of another alphabet has no
-counterpart there, so that such a name ends with the first 8 digits of its SHA-256, or two folders
-would have one name. `my-` is before it if the catalogs of this program (`SHIPPED`) have that name:
-the source would inherit the other keys there.
+folders below, which a third line for each of them, under `ignore`, can leave out. This line under
+`ignore` is active for an undecided folder inside of a decided one. A person has to check the whole
+catalog. The source and its sets have the name of the folder, in ASCII: a letter of another alphabet
+has no counterpart there, so that such a name ends with the first 8 digits of its SHA-256, or two
+folders would have one name. `my-` is before it if the catalogs of this program (`SHIPPED`) have
+that name: the source would inherit the other keys there.
 """
 
 import hashlib
@@ -96,8 +96,8 @@ class Folder(NamedTuple):
 
     kind: str  # "real" or "fake"
     images: int
-    generator: str  # NAMED: that of each folder below
-    split: str  # published split, "" if neither the path nor the table names one
+    generator: str  # NAMED: the names of the folders below
+    split: str  # published split, by path or table; or ""
     holding: list[str]  # folders below with the images
     path: str  # "": the whole source
     where: Where = ()  # conditions on the row of the CSV table
@@ -157,7 +157,7 @@ def describe(folder: Path) -> Description:
         split = "" if by_label else split_of(inside)[0]
         row = table.row_of(name, columns) if table and columns and split != "test" else {}
         if table and split and row == table.rows.no_row:
-            row = {}  # its folder says enough
+            row = {}  # the folder names the split
         if isinstance(row, str):
             unread[row] += 1
         else:
@@ -184,7 +184,7 @@ def _images(files: Sequence[RawFile], unread: Counter[str]) -> list[str]:
             names.append(file.inside)
         elif suffix in IMAGE_SUFFIXES:
             unread[file.excluded] += 1
-        elif suffix in CONTAINERS:  # a zip archive only if it is in another one, or excluded
+        elif suffix in CONTAINERS:  # zip: nested or excluded ones only
             reason = NESTED if suffix == ".zip" else no_image(file.inside)
             unread[file.excluded or reason] += 1
     return names
@@ -200,7 +200,7 @@ def _by_folder(
     holding: dict[tuple[str, Where], dict[str, int]] = {}
     below: dict[
         str, list[str]
-    ] = {}  # of a path: generators are in its rules or in folders, not both
+    ] = {}  # path -> its folders in all rules: generators are named by folders in all or in none
     for (inside, where), count in sorted(images.items()):
         split, published_as = split_of(inside)
         known.published[strictest(split, _split_by(where, table))] += count
@@ -305,8 +305,8 @@ def _catalog(folder: Path, known: _Sorted, held: dict[str, int], table: ImageTab
         undecided[path] += count
     for kind in CLASSES:
         lines.append(f"{kind} = [")
-        # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`, and rows
-        # with the split val, not the folder `train`.
+        # The first of several rules of equal depth is used: `fake/test` must come before
+        # `fake/<generator>`, and rows with the split val before the folder `train`.
         for entry in sorted(
             known.folders.values(), key=lambda entry: (entry.generator == NAMED, -len(entry.where))
         ):
@@ -330,8 +330,8 @@ def _catalog(folder: Path, known: _Sorted, held: dict[str, int], table: ImageTab
 
 
 def _ignored(known: _Sorted, undecided: Mapping[str, int]) -> list[str]:
-    """Return the lines of `ignore`: undecided folders in others, which the rules of these label."""
-    # A rule for a folder applies to those below it, and `ignore` also to those with a class.
+    """Return the lines of `ignore`: undecided folders that an outer folder would label."""
+    # Rules apply to all folders below, so `ignore` also drops folders below that have a class.
     folders = [entry for entry in known.folders.values() if entry.path]
     undecided = {path: count for path, count in undecided.items() if path}
     labeled = [path for path in undecided if any(_is_below(path, f.path) for f in folders)]

@@ -46,7 +46,7 @@ _MAGIC = {
 }  # fmt: skip
 _PAGE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*"
-    rb"(?:(?:<!--(?:(?!-->).)*-->|<\?xml(?:(?!\?>).)*\?>)\s*)*"  # comments, an XML declaration
+    rb"(?:(?:<!--(?:(?!-->).)*-->|<\?xml(?:(?!\?>).)*\?>)\s*)*"  # comments and an XML declaration
     rb"<(?:!doctype\s+html|html)",
     re.IGNORECASE | re.DOTALL,
 )

@@ -77,9 +77,9 @@ def _run_processes(
 ) -> Iterator[Any]:
     # Forking a process that has threads (a progress bar, a test runner) can deadlock.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # once, not per worker
+    context.set_forkserver_preload(["sharding.inventory", "sharding.write"])  # not once per worker
     make_socket_folder()
-    with _deaf_to_interrupts():
+    with _ignoring_interrupts():
         forkserver.ensure_running()
     with ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),)
@@ -87,7 +87,7 @@ def _run_processes(
         try:
             running = set()
             for task in tasks:
-                with _interrupts_later():
+                with _delaying_interrupts():
                     running.add(pool.submit(function, *task))
                 if len(running) >= 2 * jobs:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -101,13 +101,14 @@ def _run_processes(
                 "with fewer --jobs"
             ) from error
         except BaseException:
-            # Wait for running tasks: a worker that is still starting would print a traceback.
+            # Wait for running tasks: a worker prints a traceback if its parent ends while it
+            # starts.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
 @contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
+def _delaying_interrupts() -> Iterator[None]:
     """Delay Ctrl-C, SIGTERM and SIGHUP until this block ends: a worker that loses its parent while
     it starts would print a traceback.
     """
@@ -121,10 +122,10 @@ def _interrupts_later() -> Iterator[None]:
 
 def _start_worker(one_large: AbstractContextManager) -> None:
     share_large(one_large)
-    _leave_with_builder()
+    _exit_with_parent()
 
 
-def _leave_with_builder() -> None:
+def _exit_with_parent() -> None:
     """Exit this worker when the parent process dies, also in the middle of a task.
 
     The lock of a build ends with the parent, which cannot stop its workers: a worker that finished
@@ -133,7 +134,7 @@ def _leave_with_builder() -> None:
 
     def leave() -> None:
         builder = multiprocessing.parent_process()
-        assert builder is not None  # only workers run this
+        assert builder is not None  # runs only in workers
         builder.join()
         os._exit(1)
 
@@ -141,7 +142,7 @@ def _leave_with_builder() -> None:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _ignoring_interrupts() -> Iterator[None]:
     """Make processes that start in this block ignore Ctrl-C, which a terminal sends to all of them.
 
     Workers then finish their task silently, and the parent process decides what happens next.
@@ -177,7 +178,7 @@ def _run_ray(
         packages = {"py_modules": [str(root / name) for name in _SHIPPED]}
         try:
             ray.init(runtime_env=packages, log_to_driver=False, configure_logging=False)
-        except Exception as error:  # also plain ones, such as of a node that starts too slowly
+        except Exception as error:  # plain exceptions too, if a node starts slowly
             raise ChildProcessError(_why_ray_failed(error)) from error
     at_once = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
     gpus = 1 if on_gpu and ray.cluster_resources().get("GPU") else 0

@@ -158,8 +158,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _is_complete(target: Path, fetch: Fetch) -> bool:
     """Return whether the download finished and all its files still exist at their sizes. It is not
-    complete if another one has begun since, or if a local copy of a Git repository lacked files,
-    which it or its address may have now.
+    complete if another download has begun since, or if a local copy of a Git repository lacked
+    files, which the copy or the remote repository may have now.
     """
     mark = _read(target / MARK)
     files = mark.get("files") or {}
@@ -197,8 +197,8 @@ def _finish(folder: Path, fetch: Fetch, names: Iterable[str], **facts: object) -
 
 
 def _remove_earlier(folder: Path, files: Mapping[str, int]) -> None:
-    """Delete the files of an earlier download, also of one that did not finish, that are not among
-    `files`, such as those of another commit: a build would pack them. Files that have changed since
+    """Delete the files of an earlier download, also of an unfinished one, that are not among
+    `files`, such as files of another commit: a build would pack them. Files that have changed since
     are kept.
     """
     before = _own(folder)
@@ -244,7 +244,7 @@ def _explained(page: str, login: str, begun: Path, *also: type[Exception]) -> It
 def _alone(target: Path) -> Iterator[None]:
     """Lock a folder for one download: two would write into each other's unfinished files.
 
-    Then delete partial files of BEGUN and MARK, which only killed processes leave.
+    Then delete partial files of BEGUN and MARK: only killed processes leave them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     busy = FetchError(f"another fetch is writing {target}; wait for it to end")
@@ -254,7 +254,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Delete partial files of BEGUN and MARK: each killed process left its own."""
+    """Delete the partial files of BEGUN and MARK that killed processes left."""
     for left in folder.glob("*.partial"):
         if whole_name(left.name) in (BEGUN, MARK):
             left.unlink(missing_ok=True)
@@ -390,7 +390,7 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
     # With an output_dir the library deletes an unfinished download; with its cache it resumes one.
     # The cache is next to the target, so that the result only has to be renamed.
     work = target.with_name(f".{target.name}.kaggle")
-    logging.getLogger("kagglehub").setLevel(logging.WARNING)  # it logs to standard output
+    logging.getLogger("kagglehub").setLevel(logging.WARNING)  # its log goes to standard output
     explained = _explained(
         f"https://www.kaggle.com/datasets/{fetch.kaggle}",
         "accept its terms on that page, make a token at https://www.kaggle.com/settings, and put "
@@ -400,12 +400,12 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
         exceptions.CredentialError,
         exceptions.DataCorruptionError,
         zipfile.BadZipFile,
-        ValueError,  # the file is not an archive
+        ValueError,  # raised for a file that is no archive
     )
     with explained, _kaggle_cache(work):
         folder = Path(kagglehub.dataset_download(fetch.kaggle))
         earlier = (_read(folder / BEGUN) or _read(folder / MARK)).get("fetch", {}).get("files")
-        if earlier and earlier != fetch.files:  # an earlier try deleted all others
+        if earlier and earlier != fetch.files:  # an earlier try deleted unwanted files
             folder = Path(kagglehub.dataset_download(fetch.kaggle, force_download=True))
     _remove_partial(folder)
     inside = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
@@ -422,7 +422,8 @@ def _from_kaggle(fetch: Fetch, target: Path) -> None:
 def _kaggle_cache(folder: Path) -> Iterator[None]:
     """Set the cache folder of the library, which it reads only from the environment.
 
-    Without the other two variables, it returns a read-only folder in Kaggle and Colab notebooks.
+    DISABLE_KAGGLE_CACHE and DISABLE_COLAB_CACHE: in notebooks the library would return a read-only
+    folder.
     """
     ours = {
         "KAGGLEHUB_CACHE": str(folder), "DISABLE_KAGGLE_CACHE": "1", "DISABLE_COLAB_CACHE": "1",
@@ -447,7 +448,7 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
     if len(set(names)) < len(names):
         raise FetchError(f"two addresses have the same file name in {target}: {', '.join(names)}")
     with requests.Session() as session:
-        session.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the file
+        session.headers["Accept-Encoding"] = "identity"  # lengths of the plain file
         remotes = []
         for url, name in zip(fetch.urls, names, strict=True):
             with _explained(url, by_hand, target / BEGUN):
@@ -455,7 +456,7 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
         begun = _read(target / BEGUN).get("versions", {})
         for remote in remotes:
             if not remote.version or begun.get(remote.path.name) != remote.version:
-                remote.partial.unlink(missing_ok=True)  # may be of another version
+                remote.partial.unlink(missing_ok=True)  # perhaps of another version
         lacking = [
             each for each in remotes
             if each.size is None
@@ -475,10 +476,10 @@ def _from_urls(fetch: Fetch, target: Path, progress: Progress) -> None:
 
 
 def _is_outdated(remote: Remote, own: Mapping[str, int | None]) -> bool:
-    """Return whether a file of the right size has not the hash of the catalog.
+    """Return whether a file of the right size has another hash than in the catalog.
 
     Raises:
-        FetchError: it has not, and is not a file of this command, which replaces only these.
+        FetchError: the hash differs, and this command did not write the file.
     """
     if not remote.sha256 or sha256_of(remote.path) == remote.sha256:
         return False

@@ -30,7 +30,7 @@ class Git:
     commit: str
     """The commit, 40 hexadecimal digits."""
     below: str = ""
-    """How the paths of the selected files begin."""
+    """Beginning of the paths of the selected files."""
     pattern: str = ""
     """Regular expression that matches anywhere in the paths of the selected files."""
     count: int = 0
@@ -79,7 +79,7 @@ class Fetch:
         if sum(map(bool, kinds)) != 1:
             raise ValueError("fetch takes exactly one of hub, kaggle, urls, git and by_hand")
         for name in filter(None, (self.hub, self.kaggle)):
-            if not _DATASET.fullmatch(name):  # the libraries use it in local paths
+            if not _DATASET.fullmatch(name):  # the libraries put the name into local paths
                 raise ValueError(
                     f"fetch {name!r}: expected the name of a dataset, such as owner/dataset"
                 )

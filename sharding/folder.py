@@ -120,21 +120,21 @@ class PackedFolder:
 
 
 class _Unit(NamedTuple):
-    """Images of a class folder that go to one set: those below `path` whose row has the values."""
+    """Images of a class folder that go to one set: all below `path` whose row fulfills `where`."""
 
     side: str  # class folder
-    path: str  # it, or a folder inside that is named like a split
+    path: str  # the class folder, or a folder of a split in it
     split: str = ""
     where: Where = ()
 
     def rules(self, kind: str) -> list[tuple[str, str]]:
-        """Return the folders of its rules, with the generators of their images."""
+        """Return the rules of these images: folders, with the generators of their images."""
         if kind == "real":
             return [(self.path, "camera")]
         above, _, _ = self.path[len(self.side) + 1 :].rpartition("/")
         if generator := above.partition("/")[0]:
             return [(self.path, generator.removesuffix(".zip"))]
-        return [(f"{self.path}/{NAMED}", ""), (self.path, UNKNOWN)]  # a subfolder names it
+        return [(f"{self.path}/{NAMED}", ""), (self.path, UNKNOWN)]  # subfolders name generators
 
 
 def pack_folder(
@@ -157,7 +157,7 @@ def pack_folder(
     table, notes = find_table(folder.parent, folder.name, list(walk(folder.parent, folder.name)))
     text, catalog, listing = _catalog(name, folder, sides, table, notes)
     _refuse_few(name, folder, sides, listing)
-    # Images that are kept for testing must not be trained on here either.
+    # Images that the built-in catalog keeps for tests must not be trained on here either.
     catalog = replace(catalog, exclude=read_catalog([BUILT_IN]).exclude)
     make_folder(place)
     write_text(place / CATALOG_FILE, text)
@@ -247,16 +247,16 @@ def _catalog(
 
 
 def _units(side: str, inside: Set[str], table: ImageTable | None) -> list[_Unit]:
-    """Return what the images of the class folder `side` are divided into. `inside` are all folders
-    with images. Where both a folder and its rows name a split, test counts before val before train.
+    """Divide the images of the class folder `side` by split. `inside` are all folders with images.
+    Where both a folder and its rows name a split, test counts before val before train.
     """
     below = {split_of(path)[1] for path in inside if path.startswith(f"{side}/")}
     published = sorted(
         (path for path in below if len(path) > len(side)), key=lambda p: (-len(p), p)
     )
     units = []
-    # Of rules of equal depth the first counts: `fake/test`, not `fake/<generator>`, and rows with
-    # the split val, not the folder `train`.
+    # The first of several rules of equal depth is used: `fake/test` must come before
+    # `fake/<generator>`, and rows with the split val before the folder `train`.
     for path in (*published, side):
         split = split_of(path)[0]
         if table and table.split:

@@ -26,7 +26,7 @@ in `EXACT`.
 
 A folder named like a split (`SPLITS`) is taken for a published split. Of several such names in a
 path, and of a path and the row of a table, test counts before val, and val before train: a detector
-must not learn from what others measure on. `dev` below a folder of fakes is a generator (of FLUX),
+must not learn from published test images. `dev` below a folder of fakes is a generator (of FLUX),
 not a split.
 
 The generator of fakes is named by the folders below one that says only that they are fakes, such as
@@ -72,7 +72,7 @@ SPLITS = {
 """Words that may be the name of a folder with a published split, by split."""
 
 _SPLIT_WORDS = frozenset().union(*SPLITS.values()) - {"dev"}
-"""Words that are no part of a generator's name, such as that of FLUX.1 [dev]."""
+"""Words that are no part of a generator's name. `dev` is, in FLUX.1 [dev]."""
 
 NAMED = "<generator>"
 """Generator of a rule whose pattern takes it from the name of a folder."""
@@ -88,8 +88,8 @@ _FAMILIES = re.compile(rf"gan\d*\b|\b({'|'.join(sorted(WORDS[1] - _FAKES))})\d*\
 
 
 def split_of(inside: str) -> tuple[str, str]:
-    """Return the published split of a folder, and its path up to the name that says so; ("", "") if
-    none does.
+    """Return the published split of a folder, and its path up to the part that names the split;
+    ("", "") if no part does.
     """
     parts = inside.split("/")
     for split in SPLITS:
@@ -140,7 +140,7 @@ def strictest(*splits: str) -> str:
 
 
 def class_of(inside: str, folders: Set[str]) -> tuple[int | None, str]:
-    """Return a folder's label, and its path up to the name that decides; (None, "") if undecided.
+    """Return a folder's label, and its path up to the part that decides; (None, "") if undecided.
 
     `folders` are the lower-case paths of all folders.
     """
@@ -169,8 +169,8 @@ def class_of(inside: str, folders: Set[str]) -> tuple[int | None, str]:
 
 
 class _Name:
-    """Name of a folder: its words, the labels that they indicate, and the one that is its name.
-    A word of two meanings indicates both.
+    """Words in the name of a folder, the `labels` that they indicate (a word of two meanings:
+    both), and the label for which the name stands alone (`exact`).
     """
 
     def __init__(self, part: str, on_card: bool) -> None:
@@ -184,18 +184,18 @@ class _Name:
             word in _NEGATIONS and known.intersection(words[at:]) for at, word in enumerate(words)
         )
         is_generator = re.search(r"\d", part) or not EXACT[1].isdisjoint(words)
-        is_spanish = "imagen" in words and not is_generator  # for image
+        is_spanish = "imagen" in words and not is_generator  # Spanish for image
         if self.negated or is_spanish or (on_card and "sd" in words):
             self.labels = {0, 1}
 
 
 def _is_fake(names: Sequence[_Name]) -> bool:
-    """Return whether a name stands only for fakes: `fake/human` is no folder of reals."""
+    """Return whether one of the names indicates only fakes: `fake/human` is no folder of reals."""
     return any(name.labels == {1} for name in names)
 
 
 def generator_of(decided: str, path: str, holding: Iterable[str]) -> str:
-    """Return the generator of the fakes in `path`, whose class the name of `decided` tells."""
+    """Return the generator of the fakes in `path`. The last part of `decided` named their class."""
     below = {inner.partition("/")[0] for inner in holding}
     outer = decided.rpartition("/")[2].lower()
     between = path[len(decided) + 1 :]
@@ -217,11 +217,11 @@ def generator_of(decided: str, path: str, holding: Iterable[str]) -> str:
 
 
 def model_name(part: str) -> str:
-    """Return what the name of a folder says beyond a class and a split, or ""."""
+    """Return the part of a folder's name that names a model, or ""."""
     if _words_in(part) <= _PLAIN | _SPLIT_WORDS:
         return ""
     words = re.split(r"(?:[^\w.]|_)+", part.lower().removesuffix(".zip").strip("_- "))
-    if words[0] in ("0", "1") and words[1] in _FAKES:  # as in 1_fake
+    if words[0] in ("0", "1") and words[1] in _FAKES:  # such as 1_fake
         del words[0]
     return "-".join(word for word in words if word not in _FAKES | _NEUTRAL | _SPLIT_WORDS)
 

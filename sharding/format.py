@@ -270,7 +270,7 @@ class ShardSet:
 
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
     """Convert a column without nulls to an array. pyarrow's `to_numpy` would import pandas."""
-    if pa.types.is_boolean(column.type):  # packed bits, which dlpack does not support
+    if pa.types.is_boolean(column.type):  # dlpack does not support packed bits
         column = pc.cast(column, pa.uint8())
         return numbers_of(column).astype(np.bool_)
     chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
@@ -319,8 +319,8 @@ def _explained(folder: AnyPath) -> Iterator[None]:
 
 
 def _where_sets_are(folder: AnyPath) -> str:
-    """Return what to do where a folder holds no shard set."""
-    for start in range(1, len(folder.parts) - 1):  # a path where the name of a set is expected
+    """Return what to do if a folder holds no shard set."""
+    for start in range(1, len(folder.parts) - 1):  # was a path given instead of a name?
         if Path(*(tail := folder.parts[start:]), INDEX_FILE).is_file():
             return f"name the set without its folder: {tail[-1]} instead of {'/'.join(tail)}"
     beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{INDEX_FILE}"))
@@ -360,7 +360,7 @@ def _read_index(folder: AnyPath) -> Index:
 
 
 _FACTS = ("policy", "replay", "synthetic")
-"""Facts of a source that decide how it is trained on and what a checkpoint says about itself."""
+"""Facts of a source that change training or the record in a checkpoint."""
 
 
 def _refuse_other_facts(
@@ -370,7 +370,8 @@ def _refuse_other_facts(
     folder: AnyPath,
 ) -> None:
     """Refuse a set in `folder` with the sources `more` if one of them has other facts in an earlier
-    set, in its folder of `homes`: facts are stored by name, so those of one set would be lost.
+    set, in its folder of `homes`: facts are stored by the name of the source, so the facts of one
+    set would be lost.
     """
     for name in sorted(sources.keys() & more.keys()):
         for fact in _FACTS:
@@ -488,7 +489,7 @@ def table_from(data: bytes) -> pa.Table:
 def _number_shards(table: pa.Table, names: list[str], first: int) -> pa.Table:
     """Replace the column `shard` by `shard_code`: the number of the shard, counted from `first`.
 
-    Numbers keep shards apart that have the same name in two sets.
+    The numbers distinguish shards of two sets that have the same name.
     """
     codes, used = codes_of(table.column("shard"))
     position = {name: first + index for index, name in enumerate(names)}

@@ -254,7 +254,7 @@ def _download_commit(repository: _Repository, commit: str) -> None:
     """Fetch the commit and its trees. A server without filters sends the blobs too."""
     if not (repository.folder / "HEAD").is_file():
         repository.run("init", "--quiet", "--bare", "--template=", str(repository.folder))
-    for lock in repository.folder.rglob("*.lock"):  # left by a killed download
+    for lock in repository.folder.rglob("*.lock"):  # a killed download left it
         lock.unlink()
     repository.run(*_FETCH, "--depth=1", "--", repository.address, commit)
 
@@ -406,7 +406,7 @@ def _remove_partial(folder: Path) -> None:
 
 def _write_blob(path: Path, entry: Entry, pieces: Iterator[bytes]) -> None:
     name = _blob_name(int.from_bytes(next(pieces), "big"))
-    partial = partial_of(path.with_name(f".{entry.blob}"))  # short: the name may have 255 bytes
+    partial = partial_of(path.with_name(f".{entry.blob}"))  # the file's own name may be too long
     try:
         with partial.open("wb") as stream:
             for piece in pieces:

@@ -77,7 +77,7 @@ def ask(session: requests.Session, url: str, path: Path, sha256: str) -> Remote:
     response = session.head(url, allow_redirects=True, timeout=TIMEOUT_S)
     if response.status_code in (429, 500, 502, 503, 504):
         response.raise_for_status()
-    facts = response.headers if response.ok else {}  # not every server answers HEAD
+    facts = response.headers if response.ok else {}  # some servers refuse HEAD
     size = int(facts.get("Content-Length", 0)) or None
     version = facts.get("ETag") or ""
     return Remote(url, path, size, "" if version.startswith("W/") else version, sha256)
@@ -140,7 +140,7 @@ def _open(session: requests.Session, remote: Remote, have: int) -> requests.Resp
 
 
 def _expected(response: requests.Response, have: int) -> int | None:
-    """Return the length of the whole file; None for a chunked response, which marks its end."""
+    """Return the length of the whole file; None for a chunked response, whose end is marked."""
     if "Content-Length" in response.headers:
         return have + int(response.headers["Content-Length"])
     if response.headers.get("Transfer-Encoding", "").lower() == "chunked":

@@ -72,7 +72,7 @@ def _cells(
     limit = MAX_RATIO * size + MAX_SLACK
     leaves = [leaf_of(table.schema_arrow, column) for column in columns]
     footer = table.metadata
-    # Not the sizes of single columns: pyarrow ends the process if their statistics are damaged.
+    # Not `column(i)` of a row group: pyarrow ends the process if its statistics are damaged.
     groups = range(footer.num_row_groups)
     stated = sum(footer.row_group(group).total_byte_size for group in groups)
     stated = max(footer.num_rows * len(columns) * LEAST, stated)
@@ -96,14 +96,14 @@ def _too_much(count: int, limit: int) -> str:
 
 
 def _image_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
-    """Return the columns with images, and those that only the metadata calls so. A column named
-    twice cannot be read by its name.
+    """Return the columns with images, and the columns that only the metadata declares to be images.
+    A column named twice cannot be read by its name.
     """
     features: Any = {}
     try:
         features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = features.get("info", {}).get("features", {})
-    except (ValueError, AttributeError):  # not JSON, or JSON of another shape
+    except (ValueError, AttributeError):  # no JSON, or unexpected types
         features = {}
     counts = Counter(schema.names)
     columns, others = [], []

@@ -74,17 +74,17 @@ class ImageTable:
     rows: LabelRows
 
     def row_of(self, inside: str, columns: Sequence[str]) -> Mapping[str, str] | str:
-        """Return the row of an image, in which these columns decide, or why it has none."""
+        """Return the row of an image, or why it has none; several must be equal in `columns`."""
         return self.rows.row_of(f"{self.root}/{inside}", columns)
 
     def decisive(self, has_classes: bool) -> tuple[str, ...]:
-        """Return the columns that may decide. With `has_classes`, folders give the classes."""
+        """Return the columns for class and split. With `has_classes`, folders give the class."""
         label = "" if has_classes else self.label
         return tuple(column for column in (label, self.split) if column)
 
     def where(self, folder: str, row: Mapping[str, str], columns: Sequence[str]) -> Where:
         """Return the conditions of a rule for the images in a folder that have such a row. The
-        split of the row is one unless the folder names a split that counts before it.
+        split of the row is a condition, unless the folder names a stricter split.
         """
         published = split_of(folder)[0]
         cells = ((column, row.get(column, "").strip()) for column in columns if row)
@@ -97,14 +97,14 @@ class ImageTable:
         )
 
     def split_if(self, where: Where) -> str:
-        """Return the published split of rows with these values, "" if they name none."""
+        """Return the published split of rows that fulfill `where`, "" if it names none."""
         return next((self.splits[value] for column, value in where if column == self.split), "")
 
     def notes_on(
         self, columns: Sequence[str], rules: Collection[Where], images: Iterable[str]
     ) -> list[str]:
-        """Return lines on the columns that decide in the conditions of `rules`, on the others, and
-        on the `images` (paths) whose folder and row name different splits.
+        """Return lines on the columns that the conditions `rules` use, on the other columns, and on
+        the `images` (paths) whose folder and row name different splits.
         """
         used = {column for where in rules for column, _ in where}
         decide = [column for column in columns if column in used]
@@ -156,7 +156,7 @@ def rule(
     name: str, folder: str, split: str, generator: str, where: Where, *, optional: bool = False
 ) -> str:
     """Return a rule of the source `name` as TOML. Images of a published val or test set go to this
-    set, those of train where all others go.
+    set, images of a published train set where unassigned images go.
     """
     parts = {"folder": toml_string(folder) if folder else "", "where": _where_as_toml(where)}
     parts |= {"generator": toml_string(generator) if generator else ""}
@@ -167,7 +167,7 @@ def rule(
 
 def destination(name: str, published: Collection[str], held_out: Mapping[str, float]) -> str:
     """Return `set` of the source `name` as TOML: shares of the training set and of those sets of
-    `held_out` (split -> share) that are not published. What is published goes only to its own set.
+    `held_out` (split -> share) that are not published. Published images go only to their own set.
     """
     shares = {f"{name}-{s}": share for s, share in held_out.items() if s not in published}
     shares = {name: 1 - sum(shares.values()), **shares}
@@ -223,7 +223,7 @@ def find_table(
         (key,) = columns_of
         try:
             table = _table(raw, root, files, name, key, shared[name], notes)
-        except CatalogError as error:  # a table of this name in another folder
+        except CatalogError as error:  # tables of this name in several folders
             unused[name] = f"not read: {error}"
             notes.append(unused[name])
             continue
@@ -257,8 +257,8 @@ def find_table(
 
 
 def _refuse_published(folder: AnyPath, files: Sequence[RawFile], unused: Mapping[str, str]) -> None:
-    """Refuse tables that cannot be used and are named like a published split, which no folder
-    names: their images would be trained on.
+    """Refuse unusable tables that are named like a published split, if no folder is: their images
+    would be trained on.
     """
     folders = {file.inside.rpartition("/")[0] for file in files}
     if not any(split_of(path)[0] in ("val", "test") for path in folders):
@@ -275,8 +275,8 @@ def _base(file: RawFile) -> str:
 
 
 def _key_of(path: AnyPath, images: set[str]) -> tuple[list[str], str]:
-    """Return the columns of a CSV file, and the one where most rows, and half of all, have the name
-    of an image; "" if there is none.
+    """Return the columns of a CSV file, and the column with the most names of images, "" if fewer
+    than half of the rows have one there.
     """
     hits, count = Counter[str](), 0
     with csv_rows(path, CatalogError) as (columns, rows):
@@ -299,7 +299,7 @@ def _table(
     notes: list[str],
 ) -> ImageTable:
     """Read the CSV files of one name, and choose the columns with the class and the split. Only a
-    column that all of them have (`shared`) can give the class.
+    column that all these files have (`shared`) can give the class.
     """
     actual = next(base for f in files for base in [f.inside.rpartition("/")[2]] if _base(f) == name)
     table = Table(name=glob.escape(actual), key=key)
@@ -325,8 +325,8 @@ def _table(
 
 
 def _fault(table: ImageTable, files: Sequence[RawFile]) -> str:
-    """Return why no row of a table is for one image, or "". Names that several images have are kept
-    as the shared ones of its rows.
+    """Return why no row of a table is for a single image, or "". Stores the names that several
+    images have in `rows.shared`.
     """
     rows = table.rows
     images = [file.inside for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES]
@@ -341,17 +341,17 @@ def _fault(table: ImageTable, files: Sequence[RawFile]) -> str:
 
 
 def _names_split(name: str) -> bool:
-    """Return whether a table has the name of a split, or a word of one that is not for training."""
+    """Return whether a table is named like a split, or with a word of a val or test split."""
     stem = posixpath.splitext(name)[0]
     return looks_published(stem) or bool(split_of(stem)[0])
 
 
 def _divides(table: ImageTable, files: Sequence[RawFile]) -> bool:
-    """Return whether a table is named like a published split and has a row of an image that is in
-    no folder of such a name.
+    """Return whether a table is named like a published val or test split and has a row of an image
+    that is in no folder of such a split.
     """
     if not looks_published(posixpath.splitext(table.name)[0]):
-        return False  # train.csv alone
+        return False  # such as train.csv
     images = [file.inside for file in files if posixpath.splitext(_base(file))[1] in IMAGE_SUFFIXES]
     return any(
         split_of(inside.rpartition("/")[0])[0] not in ("val", "test")
@@ -377,8 +377,8 @@ def _split_column(name: str, values: Mapping[str, Counter[str]], notes: list[str
 
 
 def _label_column(values: Mapping[str, Counter[str]]) -> tuple[str, dict[str, int | None]]:
-    """Return the column whose values tell the class of most images, and the label of each value. If
-    there is none, a column that has the name of one.
+    """Return the column whose values name the class of most images, and the label of each value. If
+    no values do, return a column named like a label.
     """
     decided: dict[str, dict[str, int | None]] = {}
     shares: dict[str, float] = {}

@@ -73,8 +73,8 @@ CHUNK = 256
 end the last process works alone for at most one task."""
 
 LARGEST_CHUNK = 2048
-"""Images per task at most, of which the last ones are of one row group of a parquet table: each
-task reads a row group from its beginning."""
+"""Largest number of images per task. Above `CHUNK` a task only completes a row group of a parquet
+table, because each task reads a row group from its beginning."""
 
 _name = pa.dictionary(pa.int32(), pa.string())
 
@@ -89,8 +89,8 @@ ITEM_SCHEMA = pa.schema(
 
 FACT_SCHEMA = pa.schema(
     [
-        ("error", pa.string()),  # why the image cannot be used; the rest is then empty
-        SAMPLES_SCHEMA.field("sha256"), ("stored", pa.int32()),  # of the bytes to pack
+        ("error", pa.string()),  # reason, if the image cannot be used
+        SAMPLES_SCHEMA.field("sha256"), ("stored", pa.int32()),  # of the packed bytes
         ("original", pa.binary(32)),  # SHA-256 of the bytes that were read
         ("thumbnail", pa.binary(256)),
         SAMPLES_SCHEMA.field("phash"),
@@ -203,7 +203,7 @@ def missing_chunks(
     where = _match(items, facts)
     missing = items.filter(pc.is_null(where))
     for start, end in _bounds(missing):
-        # A copy: pickling a slice for a worker would send the whole table.
+        # A copy (`take`), because pickling a slice would send the whole table to the worker.
         chunk = missing.take(pa.array(range(start, end)))
         content = "\n".join(chunk.column("origin").to_pylist())
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -224,7 +224,7 @@ def _bounds(items: pa.Table) -> Iterator[tuple[int, int]]:
 
 
 def join_facts(name: str, files: Sequence[AnyPath], items: pa.Table) -> pa.Table:
-    """Join a source's items with their facts in `files`, those that the builds so far wrote."""
+    """Join a source's items with their facts in `files`, which all builds so far wrote."""
     facts = known_facts(files)
     where = _match(items, facts)
     if where.null_count:
@@ -241,8 +241,8 @@ def finish_source(
     folder: AnyPath, name: str, files: Sequence[AnyPath], source: Source, table: pa.Table,
     listing: Listing,
 ) -> None:  # fmt: skip
-    """Write the inventory of a source to one file, and delete the others of `files`, also those
-    that killed builds left.
+    """Write the inventory of a source to one file, and delete the other `files`, which may be of
+    killed builds.
     """
     notes = {
         "excluded": listing.excluded, "read_as": listing.read_as, "rules": _rules_of(source),
@@ -269,8 +269,8 @@ def packed_prints(folder: AnyPath, source: str) -> pa.Table | None:
 
 
 def packed_originals(folder: AnyPath, source: str) -> pa.Table | None:
-    """Read the items of a source that an earlier build packed, with the hashes of their raw bytes,
-    but not unreadable ones; None if unknown.
+    """Read the readable items of a source that an earlier build packed, with the hashes of their
+    raw bytes; None if unknown.
     """
     table = _earlier(folder, source)
     if table is None:
@@ -292,7 +292,7 @@ def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, L
 
     Raises:
         ShardError: the file is damaged, or written by another version of this program, or the
-            catalog sends the source elsewhere or has other rules for its images now.
+            catalog now has other sets or rules for the images of the source.
     """
     path = folder / f"{name}.parquet"
     if not path.exists():
@@ -329,8 +329,8 @@ def read_source(folder: AnyPath, name: str, source: Source) -> tuple[pa.Table, L
 
 
 def _rules_of(source: Source) -> dict[str, Any]:
-    """Return what the catalog says about the choice, labels, sets and groups of images, as JSON
-    values. Texts for people, and what does not change the images of a source, are left out.
+    """Return the keys of a source in the catalog that decide its images, labels, sets and groups,
+    as JSON values.
     """
     rules: dict[str, Any] = {
         kind: [
@@ -389,6 +389,6 @@ def _match(items: pa.Table, facts: pa.Table | None) -> pa.Array:
     left = items.select(_KEY).append_column("item", pa.array(range(items.num_rows)))
     right = facts.select(_KEY).append_column("fact", pa.array(range(facts.num_rows)))
     joined = left.join(right, keys=_KEY, join_type="left outer", use_threads=False)
-    # Runs that overlapped may have described a file twice: any of the rows is right.
+    # Overlapping runs may have described a file twice; any of its rows can be used.
     best = joined.group_by("item", use_threads=False).aggregate([("fact", "max")]).sort_by("item")
     return best.column("fact_max").combine_chunks()

@@ -2,7 +2,7 @@
 
 Main entry: `left_out(built, scan, out)` takes what `sharding.build.build()` returns, the list of
 `BuiltSet`s and the `SourceScan`, and the folder of the sets. `files_left_out(scan)` returns the
-part that is about files which no set was made of.
+part on files, from which no set was made.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from storage import AnyPath
 
 
 def left_out(built: Sequence[BuiltSet], scan: SourceScan, out: AnyPath) -> list[str]:
-    """Return a line per unreadable image, reason and set, per source and reason, and per set that
-    got no image, or none of a class.
+    """Return a line per unreadable image, per reason and set, per reason and source, and per set
+    that got no image, or no image of a class.
     """
     lines = []
     for built_set in built:
@@ -47,7 +47,9 @@ def left_out(built: Sequence[BuiltSet], scan: SourceScan, out: AnyPath) -> list[
 
 
 def files_left_out(scan: SourceScan) -> list[str]:
-    """Return a line for each source without images, and per source and reason."""
+    """Return a line for each source without images, and one per source and reason for excluded
+    files.
+    """
     lines = []
     for source, listing in (scan.listings | scan.empty).items():
         if listing.ungrouped:

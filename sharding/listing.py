@@ -79,7 +79,7 @@ class Item(NamedTuple):
     generator: str
     group: str
     destination: str  # JSON: set -> share
-    excluded: str  # why it is not read; empty if it is
+    excluded: str  # why the image is not read, or ""
 
 
 @dataclass
@@ -113,12 +113,12 @@ class _Compiled(NamedTuple):
 
 @dataclass
 class _Grouping:
-    """Patterns that give a file its group, with the number of files that match one, or none."""
+    """Patterns that give a file its group. Counts the files that match one, and all others."""
 
     patterns: Sequence[re.Pattern]
     matched: int = 0
     unmatched: int = 0
-    first: str = ""  # path of the first file that matches none, as the patterns see it
+    first: str = ""  # first path that no pattern matches
 
     def group_of(self, name: str, origin: str) -> str:
         """Return the group of a file: what the first pattern that matches captures, or its path."""
@@ -295,7 +295,7 @@ def _fitting(rules: Sequence[_Compiled], inside: str, base: str) -> list[_Claim]
     for compiled in rules:
         match = compiled.folder.match(inside)
         if match and compiled.name.match(base):
-            # An archive counts as a folder of its name without .zip.
+            # A zip archive counts as a folder, with a name without .zip.
             named = (match.groupdict().get("generator") or "").removesuffix(".zip")
             named = named or compiled.rule.generator
             # "**" alone has depth 0, so that every rule with a named folder wins.
@@ -342,10 +342,10 @@ def _list_file(
         if reason == table.no_row and table.rows:
             note = "no row in the table: labeled by folder"
             listing.read_as[note] = listing.read_as.get(note, 0) + 1
-    used.update(claim.compiled.read_as for claim in claims)  # also those that a deeper one beats
+    used.update(claim.compiled.read_as for claim in claims)  # not only the deepest rule
     claim = _decide(claims, file.inside)
     root = source.root or name
-    origin = nfc(f"{root}/{file.inside}")  # the same on every machine
+    origin = nfc(f"{root}/{file.inside}")  # equal on all machines
     group = groups.group_of(name, origin)
     _add(listing, claim, name, file, origin, file.member, group)
 
@@ -357,7 +357,7 @@ def _shared_keys(
     rules: Sequence[_Compiled],
     ignored: Sequence[_Compiled],
 ) -> set[str]:
-    """Return the keys without a folder that are those of several images: of one, but not which."""
+    """Return the keys without a folder that several images have: their rows are ambiguous."""
     keys = Counter[str]()
     for file in files:
         inside, base, suffix = _split(file)
@@ -368,7 +368,7 @@ def _shared_keys(
 
 
 def _by_row(claims: list[_Claim], path: str, table: LabelRows) -> tuple[list[_Claim], str]:
-    """Return the claims that the row of a file leaves, and why there is no other one."""
+    """Return the claims that agree with the row of a file, and why there are not more."""
     row = table.row_of(path)
     if not isinstance(row, str):
         agreeing = [claim for claim in claims if agrees(claim.compiled.rule, row)]
@@ -376,7 +376,7 @@ def _by_row(claims: list[_Claim], path: str, table: LabelRows) -> tuple[list[_Cl
     if table.table.optional and row == table.no_row:
         return claims, row
     if row != table.no_row and any(claim.compiled.rule.where for claim in claims):
-        return [], row  # one of its rows may say that it is not for training
+        return [], row  # contradicting rows: one may be of a test set
     return [claim for claim in claims if not claim.compiled.rule.where], row
 
 
@@ -409,7 +409,7 @@ def _list_cells(
         listing.exclude(_PACKED_TABLE, file.inside)
         return
     with naming_damage(raw / file.path), (raw / file.path).open("rb") as stream:
-        table = pq.ParquetFile(stream, pre_buffer=False)  # see raw.py: no threads, here and below
+        table = pq.ParquetFile(stream, pre_buffer=False)  # no threads: see `raw.rows_of`
         conditions = {column for claim in claims for column in claim.compiled.rule.where}
         naming = {claim.compiled.rule.generator_column for claim in claims} - {""}
         names = conditions | naming | ({source.group_column} - {""})

@@ -113,7 +113,7 @@ def changing(folder: AnyPath, names: Collection[str], *, writes: bool) -> Iterat
 @contextlib.contextmanager
 def _leased(path: UPath, busy: str) -> Iterator[None]:
     """Lock a bucket by an object that a thread renews, because buckets have no process locks."""
-    token = uuid.uuid4().hex  # in containers, several processes may have the same owner
+    token = uuid.uuid4().hex  # process numbers repeat in containers
     try:
         path.fs.pipe_file(path.path, _content(token), mode="create")
     except FileExistsError:
@@ -139,11 +139,11 @@ def _content(token: str) -> bytes:
 def _take_over(path: UPath, token: str, busy: str) -> None:
     """Replace an expired lease.
 
-    Several processes may try this at once. Only the one that creates `takeover.json` continues. It
-    reads the lease again, because another process may have replaced it just before.
+    Several processes may try this at once. Only the process that creates `takeover.json` continues.
+    It reads the lease again, because another process may have just replaced the lease.
 
     Raises:
-        OSError: the lease is not expired, another process replaces it, or it is damaged.
+        OSError: the lease is not expired, is being replaced by another process, or is damaged.
     """
     claim = path.with_name("takeover.json")
     _refuse_unless_expired(path, busy)
@@ -179,7 +179,7 @@ def _read(path: UPath) -> dict[str, Any] | None:
         OSError: the object is damaged or cannot be read.
     """
     try:
-        # Not `open`, which may take the size of the object from a cached listing.
+        # Not `open`, which may use an old size of the object from a cached listing.
         lease = parse_json(path.fs.cat_file(path.path))
         renewed = lease["renewed"]
         if type(renewed) not in (int, float) or not 0 <= renewed <= LATEST:  # NaN is neither
@@ -209,7 +209,7 @@ def _renew(path: UPath, token: str, ended: threading.Event) -> None:
                 return
             path.fs.pipe_file(path.path, _content(token))
             failed = False
-        except Exception as error:  # each client of a store raises other errors
+        except Exception as error:  # clients of stores raise any exception
             if not failed:
                 console.log.warning(
                     "%s could not be renewed (%s) and is tried again; %s seconds after the last "
@@ -223,7 +223,7 @@ def _release(path: UPath, token: str) -> None:
     try:
         if _is_ours(path, token):
             path.unlink(missing_ok=True)
-    except Exception as error:  # the work is done; the lease expires
+    except Exception as error:  # only a warning: the lease expires by itself
         console.log.warning(
             "%s could not be removed (%s); the next build can start in %s seconds",
             path, error, LEASE_SECONDS,

@@ -28,7 +28,7 @@ def warn_of_small(catalog: Catalog, scan: SourceScan, only: Sequence[str]) -> No
         for name in shares
     }
     counts: dict[str, Counter[int]] = {}
-    divided: set[str] = set()  # sets with a share of images, not the published ones
+    divided: set[str] = set()  # sets that get only a share of some images
     for table in scan.items.values():
         rows = (table.column(name).to_pylist() for name in ("group", "destination", "label"))
         shares_of: dict[str, Mapping[str, float]] = {}

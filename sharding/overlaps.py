@@ -42,9 +42,9 @@ def refuse_overlaps(
     decision: Decision,
     built: Mapping[str, pa.Table],
 ) -> None:
-    """Refuse a set of an earlier build that is not built now, if one of its images, or a duplicate
-    of one, is in a set that is built now, or a relative of one in such a set of another split. Log
-    each set to which no image of its sources goes any more, such as after its raw files were
+    """Refuse a set of an earlier build that is not built now, if one of its images, or a duplicate,
+    is in a set that is built now, or if a related image is in a built set of another split. Log
+    each packed set that gets no image of its sources any more, such as after raw files were
     deleted.
 
     Raises:
@@ -88,13 +88,13 @@ def refuse_overlaps(
 
 
 def warn_of_moves(out: AnyPath, built: Mapping[str, pa.Table]) -> None:
-    """Log how many packed images change their set, from which to which. Call it before packing: an
-    interrupted build has the tables of the earlier one, and logs the same again.
+    """Log how many packed images change their set, from which to which. Call it before packing: a
+    build that is interrupted later logs the same when it is run again.
     """
     packed: dict[str, pa.ChunkedArray] = {}
     for name in packed_sets(out, out / WORK_FOLDER):
         if name in built:
-            # The build replaces a damaged table: what was in it is unknown.
+            # Ignore a damaged table, whose content is unknown: the build replaces it.
             with contextlib.suppress(ShardError):
                 packed[name] = _packed_images(out / name).column("sha256")
     if not packed:
@@ -135,7 +135,7 @@ def _refuse_relatives(
 ) -> None:
     """Refuse packed sets with near-duplicates of images of another split, or images of their group.
 
-    `packed` are the sets that no catalog of this build describes; `splits` those that are built.
+    `packed` are the sets that no catalog of this build describes; `splits` are those of built sets.
 
     Raises:
         ShardError: a set has such images.
@@ -154,7 +154,7 @@ def _refuse_relatives(
     set_of_group = dict(zip(here.column("group").to_pylist(), sets, strict=True))
     set_of_group |= dict(zip(decision.groups[rows].tolist(), sets, strict=True))
     prints = [_prints(table, out / WORK_FOLDER / "inventory") for table in tables.values()]
-    # The images of this build are first, so that each row of equal hash is paired with one of them.
+    # This build's images come first: `near_duplicates` pairs each row with the first of equal hash.
     phash = [table.column("phash").to_numpy() for table in (here, *tables.values())]
     columns = [here.column("thumbnail"), *(column for column, _groups in prints)]
     thumbnails = [_thumbnails(column) for column in columns]
@@ -182,7 +182,7 @@ def _refuse_relatives(
 
 def _prints(table: pa.Table, folder: AnyPath) -> tuple[pa.ChunkedArray, list[set[str]]]:
     """Return the thumbnails of the images of a packed set, null if they are unknown, and the groups
-    of each image: that in the set, which near-duplicates have merged, and that before.
+    of each image: the one in the set, after merging near-duplicates, and the one before.
     """
     thumbnails: dict[str, bytes] = {}
     groups: dict[str, str] = {}
@@ -197,7 +197,7 @@ def _prints(table: pa.Table, folder: AnyPath) -> tuple[pa.ChunkedArray, list[set
 
 
 def _thumbnails(column: pa.ChunkedArray) -> np.ndarray:
-    """Return thumbnails as an array, (n, 256) uint8; those that are unknown are black."""
+    """Return thumbnails as an array, (n, 256) uint8; unknown ones are black."""
     texts = [text or bytes(256) for text in column.to_pylist()]
     return np.frombuffer(b"".join(texts), np.uint8).reshape(-1, 256)
 

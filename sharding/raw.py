@@ -66,7 +66,7 @@ from sharding.remote import in_order, read_bytes
 from storage import AnyPath, is_local, remote_errors
 
 PIECE = 65_536
-"""Bytes of a table on disk that are read at once; without, the whole column of a row group is."""
+"""Bytes of a table on disk per read; else pyarrow reads the whole column of a row group."""
 
 VOLUME = "a volume of a split archive, whose last volume, the .zip, is not beside it"
 
@@ -83,7 +83,7 @@ class RawFile(NamedTuple):
     member: str  # location in that file; empty for the whole file
     size: int  # bytes
     version: str  # changes when the bytes may have changed
-    excluded: str = ""  # why it is not read
+    excluded: str = ""  # why the file is not read
 
 
 def nfc(name: str) -> str:
@@ -119,7 +119,7 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
     volumes: dict[str, list[RawFile]] = {}  # name of a split archive -> its other volumes
     archives = set[str]()
     for file in listed:
-        if match := volume.fullmatch(file.inside):  # sorted before their archive, read with it
+        if match := volume.fullmatch(file.inside):  # volumes come before their archive (.zip)
             volumes.setdefault(match[1].lower(), []).append(file)
         elif file.inside.lower().endswith(".zip"):
             stem = file.inside[:-4].lower()
@@ -134,8 +134,8 @@ def walk(raw: AnyPath, root: str) -> Iterator[RawFile]:
                 yield from _members(raw, file)
         else:
             yield file
-    for stem in sorted(volumes.keys() - archives):  # X.ZIP is sorted before X.z01
-        # Each split archive has a first volume. Others are files such as `game.z64`.
+    for stem in sorted(volumes.keys() - archives):  # X.ZIP comes before X.z01
+        # Without a volume X.z01 it is no split archive, but files such as `game.z64`.
         is_split = any(re.search(r"\.z0*1$", file.inside, re.IGNORECASE) for file in volumes[stem])
         for file in volumes[stem]:
             yield file._replace(excluded=VOLUME) if is_split and not file.excluded else file
@@ -203,7 +203,7 @@ def _walk_remote(raw: UPath, root: str) -> Iterator[RawFile]:
 
 
 def leaf_of(schema: pa.Schema, column: str) -> str:
-    """Return the name of what is read of an image column: of a struct only its bytes.
+    """Return the parquet column to read for an image column: of a struct, its field `bytes`.
 
     Raises:
         KeyError: no column has this name, or several have it.
@@ -215,7 +215,7 @@ def leaf_of(schema: pa.Schema, column: str) -> str:
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    """Return whether the values of a type are bytes, and no texts."""
+    """Return whether the values of a type are bytes, not texts."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     known = ("binary", "large_binary", "binary_view")
     return str(kind) in known or pa.types.is_fixed_size_binary(kind)
@@ -227,8 +227,8 @@ def _bytes_index(kind: pa.DataType) -> int:
 
 def rows_of(table: pq.ParquetFile, group: int, leaves: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a row group, each as a batch of one row, with the columns `leaves`."""
-    # Row by row: a file of 2 kB may refer to one cell of 60 MB in each row. Without threads, which
-    # may hold the Python stream for a moment longer than the reader, and then free it.
+    # Row by row, because each row of a file of 2 kB may refer to one cell of 60 MB. Without
+    # threads, because a thread of Arrow may free the Python stream after the reader has ended.
     yield from table.iter_batches(1, row_groups=[group], columns=leaves, use_threads=False)
 
 
@@ -237,7 +237,7 @@ def cell_of(row: pa.RecordBatch, column: str) -> bytes | DecodeError:
     value = row.column(column)[0]
     if value.is_valid and _bytes_index(value.type) >= 0:
         value = value["bytes"]
-    if not (value.is_valid and is_bytes(value.type)):  # a list would become Python numbers
+    if not (value.is_valid and is_bytes(value.type)):  # not a list of numbers, which is slow
         return DecodeError("the cell holds no image")
     value = value.value if pa.types.is_dictionary(value.type) else value
     size = value.as_buffer().size if value.is_valid else 0
@@ -256,7 +256,7 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
     path = rows[0]["path"]
     try:
         with (raw / path).open("rb") as stream:
-            # Opened once: a footer with as many row groups as rows would be read for each row.
+            # One `ParquetFile` for all rows, because each reads the footer, which can be long.
             piece = PIECE if is_local(raw) else 0
             table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=piece)
             for group, run in groupby(
@@ -265,7 +265,7 @@ def _read_cells(raw: AnyPath, rows: Sequence[Mapping[str, Any]]) -> Iterator[byt
                 yield from _cells(table, path, int(group), [(int(at), c) for _, at, c in run])
     except (KeyError, UnicodeDecodeError, OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # of the disk or the network; pyarrow's own are plain and have no number
+            raise  # disk or network; pyarrow raises a plain OSError without errno
         reason = reason_of(error)
         raise RawError(
             f"{path} is damaged, or not the table that was listed ({reason}); fetch it again"
@@ -276,7 +276,7 @@ def _cells(
     table: pq.ParquetFile, path: str, group: int, wanted: Sequence[tuple[int, str]]
 ) -> Iterator[bytes | DecodeError]:
     """Yield the cells (row, column) of one row group, in ascending order of rows."""
-    # An earlier row has passed and is not read again: the reason would be one of too few rows.
+    # Rows are read once, so an earlier row would not be found and be reported as missing.
     for (before, _), (after, _) in pairwise([(0, ""), *wanted]):
         if after < before:
             raise RawError(

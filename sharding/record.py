@@ -73,8 +73,8 @@ def packed_sources(marks: AnyPath) -> set[str]:
 
 def packed_sets(out: AnyPath, work: AnyPath) -> list[str]:
     """Return the sets with a tar that earlier builds packed into `out`, of any catalog."""
-    # Only `work` is listed, not the folders in it: the client of a bucket caches listings, and
-    # would not find the marks that workers write later.
+    # List only `work`, not the folders in it: the client of a bucket caches listings, and would not
+    # see the marks that workers write later.
     return [
         name
         for name in sorted(path.name for path in work.iterdir() if path.is_dir())

@@ -68,8 +68,8 @@ def in_order(
 
 
 def read_bytes(path: AnyPath, most: int = MAX_TABLE_BYTES) -> bytes:
-    """Return the bytes of a file, by one request if it is at an address: `read_plain` asks for the
-    size first.
+    """Return the bytes of a file, by a single request if it is at an address (`read_plain` would
+    first ask for the size).
 
     Raises:
         RefusedFileError: no plain file, or more than `most` bytes.
@@ -81,7 +81,7 @@ def read_bytes(path: AnyPath, most: int = MAX_TABLE_BYTES) -> bytes:
         data = path.fs.cat_file(path.path, start=0, end=most + 1)
     except Exception:
         with contextlib.suppress(Exception):
-            if size_of(path) == 0:  # S3 refuses a start that is the end
+            if size_of(path) == 0:  # S3 refuses a range of an empty file
                 return b""
         raise
     if len(data) > most:
@@ -99,8 +99,8 @@ def sizes_in(folder: AnyPath) -> dict[str, int | None]:
             if path.is_file():
                 sizes[path.name] = size_of(path)
         return dict(sorted(sizes.items()))
-    # Its client keeps a listing. It would lack files that other processes write later, and to look
-    # for one file, the client compares all names.
+    # Drop the client's cached listing, before and after: it would lack files that other processes
+    # write later, and searching it for one file is slow.
     folder.fs.invalidate_cache(folder.path)
     for entry in folder.fs.ls(folder.path, detail=True) if folder.is_dir() else ():
         if entry["type"] == "file" and (name := entry["name"].rpartition("/")[2]):

@@ -62,7 +62,7 @@ def refuse_replaced(
         if before is None or not before.num_rows:
             continue
         originals = before.column("original")
-        # First the images of the source itself: for nearly all sources they decide.
+        # Compare with the source itself first: that suffices for nearly all sources.
         if any(
             pc.any(pc.is_in(originals, table.column("original").combine_chunks())).as_py()
             for table in (tables[name], *tables.values())
@@ -85,8 +85,8 @@ def refuse_replaced(
 
 
 def _still_there(raw: AnyPath, before: pa.Table) -> bool:
-    """Return whether an image that is not listed any more is still a raw file, with the same bytes,
-    such as one that is beyond a `cap` now. The first `LOOKED_AT` images are looked for.
+    """Return whether a raw file of an image that is not listed any more is unchanged, such as an
+    image that exceeds a `cap` now. The first `LOOKED_AT` images are looked for.
     """
     for row in before.slice(0, LOOKED_AT).to_pylist():
         with contextlib.suppress(RawError, OSError):

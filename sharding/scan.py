@@ -107,14 +107,14 @@ def find_sources(
                 _refuse_unfinished(name, raw / source.root, fetched)
             listing = list_source(name, source, raw)
             if not listing.items and is_packed:
-                scan.packed_only.append(name)  # the files were deleted, the folder was not
+                scan.packed_only.append(name)  # only the files were deleted, not the folder
             elif listing.items:
                 _check_counts(name, source, listing, max(COUNT_TOLERANCE, tolerance.max_bad))
                 if listing.unmatched and not tolerance.allow_incomplete:
                     _refuse_unmatched(name, listing, raw / source.root)
                 capped(listing, source.cap)
                 scan.items[name] = item_table(listing.items)
-                scan.listings[name] = replace(listing, items=[])  # items take 10x the memory
+                scan.listings[name] = replace(listing, items=[])  # the table takes a tenth of it
             else:
                 scan.missing.append(name)
                 scan.empty[name] = listing
@@ -126,7 +126,7 @@ def find_sources(
 
 
 def _replaced(catalog: Catalog, raw: AnyPath) -> dict[str, str]:
-    """Return the source of the user that has the root of a shipped one, by the shipped one."""
+    """Map a shipped source to the source of the user that has the same root."""
     by_root: dict[object, list[str]] = defaultdict(list)
     for name, source in catalog.sources.items():
         by_root[_place(raw, folder_of(raw, source.root or name))].append(name)
@@ -143,8 +143,8 @@ def _replaced(catalog: Catalog, raw: AnyPath) -> dict[str, str]:
 
 
 def _place(raw: AnyPath, root: str) -> object:
-    """Return a value that is the same for two names of one folder: `RAID` is `raid` on a disk that
-    ignores case, as those of macOS do.
+    """Return a value that identifies a folder: `RAID` and `raid` are one folder on a disk that
+    ignores case, as on macOS.
     """
     if is_local(raw) and (raw / root).is_dir():
         facts = (raw / root).stat()

@@ -17,10 +17,9 @@ from sharding.listing import Item, Listing
 def capped(listing: Listing, cap: Mapping[Any, int]) -> None:
     """Keep at most `cap[class]` items of each class, in the order of a hash of their groups.
 
-    Whole groups are kept: an image and its partner stay together. Only if a class would have no
-    image, because each of its groups is larger than the cap, a part of one is kept. The hash is not
-    the one of `choose_set`, which would put all that is kept into the first set. The choice depends
-    only on this source.
+    Whole groups are kept: an image and its partner stay together. A part of a group is kept only if
+    each group of the class is larger than the cap. The hash is another one than in `choose_set`, or
+    all kept groups would go to the first set. The choice depends only on this source.
     """
     if not cap:
         return

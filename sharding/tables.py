@@ -64,8 +64,8 @@ class LabelRows:
     table: Table
     paths: Set[str] = frozenset()
     deciding: Set[str] = frozenset()
-    rows: dict[str, dict[str, str]] = field(default_factory=dict)  # the first of each key
-    differing: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # of further rows
+    rows: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> its first row
+    differing: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # values of other rows
     fitted: dict[str, str] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)
     example: str = ""
@@ -92,9 +92,9 @@ class LabelRows:
                 self.differing.setdefault(key, {}).setdefault(column, set()).add(value)
 
     def fit(self, root: str) -> None:
-        """Give each row that is for no file to the file whose path, from the folder `root` or from
-        inside of it, is the end of the key: the key is a path on another machine. It is none if
-        what is before this end is a folder in `root`.
+        """Assign unused rows whose key is a path on another machine to the file of the same end:
+        its path, from `root` or from inside `root`, is the end of the key. Not if the part before
+        this end is a folder in `root`.
         """
         inside = f"{nfc(root).lower()}/"
         folders = {str(folder) for path in self.paths for folder in PurePosixPath(path).parents}
@@ -131,8 +131,8 @@ class LabelRows:
         return key
 
     def row_of(self, path: str, deciding: Iterable[str] | None = None) -> Mapping[str, str] | str:
-        """Return the row of a file, or the reason why it has none. Its rows may differ in columns
-        other than `deciding` (default: those of the rules).
+        """Return the row of a file, or the reason why it has none. Several rows of one key may
+        differ, except in the columns `deciding` (default: the columns in rules).
         """
         key = self.key_of(path)
         if key in self.shared:
@@ -160,7 +160,7 @@ def read_rows(
     for file in files:
         if not fnmatch.fnmatch(file.inside.rpartition("/")[2].lower(), pattern) or file.member:
             continue
-        if file.excluded:  # without it, labels would come from the folders alone
+        if file.excluded:  # images would be labeled by folder alone
             raise CatalogError(
                 f"{raw / file.path} is {file.excluded}, expected a table; put the file itself there"
             )
@@ -207,7 +207,7 @@ def texts_of(values: pa.Table, column: str, path: AnyPath) -> list[str]:
     names = class_names(values.schema, column, path)
     cells = values.column(column).to_pylist()
     if names:
-        named: dict[Any, str] = {None: "", -1: "", **dict(enumerate(names))}  # -1: no label
+        named: dict[Any, str] = {None: "", -1: "", **dict(enumerate(names))}  # -1: unlabeled
         if unknown := set(cells) - named.keys():
             raise CatalogError(
                 f"{path}: column {column} has the value {unknown.pop()!r}, expected a number of "
@@ -223,7 +223,7 @@ def class_names(schema: pa.Schema, column: str, path: AnyPath) -> list[str]:
     try:
         features = parse_json(text).get("info", {}).get("features", {})
         return list(features.get(column, {}).get("names", []))
-    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or JSON of another shape
+    except (ValueError, AttributeError, TypeError) as error:  # no JSON, or unexpected types
         reason = reason_of(error)
         raise CatalogError(
             f"{path}: its `huggingface` metadata is damaged ({reason}); fetch it again"

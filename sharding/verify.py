@@ -104,7 +104,7 @@ def unfinished_in(folder: AnyPath) -> list[str]:
 
 
 def _unfinished(folder: AnyPath) -> list[AnyPath]:
-    # Only a build writes the positions of a tar beside it; other programs leave tars too.
+    # Look for `.idx`: only a build writes it next to a tar. Other programs write tars too.
     packed = sorted({path.parent for path in folder.glob("*/*.idx")})
     return [path for path in packed if not (path / INDEX_FILE).exists()]
 
@@ -133,7 +133,7 @@ def verify(
             (str(folder), entry, _copied(shards.table, rows_of.get(code, np.empty(0, np.int64))))
             for code, entry in enumerate(entries)
         )
-        with reading(shards):  # else a shard that a build replaces meanwhile would be a fault
+        with reading(shards):  # or a build could replace a shard meanwhile
             for count, new_faults in run_all(
                 verify_shard, tasks, "local", jobs if len(entries) > 1 else 1
             ):
@@ -143,9 +143,8 @@ def verify(
 
 
 def _copied(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """Copy rows of the table: pickling a slice for a process would send the whole table. But `take`
-    first copies all chunks of what it takes from, so it takes from a slice: rows of one shard are
-    next to each other.
+    """Copy rows of the table: pickling a slice for a process would send the whole table. `take`
+    copies all chunks of its input first, so its input is a slice: rows of one shard are adjacent.
     """
     first, end = (rows.min(), rows.max() + 1) if len(rows) else (0, 0)
     return table.slice(first, end - first).take(rows - first)
@@ -155,7 +154,7 @@ def verify_shard(folder: str, entry: dict[str, Any], rows: pa.Table) -> tuple[in
     """Check one shard: hash, members and images. Return its number of images and its faults."""
     path = any_path(folder) / entry["name"]
     where = f"{any_path(folder).name}/{entry['name']}"
-    if not path.is_file():  # to open a named pipe would wait forever
+    if not path.is_file():  # opening a named pipe would wait forever
         return len(rows), [f"{where}: missing"]
     faults = []
     if path.stat().st_size != entry["bytes"]:
@@ -192,7 +191,7 @@ def _check_members(
         if row is None or not member.isreg():
             faults.append(f"{name}: a member that is not in the index")
             continue
-        if refused:  # before it is read: a sparse member of 512 bytes may claim any size
+        if refused:  # not read: a sparse member may claim any size
             faults.append(f"{name}: {refused}")
             continue
         parts.setdefault(key, []).append(
@@ -239,7 +238,7 @@ def _check_image(data: bytes, extension: str, row: dict[str, Any]) -> Iterator[s
     pixels = prepared.pixels
     facts = (
         _FACTS[:1] if row["transcoded_from"] else _FACTS
-    )  # only the format: the rest describes the published file
+    )  # the other facts describe the published file
     for name in facts:
         value = getattr(prepared.facts, name)
         if value != row[name]:
@@ -352,15 +351,15 @@ _TIES = (
 
 
 def _repeated(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
-    """Yield each row with a repeated value, and the first row with that value. No value becomes an
-    object of Python: of a hundred million images, these would need 100 GB.
+    """Yield each row with a repeated value, and the first row with that value. Values are not
+    converted to Python objects, which would need 100 GB for a hundred million images.
     """
-    if not pa.types.is_integer(column.type):  # distinct texts of all sets may exceed 2 GiB
+    if not pa.types.is_integer(column.type):  # texts may exceed 2 GiB
         column = column.cast(pa.large_binary())
     encoded = [chunk.indices for chunk in column.dictionary_encode().chunks]
     codes = numbers_of(pa.chunked_array(encoded, pa.int32()))
     rows = np.arange(len(codes))
     first = np.empty_like(rows)
-    first[codes[::-1]] = rows[::-1]  # of equal codes, the last assignment stays: the first row
+    first[codes[::-1]] = rows[::-1]  # reversed, so that the first row of a code is kept
     again = np.flatnonzero(first[codes] != rows)
     yield from zip(again.tolist(), first[codes[again]].tolist(), strict=True)

@@ -113,7 +113,7 @@ def write_shard(
     def pack(partial: Path) -> None:
         lines[:], sha256 = _pack(partial, any_path(raw), rows)
         written.append(Written(name, len(rows), partial.stat().st_size, sha256))
-        with contextlib.suppress(FileNotFoundError):  # another worker may delete it too
+        with contextlib.suppress(FileNotFoundError):  # or another worker deleted it
             (any_path(folder) / INDEX_FILE).unlink()
 
     write_atomically(any_path(folder) / name, pack)
@@ -182,22 +182,22 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
     Returns the lines of the `.idx` for DALI's reader (version 1.2), and the SHA-256 of the tar. A
     line has the extension, offset, size and name of each member of a sample.
     """
-    # Imported here, because it imports torch, which takes seconds: only workers that write wait.
-    # If it were preloaded for all workers, an interrupt would have to wait for the import.
+    # Imported here, because webdataset imports torch, which takes seconds: only workers that write
+    # wait. A preload for all workers would delay the reaction to an interrupt.
     import webdataset
 
     lines = []
     with path.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-        writer.tarstream = tar = _Tar(stream)  # the replaced tarfile is still empty
+        writer.tarstream = tar = _Tar(stream)  # nothing was written yet
         for row, data in zip(rows, read_all(raw, rows), strict=True):
-            data = _the_same(row, data)
+            data = _checked_bytes(row, data)
             row["offset"], row["size"] = 0, len(data)
             meta = json.dumps(member_metadata(row), sort_keys=True).encode()
             members = {IMAGE_FORMATS[row["format"]]: data, "json": meta}
             offset = tar.offset
             writer.write({"__key__": row["key"], **members})
             line = []
-            for extension in sorted(members):  # the order in which TarWriter writes them
+            for extension in sorted(members):  # as TarWriter sorts them
                 size = len(members[extension])
                 offset += tarfile.BLOCKSIZE
                 line.append(f"{extension} {offset} {size} {row['key']}.{extension}")
@@ -210,8 +210,8 @@ def _pack(path: Path, raw: AnyPath, rows: list[dict[str, Any]]) -> tuple[list[st
     return lines, tar.hash.hexdigest()
 
 
-def _the_same(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
-    """Return the bytes to store, after a check that they are those that the row describes."""
+def _checked_bytes(row: dict[str, Any], data: bytes | DecodeError) -> bytes:
+    """Return the bytes to store, after a check that they have the hash in `row`."""
     try:
         if isinstance(data, DecodeError):
             raise data

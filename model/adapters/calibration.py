@@ -71,7 +71,7 @@ def keep_calibration(detector: OtherDetector, runs: Path, entries: Mapping[str, 
 
 def with_calibration(detector: OtherDetector, runs: Path) -> OtherDetector:
     """Return the detector with its stored calibration, if there is one. A calibration of other
-    weights or of another file is ignored with a warning.
+    weights or of another file is ignored, with a warning.
 
     Raises:
         DetectorError: the calibration file is damaged, or a value in it is impossible.

@@ -99,7 +99,7 @@ class OtherDetector(AnyDetector):
     backend: str = "pil"
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    # For another process. Its network is a copy of its own, and so is the lock.
+    # Pickled for another process, which has its own copy of the network and needs its own lock.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
@@ -108,7 +108,7 @@ class OtherDetector(AnyDetector):
 
     def prepare(self, pixels: np.ndarray) -> Any:
         """Return what the detector makes of an image, uint8 (height, width, 3) RGB."""
-        # Copied, because the memory of `pixels` may be reused, and the detector may keep it.
+        # A copy, because the detector may keep the image, and the memory of `pixels` may be reused.
         return self.judge.prepare(Image.fromarray(np.array(pixels)))
 
     def _scored(self, files: Iterable[Source], batch_size: int, start: int) -> Iterator[Scored]:
@@ -124,8 +124,8 @@ class OtherDetector(AnyDetector):
         """Return the probability of fake of preprocessed images, after the temperature: float64
         (B,), NaN where the detector returns no finite number.
 
-        With a temperature other than 1 it is computed from `logits`, as the thresholds of a
-        calibration are: an image at a threshold gets the same verdict here and in an evaluation.
+        With a temperature other than 1, it is computed from `logits`, as in a calibration, so that
+        an image at a threshold gets the same verdict here and in an evaluation.
         """
         temperature = self.meta["temperature"]
         if temperature == 1:
@@ -160,8 +160,8 @@ class OtherDetector(AnyDetector):
 
 def output_name(kind: str, name: str, path: Path) -> str:
     """Return the name of the folder for a detector's output. For a local file or folder, `path`,
-    the name of the folder that it is in is part of it: many files are called `detector.py`. Every
-    export is in a folder `onnx`, so for these it is the folder above. Letters of all scripts stay.
+    the result contains the name of its folder (many files are called `detector.py`), or for an ONNX
+    file in a folder `onnx` the name of the folder above. Letters of all scripts stay.
     """
     place = path.resolve().parent
     place = place.parent if kind == "onnx" and place.name == "onnx" else place

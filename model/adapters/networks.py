@@ -130,7 +130,7 @@ def open_transformers(
             folder, use_safetensors=True, output_loading_info=True, **common
         )
         labels = {int(index): str(label) for index, label in net.config.id2label.items()}
-    except Exception as error:  # a published configuration may hold anything
+    except Exception as error:  # a published configuration may be anything
         raise DetectorError(
             f"{name} is not an image classifier that transformers opens: {typed_reason_of(error)}"
         ) from error
@@ -183,7 +183,7 @@ def open_timm(
         transform = create_transform(
             **resolve_data_config(pretrained_cfg=net.pretrained_cfg, model=net)
         )
-    # timm checks some values by assertions, and a value of a wrong type may lack an attribute.
+    # timm checks some values with `assert`; values of a wrong type cause AttributeError.
     except (
         RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError,
         SafetensorError,

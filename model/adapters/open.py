@@ -145,7 +145,7 @@ def open_other(
         DetectorError: the detector cannot be used, or an option is not possible for its kind.
         ValueError: `name` is an address, or as `model.inference.onnx_detector.load_onnx`.
     """
-    band_from(threshold)  # a refusal comes before anything is loaded
+    band_from(threshold)  # refuse a bad threshold before loading
     kind = kind_of(name)
     if opening.trust and kind != "file":
         raise DetectorError(f"--trust is for a Python file; {name} is not a Python file")

@@ -68,19 +68,19 @@ class FileJudge:
         """
         try:
             given = self.predict(list(prepared))
-        except (Exception, SystemExit) as error:  # an exit would end this program without a word
+        except (Exception, SystemExit) as error:  # SystemExit would end this program silently
             raise DetectorError(
                 f"{self.file}: {FUNCTION} failed on {console.counted(len(prepared), 'image')}: "
                 f"{typed_reason_of(error)}"
             ) from error
         try:
             values = np.asarray(given, np.float64)
-        except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor with gradient
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor with grad
             given_as = f"{type(given).__name__} ({typed_reason_of(error)})"
             raise DetectorError(self._expected(len(prepared), given_as)) from error
         if values.shape != (len(prepared),):
             raise DetectorError(self._expected(len(prepared), f"an array of shape {values.shape}"))
-        outside = values[(values < 0) | (values > 1)]  # False for NaN
+        outside = values[(values < 0) | (values > 1)]  # NaN is in neither
         if len(outside):
             raise DetectorError(self._expected(len(prepared), f"the value {outside[0]:g}"))
         return values
@@ -95,7 +95,7 @@ class FileJudge:
 
 class UncachedLoader(SourceFileLoader):
     """Loader that compiles the file each time; `sha256` is the hash of the bytes that ran. Python's
-    own may run the cached code of an earlier file of the same size and time.
+    own loader may run cached code of an earlier file of the same size and time.
     """
 
     sha256 = ""
@@ -119,15 +119,15 @@ def open_file(path: Path, *, trust: bool, threshold: float | None = None) -> Oth
         raise DetectorError(
             f"{path} is a program, which would run with all your rights; read it, then add --trust"
         )
-    # Without a loader given, Python knows only files that end in .py, but not in .PY.
+    # Without a loader, Python accepts files that end in .py, but not in .PY.
     loader = UncachedLoader(f"detector_{path.stem}", str(path))
     spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
-    assert spec is not None  # always made with a loader
+    assert spec is not None  # a loader is given
     module = importlib.util.module_from_spec(spec)
     # As with `python FILE`, modules in the same folder can be imported.
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.insert(0, folder)
-    # As with any import: dataclasses, pickle and worker processes look a module up by its name.
+    # Registered as by an import: dataclasses, pickle and worker processes look modules up by name.
     sys.modules[loader.name] = module
     try:
         loader.exec_module(module)

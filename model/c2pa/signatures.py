@@ -10,8 +10,8 @@ signer is trusted). It returns a `Manifest`:
   none), `makers` (a list of the programs that made the file) and `source_types` (a list of the
   kinds of origin, C2PA's `digitalSourceType`).
 - `earlier`: a list of the claims of other manifests in the file, of its ingredients such as the
-  image before an edit. `state` says nothing about them: whoever signs the file does not vouch for
-  what it was made from.
+  image before an edit. `state` says nothing about them: the signer of a file does not vouch for its
+  ingredients.
 
 If there is no manifest or it cannot be read, the library c2pa-python raises exceptions of many
 types, so catch `Exception`.
@@ -119,13 +119,13 @@ class TrustList:
 def usual_trust_list() -> TrustList | None:
     """Return the list that `DETECTOR_TRUST_LIST` names, or the public list if it was downloaded, or
     None. The list is read once per process. If this user may not read the public list, one warning
-    says so.
+    is logged.
 
     Raises:
         TrustListError: the list cannot be used.
     """
     cached = None
-    with contextlib.suppress(ValueError):  # a user without a home folder has downloaded nothing
+    with contextlib.suppress(ValueError):  # without a home folder there is no download
         cached = cache_folder() / CACHED
     return _usual_trust_list(os.environ.get(VARIABLE), cached)
 
@@ -138,7 +138,7 @@ def _usual_trust_list(named: str | None, cached: Path | None) -> TrustList | Non
         if cached is None or not cached.is_file():
             return None
         cached.open("rb").close()
-    except PermissionError as error:  # the cache of another user, such as root's in a container
+    except PermissionError as error:  # another user's cache
         log.warning("%s; no C2PA trust list is used. %s", one_line(error), OWN_CACHE)
         return None
     return read_cached(cached)
@@ -245,7 +245,7 @@ class Claim:
 class Manifest:
     """The active manifest of a file. `state` is that of the signature of `claim`, `why` its reason
     in words. `earlier` are the claims of the other manifests, those of ingredients, in the order of
-    the store; their signatures have no state here.
+    the store; their signatures are not checked.
     """
 
     state: State
@@ -338,7 +338,7 @@ def _state(store: Mapping[str, Any], trust: TrustList | None) -> tuple[State, st
         why = f"not in {trust.name}" if trust else "no trust list"
         return "valid, signer unknown", why
     codes = [status.get("code", "") for status in store.get("validation_status") or []]
-    # An unknown signer does not make a file invalid.
+    # An unknown signer alone does not make a file invalid.
     codes = [code for code in codes if code != "signingCredential.untrusted"] or [str(state)]
     words = _IN_WORDS.get(codes[0])
     return "invalid", f"{codes[0]}: {words}" if words else codes[0]

@@ -72,7 +72,7 @@ def fetch_trust_list(by_hand: Path | None = None) -> TrustList:
         "pem": data.decode("utf-8", "surrogateescape"),
     }
     text = json.dumps(kept, indent=1) + "\n"
-    if len(text) > MAX_BYTES:  # reading it back would refuse it, and the good list would be gone
+    if len(text) > MAX_BYTES:  # `read_cached` would refuse it: keep the old list
         raise TrustListError(f"{origin} is too large to keep: more than {MAX_BYTES:,} bytes")
     write_text(path, text)
     return read_cached(path)

@@ -34,8 +34,8 @@ high on, "no sign of AI" below low) and tables, lists of tuples: `roc` (threshol
 rate, recall), `at_fpr` and `at_miss` (error rate, threshold). Thresholds and band are probabilities
 of fake, after the temperature. Its `entries(fitted_on)` takes a dict, set name -> hash of the set's
 index, and returns the dict for a checkpoint's `meta.json`. All three raise `CalibrationError` (a
-`ValueError`) if a class has fewer than `FEWEST` images, if it or more than half of its sources have
-too few for a rate that is asked for, if a score is not finite, or if no temperature fits.
+`ValueError`) if a class has fewer than `FEWEST` images, if a class or more than half of its sources
+have too few for a requested rate, if a score is not finite, or if no temperature fits.
 `check_images(labels, rule, sources)` raises this error before anything is scored, if there are too
 few images for `calibrate_by()`. `check_validation_sets(folders)` takes the paths (`Path` or
 `UPath`) of packed sets and raises it if a set is not of the split `val`.
@@ -64,10 +64,11 @@ ThresholdAt = Literal["auto", "fpr5", "fpr1", "0.5"]
 Over = Literal["pooled", "most_sources", "worst_source"]
 
 FEWEST = CALIBRATION_FEWEST
-"""Minimum number of images of each class, and of a source that counts by itself."""
+"""Minimum number of images of each class, and of a class in a source that counts by itself."""
 
 TEMPERATURES = 0.02, 50.0
-"""Search range of the temperature. Scores that separate the classes give one well inside it."""
+"""Search range of the temperature. Scores that separate the classes give a temperature well inside
+this range."""
 
 ROC_THRESHOLDS = (0.01, 0.02, *(step / 20 for step in range(1, 20)), 0.98, 0.99)
 """Thresholds at which the two error rates are stored, besides both ends of the band."""
@@ -135,7 +136,7 @@ class Calibration:
 
 
 def check_validation_sets(folders: Sequence[AnyPath]) -> None:
-    """Refuse sets that are not validation sets, and two of one name.
+    """Refuse sets that are not validation sets, and two sets of one name.
 
     Raises:
         CalibrationError: a set has another split than `val`, or two sets have the same name, under
@@ -164,7 +165,7 @@ def check_images(
     `rule`. `sources` (N,) contains the source of each image, a name or number (None: one source).
 
     Raises:
-        CalibrationError: a class has fewer than `FEWEST` images, or too few for its rate.
+        CalibrationError: a class has fewer than `FEWEST` images, or too few for its error rate.
     """
     reals, fakes = int((labels == 0).sum()), int((labels == 1).sum())
     if min(reals, fakes) < FEWEST:
@@ -215,7 +216,7 @@ def calibrate(
     at_5 = threshold_at_fpr(probabilities[labels == 0], 0.05)
     at_1 = threshold_at_fpr(probabilities[labels == 0], 0.01)
     below = np.sort(probabilities[labels == 1])[math.floor(0.05 * (fakes + 1) + 1e-9) - 1]
-    assert at_5 is not None  # never None: `FEWEST` real images are enough for 5 %
+    assert at_5 is not None  # not None: `FEWEST` suffice for 5 %
     thresholds: dict[ThresholdAt, float] = {
         "auto": max(DEFAULT_THRESHOLD, at_5), "fpr5": at_5, "0.5": DEFAULT_THRESHOLD,
     }  # fmt: skip
@@ -277,9 +278,9 @@ def calibrate_sources(
 
     At most `max_fpr` of the real images have a score at or above the upper end of the band, which
     is the decision threshold. At most `max_miss` of the fakes have a score below its lower end.
-    `calibrating.threshold` selects the images of which the two rates are taken: all together, or
-    source by source. Then a source with fewer than `FEWEST` images of a class is ignored for that
-    class, unless all sources are that small.
+    `calibrating.threshold` says whether the two rates hold for all images together or source by
+    source. In the second case, a source with fewer than `FEWEST` images of a class is ignored for
+    that class, unless all sources are that small.
 
     Raises:
         CalibrationError: a class has fewer than `FEWEST` images in all, it or more than half of
@@ -303,7 +304,7 @@ def calibrate_sources(
     }
     reals, fakes = (_large(of_class, over) for of_class in groups)
     high = threshold_over_sources(reals, calibrating.max_fpr, over)
-    missed = [1 - of_source for of_source in fakes]  # a miss rate is a false-positive rate of 1 - p
+    missed = [1 - of_source for of_source in fakes]  # misses are false positives of 1 - p
     low = 1 - threshold_over_sources(missed, calibrating.max_miss, over, "fake")
     low = min(low, high)
     sources = {
@@ -439,7 +440,7 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     reals = len(labels) - fakes
     target = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
 
-    def slope(inverse: float) -> float:  # of the NLL, convex in 1 / temperature
+    def slope(inverse: float) -> float:  # slope of the NLL, convex in 1 / temperature
         return float(((probability(logits, 1 / inverse) - target) * logits).mean())
 
     low, high = (math.log(1 / t) for t in reversed(TEMPERATURES))

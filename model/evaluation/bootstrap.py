@@ -71,7 +71,7 @@ FEWEST_GROUPS = 10
 """Smallest number of groups of a source that are resampled by themselves."""
 
 _SAME = 1e-6
-"""Values that differ by less are equal: sums over many weights are rounded to float32."""
+"""Smallest difference that counts: float32 sums over many weights are rounded."""
 
 _AT_A_TIME = 2_000_000
 """Weights (resamples x images) in memory at a time. More would not fit in the processor's cache."""
@@ -146,8 +146,8 @@ def group_rows(groups: np.ndarray, sources: np.ndarray, labels: np.ndarray) -> G
 
 
 def _join_largest(stratum: np.ndarray, few: int, enough: int, alike: np.ndarray) -> None:
-    """Move the groups of stratum `few`, if there are fewer than `enough`, to the stratum of most
-    groups among the other groups of the mask `alike`. Changes `stratum`; without others, nothing.
+    """Merge stratum `few`, if it has fewer than `enough` groups, into the largest other stratum
+    within the mask `alike`, if there is one. Changes `stratum`.
     """
     own = stratum == few
     others = stratum[alike & ~own]
@@ -294,21 +294,21 @@ class _Fakes:
         below = _running(own_weights)
         fakes = below[:, -1].astype(np.float64)
         lower = np.take(reals.below, self.left, axis=1)
-        ordered = np.vecdot(own_weights, lower, dtype=np.float64)  # exact: at most all pairs
+        ordered = np.vecdot(own_weights, lower, dtype=np.float64)  # exact: sums <= number of pairs
         if len(self.tied):
             level = reals.below[:, self.right[self.tied]] - lower[:, self.tied]
             ordered += np.vecdot(own_weights[:, self.tied], level, dtype=np.float64) / 2
         metrics = {"auroc": ordered / (fakes * reals.total)}
         row = np.arange(len(below))
         for name, rate in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05)):
-            # The lowest fake's score at which the weight of reals at or above is within the rate.
+            # The lowest score of a fake at or above which the weight of reals is within the rate.
             least = (reals.total - np.floor(rate * reals.total + 1e-9)).astype(lower.dtype)
             at = _count(lambda *of, least=least: lower[of] < least[:, None], lower.shape)
             metrics[name] = 1 - below[row, at] / fakes
         before = np.take(below, self.first, axis=1) if self.own_ties else below[:, :-1]
         metrics["eer"] = self._equal_error_rate(reals, below, lower, before)
-        true = below[:, -1:] - before  # weight of fakes with this score or higher
-        either = np.subtract(reals.below[:, -1:], lower, out=lower)  # weight of reals, likewise
+        true = below[:, -1:] - before  # weight of fakes at or above each score
+        either = np.subtract(reals.below[:, -1:], lower, out=lower)  # weight of reals
         either += true
         either += 1e-30  # avoids 0 / 0 where the weight is 0
         metrics["average_precision"] = (
@@ -325,7 +325,7 @@ class _Fakes:
         row = np.arange(len(below))
         fakes = below[:, -1].astype(np.float64)
 
-        def misses_less(*at: np.ndarray) -> np.ndarray:  # FNR <= FPR, in whole numbers
+        def misses_less(*at: np.ndarray) -> np.ndarray:  # FNR <= FPR, in integers
             missed, passed = before[at] * reals.total[:, None], lower[at] * fakes[:, None]
             return missed + passed <= (reals.total * fakes)[:, None]
 
@@ -390,9 +390,9 @@ _ENDS = {"nll": (math.inf,)}
 def intervals(images: Images, groups: Groups, resamples: Resamples) -> dict[str, list[float]]:
     """Return the interval [low, high] of each metric in `resamples`.
 
-    A metric is omitted if it is computed from fewer than two groups, if one of them is the same in
-    all resamples, if the metric is undefined in more than half of the resamples, or if it has the
-    same value in all of them, is not at a bound and is no share of images.
+    A metric is omitted if it is computed from fewer than two groups, or from a group that is the
+    same in all resamples, if the metric is undefined in more than half of the resamples, or if it
+    has the same value in all of them, is not at a bound and is no share of images.
     """
     independent = independent_groups(images, groups)
     counts = {"recall": len(images.fakes), "false_positive_rate": len(images.reals)}
@@ -415,8 +415,8 @@ def _widen(ends_of: dict[str, list[float]], resamples: Resamples, images: Images
     """Widen accuracy and balanced accuracy to what follows from the intervals of recall and of
     false positives, if these are independent: distances to the ends are squared and added (Zou and
     Donner, "Construction of confidence limits", Statistics in Medicine 27, 2008). Changes
-    `ends_of`. Resamples of three groups of fakes that are all found never miss one, so that
-    accuracy would only vary with the reals.
+    `ends_of`. Reason: if all fakes of three groups are found, no resample misses one, so accuracy
+    would vary only with the reals.
     """
     names = ("recall", "false_positive_rate")
     if not all(name in ends_of for name in names):
@@ -434,8 +434,8 @@ def _widen(ends_of: dict[str, list[float]], resamples: Resamples, images: Images
 
 def independent_groups(images: Images, groups: Groups) -> Callable[[str], int]:
     """Return a function that gives the number of groups that a metric of `images` depends on. For
-    accuracy, NLL and Brier these are all groups (1 if one is the same in all resamples), for recall
-    and false positives those of the class, and for other metrics those of the class with fewer.
+    accuracy, NLL and Brier: all groups (1 if one group is in all resamples); for recall and false
+    positives: the groups of the class; for other metrics: the groups of the class with fewer.
     """
     every = np.concatenate([images.reals, images.fakes])
     reals, fakes, both = map(groups.count, (images.reals, images.fakes, every))
@@ -446,9 +446,10 @@ def independent_groups(images: Images, groups: Groups) -> Callable[[str], int]:
 
 
 def _interval_of_share(values: np.ndarray, independent: int, images: int) -> list[float] | None:
-    """Return the interval of a share of `images` images: the one of its resamples, widened to the
-    score interval of Wilson (see the module docstring); None as `interval`. The percentiles alone
-    are too narrow for a rare event: one error in 490 images would get a lower upper end than none.
+    """Return the interval of a share of `images` images: the percentiles of its resamples, widened
+    to the score interval of Wilson (see the module docstring), or None as `interval` does.
+    Percentiles alone are too narrow for rare events: the upper end for one error in 490 images
+    would be below the one for no error.
     """
     low_high = interval(values, independent) or _percentiles(values, independent)
     if low_high is None:
@@ -479,9 +480,9 @@ def interval(
     """Return the interval [low, high] of one metric from its values in all resamples, or None.
 
     `independent` is the number of groups from which the metric is computed. `ends` are the bounds
-    of the metric's range: there equal values in all resamples get the exact interval (see the
-    module docstring). Elsewhere equal values say nothing about the variation. None: such equal
-    values, fewer than two groups, or more than half of the values are NaN.
+    of the metric's range: if all resamples have this value, the interval is exact (see the module
+    docstring). If all have another value, their variation is unknown. None: equal values that are
+    not a bound, fewer than two groups, or more than half of the values are NaN.
     """
     percentiles = _percentiles(values, independent)
     if percentiles is None or percentiles[1] - percentiles[0] >= _SAME:

@@ -252,9 +252,9 @@ def interval_of_change(
     interval.
 
     It is [0, 0] if all scores are the same. Otherwise equal differences in all resamples say
-    nothing about the variation: two runs without a false positive in 32 images can differ on
-    others. So the interval of recall and of false positives contains the one that follows from the
-    intervals of both runs (`_square_and_add`).
+    nothing about the variation: two runs without a false positive in 32 images can differ on other
+    images. So the interval of recall and of false positives contains the interval that follows from
+    those of both runs (`_square_and_add`).
     """
     if metric not in before.metrics or metric not in after.metrics:
         return None
@@ -289,7 +289,7 @@ def _square_and_add(
     rho = 0.0
     if spread > 0:
         rho = float(np.nanmean((values - share) * (others - other))) / spread
-        # Newcombe's correction for continuity, for as many images as have this variation.
+        # Newcombe's correction for continuity, for the number of images that would vary as much.
         product = share * (1 - share) * other * (1 - other)
         rho = max(0.0, rho - spread / (2 * product)) if rho > 0 else max(rho, -1.0)
 

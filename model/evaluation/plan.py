@@ -151,8 +151,8 @@ class EvaluationPlan:
     @property
     def known_generators(self) -> dict[str, list[str]]:
         """Generators of the fakes of each measured set that the checkpoint learned from other
-        images of: `dalle3` and `DALL-E 3` are one name. Only of test sets: validation sets are of
-        the sources of training on purpose.
+        images of: `dalle3` and `DALL-E 3` are one name. Only of test sets: validation sets have the
+        generators of training on purpose.
         """
         seen = {_letters(name) for name in generators_seen(self.meta)} - {""}
         trained_on = self.trained_on
@@ -204,7 +204,7 @@ def plan(
     run = meta["recipe"].get("run", {}) if options.features else {}
     asked = run.get("precision", "auto")
     dtype, dtype_reason = choose_precision(asked, device)
-    if asked != "auto":  # features of another precision would all be computed again
+    if asked != "auto":  # or all features would be computed again
         dtype_reason = "the precision of the run, as of its features"
     backend, backend_reason = choose_backend(options.loading.backend, device)
     if detector:
@@ -239,9 +239,9 @@ def trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
 
 
 def maybe_trained_on(meta: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
-    """Return the names of the sets in `hashes` that a detector with this `meta` was not trained on,
-    although it was trained on a set of that name. That set is often an earlier build of the same
-    images, but can be unrelated.
+    """Return the names of the sets in `hashes` that have the name, but not the hash, of a set that
+    a detector with this `meta` was trained on: often a later build of the same images, but perhaps
+    unrelated.
     """
     names = {*sets_seen(meta).values()} - {*trained_on(meta, hashes)}
     return [name for name in hashes if name in names]

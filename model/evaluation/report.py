@@ -111,7 +111,7 @@ class Rows:
 
     own: np.ndarray
     labels: np.ndarray
-    probability: np.ndarray  # of fake
+    probability: np.ndarray  # probability of fake
     source: tuple[np.ndarray, list[str]]
     generator: tuple[np.ndarray, list[str]]
     origin: Sequence[str]
@@ -119,7 +119,7 @@ class Rows:
     reference: str
 
     def same_references(self, other: "Rows") -> bool:
-        """Return whether both have the same number of images, and references of the same set."""
+        """Return whether both have as many own images, and as many references of the same set."""
         return self.reference == other.reference and np.array_equal(self.own, other.own)
 
     def where(self, chosen: np.ndarray) -> Images:
@@ -131,7 +131,7 @@ class Rows:
 
 
 def rows_of_set(scores: ScoreTable, name: str) -> Rows:
-    """Return the rows for the report of set `name`, with reference reals where it needs them."""
+    """Return the rows for the report of set `name`, with reference reals if the set needs them."""
     own, references = samples_of_set(scores, name)
     rows, labels = np.concatenate([own, references]), scores.numbers("label")
     sets, names = scores.codes("set")
@@ -170,7 +170,7 @@ def _set_of_reals(scores: ScoreTable, name: str) -> str:
 
 
 def _unscored(scores: ScoreTable, name: str) -> tuple[int, int]:
-    """Return how many images of each class that the report on set `name` uses have no score."""
+    """Count the images without a score, by class, among the images for the report on set `name`."""
     labels, failed = scores.numbers("label"), ~scores.numbers("valid")
     reals = scores.of_set(_set_of_reals(scores, name)) & (labels == REAL) & failed
     fakes = scores.of_set(name) & (labels == FAKE) & failed
@@ -258,7 +258,7 @@ def first_of_each(
         assert parts is not None  # the pattern matches any text
         stem, number = parts.groups()
         key = int(groups[row]), int(generators[row]), stem
-        candidate = float(number or 0), origins[row], row  # `int` refuses 4,301 digits
+        candidate = float(number or 0), origins[row], row  # float: `int` refuses 4,301 digits
         best[key] = min(best.get(key, candidate), candidate)
     return np.sort(np.array([row for _, _, row in best.values()], np.int64))
 
@@ -414,10 +414,11 @@ def _headline(
 
 def _without_score(scores: ScoreTable, name: str, set_report: Mapping[str, Any]) -> str:
     """Return the end of a set's headline: how many of its images, and of its reference reals, have
-    no score; "" if all have one. A detector that abstains would otherwise look better than it is.
+    no score; "" if all have one. Otherwise a detector that gives no score for hard images would
+    look better than it is.
     """
     if not set_report["overall"]["count"]:
-        return ""  # the sentence says so
+        return ""  # the headline says it
     reals = scores.numbers("label") == REAL
     there = scores.of_set(name) | (reals & scores.of_set(_set_of_reals(scores, name)))
     missing = int(np.count_nonzero(there & ~scores.numbers("valid")))
@@ -426,8 +427,8 @@ def _without_score(scores: ScoreTable, name: str, set_report: Mapping[str, Any])
 
 
 def _of_known_generators(of_set: Mapping[str, Any]) -> str:
-    """Return the end of a set's headline: the generators of its fakes of which training had other
-    images, for which recall says nothing about new generators; "" if there are none.
+    """Return the end of a set's headline: generators of its fakes that training had other images of
+    (recall on them says nothing about new generators); "" without any.
     """
     known = of_set["known_generators"]
     more = f" and {len(known) - 3} more" if len(known) > 3 else ""
@@ -445,9 +446,7 @@ def _share(figures: Mapping[str, Any], name: str) -> str | None:
 
 
 def without_scores(report: Mapping[str, Any]) -> str:
-    """Return one line on the sets of a report of which no image has a score, or "" if there is no
-    such set.
-    """
+    """Return one line on the sets of a report without any scored image, or "" if there are none."""
     empty = [name for name, of_set in report["sets"].items() if not of_set["overall"]["count"]]
     reasons = [reason for name in empty for reason in report["sets"][name]["unreadable"]]
     first = f"; the first: {reasons[0]}" if reasons else ""

@@ -116,8 +116,8 @@ def evaluate(
 
 
 def lock_output(out: Path, held: contextlib.ExitStack) -> None:
-    """Lock the folder of a report until `held` ends; the folder is made if it is missing. The
-    report would otherwise be on the scores of another evaluation.
+    """Lock the folder of a report until `held` ends; the folder is made if it is missing. Otherwise
+    the report could be on the scores of another evaluation.
     """
     out.mkdir(parents=True, exist_ok=True)
     busy = BlockingIOError(
@@ -138,7 +138,7 @@ def _evaluate(planned: EvaluationPlan, out: Path) -> dict[str, Any]:
         return {}
     write_scores(out / SCORES_FILE, rows, _about(planned, perturbed))
     images = sum(map(len, rows))
-    if planned.options.features:  # the time of reading features is no speed of the detector
+    if planned.options.features:  # reading features is not the detector's speed
         (out / SPEED_FILE).unlink(missing_ok=True)
         return report_on(out / SCORES_FILE)
     speed = {"images": images, "seconds": seconds, "images_per_s": images / seconds,
@@ -207,7 +207,7 @@ def score_sets(planned: EvaluationPlan, scorer: AnyScorer) -> list[pa.Table]:
 
 
 def _embed(planned: EvaluationPlan, net: Detector, source: FeatureSource) -> None:
-    """Compute missing features. Always for whole sets, even if only a subset is measured."""
+    """Compute missing features of whole sets, even if only a subset is measured."""
     folders = dict.fromkeys(f for s in planned.sets.values() for f in s.shards.folders)
     embedder = Embedder(
         net=net,
@@ -331,4 +331,4 @@ def find_scores(path: Path) -> Path:
 
 
 _NAMED = 5
-"""Most reports that a message names."""
+"""Largest number of reports that a message names."""

@@ -77,10 +77,10 @@ SCORES_SCHEMA = pa.schema(
         *(SAMPLES_SCHEMA.field(name) for name in (
             "key", "sha256", "source", "generator", "split", "group", "origin", "label",
         )),
-        ("logit", pa.float32()),  # of fake minus real, before the temperature; null if not valid
-        ("probability", pa.float64()),  # of fake, after the temperature; null if not valid
+        ("logit", pa.float32()),  # fake minus real, before the temperature; null if invalid
+        ("probability", pa.float64()),  # of fake, after the temperature; null if invalid
         ("valid", pa.bool_()),  # False where the image could not be decoded
-        ("error", _name),  # why not; empty where valid
+        ("error", _name),  # why invalid; empty if valid
     ]
 )  # fmt: skip
 
@@ -293,7 +293,7 @@ def read_scores(path: Path) -> ScoreTable:
     try:
         table = table_from(data)
         evaluation = parse_json((table.schema.metadata or {})[b"evaluation"])
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError of pyarrow
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError: pyarrow too
         raise ScoresError(
             f"{path} is not a file of scores that `{command('evaluate')}` writes ({error})"
         ) from error

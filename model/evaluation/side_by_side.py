@@ -32,8 +32,8 @@ images of a set (its reference reals) from different sets, of equal size or not.
   all pairs. It is null if no pair has a rho, such as with one source or one run.
 
 A RUN has `name`, its decision `threshold`, `trained_on` (whether it was trained on the set or on
-its reference), `maybe_trained_on` (whether it was trained on another set of such a name), `ece`
-(calibration error; null if the set has only one class), `images_per_s` or null, and:
+its reference), `maybe_trained_on` (whether it was trained on another set with one of these names),
+`ece` (calibration error; null if the set has only one class), `images_per_s` or null, and:
 
 - `auroc`, `recall` and `false_positive_rate` (at `threshold`), `recall_at_1` and `recall_at_5` (at
   the run's own threshold for 1 % and 5 % false positives). Each is {"value", "low", "high",
@@ -316,7 +316,7 @@ def _worst(values: Mapping[str, float | None], images: Mapping[str, int]) -> dic
 
 
 def _perturbed_alike(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the same images were perturbed, and as many of them could be scored."""
+    """Return whether the same images were perturbed, and equally many could be scored."""
     images = {
         (entry["images_sha256"], *((row["name"], row["images"]) for row in entry["perturbations"]))
         for entry in entries

@@ -41,8 +41,8 @@ def average(first: Path, last: Path, weight: float, run: Path) -> Path:
     folder `run`, and return its path. `weight` is 0 to 1.
 
     The record of the training data is copied from `last`; its `earlier_sets` are all sets that one
-    of the two was trained on. The checkpoint is neither validated nor
-    calibrated. A new run can start from it, but training cannot be resumed from it.
+    of the two was trained on. The checkpoint is neither validated nor calibrated. A new run can
+    start from it, but training cannot be resumed from it.
 
     Raises:
         CheckpointError: the networks differ, the weight is outside 0 to 1, `run` exists, or the
@@ -117,8 +117,8 @@ def _first_weights(first: Path, last: Path) -> Mapping[str, Any]:
 
 
 def _what_computes(meta: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the settings `network` or `preprocess` of a checkpoint that change what it computes;
-    the others concern training only.
+    """Return the settings `network` or `preprocess` of a checkpoint that change its outputs,
+    without those that matter only in training.
     """
     if key == "preprocess":
         return dict(meta[key])

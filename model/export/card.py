@@ -366,8 +366,8 @@ def _new_kinds(meta: Mapping[str, Any], figures: NewKinds) -> str:
 
 
 def _no_evaluation(new_kinds: bool) -> str:
-    """Return which error rates a card without a report lacks. `new_kinds`: it has those of sources
-    left out of training.
+    """Return which error rates a card without a report lacks. `new_kinds`: the card has error rates
+    of sources left out of training.
     """
     if new_kinds:
         return (
@@ -378,7 +378,7 @@ def _no_evaluation(new_kinds: bool) -> str:
 
 
 def _evaluation(report: Mapping[str, Any]) -> str:
-    """Return the metrics of each set, source and generator, and what to know of them."""
+    """Return the metrics of each set, source and generator, with notes on them."""
     rows = [
         "| set | real | fake | fakes found (recall) | reals called fake | AUROC |",
         "|---|---|---|---|---|---|",

@@ -184,7 +184,7 @@ def backbone_of(checkpoint: Path, hub: HubPlace | None = None) -> BackboneSpec:
     first.
 
     Raises:
-        HeadError: the record names none of these.
+        HeadError: the record names another origin.
     """
     meta = read_meta(checkpoint)
     spec = spec_of(meta, str(checkpoint / META_FILE)) or _recorded(meta, checkpoint)

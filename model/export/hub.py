@@ -8,8 +8,8 @@ returns it.
 - `report`: the checkpoint's `report.json`, whose figures the card shows, or None (default: no
   figures).
 - `data`: the folder of the training sets, whose licenses the card lists (also a `UPath`), or None
-  (default: not listed). A set that is not there, or is not the one of the training, is not listed
-  (with a warning if it is another).
+  (default: not listed). A set that is missing, or differs from the one of the training, is not
+  listed (in the second case with a warning).
 - `onnx`: a folder of `export_onnx()`, whose files are copied to `out/onnx`, or None (default). No
   other file in it is copied.
 
@@ -167,13 +167,13 @@ def write_hub(
             ) from error
         if is_plain(meta):
             _let_transformers_in(partial / CONFIG_FILE)
-        else:  # transformers would build another network from it, and answer at random
+        else:  # transformers would build another network from it
             (partial / CONFIG_FILE).unlink()
         seal(partial, without_paths(meta))
         if onnx:
             (partial / ONNX_FOLDER).mkdir()
             for name in (*FILES.values(), PARITY_FILE):
-                if (onnx / name).exists():  # the int8 file may have been left out
+                if (onnx / name).exists():  # there may be no int8 file
                     shutil.copyfile(onnx / name, partial / ONNX_FOLDER / name)
         card = card_of(meta, figures, sources_of(meta, data), onnx=onnx is not None)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")

@@ -49,7 +49,7 @@ KNOWN_AGAINST = (
     "in an outside audit, this published checkpoint called 15 of 32 real web photographs AI "
     "(47 %, LAION, threshold 0.65)"
 )
-"""From the audit of a user, who rejected the file with `SHA256` for this reason."""
+"""Finding of a user's audit, which rejected the file with `SHA256`."""
 
 
 class OriginalError(ValueError):
@@ -138,7 +138,7 @@ def _weights_in(file: Path) -> dict[str, torch.Tensor]:
     """Return the network's weights by plain names. Only tensors are unpickled."""
     try:
         with warnings.catch_warnings():
-            # torch warns about pickles of other programs, which are refused anyway.
+            # Hide torch's warning about foreign pickles: they are refused anyway.
             warnings.simplefilter("ignore")
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

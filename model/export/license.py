@@ -77,7 +77,7 @@ def license_of(meta: Mapping[str, Any]) -> License:
         if known.license and sha256 in [file.sha256 for file in known.files]:
             said = f"{known.license.upper()}, the license of the backbone {known.name}"
             return License(known.license, f"{said}, on which the head was trained", known.name)
-    # An average without a record can be of a run that began from a file.
+    # `pretrained` is no proof for an average: one of its runs may have begun from a file.
     assumed = network["pretrained"] and "average" not in meta
     is_timm = first["kind"] == "timm" if first else assumed
     name = first["name"] if first and is_timm else network["name"]

@@ -91,8 +91,8 @@ PARITY_FILE = "parity.json"
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "int8": 0.1}
 """Maximum difference of an image's probability from PyTorch's, on identical pixels. An export with
-a larger difference is refused. Rounding to 8 bits has no bound: beyond this one, the int8 file
-alone is left out."""
+a larger difference is refused. Rounding to 8 bits has no bound, so if only the int8 file exceeds
+its limit, only this file is not written."""
 
 IMAGES = 200
 """Number of images to compare, evenly spread over the given images."""
@@ -179,7 +179,7 @@ def export_onnx(
         for parity in parities:
             if parity.precision != "int8":
                 _refuse_if_far(parity)
-        parities = [parity for parity in parities if not _left_out(parity)]
+        parities = [parity for parity in parities if not _is_dropped(parity)]
         written = [parity.file for parity in parities]
         report = {
             "run": meta["recipe"]["name"],
@@ -196,15 +196,15 @@ def export_onnx(
         for name in (*written, PARITY_FILE):
             publish(partial / name, out / name)
         for name in set(FILES.values()) - {*written}:
-            (out / name).unlink(missing_ok=True)  # of an earlier export
+            (out / name).unlink(missing_ok=True)  # a file of an earlier export
     return report
 
 
 def _write_files(
     net: Detector, preprocess: Preprocess, meta: Mapping[str, Any], folder: Path
 ) -> None:
-    """Convert the network, and write those of `FILES` that pass the full check: that of other
-    programs, which infers the types of all values.
+    """Convert the network to each precision and write `FILES`, after ONNX's full check, which
+    infers the types of all values as other programs do.
 
     Raises:
         ExportError: the libraries cannot convert the network, or a file is not valid.
@@ -219,9 +219,9 @@ def _write_files(
             onnx.helper.set_model_props(model, _metadata(meta, precision))
             onnx.checker.check_model(model, full_check=True)
             onnx.save(model, folder / name)
-    except OSError:  # of the disk
+    except OSError:  # an error of the disk
         raise
-    except Exception as error:  # these libraries raise many types, also if they do not fit together
+    except Exception as error:  # any type, for example if versions do not match
         versions = ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
         raise ExportError(
             f"{name} could not be made ({typed_reason_of(error.__cause__ or error)}); nothing was "
@@ -242,7 +242,7 @@ def _graph_of(net: Detector, preprocess: Preprocess, temperature: float) -> Any:
         opset_version=OPSET,
         verbose=False,
     )
-    assert program is not None  # always set with `dynamo`
+    assert program is not None  # set if `dynamo`
     model = program.model_proto
     for node in model.graph.node:  # remove stack traces, which contain paths
         node.ClearField("metadata_props")
@@ -278,9 +278,9 @@ def _halved(graph: Any) -> Any:
             node_block_list=ends,
         )
     )
-    halved.graph.sort()  # the converter appends the casts at the end
+    halved.graph.sort()  # the converter appends the casts
     model = ir.to_proto(halved)
-    model.graph.ClearField("value_info")  # the converter left the types of values before the casts
+    model.graph.ClearField("value_info")  # its types are those before the casts
     return model
 
 
@@ -297,8 +297,7 @@ def _quantized(graph: Any) -> Any:
         copy = onnx.ModelProto()
         copy.CopyFrom(graph)
         copy.graph.ClearField("value_info")  # the quantizer infers the shapes itself
-        # Without this entry the quantizer logs advice to pre-process the model, which is useless
-        # here.
+        # Without this entry the quantizer logs useless advice to pre-process the model.
         onnx.helper.set_model_props(copy, {"onnx.quant.pre_process": "onnxruntime.quant"})
         quantize_dynamic(
             copy, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
@@ -359,7 +358,7 @@ def _metadata(meta: Mapping[str, Any], precision: str) -> dict[str, str]:
 
 def _refuse_if_far(parity: Parity) -> None:
     limit = TOLERANCE[parity.precision]
-    if not parity.same_pixels.max <= limit:  # also True for NaN
+    if not parity.same_pixels.max <= limit:  # true for NaN
         raise ExportError(
             f"{parity.file} differs from PyTorch by up to {parity.same_pixels.max:.2g} in "
             f"probability, more than {limit:g}; nothing was written. Check the versions of torch, "
@@ -367,7 +366,7 @@ def _refuse_if_far(parity: Parity) -> None:
         )
 
 
-def _left_out(parity: Parity) -> bool:
+def _is_dropped(parity: Parity) -> bool:
     """Return whether an int8 file is not written, because it differs too much from PyTorch."""
     if parity.precision != "int8" or parity.same_pixels.max <= TOLERANCE["int8"]:
         return False

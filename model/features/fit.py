@@ -55,9 +55,8 @@ from model.recipe import Optim, ResolvedRecipe
 from pipeline.stream import Stream
 
 ROWS = 512
-"""Rows that are converted to float32 at a time, always to the same memory, which stays in the cache
-of a processor: with new memory each time a fit took three to five times as long. The features stay
-float16 in memory.
+"""Rows that are converted to float32 at a time, in one buffer that stays in the CPU cache: with a
+new buffer each time a fit took three to five times as long. The features stay float16 in memory.
 """
 
 HISTORY = 20
@@ -108,7 +107,7 @@ def check_fit(recipe: ResolvedRecipe, net: Detector) -> None:
 
     Raises:
         FitError: the recipe has no stored features, its head is no single linear layer, or it has
-            settings that only a training in steps can follow.
+            settings that need training in steps.
     """
     optim, features = recipe.optim, recipe.features
     reasons = {
@@ -126,7 +125,7 @@ def linear_of(net: Detector) -> nn.Linear:
     """Return the layer that classifies the features.
 
     Raises:
-        FitError: the network learns other weights than those of one linear layer with a bias.
+        FitError: the weights that learn are not those of one linear layer with a bias.
     """
     head = net.backbone.get_classifier() if net.head == "timm" else net.backbone.stage_head.fc
     learning = {id(p) for p in net.backbone.parameters() if p.requires_grad}
@@ -218,7 +217,8 @@ def fit_head(
                 sums[1] += slopes.sum()
                 sums[2:] += slopes @ features
             sums = all_reduce_sum(dist, sums)
-            # Two opposite rows of half the change: half of its squared length.
+            # The layer's rows change by `moved / 2` and its negative: half of the squared norm of
+            # `moved`.
             moved = vector - first
             vector.grad = sums[2:] - sums[1] * mean + optim.weight_decay / 2 * moved
             offset.grad = sums[1:2].clone()
@@ -244,8 +244,8 @@ def fit_head(
 
 
 def _totals(samples: Samples, dist: DistEnv) -> tuple[float, float, torch.Tensor]:
-    """Return the weight of all ranks' samples, that of the fakes, and the weighted mean of the
-    features, float32 (D,).
+    """Return, over all ranks, the weight of all samples, the weight of the fakes, and the weighted
+    mean of the features, float32 (D,).
     """
     weights = samples.weights
     sums = torch.zeros(2 + samples.features.shape[1], device=weights.device)
@@ -275,5 +275,5 @@ def set_head(net: Detector, weights: HeadWeights) -> None:
 
 def reset_head(net: Detector) -> None:
     """Set the weights that learn to 0."""
-    weights = head_weights(net)  # 0 times a weight that is not finite would be NaN
+    weights = head_weights(net)  # zeros, because 0 * NaN is NaN
     set_head(net, {name: torch.zeros_like(weight) for name, weight in weights.items()})

@@ -64,7 +64,7 @@ from sharding.format import ShardSet
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureSource:
     """Location of a run's features: the folder of the store, the identity of the backbone, and
-    `view`, the augmentation settings of the views from 1 on.
+    `view`, the augmentation settings of all views except view 0.
     """
 
     store: Path
@@ -175,8 +175,8 @@ class FeatureLoader:
         self._tables.clear()
 
     def table(self, view: int) -> FeatureTable:
-        """Return the features of a view. Only the last view that was asked for stays open: a system
-        allows some 65,000 mapped files.
+        """Return the features of a view. Only the last returned view stays open: a system allows
+        some 65,000 mapped files.
 
         Raises:
             FeatureError: features are missing or damaged.

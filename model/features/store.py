@@ -62,8 +62,9 @@ from sharding.format import ShardSet
 from storage import parse_json, write_atomically, write_text
 
 STORE_VERSION = 2
-"""Version of the files. Change it when a default of `AugmentPolicy` or `Preprocess` changes: values
-that equal the default are no part of an identity, so that a new setting keeps stored features."""
+"""Version of the files. Change it when a default of `AugmentPolicy` or `Preprocess` changes:
+identities contain only values that differ from the defaults, so that stored features stay valid
+when a setting is added."""
 
 BACKBONE_FILE = "backbone.json"
 _ID_KEY = b"ai_images_detector.features"
@@ -319,7 +320,7 @@ def read_file(file: ShardFile) -> Part:
             "embed`"
         )
     try:
-        # The buffers keep the memory map alive after the file is closed.
+        # The table's buffers keep the memory map alive after the file is closed.
         with pa.memory_map(str(file.path)) as source:
             table = pa.ipc.open_file(source).read_all()
         return _part_of(table)
@@ -426,8 +427,7 @@ def missing_of(
     world_size: int = 1,
 ) -> list[ShardFile]:
     """Return the missing files of a view that this rank of `world_size` computes. A rank takes
-    every `world_size`-th shard, whichever files other ranks have finished, so that ranks need not
-    coordinate.
+    every `world_size`-th shard, finished or not, so that ranks need not coordinate.
     """
     files = files_of(store, backbone, shards, view)
     return [file for file in files[rank::world_size] if not is_there(file)]

@@ -88,9 +88,9 @@ class ImageDetector(AnyDetector):
     """A loaded checkpoint. Main method: `predict`. `preprocess_file` returns the network's input.
 
     `preprocess` and `meta` are read from the checkpoint. `backend` decodes the images; `reason`
-    says why it was chosen. `asked` is a band (low, high) that replaces the one of the
-    checkpoint. `lock` is held while the network computes: a heatmap puts hooks into it, which would
-    read what another thread's image leaves there. Copies by `at_rates` share network and lock.
+    says why it was chosen. `asked` is a band (low, high) that replaces the one of the checkpoint.
+    `lock` is held while the network computes: the hooks of a heatmap would otherwise read the
+    features of another thread's image. Copies by `at_rates` share network and lock.
     """
 
     checkpoint: Path
@@ -104,7 +104,7 @@ class ImageDetector(AnyDetector):
     asked: tuple[float, float] | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    # For another process. Its network is a copy of its own, and so is the lock.
+    # Pickled for another process, which has its own copy of the network and needs its own lock.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
@@ -133,8 +133,8 @@ class ImageDetector(AnyDetector):
         self, files: Iterable[Source], batch_size: int, start: int
     ) -> Iterator[tuple[Sequence[str], np.ndarray | torch.Tensor, Mapping[int, str]]]:
         """Yield batches of preprocessed images: names, pixels uint8 (B, height, width, 3), and
-        failures (row -> reason), whose rows are black. With a `batch_size` of 1 Pillow decodes: a
-        pipeline of DALI takes seconds to build on a GPU.
+        failures (row -> reason), whose rows are black. With a `batch_size` of 1 Pillow decodes,
+        because building a DALI pipeline takes seconds on a GPU.
         """
         if self.backend != "dali" or batch_size < 2:
             shape = self.preprocess.shape
@@ -191,7 +191,7 @@ class ImageDetector(AnyDetector):
         data, formats, orientations, widths, heights = map(list, zip(*rows, strict=True))
         params = center_crop_params(self.preprocess, np.array(widths), np.array(heights))
         size = self.preprocess.crop_size
-        made = {"top": 0, "left": 0, "height": size, "width": size}  # they have their crops already
+        made = {"top": 0, "left": 0, "height": size, "width": size}  # PNGs: cropped already
         if self.preprocess.detail_crop:
             made |= {"detail_top": size, "detail_left": 0, "detail_side": size}
         for name, value in made.items():
@@ -200,7 +200,7 @@ class ImageDetector(AnyDetector):
 
 
 RUNS = Path("runs")
-"""Folder of all runs, if none is named. It need not exist."""
+"""Default folder of all runs. The folder need not exist."""
 
 
 def load_detector(
@@ -228,7 +228,7 @@ def load_detector(
     """
     asked = band_from(threshold)
     if not checkpoint and Path(runs) != RUNS and not Path(runs).exists():
-        # A mistyped name must not silently mean the shipped detector.
+        # Do not use the shipped detector if `runs` is a misspelled path.
         raise CheckpointError(
             f"there is no folder {runs} with runs; name a folder of trained runs, or leave it out "
             "to use the shipped detector"

@@ -6,7 +6,7 @@ an ONNX file or third-party detector; a loaded detector has it as `detector.meta
 uncertain band in use, (low, high), or None (default) for the band of `meta`. It returns a list of
 `Notice` (may be empty), the most serious first. Each has a line of `text` and a `kind`: "synthetic"
 (trained on synthetic images), "known" (a measured weakness), "uncalibrated", or "threshold" (the
-error rates at a band that was asked for). They are read from two keys of `meta`:
+error rates at a requested band). They are read from two keys of `meta`:
 
 - `data`: a dict, which may be missing. Each of its keys `FITNESS_KEYS` is optional, but if
   "synthetic_sources" is there, "sources" must be there too. "titles" is a dict, source -> what its
@@ -90,7 +90,7 @@ def notices(meta: Mapping[str, Any], band: tuple[float, float] | None = None) ->
     if rates := left_out_rates(meta):
         texts += [("known", text) for text in _of_left_out(rates, titles)]
     curve = calibration.get("roc") if calibration else None
-    # Nothing was measured outside of the curve, where the scores of a good detector are crowded.
+    # The curve has no rates beyond its ends, where most scores of a good detector are.
     if curve and band and band != band_of(meta) and _is_within(curve, band):
         texts.append(("threshold", _at_band(curve, band)))
     return [Notice(kind=kind, text=text) for kind, text in texts]
@@ -131,7 +131,7 @@ def _is_within(curve: Sequence[Sequence[float]], band: tuple[float, float]) -> b
 
 
 def _at_band(curve: Sequence[Sequence[float]], band: tuple[float, float]) -> str:
-    """Return a notice with the rates of a calibration at a band that was asked for."""
+    """Return a notice with the rates of a calibration at a requested band."""
     (low, high), (reals, fakes) = band, shares_at(curve, band[1])
     text = (
         f"at the threshold in use, {high:.3g}, {_percent(reals)} of the real images and "
@@ -193,7 +193,7 @@ def _percent(share: float) -> str:
 def sets_seen(meta: Mapping[str, Any]) -> dict[str, str]:
     """Return hash -> name of the sets that the weights were trained on: by their own run (replayed
     sets count), and before it, as recorded in `first_weights`, or in `data` of an average or of an
-    ONNX file. The key is the hash, because a set may be packed again under its name.
+    ONNX file. The key is the hash, because another set may later be packed under the same name.
     """
     data, began = meta["data"] or {}, meta.get("first_weights") or {}
     own = {sha256: name for name, sha256 in data.get("set_sha256", {}).items()}
@@ -211,7 +211,8 @@ def generators_seen(meta: Mapping[str, Any]) -> list[str]:
 
 def with_sources_of(before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Return `data`, the record of training data in a meta, with the sources, synthetic sources and
-    titles of another such record added: weights learn from the data of the weights they began from.
+    titles of another such record added: weights have also learned from the data of their first
+    weights.
     """
     return {
         **data,

@@ -27,8 +27,8 @@ shard set. It also reads an archive or table that is one of the paths, or a matc
 nothing of archives but a damaged tar of a shard set, as a file that cannot be read.
 
 A file or folder that cannot be read is yielded too: its `read()` raises `DecodeError` or `OSError`.
-So is a path of `find_images()` that does not exist, or a pattern that matches nothing. If the
-folder of `watch()` does not exist, its lists are empty.
+The same holds for a path of `find_images()` that does not exist, and a pattern without a match. If
+the folder of `watch()` does not exist, its lists are empty.
 
 `covers(path, folder)` returns whether the images of a path or pattern may include files that are
 written below `folder` (a `Path`) later, as PNG files and folders. `is_there(path)` returns whether
@@ -78,7 +78,7 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
         for match in glob.iglob(pattern, recursive=True):  # noqa: PTH207  it takes any pattern
             matched = True
             if folders and not folders.isdisjoint(_above(match)):
-                continue  # inside a folder that matched: its images were yielded
+                continue  # its folder matched before: already yielded
             if "**" in pattern and (link := _link_above(match, pattern)):
                 excluded["a link to a folder"] += link not in links
                 links.add(link)
@@ -91,7 +91,7 @@ def find_images(paths: Iterable[str], excluded: Counter[str]) -> Iterator[ImageF
 
 
 def _without_last_stars(pattern: str) -> str:
-    """Remove a last `**`: it matches every folder and file below, the same as the folder itself."""
+    """Remove a final `**`: all that is below a folder is the same as the folder."""
     folder = re.sub(rf"({re.escape(os.sep)}\*\*)+$|^\*\*$", "", pattern)
     return folder or (os.sep if pattern.startswith(os.sep) else os.curdir)
 
@@ -102,8 +102,8 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _link_above(match: str, pattern: str) -> str:
-    """Return the first linked folder that a `**` of `pattern` followed to `match`, or "". Links
-    could form a loop.
+    """Return the first linked folder in the part of `match` that a `**` of `pattern` matched, or
+    "". Such links could form a loop.
     """
     named = Path(pattern).parts.index("**") if "**" in Path(pattern).parts else 0
     parts = Path(match).parts
@@ -127,7 +127,7 @@ def is_image(name: str) -> bool:
 
 def _images_of(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     lower = path.lower()
-    # Methods of `Path` raise an error for a name that is too long and below a closed folder.
+    # Not methods of `Path`: they raise for names that are too long or in an unreadable folder.
     if os.path.isdir(path):  # noqa: PTH112
         yield from _in_folder(path, excluded)
     elif lower.endswith(".zip") and os.path.isfile(path):  # noqa: PTH113
@@ -150,8 +150,8 @@ def _fail(reason: str) -> NoReturn:
 
 
 def covers(path: str, folder: Path) -> bool:
-    """Return whether `folder` is `path` or lies below it. Of a pattern: whether it may match
-    `folder` or a folder above it, or a folder or PNG file below it. A `**` may match any folder.
+    """Return whether `folder` is `path` or below `path`. For a pattern: whether it may match
+    `folder`, a folder above, or a folder or PNG file below. A `**` may match any folder.
     """
     is_pattern = glob.has_magic(path) and not os.path.exists(path)  # noqa: PTH110  long names
     parts = Path(path).parts
@@ -165,7 +165,7 @@ def covers(path: str, folder: Path) -> bool:
         rest = rest[: rest.index("**")]
     elif len(below) < len(rest) and not _may_match_pictures(rest[-1]):
         return False
-    return all(map(fnmatch.fnmatchcase, below, rest))  # up to the end of the shorter one
+    return all(map(fnmatch.fnmatchcase, below, rest))  # `map` ends with the shorter one
 
 
 def _may_match_pictures(part: str) -> bool:
@@ -181,9 +181,9 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
     """Yield all images below a folder, also from the tars of a shard set. Hidden files are skipped,
     and links to folders too, because such links may form a cycle.
     """
-    from sharding.format import INDEX_FILE  # imports pyarrow: slow, and not always needed
+    from sharding.format import INDEX_FILE  # a slow import, of pyarrow
 
-    shards_of = functools.lru_cache(maxsize=64)(_shards_of)  # asked for every file
+    shards_of = functools.lru_cache(maxsize=64)(_shards_of)  # called for every tar
     folders = [_entries(str(Path(top)))]
     while folders:
         entry = next(folders[-1], None)
@@ -216,8 +216,8 @@ def _in_folder(top: str, excluded: Counter[str]) -> Iterator[ImageFile]:
 
 
 def _shards_of(index: str) -> frozenset[str] | None:
-    """Return the names of the tars that the index of a shard set lists. None if there is no such
-    file, or if it is another program's.
+    """Return the names of the tars that the index of a shard set lists. None if the file does not
+    exist, or is another program's.
     """
     from sharding.format import ShardError, read_index
 
@@ -279,17 +279,15 @@ def _in_tar(path: str, excluded: Counter[str]) -> Iterator[ImageFile]:
             name, read = f"{path}/{member.name}", member.read
             if read is None:
                 yield unreadable(name, member.excluded)
-            else:  # the bytes of a packed member are in memory, so reading it costs nothing
+            else:  # a packed member is in memory: `read` is cheap, so it is `skip` too
                 yield ImageFile(name, read, read) if packed else ImageFile(name, read)
     except (DecodeError, OSError) as error:
         yield unreadable(path, getattr(error, "strerror", None) or str(error))
 
 
 def _in_table(path: str) -> Iterator[ImageFile]:
-    """Yield the images in a parquet table. Like those of a compressed tar, each is in memory until
-    it is read or skipped.
-    """
-    from sharding.image_cells import image_cells  # imports pyarrow: slow, and not always needed
+    """Yield the images in a parquet table. Each image is in memory until it is read or skipped."""
+    from sharding.image_cells import image_cells  # a slow import, of pyarrow
 
     waiting = tar.Waiting()
     try:
@@ -315,8 +313,8 @@ SHARE = 0.1
 
 
 class Scan(NamedTuple):
-    """Result of one scan of a folder: the images that are new or changed. Each change before the
-    Unix time `until` is in these `files` or those of an earlier scan.
+    """Result of one scan of a folder: the images that are new or changed. These `files`, or those
+    of an earlier scan, include all changes before the Unix time `until`.
     """
 
     files: list[ImageFile]
@@ -328,8 +326,8 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Scan]:
     since the last scan. The first scan yields all complete images. Archives are skipped. Scans of a
     large folder are further apart, so that they take at most `SHARE` of a processor core.
 
-    The images of a folder that is missing for some scans, as those of a network share may be, are
-    not new when it is back.
+    The images of a folder that is missing for some scans, such as a network share, are not new when
+    the folder is back.
     """
     first_seen: dict[str, tuple[tuple[int, int], float]] = {}
     given: dict[str, tuple[int, int]] = {}
@@ -344,7 +342,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Scan]:
                 facts = os.stat(file.name)  # noqa: PTH116  strings, as in the folder
             except NotADirectoryError:  # a member of a tar
                 continue
-            except OSError:  # deleted since, or a folder that is missing
+            except OSError:  # deleted meanwhile, or a missing folder
                 failed.append(file.name)
                 continue
             if stat.S_ISDIR(facts.st_mode):  # a folder that could not be listed
@@ -352,7 +350,7 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Scan]:
             stamp = facts.st_size, facts.st_mtime_ns
             before, since = first_seen.get(file.name, (stamp, now))
             stamps[file.name] = stamp, since if stamp == before else now
-            # In the first scan the age of a file is known only from its modification time.
+            # In the first scan only the modification time tells the age of a file.
             age = now - stamps[file.name][1]
             if is_first_scan:
                 age = max(age, time.time() - facts.st_mtime)
@@ -364,7 +362,8 @@ def watch(folder: str, excluded: Counter[str]) -> Iterator[Scan]:
             else:
                 until = min(until, facts.st_ctime)
         first_seen, is_first_scan = stamps, False
-        # What is below a folder that failed may come back. An unmounted share is an empty folder.
+        # Remember files below folders that could not be listed, or all if nothing is listed (an
+        # unmounted share): they are not new when they are back.
         if stamps and str(Path(folder)) not in failed:
             below = tuple(f"{name}{os.sep}" for name in failed)
             given = {n: stamp for n, stamp in given.items() if n in stamps or n.startswith(below)}

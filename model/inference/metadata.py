@@ -33,7 +33,7 @@ MAX_CHUNKS = 100_000
 
 _PNG_PARTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 _JPEG_PARTS = (APP1, COM)  # EXIF or XMP, and a comment
-_MAX_PARTS = 100  # that are opened one by one
+_MAX_PARTS = 100  # opened one by one
 
 
 def without_pixels(data: bytes) -> bytes:
@@ -51,17 +51,17 @@ def without_pixels(data: bytes) -> bytes:
 
 def open_metadata(data: bytes, head: bytes) -> tuple[Image.Image, int]:
     """Open an image for its metadata. Pillow refuses a whole PNG or JPEG for one bad text chunk or
-    segment; then each part is opened alone, in a picture of one pixel: the file's own tables and
-    palettes may be millions. Returns an image, whose `info` has the metadata of all good parts,
-    and the number of bad parts.
+    segment; then each part is opened alone, in a picture of one pixel, because the file may have
+    millions of tables or palettes. Returns an image, whose `info` has the metadata of all good
+    parts, and the number of bad parts.
     """
     is_png = data.startswith(png.SIGNATURE)
     try:
-        # In a PNG without pixel data, Pillow reads the texts after the pixels and decodes nothing.
+        # Of a PNG without pixel data (`head`), Pillow also reads the texts behind the pixels.
         return Image.open(io.BytesIO(head if is_png else data), formats=READABLE), 0
     except Exception:
         if is_png:
-            bare, at = _one_pixel("PNG"), len(png.SIGNATURE) + 25  # behind the first chunk, IHDR
+            bare, at = _one_pixel("PNG"), len(png.SIGNATURE) + 25  # behind the chunk IHDR
             chunks = itertools.islice(png.chunks(head), MAX_CHUNKS)
             parts = [head[start:end] for kind, start, end in chunks if kind in _PNG_PARTS]
         elif data.startswith(b"\xff\xd8"):
@@ -102,7 +102,7 @@ def exif_of(image: Image.Image) -> dict[str, Any]:
         else:
             base = image.getexif()
         tags = _texts_of(base)
-    except Exception as error:  # XMP and texts of the same file are still read
+    except Exception as error:  # XMP and texts are still read
         log.debug("EXIF: %s: %s", type(error).__name__, error)
         return {}
     return {
@@ -117,10 +117,10 @@ _TEXTS = (TiffTags.BYTE, TiffTags.ASCII, TiffTags.UNDEFINED)
 
 
 def _texts_of(base: Image.Exif) -> dict[int, Any]:
-    """Return the values of both directories that may be texts. Pillow decodes a value when it is
-    asked for. Numbers are left out: an array of them takes 40 times its bytes.
+    """Return the values of both directories that may be texts. Pillow decodes values on access.
+    Numbers are left out: an array of numbers takes 40 times its bytes.
     """
-    first = base._info  # its public methods decode all values of the second directory
+    first = base._info  # public methods decode all values of the second directory
     if first is None:
         return {}
     directories = [first]

@@ -119,7 +119,7 @@ class OnnxDetector(AnyDetector):
             OnnxError: the file gives a number outside 0 to 1, or not one for each image.
         """
         values = self._run("probability", pixels)
-        # The sigmoid of ONNX Runtime can round to the number after 1. NaN is not outside.
+        # The sigmoid of ONNX Runtime can be slightly above 1. NaN is accepted.
         outside = values[(values < -ROUNDING) | (values > 1 + ROUNDING)]
         if len(outside):
             raise OnnxError(
@@ -203,7 +203,7 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
     if not str(file).isascii() and str(file) != str(file).encode("utf-8", "replace").decode():
         raise OnnxError(f"ONNX Runtime cannot open a file name that is not UTF-8; rename {file}")
     options = onnxruntime.SessionOptions()
-    # Set explicitly: ONNX Runtime ignores the CPU limits of a container or of taskset.
+    # Set, because ONNX Runtime ignores the CPU limits of a container or of taskset.
     options.intra_op_num_threads = threads()
     try:
         return onnxruntime.InferenceSession(file, options, providers=_providers(device))
@@ -216,8 +216,8 @@ def _open(file: Path, device: str) -> "onnxruntime.InferenceSession":
 
 
 def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
-    """Return ONNX Runtime's execution providers for `device`, in order of preference. A GPU of a
-    number is a tuple of the provider and its options.
+    """Return ONNX Runtime's execution providers for `device`, in order of preference. A numbered
+    GPU is a tuple of the provider and its options.
     """
     import onnxruntime
 
@@ -269,7 +269,7 @@ def _check_graph(session: "onnxruntime.InferenceSession", settings: Preprocess, 
     """Check the names, types and shapes of the network's input and outputs.
 
     Raises:
-        OnnxError: they are not those of an export.
+        OnnxError: they differ from an export of this program.
     """
     inputs = {"images": ("tensor(uint8)", ("batch", *settings.shape, 3))}
     outputs = {name: ("tensor(float)", shape) for name, shape in _OUTPUTS.items()}
@@ -283,8 +283,8 @@ def _check_graph(session: "onnxruntime.InferenceSession", settings: Preprocess, 
 
 
 def _sizes(shape: Sequence[Any]) -> tuple[int | str, ...]:
-    """Return the sizes of a shape. One that is no number is known only when the network runs; in an
-    export, only that of the batch is so.
+    """Return the sizes of a shape, with "batch" for a size that is known only when the network
+    runs.
     """
     return tuple(size if isinstance(size, int) else "batch" for size in shape)
 

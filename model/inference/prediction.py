@@ -20,11 +20,10 @@ one by one.
 `verdict(probability)` of a detector. Its `at_rates(max_fpr, max_miss)` returns a copy of the
 detector with the band for these highest error rates. `max_fpr` sets the upper end, `max_miss` the
 lower one; None (the default) leaves this end as it is. `at_rates()` raises `ValueError` if a rate
-is not above 0 and below 0.5, if the detector has no threshold for it, or if an end would stay that
-is a requested threshold. `band_from(threshold)`
-returns the band (threshold, threshold), in which no verdict is *uncertain*. For None it returns
-None: the detector keeps its own band (each detector has one). It raises `ValueError` if the
-threshold is not 0 to 1.
+is not above 0 and below 0.5, if the detector has no threshold for it, or if only one rate is given
+and a threshold was requested. `band_from(threshold)` returns the band (threshold, threshold), in
+which no verdict is *uncertain*. For None it returns None: the detector keeps its own band (each
+detector has one). It raises `ValueError` if the threshold is not 0 to 1.
 
 `as_source(image, index)` turns a `Picture` into a `Source`: an `ImageFile`, or decoded
 `DecodedImage`. An image that has no name is called `image <index>`. `as_file(image, index)` turns a
@@ -161,7 +160,7 @@ def as_file(
     if isinstance(image, ImageFile):
         return image
     if isinstance(image, bytes | bytearray | memoryview):
-        data = bytes(image)  # a caller may fill the same buffer with the next image
+        data = bytes(image)  # a copy: the caller may reuse the buffer
         return ImageFile(f"image {index}", lambda: data)
     return ImageFile(str(image), lambda: read_file(image))
 
@@ -181,8 +180,8 @@ def _rgb_of(array: np.ndarray) -> np.ndarray:
         )
     if array.ndim == 2:
         return np.repeat(array[:, :, None], 3, axis=2)
-    # A copy: torch takes no negative strides, such as those of `bgr[:, :, ::-1]`, and a caller may
-    # fill the same array with the next frame of a video while this one waits.
+    # A copy: torch takes no negative strides, such as those of `bgr[:, :, ::-1]`, and the caller
+    # may reuse the array for the next frame of a video.
     return np.array(array, order="C")
 
 
@@ -241,11 +240,11 @@ class DecisionRule:
 
         At most the share `max_fpr` of real images is called likely AI, and at most the share
         `max_miss` of fakes is called no sign of AI, on images like those of the calibration. None
-        keeps that end of the band in use. See `model.verdict.band_at`.
+        keeps the present end of the band. See `model.verdict.band_at`.
 
         Raises:
-            ValueError: a rate is outside 0 to 0.5, the detector has no threshold for it, or the
-                end to keep is a requested threshold, which has no error rate.
+            ValueError: a rate is outside 0 to 0.5, the detector has no threshold for it, or only
+                one rate is given and a threshold was requested.
         """
         if self.asked and self.asked[0] == self.asked[1] and None in (max_fpr, max_miss):
             raise ValueError(
@@ -274,7 +273,7 @@ class DecisionRule:
         """Identifier of the checkpoint and its band: run, step, and a hash of meta and band."""
         content = json.dumps([self.meta, self.band], sort_keys=True, default=str)
         short = hashlib.sha256(content.encode()).hexdigest()[:8]
-        folder = self.checkpoint.absolute()  # `--checkpoint clip` may be a folder of this directory
+        folder = self.checkpoint.absolute()  # `clip` may be a local folder
         return f"{folder.parent.name}/{folder.name} {short}"
 
     def verdict(self, probability: float) -> str:
@@ -301,17 +300,17 @@ class AnyDetector(DecisionRule, ABC):
         Then batches and scores are, to the last bit, those of a run over the whole list.
 
         Raises:
-            TypeError: `images` is one image, or cannot be iterated; or one of them, when its turn
-                comes, is not of the types of `Picture`.
-            ValueError: when its turn comes, an array of another shape or dtype.
+            TypeError: `images` is one image, or cannot be iterated; or, later, an image is not of
+                the types of `Picture`.
+            ValueError: later, an array has another shape or dtype.
         """
-        if isinstance(images, Picture):  # the rows of an array would be images, too
+        if isinstance(images, Picture):  # iterating an array would give its rows
             raise TypeError(
                 "stream() takes a list of images or another iterable, got one "
                 f"{type(images).__name__}; pass it to predict(), or in a list"
             )
         many = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
-        # An open file has lines, and a mapping has keys: no images.
+        # Iterating an open file gives lines, and a mapping keys: no images.
         if not many or hasattr(images, "read") or isinstance(images, Mapping):
             raise _unknown(images)
         return self._stream(images, batch_size, start)
@@ -324,8 +323,8 @@ class AnyDetector(DecisionRule, ABC):
             yield from predictions(names, probabilities.tolist(), failures, self.band)
 
     def preprocess_file(self, image: Picture | DecodedImage) -> Any:
-        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB, or what a
-        third-party detector makes of the image.
+        """Return the network's input for an image: uint8 (*preprocess.shape, 3) RGB, or the input
+        of a third-party detector.
 
         Raises:
             DecodeError, OSError: the image cannot be read, or is too small for a verdict.
@@ -341,10 +340,10 @@ class AnyDetector(DecisionRule, ABC):
     @abstractmethod
     def prepare(self, pixels: np.ndarray) -> Any:
         """Preprocess an image, uint8 (height, width, 3) RGB, of any size. The pixels are valid only
-        until this returns.
+        during this call.
         """
 
-    # The overloads overlap: a str is an iterable of str, an array of arrays. The first match wins.
+    # The overloads overlap (a str is an iterable of str, an array of arrays): the first match wins.
     @overload
     def predict(self, images: Picture, batch_size: int = 32) -> Prediction: ...  # type: ignore[overload-overlap]
 
@@ -441,7 +440,7 @@ def ahead(
 def in_groups(
     files: Iterable[Named], work: Callable[[Any], Any], sizes: Iterable[int]
 ) -> Iterator[tuple[list[str], list[Any]]]:
-    """Do the same as `ahead` for any named items, with batches of `sizes`."""
+    """Apply `work` to items in threads. Yield (names, results) in batches of the given `sizes`."""
     files, waiting = iter(files), deque[tuple[str, Future]]()
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
     more = True
@@ -485,7 +484,7 @@ def done_or_reason(work: Callable[[Any], Any], file: Named) -> Any:
     """
     try:
         return work(file)
-    except (ValueError, OSError) as error:  # ValueError: also an image that cannot be preprocessed
+    except (ValueError, OSError) as error:  # ValueError: preprocessing failed
         return _one_line(error)
     except MemoryError:
         return "not enough memory to read it"

@@ -92,9 +92,9 @@ def read_evidence(data: bytes, trust: TrustList | None = None) -> list[Evidence]
     head = without_pixels(data)
     for look in (functools.partial(_c2pa, trust=trust), _metadata):
         try:
-            for item in look(data, head):  # one by one: an error keeps what came before it
+            for item in look(data, head):  # keep the items before an error
                 evidence.append(item)
-        except Exception as error:  # hostile files make parsers raise almost anything
+        except Exception as error:  # hostile files cause any exception
             log.debug("evidence: %s: %s", type(error).__name__, error, exc_info=True)
     evidence = list(dict.fromkeys(evidence))
     if len(evidence) <= MAX_EVIDENCE:
@@ -111,21 +111,21 @@ def _c2pa(data: bytes, head: bytes, trust: TrustList | None) -> Iterator[Evidenc
     """Yield the evidence of the C2PA manifest in a file, if any. The library `c2pa` is imported
     only for a file with a manifest.
 
-    The value begins with the state of the signature. So no name in the file can precede the state
-    or push it beyond the maximum length. Each ingredient that states an origin is a statement of
-    its own, without a state: the signer of the file does not vouch for it.
+    The value begins with the state of the signature. So no name in the file can come before the
+    state, or make it be cut off. Each ingredient that states an origin is a statement of its own,
+    without a state: the signer of the file does not vouch for it.
     """
     if not signatures.has_manifest(head):
         return
     if not signatures.is_readable():
         yield Evidence(
             "C2PA", "a manifest; reading it needs the library of the extra `evidence`: "
-            "pip install c2pa-python", "C2PA",  # visitors of the page see no paths of this machine
+            "pip install c2pa-python", "C2PA",  # without paths: visitors of the page see it
         )  # fmt: skip
         return
     try:
         manifest = signatures.read_manifest(data, trust)
-    except Exception as error:  # the library raises many types of its own
+    except Exception as error:  # the library has many types of errors
         yield Evidence("C2PA", _line(f"a manifest that cannot be read: {error}"), "C2PA")
         return
     by = "signed by" if manifest.state == "trusted" else "signed in the name of"
@@ -143,7 +143,7 @@ def _claimed(claim: signatures.Claim, by: str) -> tuple[str, Literal["AI", "came
     """Return a C2PA claim in words, which begin with `by`, and the origin that it suggests."""
     sources = list(dict.fromkeys(map(_source_type, claim.source_types)))
     made = [f"made with {claim.makers[0]}"] if claim.makers else []
-    # OpenAI signs "made with ChatGPT"; some signers leave the source type out.
+    # Some signers state no source type, but name a generator, such as "made with ChatGPT".
     suggested = _suggested(sources) or (
         "AI" if any(is_named("claim_generator", name) for name in claim.makers) else ""
     )
@@ -191,7 +191,7 @@ def _metadata(data: bytes, head: bytes) -> Iterator[Evidence]:
     """Yield all evidence other than C2PA. No pixel is decoded."""
     if data.startswith(b"\xff\xd8") and not any(mark in head for mark in _JPEG_MARKS):
         return
-    with without_warnings():  # Pillow warns about odd metadata, which is expected here
+    with without_warnings():  # Pillow warns about odd metadata
         image, unreadable = open_metadata(data, head)
         with image:
             info, exif = dict(image.info), exif_of(image)
@@ -219,8 +219,7 @@ def _metadata(data: bytes, head: bytes) -> Iterator[Evidence]:
     yield from _camera(exif)
 
 
-# EXIF, XMP (also extended XMP), a comment. A JPEG without any of these marks has no evidence and is
-# not parsed.
+# Marks of EXIF, XMP, extended XMP and comments. A JPEG without any of them is not parsed.
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _JPEG_MARKS = (b"Exif\0", b"ns.adobe.com/xap/", _EXTENDED_XMP, b"\xff\xfe")
 _MAX_READ_IN_ALL = 4_000_000
@@ -249,7 +248,7 @@ def _text(value: Any) -> str:
     encoding = _CODES.get(value[:8])
     if encoding is None:
         return value.decode("utf-8", "replace").strip("\0")
-    if encoding == "utf-16":  # byte order often missing: choose the one with more plain text
+    if encoding == "utf-16":  # no byte order: choose the more plausible text
         options = [value[8:].decode(f"utf-16-{order}", "replace") for order in ("be", "le")]
         return max(options, key=lambda text: sum(c < "\u0250" for c in text))
     return value[8:].decode(encoding, "replace")
@@ -303,10 +302,10 @@ def _xmp_text(packet: bytes | str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """Replace HTML entities such as `&amp;`; the text itself if one is impossible."""
+    """Replace HTML entities such as `&amp;`; return the text unchanged if one is impossible."""
     try:
         return html.unescape(text)
-    except ValueError:  # a number of thousands of digits
+    except ValueError:  # an entity with thousands of digits
         return text
 
 
@@ -406,7 +405,7 @@ def _camera(exif: Mapping[str, str]) -> Iterator[Evidence]:
     if not (make or model) or is_signature(make):
         return
     if any(re.match(r"\{|(prompt|workflow):\s*\{", text) for text in (make, model)):
-        return  # settings of a generator
+        return  # the text is a generator's settings
     # Many model names begin with the make: "Canon", "Canon EOS 40D".
     camera = model if model.lower().startswith(make.lower()) else f"{make} {model}".strip()
     time = exif.get("DateTimeOriginal") or exif.get("DateTime") or ""

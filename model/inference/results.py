@@ -66,8 +66,8 @@ the evidence in the file. `checkpoint` is the identity of the detector and its b
 FORMATS = ("table", "csv", "jsonl")
 
 TICK_S = 2.0
-"""Seconds by which a file's time of change may lie before the change: systems round it down, some
-to 2 s, and the clock of a file server may be behind.
+"""Seconds by which a file's time of change may be too early: systems round it down, some to 2 s,
+and the clock of a file server may be slow.
 """
 
 
@@ -105,7 +105,7 @@ def line(output: str, row: Mapping[str, Any]) -> str:
             spreadsheet_cell(as_utf8(value)) if isinstance(value, str) else value
             for value in values.values()
         ]
-        # The writer quotes only newline characters of its own line end, so it must have both kinds.
+        # Both characters, because the writer quotes only the newline characters of its line end.
         csv.writer(stream, lineterminator="\r\n").writerow(cells)
         return stream.getvalue().removesuffix("\r\n")
     return as_json({**row, "provenance": [asdict(evidence) for evidence in row["provenance"]]})
@@ -150,8 +150,8 @@ class ResultsFile:
         return bool(index < len(self.names) and self.names[index] == _hash(name))
 
     def take(self, name: str) -> bool:
-        """Return whether a row of this name is left, and take it: an archive or a list may have
-        several images of one name.
+        """Return whether a row of this name is left, and mark it as used: several images, such as
+        of an archive, may have one name.
         """
         first, end = (np.searchsorted(self.names, _hash(name), side) for side in _SIDES)
         if first == end or first + self._taken[first] == end:
@@ -160,8 +160,8 @@ class ResultsFile:
         return True
 
     def is_older_than(self, path: str) -> bool:
-        """Return whether a file has changed after `until`. Its change time counts, which the system
-        sets: a file that takes the place of another may have an old modification time.
+        """Return whether a file has changed after `until`, by its change time, which the system
+        sets: a file that replaces another may have an old modification time.
         """
         try:
             changed = os.stat(path).st_ctime  # noqa: PTH116  strings, as in the list
@@ -180,7 +180,9 @@ class ResultsFile:
 
     @property
     def go_on(self) -> str:
-        """How the rows are continued, as the end of a message; tables cannot be."""
+        """End of a message that says how to continue the rows; "" for a table, which cannot be
+        continued.
+        """
         return "" if self.output == "table" else ", and --resume continues them"
 
     def write(self, text: str) -> None:
@@ -192,24 +194,24 @@ class ResultsFile:
         self.write_bytes(text.encode() + b"\n")
 
     def write_bytes(self, data: bytes) -> None:
-        """Append bytes that are whole rows; raises as `write`."""
+        """Append bytes of whole rows; raises OSError as `write`."""
         left = memoryview(data)
         try:
-            while left:  # a disk that becomes full writes a part and fails at the next write
+            while left:  # a full disk writes a part, then fails
                 left = left[self.stream.write(left) :]
         except OSError as error:
             reason = f"{error.strerror}; its complete rows are kept{self.go_on}"
             raise OSError(error.errno, reason, str(unfinished_of(self.path))) from error
         finally:
-            self._stamp()  # a write that fails changes the time of the file, too
+            self._stamp()  # failed writes also change the file's time
 
     def finish(self) -> None:
         """Rename the file to its final name."""
         publish(unfinished_of(self.path), self.path)
 
     def close(self) -> None:
-        """Close the file and release its lock. An unfinished file without a row, or whose rows are
-        all in the finished one, is deleted: it would make the next command need `--resume`.
+        """Close the file and release its lock. An unfinished file without rows, or with rows that
+        are all in the finished file, is deleted: otherwise the next command would need `--resume`.
         """
         if self.stream.closed:
             return
@@ -247,7 +249,7 @@ def open_results(path: Path, output: str, checkpoint: str, resume: bool) -> Resu
     _refuse_existing(path, output, resume)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(path.with_name(f".{path.name}.lock"), busy, remove=True))
-        _refuse_existing(path, output, resume)  # another process may have finished meanwhile
+        _refuse_existing(path, output, resume)  # again: another process may have finished
         is_new = not partial.exists()
         stream = partial.open("x+b" if is_new else "r+b", buffering=0)
         held.callback(stream.close)
@@ -295,7 +297,7 @@ def _opened(path: Path, stream: BinaryIO, output: str, checkpoint: str) -> Resul
     stream.truncate(rows.end)
     stream.seek(rows.end)
     file = ResultsFile(path, stream, output, rows.names, rows.unreadable, until)
-    file.reach(until)  # the cut changed the time of the file
+    file.reach(until)  # `truncate` changed the file's time
     if not rows.end and output == "csv":
         file.write(header(output))
     return file
@@ -347,7 +349,7 @@ _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 def _hash(name: str) -> np.uint64:
-    data = as_utf8(name).encode()  # as rows have it
+    data = as_utf8(name).encode()  # names are escaped in rows
     return np.uint64(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
 
 
@@ -405,8 +407,8 @@ def _end_of_rows(stream: BinaryIO, output: str) -> int:
 
 
 def _begins_a_row(cut: bytes, output: str, is_first: bool) -> bool:
-    """Return whether bytes without a line end can be the beginning of a row. In a CSV file with a
-    header, any bytes can.
+    """Return whether bytes without a line end can be the beginning of a row; any bytes can in a CSV
+    file after the header.
     """
     if output == "csv":
         return not is_first or header("csv").encode().startswith(cut)
@@ -421,7 +423,7 @@ def _rows(stream: BinaryIO, output: str, path: Path, end: int) -> Iterator[dict[
     largest = csv.field_size_limit()
     try:
         if output == "csv":
-            csv.field_size_limit(sys.maxsize)  # a name in an archive may have a million characters
+            csv.field_size_limit(sys.maxsize)  # names in archives may be very long
             reader = csv.DictReader(_texts(stream, end), strict=True)
             if end and tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"it begins with {reader.fieldnames}")

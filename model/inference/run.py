@@ -70,8 +70,8 @@ class Note:
     """Facts about an image other than its score; set when its bytes are read."""
 
     provenance: list[Evidence] = field(default_factory=list)
-    data: bytes = b""  # stored only if heatmaps are requested
-    is_written: bool = False  # already in the results; scored again only to complete its batch
+    data: bytes = b""  # empty unless heatmaps are requested
+    is_written: bool = False  # in the results; scored again to complete a batch
 
 
 @dataclass(eq=False)
@@ -85,10 +85,10 @@ class PredictionRun:
     trust: TrustList | None = None
     verdicts: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
-    watched: set[str] | None = None  # of a watched folder: the names that came already
-    skipped: int = 0  # images that are in the results file already
+    watched: set[str] | None = None  # names so far, of a watched folder
+    skipped: int = 0  # images already in the results file
     undrawn: int = 0  # heatmaps that could not be written
-    escaped: int = 0  # images of which the name is not UTF-8
+    escaped: int = 0  # images whose name is not UTF-8
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -113,7 +113,8 @@ class PredictionRun:
 
         def reading() -> Iterator[ImageFile]:
             for index, (file, is_written) in enumerate(remaining):
-                # The first batch is scored completely: rounding depends on the batch size.
+                # Score all images of the first batch again, because rounding depends on the batch
+                # size.
                 if is_written and (index >= first or self.heatmaps):
                     file = self._pass_over(file)
                 if not is_written or index < first:
@@ -129,9 +130,9 @@ class PredictionRun:
                 yield self.done + self.skipped
 
     def _is_written(self, file: ImageFile) -> bool:
-        """Return whether the results file had a line for this image when the run began. Called once
-        for each image, because each of several images of one name has a line. In a watched folder
-        a line does not count for an image that has changed since then.
+        """Return whether the results file had a line for this image when the run began. Call it
+        once per image: each of several images of one name has its own line. In a watched folder,
+        the line of an image that has changed since then does not count.
         """
         if not self.out:
             return False
@@ -152,7 +153,7 @@ class PredictionRun:
             return file
         try:
             data = file.read()
-        except (DecodeError, OSError):  # its line has the reason
+        except (DecodeError, OSError):  # the results have the reason
             return file
         with contextlib.suppress(DecodeError):
             self._draw(file.name, data, self.heatmaps)
@@ -162,7 +163,7 @@ class PredictionRun:
         self, files: Iterable[ImageFile], batch_size: int
     ) -> Generator[int, None, tuple[Iterator[tuple[ImageFile, bool]], int]]:
         """Return the files from the first incomplete batch on, each with `_is_written` of it, and
-        the number of files before. Yields the number of processed images, as `over` does.
+        the number of files before them. Yields the number of processed images, as `over` does.
         """
         states = ((file, self._is_written(file)) for file in files)
         start = 0
@@ -239,7 +240,7 @@ def draw_heatmap(detector: AnyDetector, name: str, data: bytes, folder: Path) ->
     from model.inference.detector import ImageDetector
     from model.inference.gradcam import heatmap
 
-    assert isinstance(detector, ImageDetector)  # `predict.py` allows heatmaps only of checkpoints
+    assert isinstance(detector, ImageDetector)  # `predict.py` checks this
     path = heatmap_path(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(heatmap(detector, data))
@@ -247,9 +248,9 @@ def draw_heatmap(detector: AnyDetector, name: str, data: bytes, folder: Path) ->
 
 
 def heatmap_path(name: str, folder: Path) -> Path:
-    """Return `<folder>/<path of the image>.png`. The root and `..` are left out of the path; then a
-    hash of it is added to the name, because another image can have the rest of it as its path. A
-    name that is too long for a file is shortened to its beginning and a hash.
+    """Return `<folder>/<path of the image>.png`. If a root or `..` is removed from the path, a hash
+    of the path is added to the name, because another image may have the rest as its path. A name
+    that is too long for a file is shortened to its beginning and a hash.
     """
     path = PurePath(name)
     parts = [part for part in path.parts if part not in (path.anchor, "..")]
@@ -269,8 +270,8 @@ def read_paths(paths: Iterable[str]) -> Iterator[str]:
 
 
 def count_in_background(paths: tuple[str, ...], counted: list[int]) -> None:
-    """Count the images in a thread and append the number to `counted`. Appends nothing if a list on
-    standard input or a compressed archive is among the paths: it would have to be unpacked.
+    """Count the images in a thread and append the number to `counted`. Appends nothing if the paths
+    include a list on standard input, or a compressed archive, which would have to be unpacked.
     """
 
     def count() -> None:

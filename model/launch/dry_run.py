@@ -122,7 +122,7 @@ def dry_run(
 
 
 def _say_nothing(_text: str) -> None:
-    """Print nothing, on ranks other than 0."""
+    """Print nothing: used on ranks other than 0."""
 
 
 def _counts(planned: RunPlan) -> list[list[object]]:
@@ -166,8 +166,8 @@ def _try_steps(planned: RunPlan, train_state: TrainState) -> Trial:
 
 
 def _try_features(planned: RunPlan, train_state: TrainState) -> Trial:
-    """Time a run whose features are missing: compute the features of each batch, then take a step
-    of the head on them.
+    """Time a run without stored features: compute the features of each batch, then take a step of
+    the head.
     """
     step, net = _stepper(planned, train_state), train_state.net
     losses: list[float] = []
@@ -177,14 +177,14 @@ def _try_features(planned: RunPlan, train_state: TrainState) -> Trial:
         with evaluating(net), torch.no_grad(), autocast(planned.device, planned.dtype):
             features = net.features(batch.images).to(torch.float16)
         if planned.device.type == "cuda":
-            torch.cuda.synchronize(planned.device)  # or the step waits for the features
+            torch.cuda.synchronize(planned.device)  # or the step's time includes computing features
         started = time.perf_counter()
         losses.append(step(replace(batch, images=features)))
         steps.append(time.perf_counter() - started)
 
     times = _times(planned, _batches(planned), compute)
     computing = [whole - own for whole, own in zip(times, steps, strict=True)]
-    # The ranks of a run compute different images.
+    # All ranks together compute a global batch.
     images = planned.stream.loader.global_batch
     return replace(_trial(losses, steps), image_s=float(np.mean(_later(computing))) / images)
 
@@ -224,7 +224,7 @@ def _batches(planned: RunPlan) -> Iterator[Batch]:
 def _times(
     planned: RunPlan, batches: Iterator[Batch], use: Callable[[Batch], object]
 ) -> list[float]:
-    """Return the seconds per batch, loading and use together. After two batches, stop once the sum
+    """Return the seconds per batch, loading included. Stop after two or more batches if the sum
     exceeds `ENOUGH_S` on any rank.
     """
     times, started = [], time.perf_counter()
@@ -238,7 +238,7 @@ def _times(
 
 
 def _later(times: list[float]) -> list[float]:
-    """Return the times after the first, which is slower. A single time is returned as it is."""
+    """Return all times but the first, which is slower, or a single time."""
     return times[1:] or times
 
 

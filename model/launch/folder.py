@@ -46,11 +46,12 @@ from storage import AnyPath
 
 RECIPE = "clip-phase1.toml"
 """Default recipe of `--folder`: a head on a frozen CLIP, which learns from a few hundred images on
-a CPU. The shipped detector is of this kind.
+a CPU. The shipped detector is such a head.
 """
 
 FEWEST_STEPS = 8
-"""Minimum number of steps per epoch. The batch of a small folder is reduced to reach it."""
+"""Minimum number of steps per epoch. For a small folder, the batch size is reduced to reach this
+number."""
 
 
 def default_weights() -> Path:

@@ -11,7 +11,7 @@ Main entry: `keep_mistake(folder, data, label, given, *, copy_named, room)` adds
 - `copy_named`: the image's file name, to keep a copy of the image with its suffix. None (the
   default) makes no copy.
 - `room`: how many more entries `folder` may get, from `room_in(folder)`, for a caller that adds
-  many: counting them for each would take longer with each. None (the default): they are counted.
+  many: it saves counting them each time. None (the default): they are counted.
 
 A wrong verdict makes an entry: the JSON file of this image. Every later verdict on this image is
 added to it, also a right or uncertain one, and replaces the earlier one of the same detector. The
@@ -293,7 +293,7 @@ def entries_of(folder: Path) -> list[Path]:
 
 
 def room_in(folder: Path) -> int:
-    """Return how many entries a folder may still get. All of them are counted."""
+    """Return how many entries a folder may still get; counts its entries."""
     return MAX_MISTAKES - (len(entries_of(folder)) if folder.is_dir() else 0)
 
 

@@ -79,8 +79,8 @@ def measure_again(
     lacking: str = "no copy of its image was kept; give the folder of the image with --images",
 ) -> list[Regression]:
     """Score the images of `mistakes`: the copies in `folder`, or files below `images` with the same
-    bytes. `advance` is called after each image. `lacking` is the reason for an image without a
-    copy. Nothing is written.
+    bytes. `advance` is called after each image. `lacking` is the reason reported for an image
+    without a copy. Nothing is written.
     """
     files = find_files(folder, mistakes, images)
     present = [mistake for mistake in mistakes if mistake.sha256 in files]
@@ -110,8 +110,8 @@ def measure_again(
 def _compared(mistake: Mistake, after: Verdict) -> Regression:
     """Compare an entry with the new verdict.
 
-    The earlier verdict is the last one of another detector, or of the same one if there is no
-    other.
+    The earlier verdict is the last one of another detector, or, without another, of the same
+    detector.
     """
     others = [each for each in mistake.verdicts if each.detector != after.detector]
     stands = standing_of(mistake.label, after.verdict)
@@ -150,7 +150,7 @@ def find_files(
         try:
             sha256 = hashlib.sha256(file.read()).hexdigest()
         except (DecodeError, OSError):
-            continue  # an unreadable file was never scored, so it is no mistake's image
+            continue  # images of mistakes are readable
         if sha256 in missing:
             changed = f"its file below {images} has changed since it was found"
             files[sha256] = _checked(sha256, file.read, changed)
@@ -184,8 +184,8 @@ def _checked(sha256: str, read: Callable[[], bytes], changed: str) -> ImageFile:
 
 
 def record(folder: Path, rows: Iterable[Regression]) -> None:
-    """Add the new verdict to each entry, for later comparisons. What others have changed since the
-    entries were read stays: labels, verdicts and removed entries.
+    """Add the new verdict to each entry, for later comparisons. Changes that other processes made
+    since the entries were read are kept.
     """
     for row in rows:
         if row.after:
@@ -193,7 +193,7 @@ def record(folder: Path, rows: Iterable[Regression]) -> None:
 
 
 def counts_of(rows: Iterable[Regression]) -> dict[Outcome, int]:
-    """Return the number of mistakes with each outcome, also where the number is 0."""
+    """Return the number of mistakes with each outcome, including 0."""
     counted = Counter(row.outcome for row in rows)
     return {outcome: counted[outcome] for outcome in OUTCOMES}
 

@@ -51,14 +51,14 @@ from sharding.format import CLASSES, ShardSet, open_shards
 from storage import AnyPath, sha256_of
 
 NAMES, SCORES = ("key", "path"), ("score", "probability")
-"""Names of the columns with the name and the score of an image; the first that is there counts."""
+"""Names of the columns with the name and the score of an image; the first existing one is used."""
 
 OPTIONAL = ("set", "source", "generator", "group")
 
 LABELS = {"real": 0, "0": 0, "0.0": 0, "fake": 1, "1": 1, "1.0": 1}
 
 SET = "images"
-"""Name of the set of a table that names none: the same for all, so that they can be compared."""
+"""Name of the set if a table names none: always the same, so that tables can be compared."""
 
 NO_SCORE = "the table has no score for it"
 
@@ -69,8 +69,8 @@ class _Row(NamedTuple):
     line: int
     name: str
     label: int | None
-    score: float  # NaN: none
-    about: Mapping[str, str]  # of `OPTIONAL`
+    score: float  # NaN: no score
+    about: Mapping[str, str]  # the columns `OPTIONAL`
 
 
 def read_scores(
@@ -80,7 +80,7 @@ def read_scores(
     reference_reals: str | None = None,
     catalogs: Sequence[Path] = (),
 ) -> tuple[list[pa.Table], dict[str, Any]]:
-    """Return the scores in the table `file`: a table for each set, and what is known of all.
+    """Return the scores in the table `file`: a table for each set, and the metadata of the scores.
 
     Raises:
         ScoresError: a column is missing, a label or score cannot be read, an image has two rows, or
@@ -186,7 +186,7 @@ def _score(text: str, where: str) -> float:
 
 
 def _of_table(file: Path, rows: Sequence[_Row]) -> dict[str, pa.Table]:
-    """Return the rows of `scores.parquet` by set, as the table itself describes the images."""
+    """Return the rows of `scores.parquet` by set; the table itself describes the images."""
     if not rows:
         raise ScoresError(f"{file} has no row, expected one per image")
     by_set: dict[str, dict[str, _Row]] = {}
@@ -209,7 +209,8 @@ def _table(stem: str, name: str, rows: Sequence[_Row]) -> pa.Table:
     columns: dict[str, list[Any]] = {
         "set": [name] * len(rows),
         "key": [row.name for row in rows],
-        # No bytes are at hand. Equal names give equal values, so that two tables compare.
+        # The bytes are unknown. A hash of the name is equal in two tables, so that they can be
+        # compared.
         "sha256": [hashlib.sha256(row.name.encode()).digest() for row in rows],
         "source": [row.about["source"] or stem for row in rows],
         "generator": [row.about["generator"] or CLASSES[row.label or 0] for row in rows],
@@ -316,6 +317,6 @@ def _scored(name: str, shards: ShardSet, scored: Mapping[tuple[str, int], _Row])
         ),
         1.0,
     )
-    at = table.column_names.index("probability")  # as in the table, not rounded as logits are
+    at = table.column_names.index("probability")  # logits are rounded: use the table's numbers
     exact = pa.array(_or_none(scores), pa.float64())
     return table.set_column(at, SCORES_SCHEMA.field("probability"), exact)

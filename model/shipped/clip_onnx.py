@@ -56,7 +56,7 @@ def convert(data: bytes) -> dict[str, np.ndarray]:
     Raises:
         ConvertError: `data` is no ONNX file, or lacks a parameter.
     """
-    import onnx  # the import takes most of a second
+    import onnx  # a slow import
     from google.protobuf.message import DecodeError
 
     try:

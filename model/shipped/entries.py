@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NotRequired, Optional
 
-from typing_extensions import TypedDict  # pydantic needs this one up to Python 3.11
+from typing_extensions import TypedDict  # pydantic needs it up to Python 3.11
 
 from checked import checked
 from model.shipped.calibration import Calibrated

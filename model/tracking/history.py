@@ -37,14 +37,15 @@ from model.lean_import import without
 from model.tracking.tracker import Tracker
 from storage import MAX_FILE_BYTES, open_plain, parse_json, write_atomically, write_text
 
-with without("boto3"):  # runs are in local folders
+with without("boto3"):  # not needed for local folders
     from torch.utils.tensorboard import SummaryWriter
 
 HISTORY_FILE = "metrics.jsonl"
 
 REMOVED_FILE = "removed.jsonl"
 """File in the folder of a run with step and kind of the rows that were sent to the tracker and are
-no longer in `HISTORY_FILE`. A run that is interrupted twice would send them again without it.
+no longer in `HISTORY_FILE`. Without this file, a run that is interrupted twice would send them
+again.
 """
 
 
@@ -53,7 +54,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     end, left by a kill or a power cut, is ignored. A long run has more rows than fit into memory.
 
     Raises:
-        ValueError: the file does not start with such a row, or rows follow a line that is none.
+        ValueError: the file does not start with such a row, or rows follow a damaged line.
     """
     return (row for _line, row in _rows_in(folder / HISTORY_FILE))
 
@@ -61,7 +62,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
 def _rows_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield each row of a file, with its line before it."""
     damaged = b""
-    count = 0  # of lines before the damaged one
+    count = 0  # lines before the damaged one
     with open_plain(path) as opened, io.BufferedReader(opened) as stream:
         for line in iter(lambda: stream.readline(MAX_FILE_BYTES), b""):
             row = _row_in(line)
@@ -123,7 +124,7 @@ class History:
         return row["step"] < self.done or (row["step"] == self.done and not is_left)
 
     def _drop_later(self, removed: Path) -> None:
-        size = 0  # of the rows that stay
+        size = 0  # bytes of the rows that stay
         for line, row in _rows_in(self.path):
             if self._is_done(row):
                 size += len(line)
@@ -132,7 +133,7 @@ class History:
         if removed.exists():
             rows = (row for _line, row in _rows_in(removed) if not self._is_done(row))
             self.sent |= {(row["step"], row["kind"]) for row in rows}
-        if self.sent:  # first: after a kill, both files have them
+        if self.sent:  # before removing the rows: a kill between loses nothing
             keys = ({"step": step, "kind": kind} for step, kind in sorted(self.sent))
             write_text(removed, "".join(f"{json.dumps(key)}\n" for key in keys))
         if size < self.path.stat().st_size:

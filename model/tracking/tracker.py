@@ -178,7 +178,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._send_all, name="tracker", daemon=True)
 
     def __enter__(self) -> "Tracker":
-        with self._warning():  # imported before loader workers fork, never during
+        with self._warning():  # import before loader workers are forked
             importlib.import_module(self.name)
             self._thread.start()
             self._opened.wait(OPEN_TIMEOUT_S)

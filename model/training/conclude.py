@@ -88,7 +88,7 @@ def conclude(
             checkpoint.annotate(best.path, {"refused": reasons})
         return reasons
 
-    # All ranks end alike: a rank that returned would look like a run that passed the gate.
+    # Raise on all ranks: a rank that returns would look like a run that passed the gate.
     if reasons := on_main(planned.dist, judge):
         raise _refused(best, reasons)
 
@@ -108,7 +108,7 @@ def conclude_again(planned: RunPlan, best: Best) -> None:
         GateError: the gate refuses the best checkpoint.
     """
     baseline, start = None, None
-    # What rank 0 has read, because another rank may read only after rank 0 has changed the file.
+    # Read on rank 0 only, because rank 0 rewrites the file below.
     meta = on_main(planned.dist, lambda: checkpoint.read_meta(best.path))
     early = f" after {planned.done} of {planned.steps} steps: {planned.ended}"
     why = early if planned.done < planned.steps else ""
@@ -154,7 +154,8 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
     folders = [planned.data / name for name in recipe.data.validate]
     left_out = recipe.calibration.on == "left_out"
     if planned.features is None and recipe.features and recipe.features.stored and not left_out:
-        # A finished run that was started again: it scores what it would have scored then.
+        # A finished run that is started again has no features opened: score features as in
+        # training.
         planned = with_features(planned, assemble(planned))
     try:
         calibration = calibrate_left_out(planned, best) if left_out else calibrate_checkpoint(
@@ -173,13 +174,13 @@ def _calibrate(planned: RunPlan, best: Path) -> None:
 
 
 def _rule_of(recipe: Recipe) -> ThresholdAt | Calibrating:
-    """Return the rule by which validation sets are calibrated on: stated error rates, or "auto"."""
+    """Return the rule for a calibration on validation sets: stated error rates, or "auto"."""
     return recipe.calibration if recipe.calibration.is_stated else "auto"
 
 
 def _calibration_fault(planned: RunPlan) -> str:
-    """Return why the sets of a run cannot be calibrated on, before anything is scored; empty if
-    they have enough images of each class for the rates and are validation sets.
+    """Return why a calibration on the sets of a run is impossible, checked before scoring: a set is
+    no validation set, or has too few images of a class; else "".
     """
     recipe, shards = planned.recipe, planned.stream.pool.shards
     try:
@@ -196,8 +197,8 @@ def _calibration_fault(planned: RunPlan) -> str:
 
 
 def _refusals(planned: RunPlan, best: Best, rows: list[SourceChange] | None) -> list[str]:
-    """Return the gate's reasons to refuse the best checkpoint. False positives are those at the
-    threshold that is stored in it, which calibration has set.
+    """Return the gate's reasons to refuse the best checkpoint. False positives are counted at the
+    stored threshold, which calibration has set.
     """
     meta = checkpoint.read_meta(best.path)
     validation = Validation.from_json(meta["calibrated_metrics"] or meta["metrics"], best.path)
@@ -211,7 +212,7 @@ def _judge(
     initial detector on kept mistakes (`start`). Print the changes and store them in `meta.json`,
     with the gate's reasons to refuse the checkpoint. Return the reasons.
     """
-    assert best.validation is not None  # without one there is nothing to compare
+    assert best.validation is not None  # a judged checkpoint has been validated
     gate, after = planned.recipe.gate, best.validation
     rows = changes(before.sources, after.sources, new_sources(planned.stream))
     step = checkpoint.read_meta(best.path)["step"]

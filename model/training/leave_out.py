@@ -83,8 +83,7 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
         CalibrationError: the remaining images do not fill a batch, or lack a class.
     """
     recipe, stream, net = planned.recipe, _without(planned.stream, without), train_state.net
-    # From a head that has seen these sources the search would be shorter. But what the others do
-    # not contradict would stay, and the scores would tell how well the sources were learned.
+    # Start from zero weights: a head that has seen these sources would leak them into the scores.
     reset_head(net)
     if recipe.optim.solver == "lbfgs":
         try:
@@ -108,8 +107,8 @@ def refit(planned: RunPlan, train_state: TrainState, without: Collection[str]) -
 
 
 def _without(stream: Stream, sources: Collection[str]) -> Stream:
-    """Return the stream without the samples of these sources. If no old sample is left, it replays
-    none: a run that had never seen these sources would have nothing to replay either.
+    """Return the stream without the samples of these sources. If no old sample is left, nothing is
+    replayed, as in a run without these sources.
     """
     codes, names = stream.pool.shards.codes("source")
     left_out = np.isin(codes, [names.index(name) for name in sources if name in names])
@@ -125,8 +124,8 @@ def _without(stream: Stream, sources: Collection[str]) -> Stream:
 
 
 def groups_of(planned: RunPlan) -> dict[str, list[str]]:
-    """Return the sources that are left out together: group -> names, those that are only replayed
-    too. A source of no group of `calibration.together` is a group of its own.
+    """Return the sources that are left out together: group -> names, including sources that are
+    only replayed. A source outside of `calibration.together` is a group of its own.
     """
     pool = planned.stream.pool
     codes, names = pool.shards.codes("source")
@@ -145,14 +144,14 @@ def leave_one_out(
     """Score each source of the new sets with a head trained without it. Returns source -> (labels
     int64, logits float32 of fake minus real, before any temperature).
 
-    A source that `data.repeats` sets to 0 is not in the run, and sets no threshold. Sources of one
-    group of the recipe's `calibration.together` are left out together, also those
-    that are only replayed. `on_head(sources)` is called while the network has the head trained
-    without these sources. At the end the network has its original head again.
+    A source that `data.repeats` sets to 0 is not scored. Sources of one group of the recipe's
+    `calibration.together` are left out together, also those that are only replayed.
+    `on_head(sources)` is called while the network has the head trained without these sources. At
+    the end the network has its original head again.
     """
     kept, pool = head_weights(train_state.net), planned.stream.pool
     device, global_batch = planned.device, planned.stream.loader.global_batch
-    # This rank alone takes the batches of all ranks, so that each head learns as the run's own.
+    # Only this rank trains, with the global batch size, so that heads learn as the run's own head.
     loading = replace(planned.recipe.loading, batch_size=global_batch)
     loader = FeatureLoader(pool.shards, source, loading, device)
     planned = replace(planned, stream=replace(planned.stream, loader=loader))
@@ -201,13 +200,13 @@ def calibrate_left_out(planned: RunPlan, best: Path) -> Calibration:
     state = TrainState(net, optimizer, scaler, planned.device, planned.dtype)
     source = source_of(recipe, net, planned.dtype)
     embed_run(planned, state, source, [planned.stream.pool.shards])
-    all_gather_object(dist, None)  # barrier: read only after all ranks have written
+    all_gather_object(dist, None)  # barrier: all ranks have written
 
     def fitted() -> Calibration | CalibrationError:
         try:
             return calibrate_sources(leave_one_out(planned, state, source), recipe.calibration)
         except CalibrationError as error:
-            return error  # every rank raises it: the run goes on without a calibration
+            return error  # raised by all ranks below
 
     calibration = on_main(dist, fitted)
     if isinstance(calibration, CalibrationError):

@@ -66,8 +66,8 @@ def make_optimizer(backbone: Backbone, optim: Optim, *, fused: bool) -> torch.op
 
 def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
     """Return the optimizer's groups, one per layer and weight decay. Biases, norms and GRN (all 1-D
-    parameters) have no weight decay, nor have those that timm names for the network, such as
-    position embeddings and class tokens.
+    parameters) have no weight decay, nor have parameters that timm excludes, such as position
+    embeddings and class tokens.
 
     Raises:
         OptimError: a parameter belongs to no layer.
@@ -75,7 +75,7 @@ def parameter_groups(backbone: Backbone, optim: Optim) -> list[dict[str, Any]]:
     layers = layer_of_parameters(backbone, optim.layer_decay_groups)
     top = max(layers.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    # timm's names are patterns, such as `pos_embed.*`.
+    # timm's names may be patterns, such as `pos_embed.*`.
     undecayed: Collection[str] = getattr(backbone, "no_weight_decay", tuple)()
     for name, parameter in backbone.named_parameters():
         if not parameter.requires_grad:
@@ -116,8 +116,8 @@ def layer_of_parameters(backbone: Backbone, layer_decay_groups: str) -> dict[str
             )
         matcher = backbone.group_matcher(coarse=layer_decay_groups == "stage")
         layers = group_with_matcher(backbone.named_parameters(), matcher, reverse=True)
-        # timm puts unmatched parameters into the last group. That is right for parameters after
-        # the blocks (attention pooling, norms, heads) and wrong for all others.
+        # timm puts unmatched parameters into the last group: right for parameters after the blocks
+        # (attention pooling, norms, heads), wrong for all others.
         matched = {name for name in names if _matches(matcher, name)}
         head = _head_prefixes(backbone, matched)
         layers = {n: layers[n] for n in names if n in matched or n.startswith(head)}

@@ -210,7 +210,7 @@ def plan(
     starts_trained = _starts_trained(recipe, init_from, resumed)
     blind = unjudged_limits(recipe, stream, validation, starts_trained)
     _refuse_left_out(recipe, starts_trained, init_from)
-    if blind and not resumed:  # the gate would refuse the checkpoint at the end
+    if blind and not resumed:  # or the gate would refuse the checkpoint
         raise ValueError(f"{blind[0]}: add such a set to data.validate, or leave out the limit")
     if recipe.gate.mistakes and starts_trained:
         check_mistakes(recipe.gate, folder / START_FILE if resumed else None)
@@ -338,8 +338,8 @@ def _first_weights(
     `kind` is as in `Weights`; `name` is the name of the run and its checkpoint, of the file, or of
     timm's network; `sha256` is empty for timm's and random weights; `license` is timm's, or None;
     and `first_weights` is the entry of the checkpoint that the run starts from, `sets` the sets
-    that it was trained on (`sets_seen`), `generators` those of their fakes. No local path is
-    stored.
+    that it was trained on (`sets_seen`), `generators` the generators of their fakes. No local path
+    is stored.
     """
     if resumed:
         return checkpoint.read_meta(resumed)["first_weights"]
@@ -356,7 +356,7 @@ def _first_weights(
 
 
 def _of_timm(first_weights: Mapping[str, Any] | None) -> bool:
-    """Return whether a run began from timm's weights, or from a file of such."""
+    """Return whether a run began from timm's weights, or from a file."""
     return first_weights is not None and first_weights["kind"] in ("timm", "file")
 
 
@@ -375,8 +375,8 @@ def _words_for(first_weights: Mapping[str, Any] | None) -> str:
 
 
 def _start_of(recipe: Recipe, runs: Path, resumed: Path | None) -> Path | None:
-    """Return the best checkpoint of the run that the recipe names in `run.init_from`, None if it
-    names no run.
+    """Return the best checkpoint of the run that the recipe names in `run.init_from`, None if the
+    recipe names no run.
 
     Raises:
         CheckpointError: the named run has no checkpoint, its best one was refused by the gate, or
@@ -407,18 +407,18 @@ def _start_of(recipe: Recipe, runs: Path, resumed: Path | None) -> Path | None:
 
 
 def _how_to_train(run: str) -> str:
-    """Return how to train a run: a command, or in words if it is not that of a built-in recipe."""
+    """Return how to train a run: a command, or words if no built-in recipe has its name."""
     if run == "phase1":
         return f"run `{command('train')} --phase 1` first"
     recipe = recipes.FOLDER / f"{run}.toml"
-    if recipe.is_file():  # its header has the options that it needs
+    if recipe.is_file():  # the file's header has the command
         return f"train it first, with the same --runs: the command is in {recipe}"
     return "train that run first"
 
 
 def _starts_trained(recipe: Recipe, init_from: Path | None, resumed: Path | None) -> bool:
     """Return whether the run starts from a trained detector, so that forgetting can be measured."""
-    if resumed:  # the command line may say otherwise today
+    if resumed:  # the command line may have changed
         began = checkpoint.read_meta(resumed)["first_weights"]
         return began is not None and began["kind"] == "checkpoint"
     if init_from is not None:
@@ -458,8 +458,8 @@ def _warnings(
 ) -> tuple[str, ...]:
     """Return lines for likely mistakes: a mean or std other than that of timm's weights,
     preprocessing other than that of the checkpoint that the run starts from, a start from a refused
-    checkpoint or from an unfinished run, views that no epoch reads, a gate that compares without a
-    trained checkpoint to compare with, or weights of replayed samples without replay.
+    checkpoint or from an unfinished run, views that no epoch reads, a gate that needs a trained
+    detector to compare with, without one, or weights of replayed samples without replay.
     """
     gate, lines = recipe.gate, list[str]()
     if recipe.features and (epochs := recipe.run.epochs) <= recipe.features.views:

@@ -49,10 +49,10 @@ affect the result.
 
 
 def resumable_checkpoints(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the undamaged checkpoints of a run, and why others are not used, or not resumed from.
+    """Return the undamaged checkpoints of a run, and why others are not used, or cannot be resumed.
 
     Raises:
-        CheckpointError: the run has checkpoints, and none can be resumed from.
+        CheckpointError: the run has checkpoints, and none can be resumed.
     """
     whole, damaged = checkpoint.whole_checkpoints(folder)
     stateless = [one for one in whole if not (one / checkpoint.STATE_FILE).exists()]
@@ -65,20 +65,20 @@ def resumable_checkpoints(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def unfinished_of(folder: Path) -> Path | None:
-    """Return the last checkpoint of the run of `folder` if that run can go on, None if it is over.
-    A run is over if one of its checkpoints has `ended`. What was imported or shipped, without a
-    training state, cannot go on.
+    """Return the last checkpoint of the run of `folder` if the run is unfinished, else None. A run
+    is finished if one of its checkpoints has `ended`. Imported and shipped checkpoints have no
+    training state and cannot be resumed.
     """
     run = checkpoint.checkpoints_of(folder.parent)
     for other in run:
-        with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one does not decide
+        with contextlib.suppress(checkpoint.CheckpointError):  # ignore a damaged one
             if checkpoint.read_meta(other).get("ended"):
                 return None
     return next((one for one in reversed(run) if (one / checkpoint.STATE_FILE).exists()), None)
 
 
 def ended_of(resumed: Path | None, done: int, steps: int) -> str:
-    """Return why a run is over, empty if it is not. Earlier versions did not record it after the
+    """Return why a run is over, empty if it is not. Earlier versions recorded no reason after the
     last step.
     """
     meta = checkpoint.read_meta(resumed) if resumed else None
@@ -88,15 +88,15 @@ def ended_of(resumed: Path | None, done: int, steps: int) -> str:
 
 
 def check_same_recipe(resumed: Path, recipe: Recipe) -> None:
-    """Refuse to resume a checkpoint of another recipe. A key that the program did not have when the
-    run began has its default there.
+    """Refuse to resume a checkpoint of another recipe. A key that did not exist when the run began
+    has its default.
 
     Raises:
         ValueError: the recipes differ, or the program no longer has a key of the saved recipe; the
             message names the first setting.
     """
     saved = checkpoint.read_meta(resumed)["recipe"]
-    try:  # a key that the program got later has its default, which changes nothing
+    try:  # a newer key gets its default
         completed = recipes.build(type(recipe), saved, str(resumed))
     except recipes.RecipeError as error:
         raise ValueError(
@@ -125,14 +125,14 @@ def progress_of(
     Raises:
         CheckpointError: the file is damaged, or no training state of this program.
         OrderError: the training sets, the seed or the global batch are no longer those of the run,
-            or the record of replayed samples is none of it.
-        ValueError: a validation set has been built again. The best checkpoint would be chosen by
-            figures of different images, and forgetting would be their difference.
+            or the record of replayed samples belongs to another run.
+        ValueError: a validation set has been built again, so figures of different images would be
+            compared.
     """
     state = checkpoint.load_state(resumed, lazy=True)
     try:
         done = stream.resume(state["order"])
-        if "replayed" in state:  # else of an earlier version, or a run that replays nothing
+        if "replayed" in state:  # missing in earlier versions and without replay
             stream.keep_replayed(state["replayed"])
         _check_validation(state, validation)
         gain = Gain(**state.get("gain", {}))
@@ -140,7 +140,7 @@ def progress_of(
             type(gain.step) is type(gain.validations_since) is int
         ):
             raise TypeError("gain has values that are no numbers")
-    except (LookupError, TypeError, AttributeError) as error:  # a file of somebody else
+    except (LookupError, TypeError, AttributeError) as error:  # a file of another program
         raise checkpoint.CheckpointError(
             f"{resumed / checkpoint.STATE_FILE} is no training state of this program "
             f"({typed_reason_of(error)}); restore the checkpoint, or start a new run with "

@@ -118,8 +118,8 @@ def train(
     dist, folder = dist or DistEnv(), runs / recipe.name
     with contextlib.ExitStack() as held:
         # An existing folder is locked before planning, because another training may be changing it.
-        # A new folder is created after planning, so that a refused run leaves nothing behind.
-        # Rank 0 decides: another machine may not see its folder, which `check_alike` finds below.
+        # A new folder is created after planning, so that a refused run leaves nothing behind. Rank
+        # 0 decides: another machine may not see rank 0's folder; `check_alike` reports that below.
         is_new = on_main(dist, lambda: not folder.exists())
         if not is_new:
             held.enter_context(_locked(folder, dist, is_new))
@@ -141,8 +141,8 @@ def train(
 
 
 def _seen(planned: RunPlan) -> dict[str, str]:
-    """Return what must be equal on all ranks. Ranks at different steps, or with other images, would
-    train on without an error.
+    """Return what must be equal on all ranks: otherwise they would train at different steps or on
+    different images without an error.
     """
     return {
         "checkpoint to resume": planned.resumed.name if planned.resumed else "none",
@@ -238,7 +238,7 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
             if over or at_end:
                 break
             batch, validation = _next_unless_stopped(batches), None
-            # Before the step: no rank waits in its step for one that has no batch.
+            # Agree before the step: a rank must not wait in its step for a rank without a batch.
             stopping = all_reduce_any(dist, batch is None or bool(received))
             if batch is not None and not stopping:
                 loss = take_step(train_state, forward, batch, recipe, step=done, steps=steps)
@@ -256,13 +256,13 @@ def run_steps(planned: RunPlan, train_state: TrainState, stop_at: int | None) ->
                 _refuse_bad_weights(train_state, done)
                 _log_step(history, stats, train_state, done, loss)
                 logged = done
-    assert best is not None  # never None: the last step is always saved
+    assert best is not None  # the last step is always saved
     return over, best
 
 
 def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> tuple[str, Best]:
     """Fit the head to the stored features of all epochs, in place of the steps of `run_steps`.
-    Returns the same: the reason why the run is finished, and its checkpoint.
+    Returns the reason why the run is finished, and its checkpoint.
 
     Raises:
         ValueError: the head cannot be fitted, or `stop_at` is given.
@@ -272,7 +272,7 @@ def run_fit(planned: RunPlan, train_state: TrainState, stop_at: int | None) -> t
         raise ValueError("a fit (optim.solver lbfgs) has no steps to stop at; leave out stop_at")
     recipe, dist, done = planned.recipe, planned.dist, planned.steps
     samples = gather(planned.stream, recipe.run.epochs, dist)
-    if planned.weights.kind != "checkpoint":  # a new head may be random: begin at 0
+    if planned.weights.kind != "checkpoint":  # a new head may be random: start at 0
         reset_head(train_state.net)
     with (
         interrupts.stop_signals() as received,
@@ -395,7 +395,7 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
     if (path := planned.baseline) is None:
         return None
     console.log.info("metrics before training: %s", path)
-    if planned.resumed:  # else a file is that of an attempt without a checkpoint, of other weights
+    if planned.resumed:  # the file of a run without a checkpoint may be of other weights
         return read_validation(path)
     validation = _validate(planned, train_state)
     on_main(planned.dist, lambda: write_validation(path, validation))
@@ -405,7 +405,7 @@ def _baseline(planned: RunPlan, train_state: TrainState) -> Validation | None:
 _OTHER_RUN = (
     "start another run (--run NAME) with a lower optim.lr, or with --set run.precision=fp32"
 )
-"""Advice for a run whose numbers are not finite: with its own recipe it would fail again."""
+"""Advice for a run whose numbers are not finite: with the same recipe the run would fail again."""
 
 
 def _refuse_bad_loss(planned: RunPlan, train_state: TrainState) -> None:

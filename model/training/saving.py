@@ -74,7 +74,7 @@ def restore(train_state: TrainState, folder: Path, done: int) -> None:
             f"{folder} cannot be resumed: an earlier version of this program grouped the network's "
             "parameters in another way; start a new run with --run NAME"
         ) from error
-    if state["scaler"]:  # empty if saved in another precision, which has no loss scale
+    if state["scaler"]:  # empty: saved in a precision without loss scale
         train_state.scaler.load_state_dict(state["scaler"])
     if train_state.ema is not None:
         train_state.net.backbone.load_state_dict(state["net"])
@@ -152,7 +152,7 @@ def save(
                 ended=ended,
             ),
         )
-        # Only now: the new checkpoint is on the disk; a power cut cannot leave the run without one.
+        # Only now, when the new checkpoint is on the disk: after a power cut the run still has one.
         prune(plan.folder, {saved, best.path, *plan.spared})
 
     on_main(dist, write)
@@ -162,7 +162,7 @@ def save(
 def _data_of(plan: RunPlan) -> dict[str, Any]:
     """Return the record of the training data for `meta.json`: only sets, sources and generators of
     samples that epochs take from. Sources of earlier runs, whose weights this run began from, stay
-    in the record: notices and the model card are about all that the weights have learned.
+    in the record: notices and the model card concern all data that the weights have seen.
     """
     stream = plan.stream
     shards, rows = stream.pool.shards, stream.used
@@ -192,11 +192,11 @@ def prune(run: Path, keep: Collection[Path]) -> None:
     """
     for folder in checkpoint.checkpoints_of(run):
         if folder not in keep:
-            folder.rename(partial_of(folder))  # a name that is removed below, also after a kill
+            folder.rename(partial_of(folder))  # temporary: removed below, even after a kill
     for left in run.glob("step_*.partial"):
         if not STEP_FOLDER.fullmatch(whole_name(left.name, is_folder=True) or ""):
             continue
         if left.is_symlink():
-            left.unlink()  # what it points to is not this program's
+            left.unlink()  # a link: its target is not this program's
         else:
             shutil.rmtree(left)

@@ -104,7 +104,7 @@ def _refuse_repeated(key: str, names: Sequence[str], advice: str = "") -> None:
 
 
 def _refuse_new_and_old(recipe: Recipe) -> None:
-    """Refuse a set that is named as new and as old. Each of its images would come in both roles."""
+    """Refuse a set that is named as new and as old. Each of its images would be new and old."""
     new, old = (
         {posixpath.normpath(name) for name in names}
         for names in (recipe.data.train, recipe.replay.used_sets)
@@ -117,7 +117,7 @@ def _refuse_new_and_old(recipe: Recipe) -> None:
 
 
 def _refuse_test_sets(key: str, names: Sequence[str], data: AnyPath) -> None:
-    """Refuse sets of the split test. They would no longer measure a detector trained on them."""
+    """Refuse sets of the split test. Trained on, they could no longer measure the detector."""
     tests = [name for name in names if read_index(data / name)["split"] == "test"]
     if tests:
         raise ValueError(
@@ -159,8 +159,7 @@ def open_validation(recipe: Recipe, data: AnyPath) -> dict[str, ShardSet]:
 
 def check_apart(recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSet]) -> None:
     """Refuse a validation set that shares images with the training sets, because it would measure
-    memorization. Sets that only give replayed samples may be validated on: this measures
-    forgetting.
+    memorization. Sets that are only replayed may be validation sets: this measures forgetting.
 
     Raises:
         ValueError: images are shared; the message has the set, the number and one image.
@@ -188,7 +187,7 @@ def unjudged_limits(
     recipe: Recipe, stream: Stream, validation: Mapping[str, ShardSet], starts_trained: bool
 ) -> list[str]:
     """Return a sentence for each limit of the gate that the validation sets cannot judge. Without a
-    trained detector to start from, nothing is forgotten.
+    trained detector to start from, nothing can be forgotten.
     """
     held = {n for shards in validation.values() for n in _sources_of(shards, slice(None))}
     reals = any((shards.column("label") == 0).any() for shards in validation.values())
@@ -293,7 +292,7 @@ def _new_and_replayed(stream: Stream) -> list[str]:
 
 def _traffic(recipe: Recipe, stream: Stream) -> list[str]:
     """Return a line if images in random order come from sets at an address that are larger than the
-    cache: then a whole piece of a shard is fetched for nearly every image.
+    cache: then nearly every image causes the download of a whole piece of a shard.
     """
     loading, shards = recipe.loading, stream.pool.shards
     if recipe.features and recipe.features.stored:  # images are read once, in order

@@ -56,8 +56,8 @@ from pipeline.batch import Batch
 class TrainState:
     """Mutable state of a run. `ema` holds the averaged weights of `net`; `teacher` gives the target
     logits of replayed samples; both may be None. `bad_step` is the first step with a loss that is
-    not finite, -1 if there is none. It is a tensor on the device, because reading it waits for the
-    GPU.
+    not finite, -1 if there is none. `bad_step` is a tensor on the device, because reading it waits
+    for the GPU.
     """
 
     net: Detector
@@ -77,7 +77,7 @@ class TrainState:
 
     @property
     def shown(self) -> Detector:
-        """Network that is validated and saved: the EMA if there is one."""
+        """Network that is validated and saved: the EMA if there is one, else `net`."""
         return self.ema or self.net
 
 
@@ -103,7 +103,8 @@ def not_finite_in(train_state: TrainState) -> str | None:
 
 def first_bad(steps: Sequence[int]) -> tuple[int, int] | None:
     """Return the first step with a loss that is not finite, and its rank. `steps` has the
-    `bad_step` of each rank. One step later the gradients have carried it to all ranks.
+    `bad_step` of each rank. One step later, all ranks have such losses, because they share
+    gradients.
     """
     return min(((step, rank) for rank, step in enumerate(steps) if step >= 0), default=None)
 
@@ -115,7 +116,7 @@ def average_of(net: Detector) -> Detector:
 
 def share_buffers(train_state: TrainState) -> None:
     """Give every rank the buffers of rank 0, such as the running statistics of batch norms. DDP
-    does so before each forward pass; after the last one, each rank has its own.
+    does so before each forward pass, but not after the last one.
     """
     for net in filter(None, (train_state.net, train_state.ema)):
         broadcast(train_state.dist, net.buffers())
@@ -143,23 +144,24 @@ def train_step(
 ) -> torch.Tensor:
     """Take one optimizer step and return this rank's part of the loss, a scalar on the device.
 
-    The loss is the mean over the valid images of all ranks, of which replayed ones count
-    `replay_weight` times, and equals the mean of the parts. The
-    batch is split into `grad_accum_steps` pieces, which saves memory. It changes the result only of
-    networks with batch norm that is not frozen, which normalizes each piece alone.
-    `distill_weight` weights the squared distance between the logits of replayed samples and those
-    of the teacher (DER++, Buzzega et al. 2020).
+    The loss is the mean over the valid images of all ranks, of which replayed images count
+    `replay_weight` times, and equals the mean of the parts. The batch is split into
+    `grad_accum_steps` pieces, which saves memory. Pieces change the result only of networks with
+    unfrozen batch norm, which normalizes each piece alone. `distill_weight` weights the squared
+    distance between the logits of replayed samples and those of the teacher (DER++, Buzzega et al.
+    2020).
     """
-    if train_state.net.training == train_state.net.freeze_backbone:  # not yet in its training mode
-        train_state.net.train()  # takes 3 ms for a ViT-B, longer than a step of a head
+    if train_state.net.training == train_state.net.freeze_backbone:  # not in its training mode
+        train_state.net.train()  # not always: 3 ms for a ViT-B, longer than a step of a head
     train_state.optimizer.zero_grad(set_to_none=True)
-    # DDP averages gradients over ranks: dividing by the mean count gives the mean over all images.
+    # DDP averages gradients over ranks, so divide by the mean count to get the mean over all
+    # images.
     weights, replayed = batch.valid.float(), None
     if distill_weight or replay_weight != 1:
         replayed = torch.from_numpy(batch.replayed).to(train_state.device, non_blocking=True)
         weights = torch.where(replayed, replay_weight, 1.0) * weights
     count = all_reduce_sum(train_state.dist, weights.sum()) / train_state.dist.world_size
-    # The smallest sum of a batch that has a valid image: only an empty batch is changed.
+    # Smallest possible count with a valid image, so that only an empty batch is clamped.
     least = min(1.0, replay_weight) / train_state.dist.world_size
     count = count.clamp(min=least)
     total = torch.zeros((), device=train_state.device)

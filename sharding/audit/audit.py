@@ -56,7 +56,7 @@ groups is given only if it is above 0.5 and its interval is no wider than that o
 many groups."""
 
 NAMED_SOURCES = 6
-"""Number of sources of one class that a note names. Further ones are counted."""
+"""Largest number of sources of one class that a note names. The other sources are counted."""
 
 FIT_LIMIT = 20_000
 """Largest number of samples that a classifier is fitted on. All samples are scored."""
@@ -331,7 +331,7 @@ def cross_fit(
     models: Models = []
     values = metadata.values[:, columns]
     if ((values == values[:1]) | (np.isnan(values) & np.isnan(values[:1]))).all():
-        return models, np.zeros(len(metadata))  # the trees' rounding errors differ between folds
+        return models, np.zeros(len(metadata))  # trees would give each fold its own rounding errors
     scores = np.full(len(metadata), np.nan)
     for fold in np.unique(folds):
         held_out = np.flatnonzero(folds == fold)
@@ -358,8 +358,8 @@ def _audit_sources(
     on_step: Callable[[int], None],
 ) -> tuple[dict[str, SourceAudit], AurocEstimate | None]:
     """Measure each source by itself and by a model of the other sources. `pooled` is the estimate
-    over all images, that of the source if there is only one. The last value is the AUROC over all
-    sources, each scored by that model.
+    over all images; a single source gets this estimate. The last value is the AUROC over all
+    sources, each scored by the model of the other sources.
     """
     audits = {}
     held_out = np.full(len(metadata), np.nan)
@@ -412,7 +412,7 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
         for shuffled, columns in zip(variants[1:], FEATURES.values(), strict=True):
             positions = [everything.index(column) for column in columns]
             shuffled[:, positions] = values[rng.permutation(len(rows))][:, positions]
-        # One call for all variants is much faster on few samples.
+        # One call for all variants is much faster than one call each, if samples are few.
         scores = model.decision_function(np.concatenate(variants)).reshape(len(variants), -1)
         whole, *rest = (area(labels, row) for row in scores)
         for name, shuffled_area in zip(FEATURES, rest, strict=True):
@@ -423,7 +423,7 @@ def _importance(metadata: Metadata, models: Models, seed: int) -> dict[str, floa
 def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list[Shortcut]:
     """Find the values that predict the label best: far from the set's share of fakes, or common."""
     base = metadata.labels.mean()
-    # A value of a whole class counts as common, however small the class.
+    # A value that all images of a small class have also counts as common.
     common = min(MIN_GROUPS, int(np.bincount(metadata.labels, minlength=len(CLASSES)).min()))
     weighted = []
     for feature in FEATURES:
@@ -435,7 +435,7 @@ def _shortcuts(metadata: Metadata, most: int = 16, per_feature: int = 3) -> list
         weight[(value < 0) | (images < common) | (np.abs(share - base) < 0.1)] = 0
         for best in np.argsort(-weight, kind="stable")[:per_feature]:
             said = words(int(value[best]))
-            if weight[best] > 0 and said != NO_JPEG:  # the feature "format" covers that value
+            if weight[best] > 0 and said != NO_JPEG:  # the feature "format" reports this
                 shortcut = Shortcut(
                     feature=feature,
                     value=said,

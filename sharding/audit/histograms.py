@@ -47,7 +47,7 @@ def draw(shards: ShardSet, name: str, result: Audit, path: AnyPath) -> None:
         axes.set_ylabel("share of the class")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
-    # `savefig` would lay out in a drawing of its own, which takes as long as that of the PNG.
+    # Compute the layout now: `savefig` would draw the whole figure once more to compute it.
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
@@ -83,7 +83,7 @@ def _draw_quantity(axes: Any, metadata: Metadata, feature: str) -> None:
     if not known.any():
         axes.text(0.5, 0.5, "no JPEG", ha="center", transform=axes.transAxes)
         return
-    # The most extreme hundredth would squeeze the rest into a few bars: it is in the outer bars.
+    # The outer bars also hold the most extreme 1 %: all others would else be in a few bars.
     low, high = np.percentile(values[known], [0.5, 99.5])
     edges = np.linspace(low, high if high > low else low + 1, 41)
     if feature == "JPEG quality":

@@ -30,8 +30,8 @@ def import_extra(module: str) -> ModuleType:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Limit the libraries that fit trees to one thread. At this size one is as fast, and the trees
-    do not depend on the number of cores.
+    """Limit the libraries that fit trees to one thread. At this size one thread is as fast as
+    several, and the trees do not depend on the number of cores.
 
     Raises:
         ValueError: the extra `audit` is not installed.

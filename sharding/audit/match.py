@@ -99,7 +99,7 @@ def match_classes(shards: ShardSet, *, seed: int = 0) -> Match:
         left = metadata.take(rows)
         counts = count_groups(left.labels, left.groups)
         if min(counts) < MIN_GROUPS:
-            if not round_index and min(counts):  # few from the start: count possible matches
+            if not round_index and min(counts):  # a small set: count its possible matches
                 kept = left.take(_balanced(strata, left.labels, rng))
                 counts = count_groups(kept.labels, kept.groups)
             raise MatchError(

@@ -52,7 +52,7 @@ from PIL.Image import Resampling
 from sharding.demo.scenes import SCENES, Rng
 from storage import is_partial, remove_leftovers, write_bytes, write_text
 
-Progress = Callable[[int, int], None]  # files done, files in all
+Progress = Callable[[int, int], None]  # finished files, all files
 AFFINE = Image.Transform.AFFINE
 
 SUPERSAMPLING = 2
@@ -184,7 +184,7 @@ def make_demo(
 
 def _refuse_others(raw: Path, paths: Collection[Path]) -> None:
     """Refuse a folder in which a source has other files, such as those of another seed: suffixes
-    depend on the seed, so the images of both would be packed.
+    depend on the seed, so images of both seeds would be packed.
 
     Raises:
         FileExistsError: the message names one of these files.
@@ -253,8 +253,8 @@ def write_shot(work: tuple[Path, Shot, int]) -> None:
 
 def size_of(shot: Shot, seed: int) -> tuple[int, int]:
     """Return height and width in pixels: multiples of 8, so that every latent has whole pixels."""
-    # Sampled without the label, as in `container`: real and fake of the same number have the same
-    # size, suffix and quality, so none of these reveals the label.
+    # The label has no influence, as in `container`: a real and a fake image of one number have the
+    # same size, suffix and quality, so none of these reveals the label.
     rng = rng_for(seed, "size", shot.source, shot.number)
     short = 8 * int(rng.integers(16, 19))
     long = 8 * round(short * rng.uniform(1.0, 1.3) / 8)
@@ -291,7 +291,7 @@ def render(shot: Shot, seed: int) -> np.ndarray:
 def lens(rng: Rng, light: np.ndarray) -> np.ndarray:
     """Apply blur, vignette and lateral color, then reduce to sensor resolution."""
     height, width = light.shape[:2]
-    light = blur(light, rng.uniform(0.4, 1.0) * SUPERSAMPLING)  # focus varies from shot to shot
+    light = blur(light, rng.uniform(0.4, 1.0) * SUPERSAMPLING)  # focus varies
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
     exposure = rng.uniform(0.75, 1.15) * (1 - 0.12 * (y**2 + x**2))
     light *= exposure.astype(np.float32)[..., None]

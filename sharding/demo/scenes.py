@@ -116,7 +116,7 @@ def fractal(slope: float, side: int = 1024) -> np.ndarray:
     """
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
     spectrum = np.fft.rfft2(np.random.default_rng(0).standard_normal((side, side)))
-    # Structures larger than an image would leave most cut-outs flat.
+    # No structures larger than an image: most cut-outs would be flat.
     noise = np.fft.irfft2(spectrum / np.maximum(frequency, 1 / 300) ** slope)
     return (noise / noise.std()).astype(np.float32)
 

@@ -122,7 +122,7 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
         DecoderError: diffusers is missing, or the file is no VAE for RGB images.
         ValueError: there is no such device, or the hub does not allow this `name`.
     """
-    parse_device(device)  # this and the library are checked before a download
+    parse_device(device)  # checked before a download, as is the library
     try:
         import diffusers
     except ImportError as error:
@@ -138,7 +138,7 @@ def load_decoder(name: str, device: str = "auto") -> Decoder:
             str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
             torch_dtype=torch.float32,
         )  # fmt: skip
-    except Exception as error:  # a bad file raises many errors in torch, safetensors and diffusers
+    except Exception as error:  # libraries raise many types for a bad file
         raise DecoderError(
             f"{name} is no {kind} that diffusers loads ({typed_reason_of(error)})"
         ) from error

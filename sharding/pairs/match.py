@@ -46,7 +46,7 @@ _METADATA = frozenset((*range(0xE0, 0xF0), jpeg.COM))
 
 
 class NoPair(Exception):
-    """Error of an image that gets no partner; the message is one of a few reasons."""
+    """Error of an image that gets no partner; images are counted by the message, the reason."""
 
 
 def refuse_partner(data: bytes, facts: Facts) -> None:
@@ -82,7 +82,7 @@ def encode_like(upright: np.ndarray, partner: bytes, pixels: np.ndarray, facts: 
         NoPair: the facts of the new file differ.
     """
     image = Image.fromarray(_stored(upright, facts.orientation))
-    if _is_gray(pixels):  # color would distinguish it from a gray partner
+    if _is_gray(pixels):  # a fake with color would differ from a gray partner
         image = image.convert("L")
         image = image if facts.chroma == "Gray" else image.convert("RGB")
     with _readable(), _opened(partner, facts.format) as original:
