@@ -61,9 +61,9 @@ def test_the_card_states_the_figures_of_meta_json(folder: Path) -> None:
 
 
 KINDS = {
-    "Faces from Flickr": "ffhq", "edited photographs": "edited_pixls",
-    "digital wallpapers": "wallpapers_nenikitov", "woodcuts": "books_woodcuts",
-    "one illustrator's drawings": "illustrations_abby", "vinyl covers": "covers_albums_vinyl",
+    "Faces from Flickr": "ffhq", "3D renders": "renders_appleseed",
+    "HDR wallpapers": "wallpapers_emanuil",
+    "official portraits of US senators": "portraits_us_senate",
 }  # fmt: skip
 """Words of the README -> source."""
 

@@ -40,7 +40,7 @@ def without_scores(text: str) -> str:
     """Remove everything that depends on the weights: detector name, probabilities, verdicts."""
     text = re.sub(r"'[^']+ [0-9a-f]{8}'", "WHICH", text)
     text = re.sub(r"'(no sign of AI|uncertain|likely AI)', probability=0\.\d{3}", "SCORE", text)
-    return re.sub(r"^\d$|\((32|48|224), .*", "NUMBER", text, flags=re.M)
+    return re.sub(r"^\d$|\((32|48|448), .*", "NUMBER", text, flags=re.M)
 
 
 @pytest.fixture
