@@ -278,7 +278,7 @@ def _read_everything(
     tables = {name: join_facts(name, files[name], items) for name, items in scan.items.items()}
     for name in scan.packed_only:
         packed = read_source(folder, name, catalog.sources[name])
-        assert packed is not None  # `find_sources` found the file
+        assert packed is not None  # its file is in the list of `find_sources`
         tables[name], scan.listings[name] = packed
     if not tolerance.allow_replaced:
         refuse_replaced(raw, out, catalog.sets, files, tables)

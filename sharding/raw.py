@@ -276,7 +276,7 @@ def _cells(
     table: pq.ParquetFile, path: str, group: int, wanted: Sequence[tuple[int, str]]
 ) -> Iterator[bytes | DecodeError]:
     """Yield the cells (row, column) of one row group, in ascending order of rows."""
-    # Rows are read once, so an earlier row would not be found and be reported as missing.
+    # Rows are read once: one that comes too early would count as missing.
     for (before, _), (after, _) in pairwise([(0, ""), *wanted]):
         if after < before:
             raise RawError(

@@ -22,6 +22,13 @@ from sharding.format import SAMPLES_SCHEMA, ShardError, ShardSet, open_shards, r
 from sharding.rows import row_numbers
 
 
+def write_index_of(folder: Path, out: Path) -> None:
+    """Write to `out` the index of the set in `folder`, with the hash of the table in `out`."""
+    digest = hashlib.sha256((out / "samples.parquet").read_bytes()).hexdigest()
+    index = read_index(folder) | {"samples_sha256": digest}
+    (out / "index.json").write_text(json.dumps(index))
+
+
 def test_folders_are_given_as_text_or_as_paths(data: Path, old: ShardSet) -> None:
     address = f"memory://{uuid.uuid4().hex}/old"
     for name in ("index.json", "samples.parquet"):
@@ -79,9 +86,7 @@ def test_a_table_with_missing_values_is_refused(data: Path, tmp_path: Path) -> N
         pq.write_table(pa.Table.from_pylist(rows, SAMPLES_SCHEMA), tmp_path / "samples.parquet")
     optional = pa.schema([field.with_nullable(True) for field in SAMPLES_SCHEMA])
     pq.write_table(pa.Table.from_pylist(rows, optional), tmp_path / "samples.parquet")
-    index = read_index(data / "old")
-    digest = hashlib.sha256((tmp_path / "samples.parquet").read_bytes()).hexdigest()
-    (tmp_path / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
+    write_index_of(data / "old", tmp_path)
     with pytest.raises(ShardError, match=r"is not a samples table .*chroma"):
         open_shards([tmp_path])
 
@@ -106,9 +111,7 @@ def test_a_value_out_of_range_is_refused(
     rows = pq.read_table(data / "old/samples.parquet").to_pylist()
     rows[3][column] = value
     pq.write_table(pa.Table.from_pylist(rows, SAMPLES_SCHEMA), tmp_path / "samples.parquet")
-    index = read_index(data / "old")
-    digest = hashlib.sha256((tmp_path / "samples.parquet").read_bytes()).hexdigest()
-    (tmp_path / "index.json").write_text(json.dumps(index | {"samples_sha256": digest}))
+    write_index_of(data / "old", tmp_path)
     with pytest.raises(ShardError, match=rf"samples\.parquet is not a samples table .*{said}"):
         open_shards([tmp_path])
 
